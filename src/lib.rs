@@ -1,0 +1,40 @@
+//! walferry moves a live PostgreSQL or TimescaleDB database to another server.
+//!
+//! ```text
+//!  source server                      walferry (one process, one state directory)                    target server
+//! ┌──────────────┐  pgoutput   ┌────────┐  bytes   ┌─────────────┐  bytes  ┌────────┐ changes ┌───────┐  COPY/   ┌──────────┐
+//! │ WAL ─ slot ──┼────────────►│ source │─────────►│    queue    │────────►│ decode │────────►│ apply │─────────►│  tables  │
+//! │              │◄────────────┤        │  fsync,  │ disk, CRC,  │         │ (pure) │         │ batch │  MERGE   │  + the   │
+//! │              │  ack = what │        │  then ack│ whole txns  │         │        │         │ route │          │  ledger  │
+//! │              │  is on disk └────────┘          └─────────────┘         └────────┘         └───────┘          │          │
+//! │ tables ──────┼── snapshot ──────────────────────► copy (parallel, COPY → COPY, never parsed) ────────────────►│          │
+//! └──────────────┘                                                                                               └──────────┘
+//! ```
+//!
+//! The modules below stand in the order of the data; [`migrate`] is the one place that knows all phases.
+//! ARCHITECTURE.md in the repository says which invariant each part keeps, and which test guards it.
+
+pub mod error;
+pub mod lsn;
+pub mod sql;
+
+pub mod connection;
+pub mod source;
+
+pub mod queue;
+
+pub mod decode;
+
+pub mod copy;
+
+pub mod apply;
+
+pub mod target;
+
+pub mod cutover;
+
+pub mod verify;
+
+pub mod observe;
+
+pub mod demo;

@@ -1,0 +1,400 @@
+//! What the source holds: tables with their columns and keys, and a fingerprint of everything that DDL can change.
+//!
+//! The catalog is read under the slot's snapshot, kept in the ledger, and is from then on the only authority on the
+//! layout of a row in the stream: pgoutput sends the columns that are not dropped and not generated in the order of
+//! `attnum` ("Logical Replication Message Formats" in the manual), which is exactly [`Table::columns`].
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use tokio_postgres::Client;
+
+use crate::error::{Context, Result};
+use crate::sql;
+
+/// A table that holds rows of its own: an ordinary table or a leaf of a partitioned one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Table {
+    /// The relation's OID on the source, by which the stream names it.
+    pub relid: u32,
+    /// Schema, unquoted.
+    pub schema: String,
+    /// Name, unquoted.
+    pub name: String,
+    /// Whether it is `UNLOGGED`, and so never in the stream (H14).
+    pub unlogged: bool,
+    /// Whether it is a partition of another table.
+    pub is_partition: bool,
+    /// What `REPLICA IDENTITY` says.
+    pub identity: ReplicaIdentity,
+    /// The columns a row in the stream has, in its order.
+    pub columns: Vec<Column>,
+    /// Positions in `columns` by which apply finds a row; empty where the table has no usable key.
+    pub key: Vec<usize>,
+    /// Whether two rows with different keys can still contend for one value: a second unique index, or an
+    /// exclusion constraint.
+    pub has_other_unique: bool,
+    /// Size of the main fork in pages of 8 KiB, when the catalog was read.
+    pub pages: i64,
+    /// Size with TOAST, without indexes, in bytes.
+    pub bytes: i64,
+    /// The planner's estimate of the row count; -1 where it was never analysed.
+    pub estimated_rows: f64,
+    /// Updates and deletes that the source's statistics have counted.
+    pub updates_and_deletes: i64,
+}
+
+/// A column as the stream and COPY see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Column {
+    /// Name, unquoted.
+    pub name: String,
+    /// `pg_attribute.attnum`.
+    pub number: i16,
+    /// OID of the type, on the source.
+    pub type_oid: u32,
+    /// `format_type` of it, such as `character varying(20)`.
+    pub type_name: String,
+    /// The type modifier, -1 for none.
+    pub type_modifier: i32,
+    /// `NOT NULL`.
+    pub not_null: bool,
+    /// `GENERATED ALWAYS AS IDENTITY` (H22).
+    pub identity_always: bool,
+    /// Binary output means the same on every server (H13).
+    pub binary_safe: bool,
+    /// Two values are equal exactly when their output is the same bytes (H20).
+    pub byte_equal: bool,
+    /// The type has an equality operator of its own (json, xml and point have none).
+    pub has_equality: bool,
+}
+
+/// `ALTER TABLE … REPLICA IDENTITY`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicaIdentity {
+    /// The primary key, if there is one that can serve.
+    Default,
+    /// Nothing.
+    Nothing,
+    /// The whole old row.
+    Full,
+    /// A unique index.
+    Index,
+}
+
+impl Table {
+    /// `"schema"."name"`.
+    pub fn qualified(&self) -> String {
+        sql::qualified(&self.schema, &self.name)
+    }
+
+    /// Whether the stream can carry updates and deletes of this table (H27).
+    pub fn has_usable_identity(&self) -> bool {
+        match self.identity {
+            ReplicaIdentity::Full => true,
+            ReplicaIdentity::Nothing => false,
+            ReplicaIdentity::Default | ReplicaIdentity::Index => !self.key.is_empty(),
+        }
+    }
+
+    /// Whether every column can go in binary.
+    pub fn binary_safe(&self) -> bool {
+        self.columns.iter().all(|column| column.binary_safe)
+    }
+
+    /// The columns by which apply finds a row.
+    pub fn key_columns(&self) -> impl Iterator<Item = &Column> {
+        self.key.iter().map(|&position| &self.columns[position])
+    }
+
+    /// All columns as a list of quoted identifiers.
+    pub fn column_list(&self) -> String {
+        sql::identifiers(self.columns.iter().map(|column| column.name.as_str()))
+    }
+}
+
+/// A relation that is not one of ours to migrate: a system schema, an extension's, or walferry's own.
+const USER_RELATION: &str = "n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') \
+     AND n.nspname NOT LIKE 'pg\\_toast%' AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
+     AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::regclass \
+                     AND d.objid = c.oid AND d.deptype = 'e')";
+
+/// Types whose binary form is the same on every server and version: no OID of anything, no locale (H13).
+///
+/// bool bytea "char" name int8 int2 int4 text json point lseg path box polygon line cidr float4 float8 circle
+/// macaddr8 macaddr inet bpchar varchar date time timestamp timestamptz interval timetz bit varbit numeric uuid jsonb
+/// tsvector, the built-in ranges, and the arrays of the commonest of them (an array names its element's OID, which
+/// for a built-in type is fixed).
+const BINARY_SAFE_TYPES: &str = "16,17,18,19,20,21,23,25,114,600,601,602,603,604,628,650,700,701,718,774,829,869,1042,\
+     1043,1082,1083,1114,1184,1186,1266,1560,1562,1700,2950,3802,3614,3904,3906,3908,3910,3912,3926,\
+     1000,1001,1005,1007,1009,1014,1015,1016,1021,1022,1115,1182,1183,1185,1187,1231,2951,3807,199";
+
+/// Types that are equal exactly when their output is: bool bytea name int8 int2 int4 text varchar date timestamp
+/// timestamptz uuid (text and varchar only under a deterministic collation).
+const BYTE_EQUAL_TYPES: &str = "16,17,19,20,21,23,25,1043,1082,1114,1184,2950";
+
+/// Reads every table that holds rows, largest first.
+///
+/// Run it inside the transaction whose snapshot the answer has to describe.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn tables(client: &Client) -> Result<Vec<Table>> {
+    let mut columns = columns(client).await?;
+    let mut indexes = indexes(client).await?;
+    let rows = client
+        .query(
+            &format!(
+                "SELECT c.oid, n.nspname, c.relname, c.relpersistence = 'u', c.relispartition, c.relreplident::text, \
+                        pg_catalog.pg_relation_size(c.oid) / pg_catalog.current_setting('block_size')::int8, \
+                        pg_catalog.pg_table_size(c.oid), c.reltuples::float8, \
+                        coalesce(pg_catalog.pg_stat_get_tuples_updated(c.oid) \
+                                 + pg_catalog.pg_stat_get_tuples_deleted(c.oid), 0) \
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND {USER_RELATION} \
+                 ORDER BY 8 DESC, 1"
+            ),
+            &[],
+        )
+        .await
+        .context(|| "reading the catalog's tables".into())?;
+    let mut tables = Vec::with_capacity(rows.len());
+    for row in rows {
+        let relid: u32 = row.get(0);
+        let identity = match row.get::<_, &str>(5) {
+            "n" => ReplicaIdentity::Nothing,
+            "f" => ReplicaIdentity::Full,
+            "i" => ReplicaIdentity::Index,
+            _ => ReplicaIdentity::Default,
+        };
+        let columns = columns.remove(&relid).unwrap_or_default();
+        let indexes = indexes.remove(&relid).unwrap_or_default();
+        let (key, has_other_unique) = choose_key(identity, &columns, &indexes);
+        tables.push(Table {
+            relid,
+            schema: row.get(1),
+            name: row.get(2),
+            unlogged: row.get(3),
+            is_partition: row.get(4),
+            identity,
+            columns,
+            key,
+            has_other_unique,
+            pages: row.get(6),
+            bytes: row.get(7),
+            estimated_rows: row.get(8),
+            updates_and_deletes: row.get(9),
+        });
+    }
+    Ok(tables)
+}
+
+async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
+    let rows = client
+        .query(
+            &format!(
+                // A domain goes over the wire as its base type does, so the base decides.
+                "WITH RECURSIVE base(type, root) AS ( \
+                   SELECT oid, oid FROM pg_catalog.pg_type WHERE typtype <> 'd' \
+                   UNION ALL SELECT t.oid, base.root FROM pg_catalog.pg_type t JOIN base ON t.typbasetype = base.type \
+                   WHERE t.typtype = 'd') \
+                 SELECT a.attrelid, a.attname, a.attnum, a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod), \
+                        a.atttypmod, a.attnotnull, a.attidentity = 'a', \
+                        b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e', \
+                        (b.oid IN ({BYTE_EQUAL_TYPES}) OR b.typtype = 'e') AND coalesce(l.collisdeterministic, true), \
+                        b.oid NOT IN (114, 142, 600, 601, 602, 603, 604, 628, 718) AND EXISTS ( \
+                          SELECT FROM pg_catalog.pg_operator o WHERE o.oprname = '=' AND o.oprleft = b.oid \
+                            AND o.oprright = b.oid) \
+                        OR b.typtype IN ('e', 'r', 'm') OR b.oid = 1043 \
+                 FROM pg_catalog.pg_attribute a \
+                 JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 JOIN base ON base.type = a.atttypid \
+                 JOIN pg_catalog.pg_type b ON b.oid = base.root \
+                 LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation \
+                 WHERE c.relkind = 'r' AND {USER_RELATION} AND a.attnum > 0 AND NOT a.attisdropped \
+                   AND a.attgenerated = '' \
+                 ORDER BY a.attrelid, a.attnum"
+            ),
+            &[],
+        )
+        .await
+        .context(|| "reading the catalog's columns".into())?;
+    let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
+    for row in rows {
+        columns.entry(row.get(0)).or_default().push(Column {
+            name: row.get(1),
+            number: row.get(2),
+            type_oid: row.get(3),
+            type_name: row.get(4),
+            type_modifier: row.get(5),
+            not_null: row.get(6),
+            identity_always: row.get(7),
+            binary_safe: row.get(8),
+            byte_equal: row.get(9),
+            has_equality: row.get(10),
+        });
+    }
+    Ok(columns)
+}
+
+/// A unique index or exclusion constraint of a table.
+struct Index {
+    columns: Vec<i16>,
+    primary: bool,
+    replica_identity: bool,
+    /// Unique, valid, immediate, without predicate and without expressions: it can name one row.
+    names_one_row: bool,
+}
+
+async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
+    let rows = client
+        .query(
+            "SELECT i.indrelid, \
+                    (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
+                     FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
+                     WHERE k.ordinality <= i.indnkeyatts), \
+                    i.indisprimary, i.indisreplident, \
+                    i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
+             FROM pg_catalog.pg_index i WHERE i.indisunique OR i.indisexclusion ORDER BY i.indrelid, i.indexrelid",
+            &[],
+        )
+        .await
+        .context(|| "reading the catalog's indexes".into())?;
+    let mut indexes: BTreeMap<u32, Vec<Index>> = BTreeMap::new();
+    for row in rows {
+        indexes.entry(row.get(0)).or_default().push(Index {
+            columns: row.get(1),
+            primary: row.get(2),
+            replica_identity: row.get(3),
+            names_one_row: row.get(4),
+        });
+    }
+    Ok(indexes)
+}
+
+/// Which columns find a row, and whether another index can make rows with different keys contend.
+fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) -> (Vec<usize>, bool) {
+    let positions = |index: &Index| -> Option<Vec<usize>> {
+        let place = |number: &i16| {
+            columns.iter().position(|column| column.number == *number && column.not_null && column.has_equality)
+        };
+        index.names_one_row.then(|| index.columns.iter().map(place).collect()).flatten()
+    };
+    let usable = |wanted: &dyn Fn(&Index) -> bool| indexes.iter().filter(|i| wanted(i)).find_map(&positions);
+    let key = match identity {
+        ReplicaIdentity::Nothing => None,
+        ReplicaIdentity::Default => usable(&|index| index.primary),
+        ReplicaIdentity::Index => usable(&|index| index.replica_identity),
+        // The stream carries the whole old row: any key of the table can be taken out of it.
+        ReplicaIdentity::Full => usable(&|index| index.primary).or_else(|| usable(&|_| true)),
+    };
+    let spare = indexes.len() - usize::from(key.is_some());
+    (key.unwrap_or_default(), spare > 0)
+}
+
+/// Every object whose coming, going or change the stream does not show (I11), with a hash of its definition.
+///
+/// The key reads as an operator would name the object: `table "public"."orders"`, `column … of table …`.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
+    let rows = client
+        .query(
+            &format!(
+                "SELECT (CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'i' THEN 'index' \
+                           WHEN 'I' THEN 'partitioned index' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' \
+                           WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'type' END) \
+                        || ' ' || format('%I.%I', n.nspname, c.relname), \
+                        md5(concat_ws('/', c.relkind, c.relpersistence, c.relreplident, \
+                            CASE WHEN c.relkind IN ('i', 'I') THEN pg_catalog.pg_get_indexdef(c.oid) END, \
+                            CASE WHEN c.relkind IN ('v', 'm') THEN pg_catalog.pg_get_viewdef(c.oid) END, \
+                            pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
+                            (SELECT concat_ws('/', s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle) \
+                             FROM pg_catalog.pg_sequence s WHERE s.seqrelid = c.oid))) \
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} \
+                 UNION ALL \
+                 SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), \
+                        md5(concat_ws('/', a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
+                            a.attidentity, a.attgenerated, a.attcollation, \
+                            a.atthasmissing, a.attmissingval::text, pg_catalog.pg_get_expr(d.adbin, d.adrelid))) \
+                 FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
+                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} \
+                   AND a.attnum > 0 AND NOT a.attisdropped \
+                 UNION ALL \
+                 SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
+                        md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \
+                 FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {USER_RELATION} \
+                 UNION ALL \
+                 SELECT format('trigger %I on table %I.%I', t.tgname, n.nspname, c.relname), \
+                        md5(concat_ws('/', pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled)) \
+                 FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal AND {USER_RELATION} \
+                 UNION ALL \
+                 SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
+                        md5(concat_ws('/', p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, \
+                            p.proisstrict, p.proconfig)) \
+                 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
+                 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
+                   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_proc'::regclass \
+                                   AND d.objid = p.oid AND d.deptype = 'e') \
+                 UNION ALL \
+                 SELECT format('enum value %L of type %I.%I', e.enumlabel, n.nspname, t.typname), e.enumsortorder::text \
+                 FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace \
+                 UNION ALL \
+                 SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e"
+            ),
+            &[],
+        )
+        .await
+        .context(|| "reading the catalog's fingerprint".into())?;
+    Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn column(number: i16, not_null: bool) -> Column {
+        Column {
+            name: format!("c{number}"),
+            number,
+            type_oid: 23,
+            type_name: "integer".into(),
+            type_modifier: -1,
+            not_null,
+            identity_always: false,
+            binary_safe: true,
+            byte_equal: true,
+            has_equality: true,
+        }
+    }
+
+    fn index(columns: &[i16], primary: bool) -> Index {
+        Index { columns: columns.to_vec(), primary, replica_identity: false, names_one_row: true }
+    }
+
+    #[test]
+    fn the_primary_key_names_a_row_and_a_second_unique_index_is_noted() {
+        let columns = [column(1, true), column(3, true)];
+        let (key, other) = choose_key(ReplicaIdentity::Default, &columns, &[index(&[3, 1], true)]);
+        assert_eq!((key, other), (vec![1, 0], false));
+        let two = [index(&[1], true), index(&[3], false)];
+        assert_eq!(choose_key(ReplicaIdentity::Default, &columns, &two), (vec![0], true));
+    }
+
+    #[test]
+    fn a_nullable_or_missing_key_names_nothing() {
+        let columns = [column(1, false)];
+        assert_eq!(choose_key(ReplicaIdentity::Full, &columns, &[index(&[1], false)]), (vec![], true));
+        assert_eq!(choose_key(ReplicaIdentity::Default, &columns, &[]), (vec![], false));
+        assert_eq!(choose_key(ReplicaIdentity::Nothing, &columns, &[index(&[1], true)]).0, Vec::<usize>::new());
+    }
+}
