@@ -1,1 +1,10 @@
-//! To be written.
+//! The server that is moved to: its ledger, its schema, and the sessions that write rows. Knows nothing of slots.
+//!
+//! Every mark of progress is a row in the schema `walferry` of the target, written in the transaction that does the
+//! work it speaks of (invariant I2). So after any death, of walferry or of the target, the ledger says exactly what
+//! the target holds.
+
+pub mod index;
+pub mod ledger;
+pub mod schema;
+pub mod writer;

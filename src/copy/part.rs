@@ -1,0 +1,137 @@
+//! One part of one table, from COPY to COPY.
+
+use std::pin::pin;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::{SinkExt, TryStreamExt};
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::Outcome;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::observe::board::StatusBoard;
+use crate::source::catalog::Table;
+use crate::source::snapshot;
+use crate::target::ledger::{self, Part};
+
+/// The source sends a message per row; the target gets chunks of this size.
+const CHUNK_BYTES: usize = 128 * 1024;
+
+/// Copies one part, and marks it in the ledger, as one transaction on the target.
+pub(super) async fn copy(
+    source: &Client,
+    target: &mut Client,
+    snapshot: &str,
+    table: &Table,
+    part: &Part,
+    board: &StatusBoard,
+) -> Result<Outcome> {
+    let outcome = copy_rows(source, target, snapshot, table, part, board).await;
+    // Ends the transaction on the source, and with it the lock (H9), whatever happened. When the session is gone, so is
+    // the lock.
+    let ended = source.batch_execute("ROLLBACK").await;
+    let outcome = match outcome {
+        Err(error) if error.sqlstate() == Some(&SqlState::QUERY_CANCELED) => return Ok(Outcome::MadeWay),
+        outcome => outcome.context(|| format!("copying {} from page {}", table.qualified(), part.first_page))?,
+    };
+    ended?;
+    Ok(outcome)
+}
+
+async fn copy_rows(
+    source: &Client,
+    target: &mut Client,
+    snapshot: &str,
+    table: &Table,
+    part: &Part,
+    board: &StatusBoard,
+) -> Result<Outcome> {
+    snapshot::import(source, snapshot).await?;
+    if !is_same_file(source, table).await? {
+        return Ok(Outcome::Stale);
+    }
+    let transaction = target.transaction().await?;
+    // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
+    transaction.batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica").await?;
+    let format = if table.binary_safe() { "binary" } else { "text" };
+    let rows = source.copy_out(&copy_out_statement(table, part, format)).await?;
+    let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
+    let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {format})", table.qualified());
+    let sink = transaction.copy_in::<_, Bytes>(&statement).await?;
+    let (mut rows, mut sink) = (pin!(rows), pin!(sink));
+
+    let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
+    let mut chunk = BytesMut::with_capacity(CHUNK_BYTES * 2);
+    let mut chunk_rows = 0;
+    while let Some(row) = rows.try_next().await? {
+        chunk_rows += 1;
+        chunk.extend_from_slice(&row);
+        if chunk.len() >= CHUNK_BYTES {
+            if let Some(progress) = &mut progress {
+                progress.add(chunk.len() as u64, chunk_rows);
+            }
+            chunk_rows = 0;
+            sink.feed(chunk.split().freeze()).await?;
+            chunk.reserve(CHUNK_BYTES * 2);
+        }
+    }
+    if let Some(progress) = &mut progress {
+        progress.add(chunk.len() as u64, chunk_rows);
+    }
+    if !chunk.is_empty() {
+        sink.feed(chunk.freeze()).await?;
+    }
+    let rows = sink.finish().await?;
+    let complete = ledger::part_copied(transaction.client(), part, rows).await?;
+    transaction.commit().await?;
+    if let Some(progress) = progress {
+        progress.committed();
+    }
+    Ok(Outcome::Copied(complete))
+}
+
+/// Locks the table, and answers whether the snapshot still shows its rows (H4).
+///
+/// TRUNCATE and a rewriting ALTER TABLE put a new file in the place of the old one at once, whatever older snapshots see: under
+/// them the table reads as empty. From the lock on, the file stays.
+async fn is_same_file(source: &Client, table: &Table) -> Result<bool> {
+    let locked = source.batch_execute(&format!("LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.qualified())).await;
+    let gone = |error: &tokio_postgres::Error| {
+        matches!(error.code(), Some(code) if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME)
+    };
+    let changed = || {
+        Error::new(ErrorKind::SchemaChanged, format!("the table {} was dropped or renamed on the source", table.qualified()))
+            .hint("Start the migration anew: `walferry clean`, then `walferry migrate`.")
+    };
+    match locked {
+        Err(error) if gone(&error) => return Err(changed()),
+        locked => locked?,
+    }
+    let row = source
+        .query_one(
+            "SELECT c.relfilenode, pg_catalog.pg_relation_filenode($2::text::regclass), $2::text::regclass::oid \
+             FROM pg_catalog.pg_class c WHERE c.oid = $1",
+            &[&table.relid, &table.qualified()],
+        )
+        .await?;
+    let (in_snapshot, now, relid): (u32, Option<u32>, u32) = (row.get(0), row.get(1), row.get(2));
+    if relid != table.relid {
+        return Err(changed());
+    }
+    Ok(now == Some(in_snapshot))
+}
+
+fn copy_out_statement(table: &Table, part: &Part, format: &str) -> String {
+    let whole = part.first_page == 0 && part.end_page.is_none();
+    if whole {
+        let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
+        return format!("COPY {}{columns} TO STDOUT (FORMAT {format})", table.qualified());
+    }
+    let from = format!("ctid >= '({},0)'::tid", part.first_page);
+    let until = part.end_page.map(|page| format!(" AND ctid < '({page},0)'::tid")).unwrap_or_default();
+    format!(
+        "COPY (SELECT {} FROM ONLY {} WHERE {from}{until}) TO STDOUT (FORMAT {format})",
+        table.column_list(),
+        table.qualified()
+    )
+}

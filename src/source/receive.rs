@@ -1,0 +1,350 @@
+//! From the slot into the queue: receives the stream, frames its transactions, acknowledges what is on disk.
+//!
+//! ```text
+//!   START_REPLICATION at the queue's durable end
+//!        │
+//!        ▼            begin / data / commit            flush when the socket is drained
+//!   ReplicationStream ────────────────────► Appender ────────────────────► writer thread: write, fsync
+//!        ▲                                                                        │
+//!        └───────────────── status: flushed = durable end (I1) ◄──────────────────┘
+//! ```
+//!
+//! Progress: the only position that is ever confirmed is the queue's durable end. A keepalive's position goes into
+//! the queue as a record of its own before it is confirmed, so that after a restart the slot can never be ahead of
+//! the queue without a reason (H15).
+//!
+//! How it dies: before the fsync, nothing was confirmed and the source sends it again; after it, the queue has it. A
+//! transaction cut off by a lost connection is dropped by [`Appender::rewind`] and comes again as a whole.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
+use crate::connection::ConnectionSpec;
+use crate::decode::{self, Message};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::observe::board::{Side, StatusBoard};
+use crate::observe::status::{Level, Queue as QueueStatus};
+use crate::queue::{Appender, Queue, TransactionHead};
+
+/// How often the source is told where we are, when nothing else makes us.
+const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the source may be silent, though asked to answer, before the connection counts as dead.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// How often a keepalive's position is written to the queue.
+const POSITION_INTERVAL: Duration = Duration::from_secs(1);
+/// The longest wait between two attempts to connect.
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// What the receiver needs to know of the slot, and of the server it was made on.
+#[derive(Clone, Debug)]
+pub struct Subscription {
+    /// The slot.
+    pub slot: String,
+    /// Its publications.
+    pub publications: Vec<String>,
+    /// Whether columns come in binary.
+    pub binary: bool,
+    /// The source's system identifier when the slot was made.
+    pub source_system: String,
+    /// The source's timeline when the slot was made.
+    pub source_timeline: u32,
+    /// What our sessions call themselves.
+    pub application_name: String,
+}
+
+/// Receives until it is dropped, or until something happens that no new attempt can mend.
+///
+/// # Errors
+/// `Gap` when the stream cannot go on where the queue ends; `Queue` when the queue is corrupt; otherwise an error that
+/// is not transient, such as a password that is no longer accepted.
+pub async fn run(
+    source: &ConnectionSpec,
+    subscription: &Subscription,
+    queue: &Queue,
+    appender: &mut Appender,
+    board: &StatusBoard,
+) -> Result<()> {
+    let mut backoff = Duration::from_millis(200);
+    loop {
+        let connected = Instant::now();
+        let outcome = receive(source, subscription, queue, appender, board).await;
+        board.set_connected(false);
+        let Err(error) = outcome else { continue };
+        if !error.is_transient() {
+            return Err(error);
+        }
+        if connected.elapsed() > BACKOFF_MAX {
+            backoff = Duration::from_millis(200);
+        }
+        board.event(Level::Warning, format!("the stream from the source broke off; trying again: {error}"));
+        tokio::time::sleep(jittered(backoff)).await;
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+        board.reconnected(Side::Source);
+    }
+}
+
+/// One connection's life. Never returns `Ok` but when the source ended the stream in good order.
+async fn receive(
+    source: &ConnectionSpec,
+    subscription: &Subscription,
+    queue: &Queue,
+    appender: &mut Appender,
+    board: &StatusBoard,
+) -> Result<()> {
+    let from = appender.rewind().await?;
+    let mut session = ReplicationSession::connect(source, &subscription.application_name).await?;
+    prove_no_gap(&mut session, subscription, from).await?;
+    let mut stream = session
+        .start(&subscription.slot, from, &subscription.publications, subscription.binary)
+        .await
+        .context(|| format!("starting replication from the slot {} at {from}", subscription.slot))?;
+    board.set_connected(true);
+    board.event(Level::Info, format!("receiving changes from the source at {from}"));
+    let outcome = Receiver::new(queue, appender, board, from).run(&mut stream).await;
+    if outcome.is_ok() {
+        stream.stop().await?;
+    }
+    outcome
+}
+
+/// H15: START_REPLICATION silently skips forward when it is asked for a position before the slot's confirmed one, and
+/// another server can have a slot of the same name. So both are compared at every connect.
+async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscription, from: Lsn) -> Result<()> {
+    let gap = |text: String, hint: &str| Err(Error::new(ErrorKind::Gap, text).hint(hint));
+    let identity = session.identify_system().await?;
+    if identity.system_id != subscription.source_system {
+        return gap(
+            format!(
+                "this is another server: its system identifier is {}, the migration's source has {}",
+                identity.system_id, subscription.source_system
+            ),
+            "Check --source: walferry has to connect to the server (or its promoted standby) that the migration began on.",
+        );
+    }
+    if identity.timeline != subscription.source_timeline {
+        return gap(
+            format!(
+                "the source is on timeline {} and was on {} when the migration began: it has failed over or was restored, and \
+                 changes up to {from} may be missing on it or here",
+                identity.timeline, subscription.source_timeline
+            ),
+            "Start the migration anew: `walferry clean`, then `walferry migrate`.",
+        );
+    }
+    let statement = format!(
+        "SELECT confirmed_flush_lsn, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = {} AND slot_type = 'logical'",
+        crate::sql::literal(&subscription.slot)
+    );
+    let rows = session.simple_query(&statement).await?;
+    let Some(row) = rows.first() else {
+        return gap(
+            format!("the slot {} is gone from the source: changes after {from} can no longer be read", subscription.slot),
+            "Start the migration anew: `walferry clean`, then `walferry migrate`.",
+        );
+    };
+    let field = |column: usize| row.get(column).and_then(Option::as_deref);
+    if field(1) == Some("lost") {
+        return gap(
+            format!("the source has removed WAL that the slot {} still needed (wal_status is lost): changes after {from} are gone", subscription.slot),
+            "Raise max_slot_wal_keep_size on the source, then start anew: `walferry clean`, then `walferry migrate`.",
+        );
+    }
+    let confirmed: Lsn = field(0).and_then(|text| text.parse().ok()).unwrap_or(Lsn::ZERO);
+    if confirmed > from {
+        return gap(
+            format!(
+                "the slot {} has been moved on to {confirmed}, but the queue ends at {from}: the changes between are lost",
+                subscription.slot
+            ),
+            "Use the state directory that this migration was begun with; if it is lost, start anew: `walferry clean`, then `walferry migrate`.",
+        );
+    }
+    Ok(())
+}
+
+/// The state of one connection.
+struct Receiver<'a> {
+    queue: &'a Queue,
+    appender: &'a mut Appender,
+    board: &'a StatusBoard,
+    /// End LSN of what the queue has: a transaction that commits before it came again and is dropped.
+    end: Lsn,
+    /// The transaction in the making.
+    transaction: Option<Transaction>,
+    /// A keepalive's position that is newer than the queue's end.
+    position: Option<Lsn>,
+    position_at: Instant,
+}
+
+struct Transaction {
+    head: TransactionHead,
+    changes: u64,
+    repeated: bool,
+}
+
+impl<'a> Receiver<'a> {
+    fn new(queue: &'a Queue, appender: &'a mut Appender, board: &'a StatusBoard, end: Lsn) -> Receiver<'a> {
+        Receiver { queue, appender, board, end, transaction: None, position: None, position_at: Instant::now() }
+    }
+
+    async fn run(&mut self, stream: &mut ReplicationStream) -> Result<()> {
+        let mut progress = self.queue.subscribe();
+        let mut status = tokio::time::interval(STATUS_INTERVAL);
+        status.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        let mut confirmed = Lsn::ZERO;
+        loop {
+            // Back-pressure (I7): while the queue has no room, the socket is not read, and the connection is kept
+            // alive by the status messages below.
+            let event = async {
+                self.appender.ready().await?;
+                stream.next().await
+            };
+            let event = tokio::select! {
+                event = event => Some(event?),
+                changed = progress.changed() => {
+                    if changed.is_err() {
+                        // The writer thread has ended; `ready` says why.
+                        self.appender.ready().await?;
+                        return Err(Error::new(ErrorKind::Queue, "the queue's writer has ended"));
+                    }
+                    None
+                }
+                _ = status.tick() => {
+                    self.write_position(true)?;
+                    let full = progress.borrow().full;
+                    if !full && heard.elapsed() > SILENCE_MAX {
+                        return Err(Error::new(
+                            ErrorKind::Transient,
+                            format!("the source has been silent for {} seconds", heard.elapsed().as_secs()),
+                        ));
+                    }
+                    if full {
+                        heard = Instant::now();
+                    }
+                    confirmed = self.queue.durable_end();
+                    stream.send_status(confirmed, true).await?;
+                    None
+                }
+            };
+            if let Some(event) = event {
+                heard = Instant::now();
+                let reply_requested = self.take(event)?;
+                if !stream.has_buffered() {
+                    self.write_position(reply_requested)?;
+                    self.appender.flush()?;
+                }
+                if reply_requested {
+                    confirmed = self.queue.durable_end();
+                    stream.send_status(confirmed, false).await?;
+                }
+            } else {
+                let durable = self.queue.durable_end();
+                if durable > confirmed {
+                    confirmed = durable;
+                    stream.send_status(confirmed, false).await?;
+                }
+                let now = progress.borrow_and_update().clone();
+                self.board.set_queue(QueueStatus {
+                    bytes: now.bytes_on_disk,
+                    limit_bytes: now.max_bytes,
+                    full: now.full,
+                    durable_lsn: now.durable_end,
+                    written_lsn: now.written_end,
+                });
+            }
+        }
+    }
+
+    /// Takes one message; answers whether the source wants to hear from us.
+    fn take(&mut self, event: StreamEvent) -> Result<bool> {
+        match event {
+            StreamEvent::KeepAlive { wal_end, server_time, reply_requested } => {
+                self.board.heard_from_source(wal_end, server_time);
+                // Everything that commits before this position has been sent, so outside of a transaction it is an
+                // end like that of a transaction.
+                if self.transaction.is_none() && wal_end > self.end {
+                    self.position = Some(wal_end);
+                }
+                Ok(reply_requested)
+            }
+            StreamEvent::Data { wal_end, server_time, data, .. } => {
+                self.board.heard_from_source(wal_end, server_time);
+                self.board.received_bytes(data.len() as u64);
+                self.take_message(&data)?;
+                Ok(false)
+            }
+        }
+    }
+
+    fn take_message(&mut self, data: &[u8]) -> Result<()> {
+        match data.first() {
+            Some(b'B') => {
+                let Message::Begin { commit_lsn, commit_time, xid } = decoded(data)? else { return Err(out_of_order(data)) };
+                if self.transaction.is_some() {
+                    return Err(out_of_order(data));
+                }
+                let head = TransactionHead { xid, commit_lsn, commit_time };
+                let repeated = commit_lsn < self.end;
+                if !repeated {
+                    self.appender.begin(head)?;
+                }
+                self.position = None;
+                self.transaction = Some(Transaction { head, changes: 0, repeated });
+            }
+            Some(b'C') => {
+                let Message::Commit { end_lsn, .. } = decoded(data)? else { return Err(out_of_order(data)) };
+                let Some(transaction) = self.transaction.take() else { return Err(out_of_order(data)) };
+                if !transaction.repeated {
+                    self.appender.commit(end_lsn)?;
+                    self.end = end_lsn;
+                    self.board.received_transaction(transaction.changes, end_lsn, transaction.head.commit_time);
+                }
+            }
+            Some(kind) => match &mut self.transaction {
+                Some(transaction) => {
+                    if !transaction.repeated {
+                        self.appender.data(data)?;
+                    }
+                    transaction.changes += u64::from(matches!(kind, b'I' | b'U' | b'D' | b'T'));
+                }
+                // A message outside of a transaction is somebody's non-transactional logical message: not ours, and
+                // nothing that a table could hold.
+                None if *kind == b'M' => {}
+                None => return Err(out_of_order(data)),
+            },
+            None => return Err(out_of_order(data)),
+        }
+        Ok(())
+    }
+
+    /// Writes the newest keepalive's position to the queue, at most once a second unless `now`.
+    fn write_position(&mut self, now: bool) -> Result<()> {
+        let due = now || self.position_at.elapsed() >= POSITION_INTERVAL;
+        if let Some(position) = self.position.take_if(|_| due) {
+            self.appender.position(position)?;
+            self.appender.flush()?;
+            self.end = position;
+            self.position_at = Instant::now();
+        }
+        Ok(())
+    }
+}
+
+fn decoded(data: &[u8]) -> Result<Message<'_>> {
+    decode::decode(data).map_err(|error| Error::new(ErrorKind::Other, format!("the source sent a message that cannot be read: {error}")))
+}
+
+fn out_of_order(data: &[u8]) -> Error {
+    let kind = data.first().map_or('?', |kind| char::from(*kind));
+    Error::new(ErrorKind::Other, format!("the source sent a message of kind '{kind}' where none can be"))
+}
+
+/// A wait that differs between processes, so that they do not all come back at once.
+fn jittered(wait: Duration) -> Duration {
+    let nanoseconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
+    wait.mul_f64(0.5 + f64::from(nanoseconds % 1000) / 1000.0)
+}

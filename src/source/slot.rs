@@ -1,0 +1,174 @@
+//! The slot and its publications: everything that walferry makes on the source to see its changes.
+//!
+//! Order matters (H2, H8): the publications first, then the slot with its snapshot, then whatever is read of the
+//! source under that snapshot. A table that was added to a publication later would lose what was in flight.
+
+use tokio_postgres::Client;
+
+use super::catalog::Table;
+use super::replication::ReplicationSession;
+use super::snapshot::{HeldSnapshot, SnapshotData};
+use crate::connection::ConnectionSpec;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::sql;
+
+/// How often the slot is asked for again when its snapshot is too large (H7).
+const ATTEMPTS_WITH_SNAPSHOT: usize = 3;
+
+/// A new slot and the snapshot that fits it.
+pub struct NewSlot {
+    /// Every transaction that commits at or after it comes over the stream.
+    pub consistent_point: Lsn,
+    /// What had been committed before.
+    pub snapshot: HeldSnapshot,
+}
+
+/// A slot as the server shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// What the source holds as confirmed by us.
+    pub confirmed_flush: Lsn,
+    /// `reserved`, `extended`, `unreserved` or `lost`; `None` before PostgreSQL 13.
+    pub wal_status: Option<String>,
+    /// The backend that reads from it.
+    pub active_pid: Option<i32>,
+    /// How many bytes of WAL the source keeps because of it.
+    pub retained_bytes: i64,
+}
+
+/// Makes both publications anew: one for the tables whose updates and deletes can be told, one for inserts only
+/// (H27: a table without usable identity in the first would make the application's own updates fail).
+///
+/// # Errors
+/// Whatever the server says, with the statement that gives the right.
+pub async fn create_publications(client: &Client, publication: &str, insert_only: &str, tables: &[Table]) -> Result<()> {
+    drop_publications(client, publication, insert_only).await?;
+    let list = |wanted: bool| {
+        let names: Vec<String> = tables
+            .iter()
+            .filter(|table| !table.unlogged && table.has_usable_identity() == wanted)
+            .map(|table| format!("ONLY {}", table.qualified()))
+            .collect();
+        if names.is_empty() { String::new() } else { format!(" FOR TABLE {}", names.join(", ")) }
+    };
+    let statements = [
+        (publication, list(true), "insert, update, delete, truncate"),
+        (insert_only, list(false), "insert, truncate"),
+    ];
+    for (name, tables, events) in statements {
+        let statement = format!("CREATE PUBLICATION {}{tables} WITH (publish = '{events}')", sql::identifier(name));
+        client.batch_execute(&statement).await.context(|| format!("creating the publication {name} on the source"))?;
+    }
+    Ok(())
+}
+
+/// Drops both publications, where they are there.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn drop_publications(client: &Client, publication: &str, insert_only: &str) -> Result<()> {
+    let names = sql::identifiers([publication, insert_only]);
+    // Not in one statement of several commands, so that a missing one leaves no notice of an aborted transaction.
+    client
+        .batch_execute(&format!("DROP PUBLICATION IF EXISTS {names}"))
+        .await
+        .context(|| format!("dropping the publications {publication} and {insert_only} on the source"))
+}
+
+/// Makes the slot, and a snapshot for the tables.
+///
+/// The call returns once every transaction that is open on the source's cluster has ended (H33).
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn create(source: &ConnectionSpec, application_name: &str, slot: &str) -> Result<NewSlot> {
+    for attempt in 1..=ATTEMPTS_WITH_SNAPSHOT {
+        match create_with_snapshot(source, application_name, slot).await {
+            Err(error) if error.to_string().contains("initial slot snapshot too large") => {
+                tracing::warn!(attempt, "the source has too many open transactions for the slot's snapshot (H7)");
+                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            }
+            outcome => return outcome,
+        }
+    }
+    create_without_snapshot(source, application_name, slot).await
+}
+
+async fn create_with_snapshot(source: &ConnectionSpec, application_name: &str, slot: &str) -> Result<NewSlot> {
+    let mut session = ReplicationSession::connect(source, application_name).await?;
+    session.simple_query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'use')", sql::identifier(slot));
+    let made = session.simple_query(&command).await.context(|| format!("creating the slot {slot} on the source"))?;
+    let consistent_point = lsn_at(&made, 1)?;
+    let taken = session.simple_query("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()").await?;
+    let insert_lsn = lsn_at(&session.simple_query("SELECT pg_catalog.pg_current_wal_insert_lsn()").await?, 0)?;
+    let data = SnapshotData::parse(text_at(&taken, 0)?, insert_lsn)?;
+    let name = text_at(&taken, 1)?.to_owned();
+    Ok(NewSlot { consistent_point, snapshot: HeldSnapshot::of_replication_session(name, data, session) })
+}
+
+/// The other way (H7): a slot without a snapshot, and a snapshot so late that nothing can be in neither.
+async fn create_without_snapshot(source: &ConnectionSpec, application_name: &str, slot: &str) -> Result<NewSlot> {
+    let mut session = ReplicationSession::connect(source, application_name).await?;
+    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing')", sql::identifier(slot));
+    let made = session.simple_query(&command).await.context(|| format!("creating the slot {slot} on the source"))?;
+    let consistent_point = lsn_at(&made, 1)?;
+    let after = session.simple_query("SELECT pg_catalog.pg_current_snapshot()::text").await?;
+    let after = SnapshotData::parse(text_at(&after, 0)?, consistent_point)?;
+    let snapshot = HeldSnapshot::take(source, application_name, after.xmax).await?;
+    Ok(NewSlot { consistent_point, snapshot })
+}
+
+/// How the slot stands; `None` when there is none of that name.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn state(client: &Client, slot: &str) -> Result<Option<SlotState>> {
+    let row = client
+        .query_opt(
+            "SELECT coalesce(confirmed_flush_lsn, '0/0'), wal_status, active_pid, \
+                    pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn)::int8 \
+             FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
+            &[&slot],
+        )
+        .await
+        .context(|| format!("looking at the slot {slot}"))?;
+    Ok(row.map(|row| SlotState {
+        confirmed_flush: row.get::<_, tokio_postgres::types::PgLsn>(0).into(),
+        wal_status: row.get(1),
+        active_pid: row.get(2),
+        retained_bytes: row.get::<_, Option<i64>>(3).unwrap_or(0),
+    }))
+}
+
+/// Drops the slot, where it is there, after ending whoever still reads from it.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn drop(client: &Client, slot: &str) -> Result<()> {
+    for _ in 0..100 {
+        let Some(state) = state(client, slot).await? else { return Ok(()) };
+        let Some(pid) = state.active_pid else {
+            let dropped = client.query("SELECT pg_catalog.pg_drop_replication_slot($1)", &[&slot]).await;
+            match dropped {
+                Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::OBJECT_IN_USE) => continue,
+                outcome => return outcome.map(|_| ()).context(|| format!("dropping the slot {slot}")),
+            }
+        };
+        client.query("SELECT pg_catalog.pg_terminate_backend($1)", &[&pid]).await?;
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    Err(Error::new(ErrorKind::Transient, format!("the slot {slot} stays in use by another session"))
+        .hint("End the session that pg_replication_slots.active_pid names, then try again."))
+}
+
+fn text_at(rows: &[Vec<Option<String>>], column: usize) -> Result<&str> {
+    let value = rows.first().and_then(|row| row.get(column)).and_then(Option::as_deref);
+    value.ok_or_else(|| Error::new(ErrorKind::Other, "the server's answer has not the form that was expected"))
+}
+
+fn lsn_at(rows: &[Vec<Option<String>>], column: usize) -> Result<Lsn> {
+    let text = text_at(rows, column)?;
+    text.parse().map_err(|error| Error::new(ErrorKind::Other, format!("{text}: {error}")))
+}

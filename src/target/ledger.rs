@@ -1,0 +1,578 @@
+//! The ledger: the one truth about what the target holds (invariant I2).
+//!
+//! | table | one row is |
+//! |---|---|
+//! | `migration` | the migration: who it is, which slot and publications are its own, which phase it is in |
+//! | `snapshot` | a snapshot that tables were copied under, with the WAL insert position read after it (I3, H6) |
+//! | `source_table` | a migrated table as the catalog had it, and the snapshot its rows come from |
+//! | `part` | a range of pages of a table, and whether it has been copied |
+//! | `schema_item` | a statement of the schema that `pg_dump` wrote, and whether it has been run |
+//! | `fingerprint` | an object of the source and the hash of its definition (I11) |
+//! | `apply_progress` | how far one apply session has come |
+//!
+//! A function here that takes a session runs inside whatever transaction that session has open: the caller makes
+//! the row and the work one transaction.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use tokio_postgres::Client;
+use tokio_postgres::types::PgLsn;
+
+use crate::apply::route::Routing;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::source::catalog::Table;
+use crate::source::snapshot::SnapshotData;
+
+/// The version of the ledger's tables that this walferry writes (H18).
+pub const FORMAT: i32 = 1;
+
+const TABLES: &str = "
+CREATE SCHEMA walferry;
+COMMENT ON SCHEMA walferry IS 'walferry: the ledger of a running migration; `walferry clean` removes it';
+CREATE TABLE walferry.migration (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    format integer NOT NULL,
+    id text NOT NULL,
+    source_system text NOT NULL,
+    source_timeline integer NOT NULL,
+    source_database text NOT NULL,
+    slot text NOT NULL,
+    publication text NOT NULL,
+    insert_only_publication text NOT NULL,
+    binary_format boolean NOT NULL DEFAULT false,
+    apply_workers integer NOT NULL,
+    phase text NOT NULL,
+    consistent_point pg_lsn,
+    pre_data_restored boolean NOT NULL DEFAULT false,
+    post_data_restored boolean NOT NULL DEFAULT false,
+    fence jsonb,
+    cutover jsonb,
+    started_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE walferry.snapshot (
+    id integer PRIMARY KEY,
+    xmin bigint NOT NULL,
+    xmax bigint NOT NULL,
+    running bigint[] NOT NULL,
+    insert_lsn pg_lsn NOT NULL
+);
+CREATE TABLE walferry.source_table (
+    relid bigint PRIMARY KEY,
+    definition jsonb NOT NULL,
+    insert_only boolean NOT NULL,
+    routing text NOT NULL,
+    snapshot integer REFERENCES walferry.snapshot,
+    copied boolean NOT NULL DEFAULT false,
+    rows_copied bigint NOT NULL DEFAULT 0
+);
+CREATE TABLE walferry.part (
+    relid bigint NOT NULL REFERENCES walferry.source_table,
+    part integer NOT NULL,
+    first_page bigint NOT NULL,
+    end_page bigint,
+    copied boolean NOT NULL DEFAULT false,
+    rows bigint NOT NULL DEFAULT 0,
+    PRIMARY KEY (relid, part)
+);
+CREATE TABLE walferry.schema_item (
+    position integer PRIMARY KEY,
+    section text NOT NULL,
+    kind text NOT NULL,
+    name text NOT NULL,
+    relid bigint,
+    statement text NOT NULL,
+    done boolean NOT NULL DEFAULT false
+);
+CREATE TABLE walferry.fingerprint (object text PRIMARY KEY, hash text NOT NULL);
+CREATE TABLE walferry.apply_progress (
+    worker integer PRIMARY KEY,
+    applied pg_lsn NOT NULL
+) WITH (fillfactor = 50);
+";
+
+/// Who a migration is, and what on the source belongs to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migration {
+    /// Eight hexadecimal digits, also in the names of slot and publications.
+    pub id: String,
+    /// `pg_control_system().system_identifier` of the source.
+    pub source_system: String,
+    /// The source's timeline when the migration began.
+    pub source_timeline: i32,
+    /// The database that is moved.
+    pub source_database: String,
+    /// The replication slot.
+    pub slot: String,
+    /// The publication of the tables with a usable replica identity.
+    pub publication: String,
+    /// The publication of the tables without one: inserts and truncates only (H27).
+    pub insert_only_publication: String,
+    /// Whether columns go over the wire in binary.
+    pub binary: bool,
+    /// How many sessions apply, which the routing of changes depends on.
+    pub apply_workers: usize,
+    /// The last phase that was entered.
+    pub phase: Phase,
+    /// The slot's consistent point; `None` until slot, catalog and schema are all recorded.
+    pub consistent_point: Option<Lsn>,
+    /// Whether the target has the schema's tables, types and functions.
+    pub pre_data_restored: bool,
+    /// Whether all of the schema is there.
+    pub post_data_restored: bool,
+}
+
+/// The phases of a migration, as the ledger knows them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Publications, slot and schema are being made; starting again starts over.
+    Preparing,
+    /// Tables are being copied, and their indexes built.
+    Copying,
+    /// All tables are copied; the queue is being drained.
+    CatchingUp,
+    /// The target is complete but for the lag.
+    Following,
+    /// The target is the primary.
+    CutOver,
+}
+
+impl Phase {
+    fn name(self) -> &'static str {
+        match self {
+            Phase::Preparing => "preparing",
+            Phase::Copying => "copying",
+            Phase::CatchingUp => "catching_up",
+            Phase::Following => "following",
+            Phase::CutOver => "cut_over",
+        }
+    }
+
+    fn parse(name: &str) -> Result<Phase> {
+        let all = [Phase::Preparing, Phase::Copying, Phase::CatchingUp, Phase::Following, Phase::CutOver];
+        let known = all.into_iter().find(|phase| phase.name() == name);
+        known.ok_or_else(|| Error::new(ErrorKind::Other, format!("the ledger names a phase `{name}` that this version does not know")))
+    }
+}
+
+/// A table with what the ledger knows of its copy.
+#[derive(Clone, Debug)]
+pub struct LedgerTable {
+    /// As the catalog had it under the slot's snapshot.
+    pub table: Table,
+    /// Its updates and deletes are not in the stream (H27).
+    pub insert_only: bool,
+    /// The snapshot its rows come from; `None` before its copy has begun.
+    pub snapshot: Option<i32>,
+    /// Every part is on the target.
+    pub copied: bool,
+    /// Rows that the finished parts held.
+    pub rows_copied: i64,
+}
+
+/// A range of pages of a table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The table.
+    pub relid: u32,
+    /// Counted from 0 within the table.
+    pub part: i32,
+    /// The first page.
+    pub first_page: i64,
+    /// The page after the last; `None` for the last part, which is open-ended (H3).
+    pub end_page: Option<i64>,
+}
+
+/// Makes the ledger, with its one migration; one transaction.
+///
+/// # Errors
+/// `Blocked` when the target holds a ledger already; else what the server says.
+pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
+    let transaction = client.transaction().await?;
+    transaction.batch_execute(TABLES).await.context(|| "creating the ledger (schema walferry) on the target".into())?;
+    transaction
+        .execute(
+            "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \
+                 insert_only_publication, apply_workers, phase) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+            &[
+                &FORMAT,
+                &migration.id,
+                &migration.source_system,
+                &migration.source_timeline,
+                &migration.source_database,
+                &migration.slot,
+                &migration.publication,
+                &migration.insert_only_publication,
+                &count(migration.apply_workers),
+                &migration.phase.name(),
+            ],
+        )
+        .await
+        .context(|| "writing the migration into the ledger".into())?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+/// The migration that the target's ledger speaks of, if it has a ledger.
+///
+/// # Errors
+/// `Blocked` for a ledger that a newer walferry wrote (H18).
+pub async fn load(client: &Client) -> Result<Option<Migration>> {
+    let exists: bool = client
+        .query_one("SELECT pg_catalog.to_regclass('walferry.migration') IS NOT NULL", &[])
+        .await
+        .context(|| "looking for the ledger on the target".into())?
+        .get(0);
+    if !exists {
+        return Ok(None);
+    }
+    let Some(row) = client.query_opt("SELECT * FROM walferry.migration", &[]).await? else { return Ok(None) };
+    let format: i32 = row.get("format");
+    if format > FORMAT {
+        return Err(Error::new(
+            ErrorKind::Blocked,
+            format!("the target's ledger has format {format}, and this walferry knows only up to {FORMAT}"),
+        )
+        .hint("Go on with the newer walferry that began this migration."));
+    }
+    Ok(Some(Migration {
+        id: row.get("id"),
+        source_system: row.get("source_system"),
+        source_timeline: row.get("source_timeline"),
+        source_database: row.get("source_database"),
+        slot: row.get("slot"),
+        publication: row.get("publication"),
+        insert_only_publication: row.get("insert_only_publication"),
+        binary: row.get("binary_format"),
+        apply_workers: usize::try_from(row.get::<_, i32>("apply_workers")).unwrap_or(1),
+        phase: Phase::parse(row.get("phase"))?,
+        consistent_point: row.get::<_, Option<PgLsn>>("consistent_point").map(Lsn::from),
+        pre_data_restored: row.get("pre_data_restored"),
+        post_data_restored: row.get("post_data_restored"),
+    }))
+}
+
+/// Enters a phase, durably: all that earlier transactions wrote asynchronously is on disk when this returns.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn enter_phase(client: &Client, phase: Phase) -> Result<()> {
+    let statement = format!(
+        "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET phase = '{}'; COMMIT",
+        phase.name()
+    );
+    client.batch_execute(&statement).await.context(|| format!("entering the phase {}", phase.name()))
+}
+
+/// What the preparation found out, written as one transaction: without it nothing of the preparation counts.
+pub struct Prepared<'a> {
+    /// The slot's consistent point.
+    pub consistent_point: Lsn,
+    /// The slot's snapshot, number 0.
+    pub snapshot: &'a SnapshotData,
+    /// The tables under it, and which are insert-only.
+    pub tables: &'a [(Table, bool)],
+    /// The schema's statements, in `pg_dump`'s order.
+    pub items: &'a [SchemaItem],
+    /// The catalog's fingerprint under it.
+    pub fingerprint: &'a BTreeMap<String, String>,
+    /// Whether the stream is binary.
+    pub binary: bool,
+}
+
+/// Records the end of the preparation (H1: the slot's snapshot is in the ledger before anything uses it).
+///
+/// # Errors
+/// Whatever the server says; nothing is recorded then.
+pub async fn record_prepared(client: &mut Client, migration: &Migration, prepared: &Prepared<'_>) -> Result<()> {
+    let transaction = client.transaction().await?;
+    insert_snapshot(transaction.client(), 0, prepared.snapshot).await?;
+    let relids: Vec<i64> = prepared.tables.iter().map(|(table, _)| i64::from(table.relid)).collect();
+    let definitions = prepared.tables.iter().map(|(table, _)| to_json(table)).collect::<Result<Vec<String>>>()?;
+    let insert_only: Vec<bool> = prepared.tables.iter().map(|(_, insert_only)| *insert_only).collect();
+    let routings: Vec<&str> = prepared.tables.iter().map(|(table, _)| Routing::of(table).name()).collect();
+    transaction
+        .execute(
+            "INSERT INTO walferry.source_table (relid, definition, insert_only, routing) \
+             SELECT r, d::jsonb, i, g FROM unnest($1::int8[], $2::text[], $3::bool[], $4::text[]) u(r, d, i, g)",
+            &[&relids, &definitions, &insert_only, &routings],
+        )
+        .await
+        .context(|| "recording the tables in the ledger".into())?;
+    let sections: Vec<&str> = prepared.items.iter().map(|item| item.section.name()).collect();
+    let kinds: Vec<&str> = prepared.items.iter().map(|item| item.kind.as_str()).collect();
+    let names: Vec<&str> = prepared.items.iter().map(|item| item.name.as_str()).collect();
+    let item_relids: Vec<Option<i64>> = prepared.items.iter().map(|item| item.relid.map(i64::from)).collect();
+    let statements: Vec<&str> = prepared.items.iter().map(|item| item.statement.as_str()).collect();
+    transaction
+        .execute(
+            "INSERT INTO walferry.schema_item (position, section, kind, name, relid, statement) \
+             SELECT (row_number() OVER ())::int4, s, k, n, r, t \
+             FROM unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::text[]) u(s, k, n, r, t)",
+            &[&sections, &kinds, &names, &item_relids, &statements],
+        )
+        .await
+        .context(|| "recording the schema in the ledger".into())?;
+    let (objects, hashes): (Vec<&str>, Vec<&str>) =
+        prepared.fingerprint.iter().map(|(object, hash)| (object.as_str(), hash.as_str())).unzip();
+    transaction
+        .execute("INSERT INTO walferry.fingerprint SELECT * FROM unnest($1::text[], $2::text[])", &[&objects, &hashes])
+        .await?;
+    transaction
+        .execute(
+            "INSERT INTO walferry.apply_progress SELECT worker, $2 FROM generate_series(0, $1::int4 - 1) worker",
+            &[&count(migration.apply_workers), &PgLsn::from(prepared.consistent_point)],
+        )
+        .await?;
+    transaction
+        .execute(
+            "UPDATE walferry.migration SET consistent_point = $1, binary_format = $2, phase = 'copying'",
+            &[&PgLsn::from(prepared.consistent_point), &prepared.binary],
+        )
+        .await?;
+    transaction.commit().await.context(|| "recording the slot, its snapshot and the schema in the ledger".into())
+}
+
+/// Every table of the migration, largest first.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
+    let rows = client
+        .query(
+            "SELECT definition::text, insert_only, snapshot, copied, rows_copied FROM walferry.source_table \
+             ORDER BY (definition->>'bytes')::int8 DESC, relid",
+            &[],
+        )
+        .await
+        .context(|| "reading the ledger's tables".into())?;
+    rows.iter()
+        .map(|row| {
+            Ok(LedgerTable {
+                table: from_json(row.get(0))?,
+                insert_only: row.get(1),
+                snapshot: row.get(2),
+                copied: row.get(3),
+                rows_copied: row.get(4),
+            })
+        })
+        .collect()
+}
+
+/// Every snapshot that rows on the target come from.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn snapshots(client: &Client) -> Result<BTreeMap<i32, SnapshotData>> {
+    let rows = client.query("SELECT id, xmin, xmax, running, insert_lsn FROM walferry.snapshot", &[]).await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let running: Vec<i64> = row.get(3);
+            let data = SnapshotData {
+                xmin: row.get::<_, i64>(1).cast_unsigned(),
+                xmax: row.get::<_, i64>(2).cast_unsigned(),
+                running: running.into_iter().map(i64::cast_unsigned).collect(),
+                insert_lsn: row.get::<_, PgLsn>(4).into(),
+            };
+            (row.get(0), data)
+        })
+        .collect())
+}
+
+async fn insert_snapshot(client: &Client, id: i32, snapshot: &SnapshotData) -> Result<()> {
+    let running: Vec<i64> = snapshot.running.iter().map(|xid| xid.cast_signed()).collect();
+    client
+        .execute(
+            "INSERT INTO walferry.snapshot (id, xmin, xmax, running, insert_lsn) VALUES ($1, $2, $3, $4, $5)",
+            &[
+                &id,
+                &snapshot.xmin.cast_signed(),
+                &snapshot.xmax.cast_signed(),
+                &running,
+                &PgLsn::from(snapshot.insert_lsn),
+            ],
+        )
+        .await
+        .context(|| "recording a snapshot in the ledger".into())?;
+    Ok(())
+}
+
+/// Gives every table that is not complete a new copy under one snapshot (H3): what a dead copy left in it is thrown
+/// away in the same transaction, because ranges of two snapshots would miss rows that moved between them.
+///
+/// `snapshot` is `None` when the slot's own snapshot, already recorded as number 0, is still alive.
+///
+/// # Errors
+/// Whatever the server says; nothing is changed then.
+pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, parts: &[Part]) -> Result<()> {
+    let unfinished: Vec<LedgerTable> = tables(client).await?.into_iter().filter(|table| !table.copied).collect();
+    let transaction = client.transaction().await?;
+    let id = match snapshot {
+        None => 0,
+        Some(snapshot) => {
+            let next: i32 = transaction.query_one("SELECT max(id) + 1 FROM walferry.snapshot", &[]).await?.get(0);
+            insert_snapshot(transaction.client(), next, snapshot).await?;
+            next
+        }
+    };
+    let relids: Vec<i64> = unfinished.iter().map(|table| i64::from(table.table.relid)).collect();
+    let begun: Vec<i64> = transaction
+        .query("SELECT DISTINCT relid FROM walferry.part WHERE relid = ANY ($1) AND copied", &[&relids])
+        .await?
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    for table in unfinished.iter().filter(|table| begun.contains(&i64::from(table.table.relid))) {
+        let statement = format!("TRUNCATE ONLY {}", table.table.qualified());
+        transaction.batch_execute(&statement).await.context(|| format!("emptying {}", table.table.qualified()))?;
+    }
+    transaction.execute("DELETE FROM walferry.part WHERE relid = ANY ($1)", &[&relids]).await?;
+    transaction
+        .execute("UPDATE walferry.source_table SET snapshot = $2, rows_copied = 0 WHERE relid = ANY ($1)", &[&relids, &id])
+        .await?;
+    let part_relids: Vec<i64> = parts.iter().map(|part| i64::from(part.relid)).collect();
+    let numbers: Vec<i32> = parts.iter().map(|part| part.part).collect();
+    let first_pages: Vec<i64> = parts.iter().map(|part| part.first_page).collect();
+    let end_pages: Vec<Option<i64>> = parts.iter().map(|part| part.end_page).collect();
+    transaction
+        .execute(
+            "INSERT INTO walferry.part (relid, part, first_page, end_page) \
+             SELECT * FROM unnest($1::int8[], $2::int4[], $3::int8[], $4::int8[])",
+            &[&part_relids, &numbers, &first_pages, &end_pages],
+        )
+        .await?;
+    transaction.commit().await.context(|| "planning the copy in the ledger".into())
+}
+
+/// Marks a part as copied, in the transaction that copied it. Answers whether the whole table is complete with it.
+///
+/// # Errors
+/// `Other` when the part was marked already or belongs to another plan: then the rows must not be committed.
+pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool> {
+    let rows = rows.cast_signed();
+    let relid = i64::from(part.relid);
+    let marked = client
+        .execute(
+            "UPDATE walferry.part SET copied = true, rows = $3 \
+             WHERE relid = $1 AND part = $2 AND NOT copied AND first_page = $4 AND end_page IS NOT DISTINCT FROM $5",
+            &[&relid, &part.part, &rows, &part.first_page, &part.end_page],
+        )
+        .await?;
+    if marked != 1 {
+        return Err(Error::new(ErrorKind::Other, "the ledger has this part already, or has planned another"));
+    }
+    // This update holds the table's row until the commit, so that of two last parts the later sees the earlier.
+    client
+        .execute("UPDATE walferry.source_table SET rows_copied = rows_copied + $2 WHERE relid = $1", &[&relid, &rows])
+        .await?;
+    let complete: bool = client
+        .query_one("SELECT NOT EXISTS (SELECT FROM walferry.part WHERE relid = $1 AND NOT copied)", &[&relid])
+        .await?
+        .get(0);
+    if complete {
+        client.execute("UPDATE walferry.source_table SET copied = true WHERE relid = $1", &[&relid]).await?;
+    }
+    Ok(complete)
+}
+
+/// A section of the schema, as `pg_restore --section` has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Section {
+    /// Before the rows: types, tables, functions, views.
+    PreData,
+    /// After the rows: indexes, constraints, triggers, rules.
+    PostData,
+}
+
+impl Section {
+    /// As `pg_restore` spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Section::PreData => "pre-data",
+            Section::PostData => "post-data",
+        }
+    }
+}
+
+/// A statement (or a few that belong together) of the schema.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SchemaItem {
+    /// Before or after the rows.
+    pub section: Section,
+    /// What `pg_dump` calls it: `INDEX`, `FK CONSTRAINT`, `TRIGGER` …
+    pub kind: String,
+    /// Its name, for people.
+    pub name: String,
+    /// The source's table that it belongs to.
+    pub relid: Option<u32>,
+    /// The SQL.
+    pub statement: String,
+}
+
+/// The items of a section that have not been run, in order, with their position.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn pending_items(client: &Client, section: Section) -> Result<Vec<(i32, SchemaItem)>> {
+    let rows = client
+        .query(
+            "SELECT position, kind, name, relid, statement FROM walferry.schema_item WHERE section = $1 AND NOT done ORDER BY position",
+            &[&section.name()],
+        )
+        .await
+        .context(|| "reading the ledger's schema".into())?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let relid = row.get::<_, Option<i64>>(3).and_then(|relid| u32::try_from(relid).ok());
+            let item = SchemaItem { section, kind: row.get(1), name: row.get(2), relid, statement: row.get(4) };
+            (row.get(0), item)
+        })
+        .collect())
+}
+
+/// Marks an item as run, in the transaction that ran it.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn item_done(client: &Client, position: i32) -> Result<()> {
+    client.execute("UPDATE walferry.schema_item SET done = true WHERE position = $1", &[&position]).await?;
+    Ok(())
+}
+
+/// How far each apply session has come, by its number.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn apply_progress(client: &Client) -> Result<Vec<Lsn>> {
+    let rows = client
+        .query("SELECT applied FROM walferry.apply_progress ORDER BY worker", &[])
+        .await
+        .context(|| "reading the apply's progress".into())?;
+    Ok(rows.into_iter().map(|row| row.get::<_, PgLsn>(0).into()).collect())
+}
+
+/// The catalog's fingerprint as it was recorded.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
+    let rows = client.query("SELECT object, hash FROM walferry.fingerprint", &[]).await?;
+    Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+fn to_json<T: Serialize>(value: &T) -> Result<String> {
+    serde_json::to_string(value).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))
+}
+
+fn from_json<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T> {
+    serde_json::from_str(text)
+        .map_err(|error| Error::new(ErrorKind::Other, format!("reading the ledger: {error}")))
+}
+
+fn count(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
