@@ -19,7 +19,8 @@ pub enum Message<'a> {
     Begin {
         /// Where its commit record begins; the same in its `Commit`.
         commit_lsn: Lsn,
-        /// In microseconds since 2000-01-01 00:00 UTC.
+        /// In microseconds since 2000-01-01 00:00 UTC, by the clock of the server where it was made: for a
+        /// transaction with an `Origin` that is not the source.
         commit_time: i64,
         /// The transaction's identifier, without the epoch (H6).
         xid: u32,
@@ -30,7 +31,7 @@ pub enum Message<'a> {
         commit_lsn: Lsn,
         /// Just past its commit record: what is confirmed when the transaction is durable.
         end_lsn: Lsn,
-        /// In microseconds since 2000-01-01 00:00 UTC.
+        /// As in its `Begin`.
         commit_time: i64,
     },
     /// The transaction was replicated to the source from elsewhere.
@@ -87,7 +88,7 @@ pub enum Message<'a> {
     Logical {
         /// Whether it is part of the transaction around it, or was sent at once.
         transactional: bool,
-        /// Where the message itself is in the log.
+        /// Just past the message's own record: what `pg_logical_emit_message` returned.
         lsn: Lsn,
         /// Says whose message it is.
         prefix: &'a str,
