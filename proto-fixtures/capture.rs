@@ -9,6 +9,7 @@ mod server;
 use std::error::Error;
 use std::path::Path;
 
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_postgres::{Client, NoTls};
 use walferry::error::with_causes;
 
@@ -133,11 +134,13 @@ const SCENARIOS: [Scenario; 8] = [
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
+    // An interruption must not leave the server behind. From here on it no longer ends the process by itself.
+    let mut interruption = signal(SignalKind::interrupt())?;
     let server = Server::start()?;
-    // An interruption must not leave the server behind.
     let files = tokio::select! {
+        biased;
+        _ = interruption.recv() => return Err("interrupted; the fixtures are as they were".into()),
         files = capture(&server) => files?,
-        _ = tokio::signal::ctrl_c() => return Err("interrupted; the fixtures are as they were".into()),
     };
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto-fixtures");
     for (name, text) in files {

@@ -1,6 +1,7 @@
 //! A throwaway PostgreSQL server in a directory of its own, reachable only through a socket in it.
 
 use std::error::Error;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -79,8 +80,9 @@ fn as_server_user(program: impl AsRef<Path>) -> Command {
     } else {
         Command::new(program.as_ref())
     };
-    // The current directory may be closed to that user.
-    command.current_dir("/");
+    // The current directory may be closed to that user. A group of its own keeps an interruption at the terminal from
+    // the children, so that the server is never left half made or half stopped.
+    command.current_dir("/").process_group(0);
     command
 }
 

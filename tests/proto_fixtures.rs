@@ -271,13 +271,14 @@ fn truncate<'a>(transaction: &[Message<'a>]) -> (Vec<&'a str>, bool, bool) {
     let [relations @ .., Message::Truncate { relids, cascade, restart_identity }] = transaction else {
         panic!("{transaction:?}")
     };
-    let name = |relid| {
-        relations.iter().find_map(|message| match message {
+    let announced = |relid| {
+        let name = relations.iter().find_map(|message| match message {
             Message::Relation(relation) if relation.relid == relid => Some(relation.name),
             _ => None,
-        })
+        });
+        name.unwrap_or_else(|| panic!("{relid} is not announced in {transaction:?}"))
     };
-    (relids.clone().map(|relid| name(relid).expect("announced before")).collect(), *cascade, *restart_identity)
+    (relids.clone().map(announced).collect(), *cascade, *restart_identity)
 }
 
 #[test]
