@@ -92,13 +92,15 @@ pub const TABLES_MAX: usize = 1000;
 const BATCH_SECONDS_BUCKETS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
+/// The recorder of this process, once it is installed, or why it could not be.
+static INSTALLED: OnceLock<std::result::Result<PrometheusHandle, String>> = OnceLock::new();
+
 /// Installs the recorder for this process and describes all metrics; again, it returns the handle that is there.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Other`] if something else has installed a recorder before.
 pub fn install() -> Result<PrometheusHandle> {
-    static INSTALLED: OnceLock<std::result::Result<PrometheusHandle, String>> = OnceLock::new();
     let installed = INSTALLED.get_or_init(|| {
         let recorder = recorder().map_err(|error| error.to_string())?;
         let handle = recorder.handle();
@@ -110,6 +112,13 @@ pub fn install() -> Result<PrometheusHandle> {
         .clone()
         .map_err(|message| Error::new(ErrorKind::Other, message))
         .context(|| "installing the metrics".into())
+}
+
+/// Folds observations into their buckets, so that they take no memory where nobody scrapes. Called by the ticker.
+pub(super) fn fold_observations() {
+    if let Some(Ok(handle)) = INSTALLED.get() {
+        handle.run_upkeep();
+    }
 }
 
 fn recorder() -> Result<PrometheusRecorder> {
@@ -187,4 +196,155 @@ fn publish_copy(status: &Status) {
     }
     gauge!(INDEXES).set(status.indexes.total as f64);
     gauge!(INDEXES_DONE).set(status.indexes.done as f64);
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::observe::board::{Side, StatusBoard, tests::batch};
+    use crate::observe::status::ConflictKind;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    /// A sample by its name and labels, as the exposition format has them: `walferry_phase{phase="copying"}`.
+    pub struct Scrape {
+        samples: BTreeMap<String, f64>,
+        types: BTreeMap<String, String>,
+        described: BTreeSet<String>,
+    }
+
+    /// Reads the text exposition format 0.0.4, and fails on what it does not allow.
+    pub fn parse(text: &str) -> Scrape {
+        let mut scrape = Scrape { samples: BTreeMap::new(), types: BTreeMap::new(), described: BTreeSet::new() };
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            if let Some(help) = line.strip_prefix("# HELP ") {
+                let (name, description) = help.split_once(' ').unwrap_or_else(|| panic!("{line}"));
+                assert!(!description.is_empty() && scrape.described.insert(name.to_string()), "{line}");
+            } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = kind.split_once(' ').unwrap_or_else(|| panic!("{line}"));
+                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+                assert_eq!(scrape.types.insert(name.to_string(), kind.to_string()), None, "{line}");
+            } else {
+                let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));
+                assert_labels(series);
+                let value = value.parse().unwrap_or_else(|_| panic!("{line}"));
+                assert_eq!(scrape.samples.insert(series.to_string(), value), None, "{line}");
+            }
+        }
+        scrape
+    }
+
+    /// A name, then nothing or labels in braces with quoted values in which quote, backslash and newline are escaped.
+    fn assert_labels(series: &str) {
+        let name_length = series.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(series.len());
+        let mut rest = &series[name_length..];
+        if rest.is_empty() {
+            return;
+        }
+        rest = rest.strip_prefix('{').unwrap_or_else(|| panic!("{series}"));
+        loop {
+            let (label, value) = rest.split_once("=\"").unwrap_or_else(|| panic!("{series}"));
+            assert!(label.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'), "{series}");
+            let mut escaped = false;
+            let end = value.find(|c: char| {
+                let closes = c == '"' && !escaped;
+                assert!(!escaped || ['"', '\\', 'n'].contains(&c), "{series}");
+                escaped = c == '\\' && !escaped;
+                closes
+            });
+            rest = &value[end.unwrap_or_else(|| panic!("{series}")) + 1..];
+            match rest.strip_prefix(',') {
+                Some(more) => rest = more,
+                None => return assert_eq!(rest, "}", "{series}"),
+            }
+        }
+    }
+
+    pub fn assert_every_metric_is_in(scrape: &Scrape) {
+        for metric in ALL {
+            let kind = match metric.kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Histogram => "histogram",
+            };
+            assert_eq!(scrape.types.get(metric.name).map(String::as_str), Some(kind), "{}", metric.name);
+            assert!(scrape.described.contains(metric.name), "{} is described", metric.name);
+            let sampled = |series: &String| {
+                let rest = series.strip_prefix(metric.name);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('{') || rest.starts_with("_bucket{"))
+            };
+            assert!(scrape.samples.keys().any(sampled), "{} has a sample", metric.name);
+        }
+        assert_eq!(scrape.types.len(), ALL.len(), "nothing but what is declared: {:?}", scrape.types.keys());
+    }
+
+    /// What a scrape would read after `status` was published and `observe` was run.
+    fn scrape_of(status: &Status, observe: impl FnOnce()) -> Scrape {
+        let recorder = recorder().unwrap();
+        metrics::with_local_recorder(&recorder, || {
+            describe();
+            publish(status);
+            observe();
+        });
+        parse(&recorder.handle().render())
+    }
+
+    #[test]
+    fn names_follow_the_conventions() {
+        let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len(), "no name twice");
+        for Metric { name, kind, unit, description } in ALL {
+            assert!(name.starts_with("walferry_"), "{name}");
+            assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
+            assert_eq!(*kind == Kind::Counter, name.ends_with("_total"), "{name}");
+            let base = name.strip_suffix("_total").unwrap_or(name);
+            match unit {
+                Some(Unit::Bytes) => assert!(base.ends_with("_bytes"), "{name}"),
+                Some(Unit::Seconds) => assert!(base.ends_with("_seconds"), "{name}"),
+                Some(other) => panic!("{name}: {other:?} is no base unit"),
+                None => assert!(!base.ends_with("_bytes") && !base.ends_with("_seconds"), "{name}"),
+            }
+            assert!(description.ends_with('.') && description.len() > 10, "{name}: {description:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_published_is_what_the_status_says() {
+        let board = StatusBoard::new();
+        board.set_phase(Phase::Copying);
+        board.add_table(1, "public", "orders", 1000).begin_part().add(10, 1);
+        board.table(1).unwrap().add_recorded(250, 5);
+        board.reconnected(Side::Target);
+        board.conflicts(ConflictKind::DeleteFoundNone, 3);
+        board.received_bytes(4096);
+        board.applied(batch(2, 7, 500));
+        let scrape = scrape_of(&board.snapshot(), || record_apply_batch(Duration::from_millis(30)));
+        assert_every_metric_is_in(&scrape);
+        let value = |series: &str| *scrape.samples.get(series).unwrap_or_else(|| panic!("{series}"));
+        assert_eq!(value("walferry_phase{phase=\"copying\"}"), 1.0);
+        let phases = scrape.samples.iter().filter(|(series, _)| series.starts_with("walferry_phase{"));
+        assert_eq!(phases.map(|(_, value)| value).sum::<f64>(), 1.0, "exactly one phase is 1");
+        assert_eq!(value("walferry_copy_table_done_bytes{schema=\"public\",table=\"orders\"}"), 250.0);
+        assert_eq!(value("walferry_copy_table_size_bytes{schema=\"public\",table=\"orders\"}"), 1000.0);
+        assert_eq!(value("walferry_reconnects_total{side=\"target\"}"), 1.0);
+        assert_eq!(value("walferry_reconnects_total{side=\"source\"}"), 0.0);
+        assert_eq!(value("walferry_conflicts_total{kind=\"delete_found_none\"}"), 3.0);
+        assert_eq!(value("walferry_received_bytes_total"), 4096.0);
+        assert_eq!(value("walferry_applied_changes_total"), 7.0);
+        assert!(value("walferry_lag_seconds").is_nan(), "nobody knows the source's clock yet");
+        assert_eq!(value("walferry_apply_batch_seconds_bucket{le=\"0.025\"}"), 0.0);
+        assert_eq!(value("walferry_apply_batch_seconds_bucket{le=\"0.05\"}"), 1.0);
+        assert_eq!(value("walferry_apply_batch_seconds_count"), 1.0);
+    }
+
+    #[test]
+    fn the_number_of_series_is_bounded() {
+        let board = StatusBoard::new();
+        for relid in 0..TABLES_MAX as u32 + 10 {
+            board.add_table(relid, "public", &format!("table_{relid}"), 1);
+        }
+        let scrape = scrape_of(&board.snapshot(), || {});
+        let tables = scrape.samples.keys().filter(|series| series.starts_with("walferry_copy_table_size_bytes{"));
+        assert_eq!(tables.count(), TABLES_MAX);
+        assert_eq!(scrape.samples["walferry_copy_tables"], TABLES_MAX as f64 + 10.0);
+    }
 }

@@ -12,7 +12,12 @@
 //! from a ticker ([`board::StatusBoard::start_ticker`]), which also brings the [`metrics`] up to date.
 
 pub mod board;
+pub mod format;
+pub mod http;
+pub mod logging;
 pub mod metrics;
+pub mod progress;
+pub mod render;
 pub mod status;
 pub mod table_progress;
 pub mod wall_clock;
