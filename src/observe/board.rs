@@ -1,0 +1,676 @@
+//! The one place where the parts of the migration say how they are doing.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::task::AbortHandle;
+
+use crate::error::Error;
+use crate::lsn::Lsn;
+use crate::observe::lag::Pending;
+use crate::observe::metrics;
+use crate::observe::rates::{Counters, RateWindow, Rates};
+use crate::observe::status::{
+    Apply, ConflictKind, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue, STATUS_VERSION, Source, Status,
+    Stream, Table, TableState, Target,
+};
+use crate::observe::table_progress::TableProgress;
+use crate::observe::wall_clock;
+
+/// Events that are kept.
+const EVENTS_MAX: usize = 50;
+/// How often rates are sampled and metrics brought up to date.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Where the migration writes how it is doing, and where everybody reads it. Clones are one board.
+#[derive(Clone, Debug)]
+pub struct StatusBoard {
+    shared: Arc<Shared>,
+}
+
+/// A batch that the target has committed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AppliedBatch {
+    /// Transactions of the source in it.
+    pub transactions: u64,
+    /// Changes of rows in it, before they were merged into their net effect.
+    pub changes: u64,
+    /// End LSN of its last transaction.
+    pub end_lsn: Lsn,
+    /// Commit time of its last transaction: microseconds since 2000-01-01 UTC, as the stream has it.
+    pub commit_time: i64,
+    /// From its first statement to its commit.
+    pub elapsed: Duration,
+}
+
+/// Which server a connection goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The one that is moved away from.
+    Source,
+    /// The one that is moved to.
+    Target,
+}
+
+#[derive(Debug)]
+struct Shared {
+    started: Instant,
+    received_bytes: AtomicU64,
+    received_transactions: AtomicU64,
+    received_changes: AtomicU64,
+    source_wal_lsn: AtomicU64,
+    streamed_lsn: AtomicU64,
+    /// The source's clock minus ours (`started.elapsed()`), microseconds; `i64::MIN` before it was heard of.
+    source_clock_offset: AtomicI64,
+    /// The source's clock when it was last heard.
+    source_heard_at: AtomicI64,
+    connected: AtomicBool,
+    reconnects: [AtomicU64; 2],
+    applied_transactions: AtomicU64,
+    applied_changes: AtomicU64,
+    applied_batches: AtomicU64,
+    serial_replays: AtomicU64,
+    conflicts: [AtomicU64; ConflictKind::ALL.len()],
+    indexes_total: AtomicU64,
+    indexes_done: AtomicU64,
+    apply_paused: AtomicBool,
+    copy_paused: AtomicBool,
+    pending: Mutex<Pending>,
+    queue: Mutex<Queue>,
+    tables: Mutex<Tables>,
+    rates: Mutex<RateWindow>,
+    text: Mutex<Text>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    in_order: Vec<Arc<TableProgress>>,
+    by_relid: HashMap<u32, Arc<TableProgress>>,
+}
+
+#[derive(Debug)]
+struct Text {
+    phase: Phase,
+    blockers: Vec<String>,
+    source: Source,
+    target: Target,
+    events: VecDeque<Event>,
+    error: Option<Failure>,
+}
+
+impl Default for StatusBoard {
+    fn default() -> StatusBoard {
+        StatusBoard::new()
+    }
+}
+
+impl StatusBoard {
+    /// A board of a migration that prepares.
+    pub fn new() -> StatusBoard {
+        let text = Text {
+            phase: Phase::Preparing,
+            blockers: Vec::new(),
+            source: Source::default(),
+            target: Target::default(),
+            events: VecDeque::with_capacity(EVENTS_MAX),
+            error: None,
+        };
+        let shared = Shared {
+            started: Instant::now(),
+            received_bytes: AtomicU64::new(0),
+            received_transactions: AtomicU64::new(0),
+            received_changes: AtomicU64::new(0),
+            source_wal_lsn: AtomicU64::new(0),
+            streamed_lsn: AtomicU64::new(0),
+            source_clock_offset: AtomicI64::new(i64::MIN),
+            source_heard_at: AtomicI64::new(i64::MIN),
+            connected: AtomicBool::new(false),
+            reconnects: Default::default(),
+            applied_transactions: AtomicU64::new(0),
+            applied_changes: AtomicU64::new(0),
+            applied_batches: AtomicU64::new(0),
+            serial_replays: AtomicU64::new(0),
+            conflicts: Default::default(),
+            indexes_total: AtomicU64::new(0),
+            indexes_done: AtomicU64::new(0),
+            apply_paused: AtomicBool::new(false),
+            copy_paused: AtomicBool::new(false),
+            pending: Mutex::default(),
+            queue: Mutex::default(),
+            tables: Mutex::default(),
+            rates: Mutex::default(),
+            text: Mutex::new(text),
+        };
+        StatusBoard { shared: Arc::new(shared) }
+    }
+
+    /// Says what the migration does now, as an event.
+    pub fn set_phase(&self, phase: Phase) {
+        let changed = {
+            let mut text = lock(&self.shared.text);
+            std::mem::replace(&mut text.phase, phase) != phase
+        };
+        if changed {
+            self.event(Level::Info, format!("phase: {}", phase.title()));
+        }
+    }
+
+    /// What the migration does now.
+    pub fn phase(&self) -> Phase {
+        lock(&self.shared.text).phase
+    }
+
+    /// Keeps an event for the status, and logs it. The text must hold no secret and no row's values.
+    pub fn event(&self, level: Level, text: impl Into<String>) {
+        let text = text.into();
+        match level {
+            Level::Info => tracing::info!("{text}"),
+            Level::Warn => tracing::warn!("{text}"),
+            Level::Error => tracing::error!("{text}"),
+        }
+        let events = &mut lock(&self.shared.text).events;
+        if events.len() == EVENTS_MAX {
+            events.pop_front();
+        }
+        events.push_back(Event { time: wall_clock::now_rfc3339(), level, text });
+    }
+
+    /// The migration stopped with an error: phase `failed`, an event, and `error` in the status.
+    pub fn fail(&self, error: &Error) {
+        lock(&self.shared.text).error = Some(Failure::from(error));
+        self.event(Level::Error, error.to_string());
+        self.set_phase(Phase::Failed);
+    }
+
+    /// What besides the phase, a pause and a lost source stands in the way of a cutover.
+    pub fn set_blockers(&self, blockers: Vec<String>) {
+        lock(&self.shared.text).blockers = blockers;
+    }
+
+    /// Names both servers: host, port, database, version; no user, no password.
+    pub fn set_servers(&self, source: impl Into<String>, target: impl Into<String>) {
+        let mut text = lock(&self.shared.text);
+        text.source.description = source.into();
+        text.target.description = target.into();
+    }
+
+    /// Adds a table to copy, by its OID on the source; the same one again is the one that is there.
+    pub fn add_table(&self, relid: u32, schema: &str, name: &str, bytes_estimated: u64) -> Arc<TableProgress> {
+        let mut tables = lock(&self.shared.tables);
+        if let Some(table) = tables.by_relid.get(&relid) {
+            return Arc::clone(table);
+        }
+        let table = Arc::new(TableProgress::new(schema, name, bytes_estimated));
+        tables.in_order.push(Arc::clone(&table));
+        tables.by_relid.insert(relid, Arc::clone(&table));
+        table
+    }
+
+    /// A table that was added.
+    pub fn table(&self, relid: u32) -> Option<Arc<TableProgress>> {
+        lock(&self.shared.tables).by_relid.get(&relid).cloned()
+    }
+
+    /// Says how many indexes and constraints there are to build, and how many an earlier process built.
+    pub fn set_indexes(&self, total: u64, done: u64) {
+        self.shared.indexes_total.store(total, Relaxed);
+        self.shared.indexes_done.store(done, Relaxed);
+    }
+
+    /// One more index or constraint is built.
+    pub fn index_done(&self) {
+        self.shared.indexes_done.fetch_add(1, Relaxed);
+    }
+
+    /// The positions from which a process goes on: the end of the last transaction in the queue, and of the last one
+    /// applied. Also for a new direction, whose LSNs are another server's.
+    pub fn resume_stream(&self, received_lsn: Lsn, applied_lsn: Lsn) {
+        self.shared.source_wal_lsn.store(received_lsn.max(applied_lsn).0, Relaxed);
+        self.shared.streamed_lsn.store(0, Relaxed);
+        self.shared.source_clock_offset.store(i64::MIN, Relaxed);
+        self.shared.source_heard_at.store(i64::MIN, Relaxed);
+        lock(&self.shared.pending).resume(received_lsn, applied_lsn);
+    }
+
+    /// The source does or does not send to us now.
+    pub fn set_connected(&self, connected: bool) {
+        self.shared.connected.store(connected, Relaxed);
+    }
+
+    /// A lost connection was made again.
+    pub fn reconnected(&self, side: Side) {
+        self.shared.reconnects[side as usize].fetch_add(1, Relaxed);
+    }
+
+    /// Bytes came from the source.
+    pub fn received_bytes(&self, bytes: u64) {
+        self.shared.received_bytes.fetch_add(bytes, Relaxed);
+    }
+
+    /// A transaction was received whole. `commit_time` is the stream's: microseconds since 2000-01-01 UTC.
+    pub fn received_transaction(&self, changes: u64, end_lsn: Lsn, commit_time: i64) {
+        self.shared.received_transactions.fetch_add(1, Relaxed);
+        self.shared.received_changes.fetch_add(changes, Relaxed);
+        self.shared.source_wal_lsn.fetch_max(end_lsn.0, Relaxed);
+        lock(&self.shared.pending).received(end_lsn, commit_time);
+    }
+
+    /// The source said how far it has sent its WAL, and what its clock says: microseconds since 2000-01-01 UTC. This
+    /// is in every keepalive and in the header of every data message.
+    pub fn heard_from_source(&self, sent_lsn: Lsn, server_time: i64) {
+        self.shared.source_wal_lsn.fetch_max(sent_lsn.0, Relaxed);
+        self.shared.streamed_lsn.fetch_max(sent_lsn.0, Relaxed);
+        self.shared.source_heard_at.store(server_time, Relaxed);
+        self.shared.source_clock_offset.store(server_time - self.our_clock(), Relaxed);
+    }
+
+    /// What a query on the source said: its WAL position, and how many bytes of WAL our slot keeps.
+    pub fn source_position(&self, wal_lsn: Lsn, retained_wal_bytes: u64) {
+        self.shared.source_wal_lsn.fetch_max(wal_lsn.0, Relaxed);
+        lock(&self.shared.text).source.retained_wal_bytes = Some(retained_wal_bytes);
+    }
+
+    /// How the queue on disk is.
+    pub fn set_queue(&self, queue: Queue) {
+        *lock(&self.shared.queue) = queue;
+    }
+
+    /// The target has committed a batch.
+    pub fn applied(&self, batch: AppliedBatch) {
+        self.shared.applied_transactions.fetch_add(batch.transactions, Relaxed);
+        self.shared.applied_changes.fetch_add(batch.changes, Relaxed);
+        self.shared.applied_batches.fetch_add(1, Relaxed);
+        lock(&self.shared.pending).applied(batch.end_lsn, batch.commit_time);
+        metrics::record_apply_batch(batch.elapsed);
+    }
+
+    /// The target refused a batch, and it was replayed row by row.
+    pub fn serial_replay(&self) {
+        self.shared.serial_replays.fetch_add(1, Relaxed);
+    }
+
+    /// Changes did not meet the rows they should have.
+    pub fn conflicts(&self, kind: ConflictKind, changes: u64) {
+        self.shared.conflicts[kind as usize].fetch_add(changes, Relaxed);
+    }
+
+    /// The operator holds or releases the apply.
+    pub fn set_apply_paused(&self, paused: bool) {
+        self.shared.apply_paused.store(paused, Relaxed);
+    }
+
+    /// The operator holds or releases the copy.
+    pub fn set_copy_paused(&self, paused: bool) {
+        self.shared.copy_paused.store(paused, Relaxed);
+    }
+
+    /// Samples the rates and brings the metrics up to date, every second until the guard is dropped. Needs a tokio runtime.
+    pub fn start_ticker(&self) -> Ticker {
+        let board = self.clone();
+        let task = tokio::spawn(async move {
+            let mut interval = tokio::time::interval(TICK);
+            interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                interval.tick().await;
+                board.tick(Instant::now());
+                metrics::publish(&board.snapshot());
+                metrics::fold_observations();
+            }
+        });
+        Ticker { task: task.abort_handle() }
+    }
+
+    /// Takes a sample for the rates.
+    pub fn tick(&self, now: Instant) {
+        let copied_bytes = self.copy(&Rates::default(), &self.tables()).bytes_done;
+        let counters = Counters {
+            copied_bytes,
+            received_bytes: self.shared.received_bytes.load(Relaxed),
+            applied_transactions: self.shared.applied_transactions.load(Relaxed),
+            applied_changes: self.shared.applied_changes.load(Relaxed),
+            lag_bytes: self.lag().bytes.unwrap_or(0),
+        };
+        lock(&self.shared.rates).sample(now, counters);
+    }
+
+    /// Everything, as it is now.
+    pub fn snapshot(&self) -> Status {
+        let rates = lock(&self.shared.rates).rates();
+        let tables = self.tables();
+        let copy = self.copy(&rates, &tables);
+        let lag = self.lag();
+        let (stream, apply) = (self.stream(&rates), self.apply(&rates));
+        let queue = lock(&self.shared.queue).clone();
+        let text = lock(&self.shared.text);
+        let blockers = blockers(&text, &stream, &apply, &queue);
+        let eta_seconds = eta_seconds(text.phase, &copy, &lag, &rates);
+        let wal_lsn = Lsn(self.shared.source_wal_lsn.load(Relaxed));
+        let source = Source { wal_lsn, ..text.source.clone() };
+        let reconnects = self.shared.reconnects[Side::Target as usize].load(Relaxed);
+        Status {
+            version: STATUS_VERSION,
+            phase: text.phase,
+            ready_to_cutover: blockers.is_empty(),
+            blockers,
+            process_alive: true,
+            updated_at: wall_clock::now_rfc3339(),
+            lag,
+            copy,
+            tables,
+            indexes: Indexes {
+                total: self.shared.indexes_total.load(Relaxed),
+                done: self.shared.indexes_done.load(Relaxed),
+            },
+            queue,
+            stream,
+            apply,
+            source,
+            target: Target { reconnects, ..text.target.clone() },
+            events: text.events.iter().cloned().collect(),
+            error: text.error.clone(),
+            eta_seconds,
+        }
+    }
+
+    fn tables(&self) -> Vec<Table> {
+        lock(&self.shared.tables).in_order.iter().map(|table| table.snapshot()).collect()
+    }
+
+    fn copy(&self, rates: &Rates, tables: &[Table]) -> Copy {
+        let copied = |state: TableState| matches!(state, TableState::Indexing | TableState::Done);
+        Copy {
+            tables_total: tables.len() as u64,
+            tables_done: tables.iter().filter(|table| copied(table.state)).count() as u64,
+            bytes_total: tables.iter().map(|table| table.bytes_total).sum(),
+            bytes_done: tables.iter().map(|table| table.bytes_done).sum(),
+            rows_done: tables.iter().map(|table| table.rows_done).sum(),
+            bytes_per_second: rates.copied_bytes,
+            paused: self.shared.copy_paused.load(Relaxed),
+        }
+    }
+
+    fn stream(&self, rates: &Rates) -> Stream {
+        Stream {
+            connected: self.shared.connected.load(Relaxed),
+            received_lsn: lock(&self.shared.pending).received_lsn(),
+            reconnects: self.shared.reconnects[Side::Source as usize].load(Relaxed),
+            bytes: self.shared.received_bytes.load(Relaxed),
+            transactions: self.shared.received_transactions.load(Relaxed),
+            changes: self.shared.received_changes.load(Relaxed),
+            bytes_per_second: rates.received_bytes,
+        }
+    }
+
+    fn apply(&self, rates: &Rates) -> Apply {
+        let count = |kind: &ConflictKind| self.shared.conflicts[*kind as usize].load(Relaxed);
+        let conflicts_by_kind: BTreeMap<String, u64> =
+            ConflictKind::ALL.iter().map(|kind| (kind.name().to_string(), count(kind))).collect();
+        Apply {
+            transactions: self.shared.applied_transactions.load(Relaxed),
+            changes: self.shared.applied_changes.load(Relaxed),
+            batches: self.shared.applied_batches.load(Relaxed),
+            transactions_per_second: rates.applied_transactions,
+            changes_per_second: rates.applied_changes,
+            applied_lsn: lock(&self.shared.pending).applied_lsn(),
+            serial_replays: self.shared.serial_replays.load(Relaxed),
+            conflicts: conflicts_by_kind.values().sum(),
+            conflicts_by_kind,
+            paused: self.shared.apply_paused.load(Relaxed),
+        }
+    }
+
+    fn lag(&self) -> Lag {
+        // Read first: what is heard in between can then only make the lag larger.
+        let streamed = Lsn(self.shared.streamed_lsn.load(Relaxed));
+        let (applied, all_applied, oldest) = {
+            let pending = lock(&self.shared.pending);
+            (pending.applied_lsn(), pending.is_empty(), pending.oldest_commit_time())
+        };
+        let newest = Lsn(self.shared.source_wal_lsn.load(Relaxed));
+        // Where all that was received is applied, the source has nothing for us up to the position it has sent.
+        let applied = if all_applied { applied.max(streamed) } else { applied };
+        let bytes = (newest > Lsn::ZERO && applied > Lsn::ZERO).then(|| newest.bytes_since(applied));
+
+        let offset = self.shared.source_clock_offset.load(Relaxed);
+        let heard_at = (offset != i64::MIN).then(|| self.shared.source_heard_at.load(Relaxed));
+        let seconds = heard_at.and_then(|heard_at| {
+            let since = |time: i64| (self.our_clock() + offset - time).max(0) as f64 / 1e6;
+            match (self.shared.connected.load(Relaxed), all_applied) {
+                (true, true) => Some(0.0),
+                // Nobody knows what was committed since the source was last heard.
+                (false, true) => Some(since(heard_at)),
+                (_, false) => oldest.map(since),
+            }
+        });
+        Lag { bytes, seconds }
+    }
+
+    /// Microseconds since the board was made.
+    fn our_clock(&self) -> i64 {
+        i64::try_from(self.shared.started.elapsed().as_micros()).unwrap_or(i64::MAX)
+    }
+}
+
+/// Ends the ticker when it is dropped.
+#[derive(Debug)]
+pub struct Ticker {
+    task: AbortHandle,
+}
+
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What stands in the way of a cutover. A migration is ready exactly when this is empty.
+fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<String> {
+    let mut blockers = Vec::new();
+    match text.phase {
+        Phase::Following => {}
+        Phase::CuttingOver => blockers.push("a cutover is running".to_string()),
+        Phase::CutOver => blockers.push("the cutover is done".to_string()),
+        Phase::Reversed => blockers.push("the migration was switched back".to_string()),
+        Phase::Failed => blockers.push("the migration failed".to_string()),
+        phase => blockers.push(format!("the target does not follow yet: {}", phase.title())),
+    }
+    if text.phase == Phase::Following {
+        if !stream.connected {
+            blockers.push("the source is not connected".to_string());
+        }
+        if apply.paused {
+            blockers.push("the apply is paused; walferry resume lets it go on".to_string());
+        }
+        if queue.full {
+            blockers.push("the queue is full".to_string());
+        }
+    }
+    blockers.extend(text.blockers.iter().cloned());
+    blockers
+}
+
+/// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.
+fn eta_seconds(phase: Phase, copy: &Copy, lag: &Lag, rates: &Rates) -> Option<f64> {
+    let (left, rate) = match phase {
+        Phase::Copying => (copy.bytes_total.saturating_sub(copy.bytes_done), rates.copied_bytes),
+        Phase::CatchingUp => (lag.bytes?, rates.lag_bytes_shrinking),
+        _ => return None,
+    };
+    (rate > 0.0).then(|| left as f64 / rate)
+}
+
+/// A poisoned lock holds counts that are at worst one event old: still better than no status.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    const SECOND: i64 = 1_000_000;
+
+    pub fn batch(transactions: u64, changes: u64, end_lsn: u64) -> AppliedBatch {
+        let commit_time = end_lsn as i64 * SECOND;
+        AppliedBatch { transactions, changes, end_lsn: Lsn(end_lsn), commit_time, elapsed: Duration::from_millis(5) }
+    }
+
+    fn following() -> StatusBoard {
+        let board = StatusBoard::new();
+        board.set_phase(Phase::Following);
+        board.set_connected(true);
+        board
+    }
+
+    #[test]
+    fn a_migration_is_ready_exactly_when_nothing_blocks() {
+        let board = following();
+        let blockers = |board: &StatusBoard| {
+            let status = board.snapshot();
+            assert_eq!(status.ready_to_cutover, status.blockers.is_empty());
+            status.blockers.len()
+        };
+        assert_eq!(blockers(&board), 0);
+        board.set_apply_paused(true);
+        board.set_connected(false);
+        board.set_queue(Queue { full: true, ..Queue::default() });
+        board.set_blockers(vec!["a table came: \"public\".\"new\"".to_string()]);
+        assert_eq!(blockers(&board), 4);
+        for phase in Phase::ALL.into_iter().filter(|phase| *phase != Phase::Following) {
+            let board = following();
+            board.set_phase(phase);
+            assert_eq!(blockers(&board), 1, "{phase:?}");
+        }
+    }
+
+    #[test]
+    fn lag_in_bytes_is_from_the_newest_known_position_to_what_is_applied() {
+        let board = following();
+        assert_eq!(board.snapshot().lag.bytes, None, "nothing is known yet");
+        board.resume_stream(Lsn(100), Lsn(100));
+        board.received_transaction(1, Lsn(200), 200 * SECOND);
+        board.heard_from_source(Lsn(900), 900 * SECOND);
+        assert_eq!(board.snapshot().lag.bytes, Some(800));
+        board.applied(batch(1, 1, 200));
+        assert_eq!(board.snapshot().lag.bytes, Some(0), "WAL that holds nothing for us is no lag");
+        board.source_position(Lsn(1500), 4096);
+        let status = board.snapshot();
+        assert_eq!((status.lag.bytes, status.source.retained_wal_bytes), (Some(600), Some(4096)));
+    }
+
+    #[test]
+    fn lag_in_seconds_is_the_age_of_the_oldest_unapplied_transaction_by_the_sources_clock() {
+        let board = following();
+        board.resume_stream(Lsn(100), Lsn(100));
+        assert_eq!(board.snapshot().lag.seconds, None, "the source's clock is not known yet");
+        board.heard_from_source(Lsn(100), 1000 * SECOND);
+        assert_eq!(board.snapshot().lag.seconds, Some(0.0));
+        board.received_transaction(1, Lsn(200), 1500 * SECOND);
+        board.heard_from_source(Lsn(200), 1600 * SECOND);
+        let seconds = board.snapshot().lag.seconds.unwrap();
+        // Our own clock runs on since the source was heard: only the lower bound is exact.
+        assert!(seconds >= 100.0, "{seconds}");
+        board.applied(AppliedBatch { commit_time: 1500 * SECOND, ..batch(1, 1, 200) });
+        assert_eq!(board.snapshot().lag.seconds, Some(0.0));
+    }
+
+    #[test]
+    fn a_lost_source_is_not_shown_as_no_lag() {
+        let board = following();
+        board.resume_stream(Lsn(100), Lsn(100));
+        board.heard_from_source(Lsn(100), 1000 * SECOND);
+        board.set_connected(false);
+        let first = board.snapshot().lag.seconds.unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+        let second = board.snapshot().lag.seconds.unwrap();
+        assert!(second > first, "{second} > {first}");
+    }
+
+    #[test]
+    fn the_newest_fifty_events_are_kept() {
+        let board = StatusBoard::new();
+        for number in 0..60 {
+            board.event(Level::Info, format!("event {number}"));
+        }
+        let events = board.snapshot().events;
+        assert_eq!((events.len(), events[0].text.as_str()), (50, "event 10"));
+        assert_eq!(events[49].text, "event 59");
+    }
+
+    #[test]
+    fn a_failure_is_phase_event_and_error() {
+        let board = following();
+        board.fail(&Error::new(ErrorKind::Divergence, "no row").context("table t").hint("verify"));
+        let status = board.snapshot();
+        assert_eq!(status.phase, Phase::Failed);
+        let error = status.error.unwrap();
+        assert_eq!((error.kind.as_str(), error.message.as_str()), ("divergence", "table t: no row"));
+        assert_eq!(error.hint.as_deref(), Some("verify"));
+        assert_eq!(status.events[1].level, Level::Error);
+    }
+
+    #[test]
+    fn a_change_of_phase_is_one_event_and_the_same_phase_again_none() {
+        let board = StatusBoard::new();
+        board.set_phase(Phase::Copying);
+        board.set_phase(Phase::Copying);
+        assert_eq!(board.snapshot().events.len(), 1);
+    }
+
+    #[test]
+    fn the_rest_of_the_copy_at_the_present_pace_is_the_eta() {
+        let board = StatusBoard::new();
+        board.set_phase(Phase::Copying);
+        let table = board.add_table(1, "public", "orders", 10_000);
+        assert!(Arc::ptr_eq(&table, &board.add_table(1, "public", "orders", 10_000)));
+        let start = Instant::now();
+        board.tick(start);
+        assert_eq!(board.snapshot().eta_seconds, None, "nothing moves");
+        table.add_recorded(2_000, 10);
+        board.tick(start + Duration::from_secs(4));
+        let status = board.snapshot();
+        assert_eq!((status.copy.bytes_per_second, status.eta_seconds), (500.0, Some(16.0)));
+        table.set_state(TableState::Indexing);
+        let copy = board.snapshot().copy;
+        assert_eq!((copy.tables_done, copy.bytes_total, copy.rows_done), (1, 2_000, 10));
+    }
+
+    #[test]
+    fn a_catch_up_that_gains_has_an_eta_and_one_that_loses_has_none() {
+        let board = following();
+        board.set_phase(Phase::CatchingUp);
+        board.resume_stream(Lsn(10_000), Lsn(1_000));
+        let start = Instant::now();
+        board.tick(start);
+        board.applied(batch(1, 40, 4_000));
+        board.tick(start + Duration::from_secs(3));
+        let status = board.snapshot();
+        assert_eq!((status.lag.bytes, status.eta_seconds), (Some(6_000), Some(6.0)));
+        board.source_position(Lsn(100_000), 0);
+        board.tick(start + Duration::from_secs(4));
+        assert_eq!(board.snapshot().eta_seconds, None);
+    }
+
+    #[test]
+    fn counts_from_many_threads_add_up() {
+        let board = StatusBoard::new();
+        let table = board.add_table(1, "public", "orders", 0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..1000 {
+                        board.received_bytes(3);
+                        board.index_done();
+                        table.add_recorded(5, 1);
+                    }
+                });
+            }
+        });
+        let status = board.snapshot();
+        assert_eq!((status.stream.bytes, status.indexes.done), (12_000, 4_000));
+        assert_eq!((status.copy.bytes_done, status.copy.rows_done), (20_000, 4_000));
+    }
+}

@@ -1,0 +1,210 @@
+//! `GET /metrics`, `GET /healthz` and `GET /status`, and nothing else: control goes through the Unix socket.
+//!
+//! What is served holds no secret and no row (invariant I10), but whoever reaches the address reads it: the default
+//! is the loopback interface.
+
+use std::io;
+use std::net::SocketAddr;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{HeaderName, StatusCode, header};
+use axum::routing::get;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+use tokio::task::AbortHandle;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::observe::board::StatusBoard;
+use crate::observe::metrics;
+use crate::observe::status::{Level, Phase};
+
+/// Where it listens unless told otherwise.
+pub const DEFAULT_ADDRESS: &str = "127.0.0.1:9617";
+
+/// A running server; it ends when this is dropped.
+#[derive(Debug)]
+pub struct HttpServer {
+    address: SocketAddr,
+    task: AbortHandle,
+}
+
+impl HttpServer {
+    /// Where it listens; the port is the real one where 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for HttpServer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Serves a board. An occupied port is an event and `None`: a migration is worth more than its metrics.
+///
+/// # Errors
+///
+/// [`ErrorKind::Usage`] if the address cannot be listened on for any other reason.
+pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusHandle) -> Result<Option<HttpServer>> {
+    let listener = match TcpListener::bind(address).await {
+        Ok(listener) => listener,
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            board.event(Level::Warn, format!("no metrics: {address} is in use; --http-addr takes another address"));
+            return Ok(None);
+        }
+        Err(error) => {
+            let message = format!("listening on {address} for metrics: {error}");
+            return Err(Error::new(ErrorKind::Usage, message).hint("--http-addr takes an address of this machine"));
+        }
+    };
+    let address = listener.local_addr().context(|| format!("listening on {address} for metrics"))?;
+    let app = router(Served { board, metrics });
+    let task = tokio::spawn(async move {
+        // It accepts until it is dropped; an error of one connection does not end it.
+        if let Err(error) = axum::serve(listener, app).await {
+            tracing::warn!("the metrics' server ended: {error}");
+        }
+    });
+    Ok(Some(HttpServer { address, task: task.abort_handle() }))
+}
+
+#[derive(Clone)]
+struct Served {
+    board: StatusBoard,
+    metrics: PrometheusHandle,
+}
+
+type Response = (StatusCode, [(HeaderName, &'static str); 2], String);
+
+/// A method other than GET and HEAD on these paths is 405 by axum's own doing.
+fn router(served: Served) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics_page))
+        .route("/healthz", get(health))
+        .route("/status", get(status))
+        .fallback(not_found)
+        .with_state(served)
+}
+
+async fn metrics_page(State(served): State<Served>) -> Response {
+    // As fresh as the scrape, not as the last tick.
+    metrics::publish(&served.board.snapshot());
+    response(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", served.metrics.render())
+}
+
+async fn health(State(served): State<Served>) -> Response {
+    let phase = served.board.phase();
+    let (code, word) = match phase {
+        Phase::Failed => (StatusCode::SERVICE_UNAVAILABLE, "failed"),
+        _ => (StatusCode::OK, "ok"),
+    };
+    response(code, "application/json", format!("{{\"status\":\"{word}\",\"phase\":\"{}\"}}\n", phase.name()))
+}
+
+async fn status(State(served): State<Served>) -> Response {
+    match serde_json::to_string(&served.board.snapshot()) {
+        Ok(json) => response(StatusCode::OK, "application/json", json + "\n"),
+        Err(error) => response(StatusCode::INTERNAL_SERVER_ERROR, "text/plain", format!("{error}\n")),
+    }
+}
+
+async fn not_found() -> Response {
+    response(StatusCode::NOT_FOUND, "text/plain", "there are /metrics, /healthz and /status\n".to_string())
+}
+
+fn response(code: StatusCode, content_type: &'static str, body: String) -> Response {
+    (code, [(header::CONTENT_TYPE, content_type), (header::CACHE_CONTROL, "no-store")], body)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::observe::metrics::tests::{assert_every_metric_is_in, parse};
+    use crate::observe::status::Status;
+
+    async fn start(board: &StatusBoard) -> HttpServer {
+        let any_port = "127.0.0.1:0".parse().unwrap();
+        serve(any_port, board.clone(), metrics::install().unwrap()).await.unwrap().unwrap()
+    }
+
+    /// The status line's code, the head and the body.
+    async fn request(server: &HttpServer, method: &str, path: &str) -> (u16, String, String) {
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let code = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (code, head.to_lowercase(), body.to_string())
+    }
+
+    #[tokio::test]
+    async fn a_scrape_of_a_running_server_has_every_metric_and_parses() {
+        let board = StatusBoard::new();
+        board.add_table(1, "public", "a \"quoted\\name\"\nof two lines", 100);
+        board.applied(crate::observe::board::tests::batch(1, 2, 300));
+        let server = start(&board).await;
+        let (code, head, body) = request(&server, "GET", "/metrics").await;
+        assert_eq!(code, 200);
+        assert!(head.contains("content-type: text/plain; version=0.0.4"), "{head}");
+        assert_every_metric_is_in(&parse(&body));
+    }
+
+    #[tokio::test]
+    async fn health_is_503_once_the_migration_failed() {
+        let board = StatusBoard::new();
+        let server = start(&board).await;
+        board.set_phase(Phase::Following);
+        let (code, _, body) = request(&server, "GET", "/healthz").await;
+        assert_eq!((code, body.trim()), (200, r#"{"status":"ok","phase":"following"}"#));
+        board.fail(&Error::new(ErrorKind::Gap, "the slot is gone"));
+        let (code, _, body) = request(&server, "GET", "/healthz").await;
+        assert_eq!((code, body.trim()), (503, r#"{"status":"failed","phase":"failed"}"#));
+    }
+
+    #[tokio::test]
+    async fn the_status_page_is_the_status() {
+        let board = StatusBoard::new();
+        let server = start(&board).await;
+        let (code, head, body) = request(&server, "GET", "/status").await;
+        assert_eq!(code, 200);
+        assert!(head.contains("content-type: application/json"));
+        let served: Status = serde_json::from_str(&body).unwrap();
+        let mut expected = board.snapshot();
+        expected.updated_at.clone_from(&served.updated_at);
+        assert_eq!(served, expected);
+    }
+
+    #[tokio::test]
+    async fn other_paths_are_404_and_other_methods_405() {
+        let server = start(&StatusBoard::new()).await;
+        for path in ["/", "/metrics/", "/status/x", "/cutover", "/healthz%00"] {
+            assert_eq!(request(&server, "GET", path).await.0, 404, "{path}");
+        }
+        for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
+            for path in ["/metrics", "/healthz", "/status"] {
+                assert_eq!(request(&server, method, path).await.0, 405, "{method} {path}");
+            }
+        }
+        assert_eq!(request(&server, "HEAD", "/metrics").await.0, 200);
+    }
+
+    #[tokio::test]
+    async fn an_occupied_port_is_a_warning_and_a_foreign_address_an_error() {
+        let board = StatusBoard::new();
+        let server = start(&board).await;
+        let handle = metrics::install().unwrap();
+        assert!(serve(server.address(), board.clone(), handle.clone()).await.unwrap().is_none());
+        let status = board.snapshot();
+        assert_eq!(status.events.last().map(|event| event.level), Some(Level::Warn));
+        // 192.0.2.0/24 is for documentation (RFC 5737) and no machine's own.
+        let error = serve("192.0.2.1:0".parse().unwrap(), board, handle).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage);
+    }
+}

@@ -1,0 +1,350 @@
+//! Every metric: its name, kind, unit and meaning, and how it follows from the status.
+//!
+//! Names have the prefix `walferry_`, base units (bytes, seconds) last, and `_total` for counters ("Metric and label
+//! naming" in the Prometheus documentation). They are as stable as the JSON of the status.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::observe::status::{Phase, Status};
+
+/// A counter never falls but at a restart; a gauge is a value now; a histogram counts observations in buckets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// A value at this moment.
+    Gauge,
+    /// Observations, counted in buckets.
+    Histogram,
+}
+
+/// What there is to know about a metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// The name that is scraped.
+    pub name: &'static str,
+    /// How its values behave.
+    pub kind: Kind,
+    /// What its values are measured in; `None` for a count or a flag.
+    pub unit: Option<Unit>,
+    /// One sentence.
+    pub description: &'static str,
+}
+
+/// Declares the constants and [`ALL`] together, so that no metric can be left undescribed.
+macro_rules! declare_metrics {
+    ($($constant:ident: $kind:ident, $unit:expr, $name:literal, $description:literal;)*) => {
+        $(#[doc = $description] pub const $constant: &str = $name;)*
+        /// All metrics.
+        pub const ALL: &[Metric] =
+            &[$(Metric { name: $name, kind: Kind::$kind, unit: $unit, description: $description }),*];
+    };
+}
+
+declare_metrics! {
+    BUILD_INFO: Gauge, None, "walferry_build_info", "Always 1; the label version says which walferry runs.";
+    PHASE: Gauge, None, "walferry_phase", "1 for the phase that the migration is in, 0 for the others.";
+    READY_TO_CUTOVER: Gauge, None, "walferry_ready_to_cutover", "Whether a cutover can start now.";
+
+    LAG_BYTES: Gauge, Some(Unit::Bytes), "walferry_lag_bytes", "WAL between the source's newest known position and what is applied.";
+    LAG_SECONDS: Gauge, Some(Unit::Seconds), "walferry_lag_seconds", "Age of the oldest transaction that was received and is not applied; NaN where unknown.";
+
+    SOURCE_RETAINED_WAL_BYTES: Gauge, Some(Unit::Bytes), "walferry_source_retained_wal_bytes", "WAL that the source keeps because of the slot; NaN where unknown.";
+    SOURCE_CONNECTED: Gauge, None, "walferry_source_connected", "Whether the source sends.";
+    RECONNECTS_TOTAL: Counter, None, "walferry_reconnects_total", "Connections lost and made again.";
+    RECEIVED_BYTES_TOTAL: Counter, Some(Unit::Bytes), "walferry_received_bytes_total", "Bytes received from the source's stream.";
+    RECEIVED_TRANSACTIONS_TOTAL: Counter, None, "walferry_received_transactions_total", "Transactions received from the source.";
+    RECEIVED_CHANGES_TOTAL: Counter, None, "walferry_received_changes_total", "Changes of rows received from the source.";
+
+    QUEUE_BYTES: Gauge, Some(Unit::Bytes), "walferry_queue_bytes", "Disk that the queue takes.";
+    QUEUE_LIMIT_BYTES: Gauge, Some(Unit::Bytes), "walferry_queue_limit_bytes", "Disk that the queue may take.";
+    QUEUE_FULL: Gauge, None, "walferry_queue_full", "Whether the queue is full, so that the source is not read.";
+
+    APPLIED_TRANSACTIONS_TOTAL: Counter, None, "walferry_applied_transactions_total", "Transactions applied on the target.";
+    APPLIED_CHANGES_TOTAL: Counter, None, "walferry_applied_changes_total", "Changes of rows applied on the target.";
+    APPLIED_BATCHES_TOTAL: Counter, None, "walferry_applied_batches_total", "Batches committed on the target.";
+    APPLY_BATCH_SECONDS: Histogram, Some(Unit::Seconds), "walferry_apply_batch_seconds", "Time of a batch from its first statement to its commit.";
+    APPLY_PAUSED: Gauge, None, "walferry_apply_paused", "Whether the operator holds the apply.";
+    SERIAL_REPLAYS_TOTAL: Counter, None, "walferry_serial_replays_total", "Batches that the target refused and that were replayed row by row.";
+    CONFLICTS_TOTAL: Counter, None, "walferry_conflicts_total", "Changes that did not meet the row they should have.";
+
+    COPY_TABLES: Gauge, None, "walferry_copy_tables", "Tables to copy.";
+    COPY_DONE_TABLES: Gauge, None, "walferry_copy_done_tables", "Tables whose rows are all on the target.";
+    COPY_SIZE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_size_bytes", "Bytes to copy, an estimate until all are copied.";
+    COPY_DONE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_done_bytes", "Bytes copied.";
+    COPY_DONE_ROWS: Gauge, None, "walferry_copy_done_rows", "Rows copied.";
+    COPY_TABLE_SIZE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_table_size_bytes", "Bytes of a table to copy, an estimate until it is copied.";
+    COPY_TABLE_DONE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_table_done_bytes", "Bytes of a table copied.";
+    COPY_TABLE_DONE_ROWS: Gauge, None, "walferry_copy_table_done_rows", "Rows of a table copied.";
+    INDEXES: Gauge, None, "walferry_indexes", "Indexes and constraints to build after the copy.";
+    INDEXES_DONE: Gauge, None, "walferry_indexes_done", "Indexes and constraints built.";
+}
+
+/// Tables that get series of their own: the first ones in the order of the copy. The sums speak of all of them.
+pub const TABLES_MAX: usize = 1000;
+
+/// Upper bounds of a batch's time: from a small batch while following to a refused large one, in seconds.
+const BATCH_SECONDS_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
+/// The recorder of this process, once it is installed, or why it could not be.
+static INSTALLED: OnceLock<std::result::Result<PrometheusHandle, String>> = OnceLock::new();
+
+/// Installs the recorder for this process and describes all metrics; again, it returns the handle that is there.
+///
+/// # Errors
+///
+/// [`ErrorKind::Other`] if something else has installed a recorder before.
+pub fn install() -> Result<PrometheusHandle> {
+    let installed = INSTALLED.get_or_init(|| {
+        let recorder = recorder().map_err(|error| error.to_string())?;
+        let handle = recorder.handle();
+        metrics::set_global_recorder(recorder).map_err(|error| error.to_string())?;
+        describe();
+        Ok(handle)
+    });
+    installed
+        .clone()
+        .map_err(|message| Error::new(ErrorKind::Other, message))
+        .context(|| "installing the metrics".into())
+}
+
+/// Folds observations into their buckets, so that they take no memory where nobody scrapes. Called by the ticker.
+pub(super) fn fold_observations() {
+    if let Some(Ok(handle)) = INSTALLED.get() {
+        handle.run_upkeep();
+    }
+}
+
+fn recorder() -> Result<PrometheusRecorder> {
+    // Buckets only for what is listed here would leave any other distribution a summary, which cannot be aggregated.
+    let builder = PrometheusBuilder::new()
+        .set_buckets(&BATCH_SECONDS_BUCKETS)
+        .and_then(|builder| {
+            builder.set_buckets_for_metric(Matcher::Full(APPLY_BATCH_SECONDS.to_string()), &BATCH_SECONDS_BUCKETS)
+        })
+        .map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+    Ok(builder.build_recorder())
+}
+
+fn describe() {
+    for metric in ALL {
+        let unit = metric.unit.unwrap_or(Unit::Count);
+        match metric.kind {
+            Kind::Counter => describe_counter!(metric.name, unit, metric.description),
+            Kind::Gauge => describe_gauge!(metric.name, unit, metric.description),
+            Kind::Histogram => describe_histogram!(metric.name, unit, metric.description),
+        }
+    }
+}
+
+/// Observes the time of a batch.
+pub(super) fn record_apply_batch(elapsed: Duration) {
+    histogram!(APPLY_BATCH_SECONDS).record(elapsed.as_secs_f64());
+}
+
+/// Sets all metrics but the histograms from a status.
+pub fn publish(status: &Status) {
+    let flag = |value: bool| if value { 1.0 } else { 0.0 };
+    gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    for phase in Phase::ALL {
+        gauge!(PHASE, "phase" => phase.name()).set(flag(phase == status.phase));
+    }
+    gauge!(READY_TO_CUTOVER).set(flag(status.ready_to_cutover));
+    gauge!(LAG_BYTES).set(status.lag.bytes.map_or(f64::NAN, |bytes| bytes as f64));
+    gauge!(LAG_SECONDS).set(status.lag.seconds.unwrap_or(f64::NAN));
+
+    gauge!(SOURCE_RETAINED_WAL_BYTES).set(status.source.retained_wal_bytes.map_or(f64::NAN, |bytes| bytes as f64));
+    gauge!(SOURCE_CONNECTED).set(flag(status.stream.connected));
+    counter!(RECONNECTS_TOTAL, "side" => "source").absolute(status.stream.reconnects);
+    counter!(RECONNECTS_TOTAL, "side" => "target").absolute(status.target.reconnects);
+    counter!(RECEIVED_BYTES_TOTAL).absolute(status.stream.bytes);
+    counter!(RECEIVED_TRANSACTIONS_TOTAL).absolute(status.stream.transactions);
+    counter!(RECEIVED_CHANGES_TOTAL).absolute(status.stream.changes);
+
+    gauge!(QUEUE_BYTES).set(status.queue.bytes as f64);
+    gauge!(QUEUE_LIMIT_BYTES).set(status.queue.limit_bytes as f64);
+    gauge!(QUEUE_FULL).set(flag(status.queue.full));
+
+    counter!(APPLIED_TRANSACTIONS_TOTAL).absolute(status.apply.transactions);
+    counter!(APPLIED_CHANGES_TOTAL).absolute(status.apply.changes);
+    counter!(APPLIED_BATCHES_TOTAL).absolute(status.apply.batches);
+    gauge!(APPLY_PAUSED).set(flag(status.apply.paused));
+    counter!(SERIAL_REPLAYS_TOTAL).absolute(status.apply.serial_replays);
+    for (kind, conflicts) in &status.apply.conflicts_by_kind {
+        counter!(CONFLICTS_TOTAL, "kind" => kind.clone()).absolute(*conflicts);
+    }
+    publish_copy(status);
+}
+
+fn publish_copy(status: &Status) {
+    gauge!(COPY_TABLES).set(status.copy.tables_total as f64);
+    gauge!(COPY_DONE_TABLES).set(status.copy.tables_done as f64);
+    gauge!(COPY_SIZE_BYTES).set(status.copy.bytes_total as f64);
+    gauge!(COPY_DONE_BYTES).set(status.copy.bytes_done as f64);
+    gauge!(COPY_DONE_ROWS).set(status.copy.rows_done as f64);
+    for table in status.tables.iter().take(TABLES_MAX) {
+        let labels = [("schema", table.schema.clone()), ("table", table.name.clone())];
+        gauge!(COPY_TABLE_SIZE_BYTES, &labels).set(table.bytes_total as f64);
+        gauge!(COPY_TABLE_DONE_BYTES, &labels).set(table.bytes_done as f64);
+        gauge!(COPY_TABLE_DONE_ROWS, &labels).set(table.rows_done as f64);
+    }
+    gauge!(INDEXES).set(status.indexes.total as f64);
+    gauge!(INDEXES_DONE).set(status.indexes.done as f64);
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::observe::board::{Side, StatusBoard, tests::batch};
+    use crate::observe::status::ConflictKind;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    /// A sample by its name and labels, as the exposition format has them: `walferry_phase{phase="copying"}`.
+    pub struct Scrape {
+        samples: BTreeMap<String, f64>,
+        types: BTreeMap<String, String>,
+        described: BTreeSet<String>,
+    }
+
+    /// Reads the text exposition format 0.0.4, and fails on what it does not allow.
+    pub fn parse(text: &str) -> Scrape {
+        let mut scrape = Scrape { samples: BTreeMap::new(), types: BTreeMap::new(), described: BTreeSet::new() };
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            if let Some(help) = line.strip_prefix("# HELP ") {
+                let (name, description) = help.split_once(' ').unwrap_or_else(|| panic!("{line}"));
+                assert!(!description.is_empty() && scrape.described.insert(name.to_string()), "{line}");
+            } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = kind.split_once(' ').unwrap_or_else(|| panic!("{line}"));
+                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+                assert_eq!(scrape.types.insert(name.to_string(), kind.to_string()), None, "{line}");
+            } else {
+                let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("{line}"));
+                assert_labels(series);
+                let value = value.parse().unwrap_or_else(|_| panic!("{line}"));
+                assert_eq!(scrape.samples.insert(series.to_string(), value), None, "{line}");
+            }
+        }
+        scrape
+    }
+
+    /// A name, then nothing or labels in braces with quoted values in which quote, backslash and newline are escaped.
+    fn assert_labels(series: &str) {
+        let name_length = series.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(series.len());
+        let mut rest = &series[name_length..];
+        if rest.is_empty() {
+            return;
+        }
+        rest = rest.strip_prefix('{').unwrap_or_else(|| panic!("{series}"));
+        loop {
+            let (label, value) = rest.split_once("=\"").unwrap_or_else(|| panic!("{series}"));
+            assert!(label.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'), "{series}");
+            let mut escaped = false;
+            let end = value.find(|c: char| {
+                let closes = c == '"' && !escaped;
+                assert!(!escaped || ['"', '\\', 'n'].contains(&c), "{series}");
+                escaped = c == '\\' && !escaped;
+                closes
+            });
+            rest = &value[end.unwrap_or_else(|| panic!("{series}")) + 1..];
+            match rest.strip_prefix(',') {
+                Some(more) => rest = more,
+                None => return assert_eq!(rest, "}", "{series}"),
+            }
+        }
+    }
+
+    pub fn assert_every_metric_is_in(scrape: &Scrape) {
+        for metric in ALL {
+            let kind = match metric.kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Histogram => "histogram",
+            };
+            assert_eq!(scrape.types.get(metric.name).map(String::as_str), Some(kind), "{}", metric.name);
+            assert!(scrape.described.contains(metric.name), "{} is described", metric.name);
+            let sampled = |series: &String| {
+                let rest = series.strip_prefix(metric.name);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('{') || rest.starts_with("_bucket{"))
+            };
+            assert!(scrape.samples.keys().any(sampled), "{} has a sample", metric.name);
+        }
+        assert_eq!(scrape.types.len(), ALL.len(), "nothing but what is declared: {:?}", scrape.types.keys());
+    }
+
+    /// What a scrape would read after `status` was published and `observe` was run.
+    fn scrape_of(status: &Status, observe: impl FnOnce()) -> Scrape {
+        let recorder = recorder().unwrap();
+        metrics::with_local_recorder(&recorder, || {
+            describe();
+            publish(status);
+            observe();
+        });
+        parse(&recorder.handle().render())
+    }
+
+    #[test]
+    fn names_follow_the_conventions() {
+        let names: BTreeSet<_> = ALL.iter().map(|metric| metric.name).collect();
+        assert_eq!(names.len(), ALL.len(), "no name twice");
+        for Metric { name, kind, unit, description } in ALL {
+            assert!(name.starts_with("walferry_"), "{name}");
+            assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
+            assert_eq!(*kind == Kind::Counter, name.ends_with("_total"), "{name}");
+            let base = name.strip_suffix("_total").unwrap_or(name);
+            match unit {
+                Some(Unit::Bytes) => assert!(base.ends_with("_bytes"), "{name}"),
+                Some(Unit::Seconds) => assert!(base.ends_with("_seconds"), "{name}"),
+                Some(other) => panic!("{name}: {other:?} is no base unit"),
+                None => assert!(!base.ends_with("_bytes") && !base.ends_with("_seconds"), "{name}"),
+            }
+            assert!(description.ends_with('.') && description.len() > 10, "{name}: {description:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_published_is_what_the_status_says() {
+        let board = StatusBoard::new();
+        board.set_phase(Phase::Copying);
+        board.add_table(1, "public", "orders", 1000).begin_part().add(10, 1);
+        board.table(1).unwrap().add_recorded(250, 5);
+        board.reconnected(Side::Target);
+        board.conflicts(ConflictKind::DeleteFoundNone, 3);
+        board.received_bytes(4096);
+        board.applied(batch(2, 7, 500));
+        let scrape = scrape_of(&board.snapshot(), || record_apply_batch(Duration::from_millis(30)));
+        assert_every_metric_is_in(&scrape);
+        let value = |series: &str| *scrape.samples.get(series).unwrap_or_else(|| panic!("{series}"));
+        assert_eq!(value("walferry_phase{phase=\"copying\"}"), 1.0);
+        let phases = scrape.samples.iter().filter(|(series, _)| series.starts_with("walferry_phase{"));
+        assert_eq!(phases.map(|(_, value)| value).sum::<f64>(), 1.0, "exactly one phase is 1");
+        assert_eq!(value("walferry_copy_table_done_bytes{schema=\"public\",table=\"orders\"}"), 250.0);
+        assert_eq!(value("walferry_copy_table_size_bytes{schema=\"public\",table=\"orders\"}"), 1000.0);
+        assert_eq!(value("walferry_reconnects_total{side=\"target\"}"), 1.0);
+        assert_eq!(value("walferry_reconnects_total{side=\"source\"}"), 0.0);
+        assert_eq!(value("walferry_conflicts_total{kind=\"delete_found_none\"}"), 3.0);
+        assert_eq!(value("walferry_received_bytes_total"), 4096.0);
+        assert_eq!(value("walferry_applied_changes_total"), 7.0);
+        assert!(value("walferry_lag_seconds").is_nan(), "nobody knows the source's clock yet");
+        assert_eq!(value("walferry_apply_batch_seconds_bucket{le=\"0.025\"}"), 0.0);
+        assert_eq!(value("walferry_apply_batch_seconds_bucket{le=\"0.05\"}"), 1.0);
+        assert_eq!(value("walferry_apply_batch_seconds_count"), 1.0);
+    }
+
+    #[test]
+    fn the_number_of_series_is_bounded() {
+        let board = StatusBoard::new();
+        for relid in 0..TABLES_MAX as u32 + 10 {
+            board.add_table(relid, "public", &format!("table_{relid}"), 1);
+        }
+        let scrape = scrape_of(&board.snapshot(), || {});
+        let tables = scrape.samples.keys().filter(|series| series.starts_with("walferry_copy_table_size_bytes{"));
+        assert_eq!(tables.count(), TABLES_MAX);
+        assert_eq!(scrape.samples["walferry_copy_tables"], TABLES_MAX as f64 + 10.0);
+    }
+}
