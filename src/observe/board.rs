@@ -257,11 +257,17 @@ impl StatusBoard {
         lock(&self.shared.pending).received(end_lsn, commit_time);
     }
 
-    /// The source said how far it has sent its WAL, and what its clock says: microseconds since 2000-01-01 UTC. This
-    /// is in every keepalive and in the header of every data message.
+    /// A keepalive said how far the source has sent its WAL, and what its clock says: microseconds since 2000-01-01 UTC.
+    ///
+    /// Not for the header of a data message: its position lies inside a transaction that is not received whole yet.
     pub fn heard_from_source(&self, sent_lsn: Lsn, server_time: i64) {
         self.shared.source_wal_lsn.fetch_max(sent_lsn.0, Relaxed);
         self.shared.streamed_lsn.fetch_max(sent_lsn.0, Relaxed);
+        self.source_clock(server_time);
+    }
+
+    /// The header of a data message said what the source's clock says: microseconds since 2000-01-01 UTC.
+    pub fn source_clock(&self, server_time: i64) {
         self.shared.source_heard_at.store(server_time, Relaxed);
         self.shared.source_clock_offset.store(server_time - self.our_clock(), Relaxed);
     }

@@ -211,6 +211,13 @@ mod tests {
     }
 
     #[test]
+    fn a_name_from_a_database_cannot_steer_the_terminal() {
+        let name = "a\x1b[2Jb\u{9b}c";
+        let text = logged(LogFormat::Text, false, None, || tracing::info!(name, "copied {name}"));
+        assert!(!text.contains(['\x1b', '\u{9b}']), "{text:?}");
+    }
+
+    #[test]
     fn libraries_only_warn_and_the_level_is_ours() {
         let work = || {
             tracing::info!(target: "hyper::proto", "library");

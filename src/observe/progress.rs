@@ -9,7 +9,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::task::AbortHandle;
 
 use crate::observe::board::StatusBoard;
-use crate::observe::format::{percent, size, size_rate};
+use crate::observe::format::{duration, percent, size, size_rate};
 use crate::observe::logging::LogFormat;
 use crate::observe::render::{one_line, table_name};
 use crate::observe::status::{Phase, Status, TableState};
@@ -168,7 +168,7 @@ impl Bars {
             if copying(place) && !self.tables.contains_key(&place) {
                 let bar = ProgressBar::no_length()
                     .with_style(style(
-                        "  {prefix:28!} {wide_bar} {percent:>3}% {binary_total_bytes:>10} {binary_bytes_per_sec:>12} {eta:>4}",
+                        "  {prefix:28!} {wide_bar} {percent:>3}% {binary_total_bytes:>10} {binary_bytes_per_sec:>12} {eta:>7}",
                     ))
                     .with_prefix(table_name(&status.tables[place]));
                 // A table that was begun by an earlier process, or before there was room: no rate out of the past.
@@ -200,11 +200,10 @@ impl Bars {
         total.set_length(copy.bytes_total.max(1));
         total.set_position(copy.bytes_done);
         let percent = percent(copy.bytes_done, copy.bytes_total);
-        total.set_message(format!(
-            "{percent:>3}% {:>10} {:>12}",
-            size(copy.bytes_total),
-            size_rate(copy.bytes_per_second)
-        ));
+        let (size, rate) = (size(copy.bytes_total), size_rate(copy.bytes_per_second));
+        // As wide as what follows the bar of a table, so that the bars stand under each other.
+        let eta = status.eta_seconds.map_or_else(String::new, duration);
+        total.set_message(format!("{percent:>3}% {size:>10} {rate:>12} {eta:>7}"));
     }
 
     fn clear(&self) {
