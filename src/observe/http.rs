@@ -148,7 +148,6 @@ mod tests {
     async fn a_scrape_of_a_running_server_has_every_metric_and_parses() {
         let board = StatusBoard::new();
         board.add_table(1, "public", "a \"quoted\\name\"\nof two lines", 100);
-        board.applied(crate::observe::board::tests::batch(1, 2, 300));
         let server = start(&board).await;
         let (code, head, body) = request(&server, "GET", "/metrics").await;
         assert_eq!(code, 200);

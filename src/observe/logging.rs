@@ -43,7 +43,7 @@ pub fn init(format: LogFormat) -> Result<MultiProgress> {
 }
 
 /// Our own lines at a level, and warnings of the libraries; directives are taken as they are.
-fn filter(setting: Option<&str>) -> Result<EnvFilter> {
+pub(super) fn filter(setting: Option<&str>) -> Result<EnvFilter> {
     let setting = setting.map(str::trim).filter(|setting| !setting.is_empty()).unwrap_or("info");
     let is_level = setting.parse::<tracing::level_filters::LevelFilter>().is_ok();
     let directives =
@@ -60,7 +60,12 @@ fn filter(setting: Option<&str>) -> Result<EnvFilter> {
     EnvFilter::builder().parse(directives).map_err(|error| invalid(error.to_string()))
 }
 
-fn subscriber<W>(format: LogFormat, colour: bool, filter: EnvFilter, writer: W) -> Box<dyn Subscriber + Send + Sync>
+pub(super) fn subscriber<W>(
+    format: LogFormat,
+    colour: bool,
+    filter: EnvFilter,
+    writer: W,
+) -> Box<dyn Subscriber + Send + Sync>
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
@@ -112,9 +117,9 @@ where
 }
 
 /// Makes writers that hide the bars while a line is written.
-struct AboveBars<F> {
-    bars: MultiProgress,
-    output: F,
+pub(super) struct AboveBars<F> {
+    pub bars: MultiProgress,
+    pub output: F,
 }
 
 impl<'w, F, W> MakeWriter<'w> for AboveBars<F>
@@ -129,7 +134,7 @@ where
     }
 }
 
-struct LineAboveBars<W: Write> {
+pub(super) struct LineAboveBars<W: Write> {
     bars: MultiProgress,
     output: W,
 }
@@ -144,5 +149,100 @@ impl<W: Write> Write for LineAboveBars<W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.output.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is logged by `work` in a format.
+    fn logged(format: LogFormat, colour: bool, setting: Option<&str>, work: impl FnOnce()) -> String {
+        let buffer = Buffer::default();
+        let output = buffer.clone();
+        let bars = MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden());
+        let writer = AboveBars { bars, output: move || output.clone() };
+        tracing::subscriber::with_default(subscriber(format, colour, filter(setting).unwrap(), writer), work);
+        let bytes = buffer.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn a_line_for_people_is_time_level_message_and_fields() {
+        let text = logged(LogFormat::Text, false, None, || tracing::warn!(table = "orders", rows = 3, "copied"));
+        let (time, rest) = text.split_at(20);
+        assert_eq!(rest, " warn  copied table=\"orders\" rows=3\n");
+        assert!(time.ends_with('Z') && time.as_bytes()[10] == b'T', "{time}");
+    }
+
+    #[test]
+    fn colours_come_only_when_asked_for() {
+        let log = || tracing::error!("text");
+        assert!(logged(LogFormat::Text, true, None, log).contains("\x1b[31merror\x1b[0m"));
+        assert!(!logged(LogFormat::Text, false, None, log).contains('\x1b'));
+        assert!(!logged(LogFormat::Json, true, None, log).contains('\x1b'));
+    }
+
+    #[test]
+    fn a_json_line_is_one_object_with_time_level_and_message() {
+        let text = logged(LogFormat::Json, false, None, || tracing::info!(table = "a\nb", "copied"));
+        assert_eq!(text.lines().count(), 1);
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(
+            (&json["level"], &json["message"], &json["table"]),
+            (&"INFO".into(), &"copied".into(), &"a\nb".into())
+        );
+        assert!(json["timestamp"].as_str().is_some_and(|time| time.ends_with('Z') && time.len() == 24), "{json}");
+    }
+
+    #[test]
+    fn a_name_from_a_database_cannot_steer_the_terminal() {
+        let name = "a\x1b[2Jb\u{9b}c";
+        let text = logged(LogFormat::Text, false, None, || tracing::info!(name, "copied {name}"));
+        assert!(!text.contains(['\x1b', '\u{9b}']), "{text:?}");
+    }
+
+    #[test]
+    fn libraries_only_warn_and_the_level_is_ours() {
+        let work = || {
+            tracing::info!(target: "hyper::proto", "library");
+            tracing::warn!(target: "hyper::proto", "library warns");
+            tracing::info!("ours");
+            tracing::debug!("details");
+        };
+        let lines = |setting| {
+            logged(LogFormat::Text, false, setting, work).lines().map(|line| line[27..].to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(lines(None), ["library warns", "ours"]);
+        assert_eq!(lines(Some("debug")), ["library warns", "ours", "details"]);
+        assert_eq!(lines(Some("error")), ["library warns"]);
+        assert_eq!(lines(Some("hyper=info")), ["library", "library warns", "ours"]);
+    }
+
+    #[test]
+    fn a_setting_that_means_nothing_is_refused_by_name() {
+        for setting in ["verbose", "walferry=loud", "=,="] {
+            let error = filter(Some(setting)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Usage, "{setting}");
+            assert!(error.to_string().contains("WALFERRY_LOG"), "{error}");
+        }
+        for setting in ["", " ", "off", "TRACE", "walferry::apply=debug,warn"] {
+            assert!(filter(Some(setting)).is_ok(), "{setting:?}");
+        }
     }
 }

@@ -51,34 +51,45 @@ declare_metrics! {
     PHASE: Gauge, None, "walferry_phase", "1 for the phase that the migration is in, 0 for the others.";
     READY_TO_CUTOVER: Gauge, None, "walferry_ready_to_cutover", "Whether a cutover can start now.";
 
-    LAG_BYTES: Gauge, Some(Unit::Bytes), "walferry_lag_bytes", "WAL between the source's newest known position and what is applied.";
-    LAG_SECONDS: Gauge, Some(Unit::Seconds), "walferry_lag_seconds", "Age of the oldest transaction that was received and is not applied; NaN where unknown.";
+    LAG_BYTES: Gauge, Some(Unit::Bytes), "walferry_lag_bytes",
+        "WAL between the source's newest known position and what is applied.";
+    LAG_SECONDS: Gauge, Some(Unit::Seconds), "walferry_lag_seconds",
+        "Age of the oldest transaction that was received and is not applied; NaN where unknown.";
 
-    SOURCE_RETAINED_WAL_BYTES: Gauge, Some(Unit::Bytes), "walferry_source_retained_wal_bytes", "WAL that the source keeps because of the slot; NaN where unknown.";
+    SOURCE_RETAINED_WAL_BYTES: Gauge, Some(Unit::Bytes), "walferry_source_retained_wal_bytes",
+        "WAL that the source keeps because of the slot; NaN where unknown.";
     SOURCE_CONNECTED: Gauge, None, "walferry_source_connected", "Whether the source sends.";
     RECONNECTS_TOTAL: Counter, None, "walferry_reconnects_total", "Connections lost and made again.";
-    RECEIVED_BYTES_TOTAL: Counter, Some(Unit::Bytes), "walferry_received_bytes_total", "Bytes received from the source's stream.";
-    RECEIVED_TRANSACTIONS_TOTAL: Counter, None, "walferry_received_transactions_total", "Transactions received from the source.";
-    RECEIVED_CHANGES_TOTAL: Counter, None, "walferry_received_changes_total", "Changes of rows received from the source.";
+    RECEIVED_BYTES_TOTAL: Counter, Some(Unit::Bytes), "walferry_received_bytes_total",
+        "Bytes received from the source's stream.";
+    RECEIVED_TRANSACTIONS_TOTAL: Counter, None, "walferry_received_transactions_total",
+        "Transactions received from the source.";
+    RECEIVED_CHANGES_TOTAL: Counter, None, "walferry_received_changes_total",
+        "Changes of rows received from the source.";
 
     QUEUE_BYTES: Gauge, Some(Unit::Bytes), "walferry_queue_bytes", "Disk that the queue takes.";
     QUEUE_LIMIT_BYTES: Gauge, Some(Unit::Bytes), "walferry_queue_limit_bytes", "Disk that the queue may take.";
     QUEUE_FULL: Gauge, None, "walferry_queue_full", "Whether the queue is full, so that the source is not read.";
 
-    APPLIED_TRANSACTIONS_TOTAL: Counter, None, "walferry_applied_transactions_total", "Transactions applied on the target.";
+    APPLIED_TRANSACTIONS_TOTAL: Counter, None, "walferry_applied_transactions_total",
+        "Transactions applied on the target.";
     APPLIED_CHANGES_TOTAL: Counter, None, "walferry_applied_changes_total", "Changes of rows applied on the target.";
     APPLIED_BATCHES_TOTAL: Counter, None, "walferry_applied_batches_total", "Batches committed on the target.";
-    APPLY_BATCH_SECONDS: Histogram, Some(Unit::Seconds), "walferry_apply_batch_seconds", "Time of a batch from its first statement to its commit.";
+    APPLY_BATCH_SECONDS: Histogram, Some(Unit::Seconds), "walferry_apply_batch_seconds",
+        "Time of a batch from its first statement to its commit.";
     APPLY_PAUSED: Gauge, None, "walferry_apply_paused", "Whether the operator holds the apply.";
-    SERIAL_REPLAYS_TOTAL: Counter, None, "walferry_serial_replays_total", "Batches that the target refused and that were replayed row by row.";
+    SERIAL_REPLAYS_TOTAL: Counter, None, "walferry_serial_replays_total",
+        "Batches that the target refused and that were replayed row by row.";
     CONFLICTS_TOTAL: Counter, None, "walferry_conflicts_total", "Changes that did not meet the row they should have.";
 
     COPY_TABLES: Gauge, None, "walferry_copy_tables", "Tables to copy.";
     COPY_DONE_TABLES: Gauge, None, "walferry_copy_done_tables", "Tables whose rows are all on the target.";
-    COPY_SIZE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_size_bytes", "Bytes to copy, an estimate until all are copied.";
+    COPY_SIZE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_size_bytes",
+        "Bytes to copy, an estimate until all are copied.";
     COPY_DONE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_done_bytes", "Bytes copied.";
     COPY_DONE_ROWS: Gauge, None, "walferry_copy_done_rows", "Rows copied.";
-    COPY_TABLE_SIZE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_table_size_bytes", "Bytes of a table to copy, an estimate until it is copied.";
+    COPY_TABLE_SIZE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_table_size_bytes",
+        "Bytes of a table to copy, an estimate until it is copied.";
     COPY_TABLE_DONE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_table_done_bytes", "Bytes of a table copied.";
     COPY_TABLE_DONE_ROWS: Gauge, None, "walferry_copy_table_done_rows", "Rows of a table copied.";
     INDEXES: Gauge, None, "walferry_indexes", "Indexes and constraints to build after the copy.";
@@ -174,6 +185,8 @@ pub fn publish(status: &Status) {
     counter!(APPLIED_TRANSACTIONS_TOTAL).absolute(status.apply.transactions);
     counter!(APPLIED_CHANGES_TOTAL).absolute(status.apply.changes);
     counter!(APPLIED_BATCHES_TOTAL).absolute(status.apply.batches);
+    // There from the first scrape on, with no observations: a rate over a series that appears late misses its start.
+    let _ = histogram!(APPLY_BATCH_SECONDS);
     gauge!(APPLY_PAUSED).set(flag(status.apply.paused));
     counter!(SERIAL_REPLAYS_TOTAL).absolute(status.apply.serial_replays);
     for (kind, conflicts) in &status.apply.conflicts_by_kind {

@@ -1,5 +1,6 @@
 //! The status as plain text: what `walferry status` prints, and the one line of a running migration.
 
+use crate::lsn::Lsn;
 use crate::observe::format::{count, counted, duration, percent, printable, size, size_rate};
 use crate::observe::status::{Level, Phase, Status, Table, TableState};
 
@@ -100,7 +101,7 @@ impl Page {
     fn line(&mut self, label: &str, text: &str) {
         let text = printable(text);
         let mut column = 0;
-        for word in text.split_whitespace() {
+        for word in unbroken(&text) {
             let word_width = word.chars().count();
             if column == 0 {
                 self.text.push_str(&format!("{label:LABEL_WIDTH$}"));
@@ -112,13 +113,30 @@ impl Page {
                 self.text.push(' ');
                 column += 1;
             }
-            self.text.push_str(word);
+            self.text.push_str(&word);
             column += word_width;
         }
         if column > 0 {
             self.text.push('\n');
         }
     }
+}
+
+/// The words of a text, a number together with its unit.
+fn unbroken(text: &str) -> Vec<String> {
+    const UNITS: [&str; 9] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "ms", "s"];
+    let mut words: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        let unit = word.trim_end_matches([',', ';']).trim_end_matches("/s");
+        match words.last_mut() {
+            Some(number) if UNITS.contains(&unit) && number.ends_with(|c: char| c.is_ascii_digit()) => {
+                number.push(' ');
+                number.push_str(word);
+            }
+            _ => words.push(word.to_string()),
+        }
+    }
+    words
 }
 
 fn phase_text(status: &Status) -> String {
@@ -160,6 +178,9 @@ fn copy_text(status: &Status) -> String {
 fn stream_text(status: &Status) -> String {
     let stream = &status.stream;
     let connected = if stream.connected { "connected" } else { "not connected" };
+    if stream.received_lsn == Lsn::ZERO && stream.bytes == 0 {
+        return connected.to_string();
+    }
     let mut text = format!("{connected}, at {}, {}", stream.received_lsn, size_rate(stream.bytes_per_second));
     text.push_str(&format!(
         "; {} in {}",
@@ -177,12 +198,18 @@ fn stream_text(status: &Status) -> String {
 
 fn queue_text(status: &Status) -> String {
     let queue = &status.queue;
+    if queue.limit_bytes == 0 {
+        return String::new();
+    }
     let full = if queue.full { ", FULL: the source is not read" } else { "" };
     format!("{} of {}, on disk up to {}{full}", size(queue.bytes), size(queue.limit_bytes), queue.durable_lsn)
 }
 
 fn apply_text(status: &Status) -> String {
     let apply = &status.apply;
+    if apply.applied_lsn == Lsn::ZERO && !apply.paused {
+        return "nothing yet".to_string();
+    }
     let rate = count(apply.changes_per_second.round() as u64);
     let mut text = format!("at {}, {rate} changes/s", apply.applied_lsn);
     text.push_str(&format!("; {} in {}", counted(apply.changes, "change"), counted(apply.transactions, "transaction")));
@@ -258,4 +285,172 @@ fn shorten(name: &str, width: usize) -> String {
     let head = (width - 1) / 2;
     let tail = width - 1 - head;
     name.chars().take(head).chain(['…']).chain(name.chars().skip(length - tail)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::status::{Copy, Event, Failure, Indexes, Lag, Queue, Stream};
+
+    fn copying() -> Status {
+        let mut status = Status::not_running(Phase::Copying);
+        status.process_alive = true;
+        status.blockers = vec!["the target does not follow yet: copying".into()];
+        status.updated_at = "2026-11-20T10:16:16.000Z".into();
+        status.source.description = "db1.example.org:5432/shop, PostgreSQL 15.18".into();
+        status.source.retained_wal_bytes = Some(48 << 20);
+        status.target.description = "db2.example.org:5432/shop, PostgreSQL 15.18".into();
+        status.lag = Lag { bytes: Some(12 << 20), seconds: Some(75.0) };
+        status.copy = Copy {
+            tables_total: 3,
+            tables_done: 1,
+            bytes_total: 10 << 30,
+            bytes_done: 4 << 30,
+            rows_done: 12_345_678,
+            bytes_per_second: 85.0 * 1048576.0,
+            paused: false,
+        };
+        let table = |name: &str, bytes_done: u64, state| Table {
+            schema: "public".into(),
+            name: name.into(),
+            bytes_total: 6 << 30,
+            bytes_done,
+            rows_done: 1,
+            state,
+        };
+        status.tables = vec![
+            table("customers", 6 << 30, TableState::Done),
+            table("a_table_with_a_very_long_name_that_does_not_fit", 0, TableState::Waiting),
+            table("orders", 3 << 30, TableState::Copying),
+        ];
+        status.indexes = Indexes { total: 7, done: 2 };
+        status.stream = Stream {
+            connected: true,
+            received_lsn: Lsn(0x16_B374_D848),
+            changes: 1234,
+            transactions: 1,
+            reconnects: 1,
+            bytes_per_second: 1536.0,
+            bytes: 0,
+        };
+        status.queue = Queue { bytes: 12 << 20, limit_bytes: 20 << 30, ..Queue::default() };
+        status.eta_seconds = Some(185.0);
+        let time = "2026-11-20T10:15:09.000Z".to_string();
+        status.events.push(Event { time, level: Level::Warn, text: "the source went away".into() });
+        status
+    }
+
+    #[test]
+    fn a_status_at_eighty_columns() {
+        let expected = r#"phase     copying, 3m 05s left
+source    db1.example.org:5432/shop, PostgreSQL 15.18
+target    db2.example.org:5432/shop, PostgreSQL 15.18
+lag       12.0 MiB, 1m 15s
+copy      1 of 3 tables, 4.0 GiB of 10.0 GiB (40%), 12,345,678 rows, 85.0 MiB/s
+indexes   2 of 7 built
+stream    connected, at 16/B374D848, 1.5 KiB/s; 1,234 changes in 1 transaction;
+          1 reconnect; the source keeps 48.0 MiB of WAL
+queue     12.0 MiB of 20.0 GiB, on disk up to 0/0
+apply     nothing yet
+cutover   not yet: the target does not follow yet: copying
+
+  public.orders                          copying   50%     3.0 GiB of    6.0 GiB
+  public.a_table_wit…_that_does_not_fit  waiting    0%         0 B of    6.0 GiB
+
+10:15:09  warning: the source went away
+as of     2026-11-20T10:16:16.000Z
+"#;
+        assert_eq!(render(&copying(), 80), expected);
+    }
+
+    #[test]
+    fn a_status_at_forty_columns() {
+        let expected = r#"phase     copying, 3m 05s left
+source    db1.example.org:5432/shop,
+          PostgreSQL 15.18
+target    db2.example.org:5432/shop,
+          PostgreSQL 15.18
+lag       12.0 MiB, 1m 15s
+copy      1 of 3 tables, 4.0 GiB of
+          10.0 GiB (40%), 12,345,678
+          rows, 85.0 MiB/s
+indexes   2 of 7 built
+stream    connected, at 16/B374D848,
+          1.5 KiB/s; 1,234 changes in 1
+          transaction; 1 reconnect; the
+          source keeps 48.0 MiB of WAL
+queue     12.0 MiB of 20.0 GiB, on disk
+          up to 0/0
+apply     nothing yet
+cutover   not yet: the target does not
+          follow yet: copying
+
+  public.orders            copying   50%
+  public.a_ta…oes_not_fit  waiting    0%
+
+10:15:09  warning: the source went away
+as of     2026-11-20T10:16:16.000Z
+"#;
+        assert_eq!(render(&copying(), 40), expected);
+    }
+
+    #[test]
+    fn no_line_is_wider_than_the_page_at_any_width() {
+        let mut status = copying();
+        status.error = Some(Failure { kind: "gap".into(), message: "a b ".repeat(60), hint: Some("c d ".repeat(60)) });
+        // "db1.example.org:5432/shop," is 26 columns after its label.
+        for width in 40..200 {
+            for line in render(&status, width).lines() {
+                assert!(line.chars().count() <= width, "{width}: {line:?}");
+                assert_eq!(line.trim_end(), line, "no trailing blanks");
+            }
+        }
+        assert_eq!(render(&status, 0), render(&status, WIDTH_MIN));
+    }
+
+    #[test]
+    fn many_tables_are_counted_and_those_at_work_come_first() {
+        let mut status = copying();
+        let (waiting, working) = (status.tables[1].clone(), status.tables[2].clone());
+        status.tables = vec![waiting; 20];
+        status.tables.push(working);
+        let text = render(&status, 80);
+        assert!(text.contains("  and 9 more tables\n"), "{text}");
+        let first = text.lines().find(|line| line.starts_with("  p")).unwrap();
+        assert!(first.trim_start().starts_with("public.orders"), "{first}");
+    }
+
+    #[test]
+    fn what_stands_in_the_way_and_what_failed_is_said() {
+        let mut status = copying();
+        status.process_alive = false;
+        status.error =
+            Some(Failure { kind: "gap".into(), message: "the slot is gone".into(), hint: Some("start over".into()) });
+        let text = render(&status, 80);
+        assert!(text.contains("phase     copying, 3m 05s left; the process is not running\n"), "{text}");
+        assert!(text.contains("error     the slot is gone\nnext      start over\n"), "{text}");
+        status.error = None;
+        status.ready_to_cutover = true;
+        assert!(render(&status, 80).contains("cutover   ready\n"));
+    }
+
+    #[test]
+    fn one_line_says_what_matters_in_each_phase() {
+        let mut status = copying();
+        let line = "copying: 1 of 3 tables, 4.0 GiB of 10.0 GiB (40%), 85.0 MiB/s, 3m 05s left";
+        assert_eq!(one_line(&status), line);
+        status.eta_seconds = None;
+        status.phase = Phase::Indexing;
+        assert_eq!(one_line(&status), "indexing: 2 of 7 index builds");
+        status.phase = Phase::Following;
+        status.apply.changes_per_second = 1234.4;
+        assert_eq!(one_line(&status), "following: lag 12.0 MiB, 1m 15s, 1,234 changes/s");
+        status.queue.full = true;
+        status.stream.connected = false;
+        assert!(one_line(&status).ends_with("changes/s, queue full, source not connected"));
+        status = Status::not_running(Phase::Preparing);
+        assert_eq!(one_line(&status), "preparing");
+        status.apply.paused = true;
+        assert_eq!(one_line(&status), "preparing: apply paused");
+    }
 }
