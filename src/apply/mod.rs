@@ -1,1 +1,279 @@
-//! To be written.
+//! From the queue to the target's tables.
+//!
+//! ```text
+//!  queue ─► Assembler (thread) ──chunk──► N writers ── all write ──┬── barrier ── all commit, each with its ledger row
+//!           decode, leave out what                                │
+//!           the copies have seen (I3),                             └─ one refuses: all roll back, and the unit is replayed
+//!           net effect, route, encode                                  row by row in the source's order (I5)
+//! ```
+//!
+//! Progress: a writer's row in the ledger says up to which end LSN *its share* of the changes is on the target. All rows
+//! agree, except after a crash between the commits of one unit. Then [`Apply::run`] makes exactly that unit again, whose
+//! chunks are the same because they depend on the queue's bytes alone, and the writers that had committed leave theirs out.
+//!
+//! How it dies: before the commits, nothing of the unit is on the target; between them, see above; after them, the ledger
+//! says so. A target that crashes takes back rows and ledger together; the queue still has the transactions (I2).
+
+pub mod assemble;
+pub mod encode;
+pub mod layout;
+pub mod net;
+pub mod replay;
+pub mod route;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use tokio::sync::{mpsc, watch};
+
+use assemble::{Assembled, Assembler, Chunk, UnitEnd};
+use layout::Layout;
+use replay::Replay;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::observe::board::{AppliedBatch, StatusBoard};
+use crate::observe::status::Level;
+use crate::queue::Queue;
+use crate::target::writer::{WriteError, Writer};
+
+/// A unit with at most so many rows is written by one session: the others' round trips would cost more.
+const SMALL_UNIT_ROWS: u64 = 200;
+
+/// How long apply sessions live (H25).
+const SESSION_AGE_MAX: Duration = Duration::from_secs(600);
+
+/// How far the apply is, for whoever waits for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// Everything that ends here or before is committed on the target (perhaps not yet flushed).
+    pub end_lsn: Lsn,
+    /// Our newest marker that went all the way.
+    pub marker: Option<Marker>,
+    /// Row changes since the process began.
+    pub changes: u64,
+}
+
+/// One of our messages in the stream, seen at the far end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Marker {
+    /// What it says.
+    pub content: String,
+    /// Row changes since the process began that came before it.
+    pub changes: u64,
+}
+
+/// The apply: its sessions are given, it opens none.
+pub struct Apply {
+    /// The tables.
+    pub layout: Arc<Layout>,
+    /// Where the transactions come from.
+    pub queue: Queue,
+    /// One session for each place in `progress`.
+    pub writers: Vec<Writer>,
+    /// How far each session has come, as the ledger says.
+    pub progress: Vec<Lsn>,
+    /// Where it is shown.
+    pub board: StatusBoard,
+    /// Where others wait for it.
+    pub applied: watch::Sender<Applied>,
+}
+
+/// Why a run of the assembler ended.
+enum Ended {
+    /// The goal is reached, or the sessions are old: the caller decides what next.
+    AtBoundary,
+    /// The unit was refused, or has a transaction that only the serial way can do: replay from where the ledger stands. With
+    /// an LSN through that one; without, one transaction.
+    Replay(Option<Lsn>),
+    /// Bring the sessions up to this LSN, then replay one transaction.
+    UpTo(Lsn),
+}
+
+impl Apply {
+    /// Applies until everything up to `until` is committed, or its sessions are to be renewed.
+    ///
+    /// # Errors
+    /// `Divergence` when the target is not what the source's history says (I6), naming the transaction; `Gap` when the queue no
+    /// longer holds what the ledger needs; `Transient` when a session is lost.
+    pub async fn run(&mut self, until: Option<Lsn>) -> Result<()> {
+        let mut replay_after = None;
+        loop {
+            let (least, most) = self.range();
+            // After a crash between the commits, exactly the unit that was being committed.
+            let unit = if least < most { Some(most) } else { replay_after };
+            let assembler = Assembler::start(Arc::clone(&self.layout), self.queue.reader(least)?, least, unit)?;
+            match self.consume(assembler, unit, until).await? {
+                Ended::Replay(through) => {
+                    replay_after = None;
+                    self.replay(through).await?;
+                }
+                Ended::UpTo(complete) => replay_after = Some(complete),
+                Ended::AtBoundary if replay_after.take().is_some() => self.replay(None).await?,
+                Ended::AtBoundary => {}
+            }
+            let (least, most) = self.range();
+            let reached = until.is_some_and(|until| least >= until);
+            if least == most && replay_after.is_none() && (reached || self.sessions_are_old()) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// How far the slowest and the fastest session have come.
+    fn range(&self) -> (Lsn, Lsn) {
+        let least = self.progress.iter().copied().min().unwrap_or(Lsn::ZERO);
+        (least, self.progress.iter().copied().max().unwrap_or(least))
+    }
+
+    fn sessions_are_old(&self) -> bool {
+        self.writers.first().is_some_and(|writer| writer.opened().elapsed() > SESSION_AGE_MAX)
+    }
+
+    async fn consume(
+        &mut self,
+        mut assembler: mpsc::Receiver<Result<Assembled>>,
+        unit: Option<Lsn>,
+        until: Option<Lsn>,
+    ) -> Result<Ended> {
+        let mut begun: Option<Instant> = None;
+        while let Some(assembled) = assembler.recv().await {
+            let mut chunk = match assembled? {
+                Assembled::Chunk(chunk) => chunk,
+                Assembled::Serial { complete } => {
+                    self.roll_back().await?;
+                    let (least, _) = self.range();
+                    return Ok(if complete <= least { Ended::Replay(None) } else { Ended::UpTo(complete) });
+                }
+            };
+            let since = *begun.get_or_insert_with(Instant::now);
+            let end = chunk.end.take();
+            let outcome = match &end {
+                Some(end) if chunk.rows <= SMALL_UNIT_ROWS && self.is_untouched() => self.write_small(&mut chunk, end).await,
+                _ => self.write(&mut chunk, end.as_ref()).await,
+            };
+            match outcome {
+                Ok(()) => {}
+                Err(WriteError::Failed(error)) => return Err(error),
+                Err(WriteError::Refused(error)) => {
+                    self.board.event(Level::Warning, format!("the target refused a batch; replaying it row by row: {error}"));
+                    self.roll_back().await?;
+                    return Ok(Ended::Replay(end.map(|end| end.end_lsn)));
+                }
+            }
+            if let Some(end) = end {
+                begun = None;
+                publish(&self.applied, &self.board, &end, since.elapsed());
+                let reached = |goal: Option<Lsn>| goal.is_some_and(|goal| end.end_lsn >= goal);
+                if reached(unit) || reached(until) || self.sessions_are_old() {
+                    return Ok(Ended::AtBoundary);
+                }
+            }
+        }
+        Err(Error::new(ErrorKind::Other, "the assembler has ended without saying why"))
+    }
+
+    /// Whether all sessions stand at the same place with nothing uncommitted, so that any of them can write any row.
+    fn is_untouched(&self) -> bool {
+        let (least, most) = self.range();
+        least == most && self.writers.iter().all(|writer| !writer.in_transaction())
+    }
+
+    /// A small unit: one session writes it, and everybody's row in the ledger, as one transaction.
+    async fn write_small(&mut self, chunk: &mut Chunk, end: &UnitEnd) -> Result<(), WriteError> {
+        let layout = Arc::clone(&self.layout);
+        let Some(writer) = self.writers.first_mut() else { return Ok(()) };
+        for writes in &mut chunk.writes {
+            if !writes.is_empty() {
+                writer.write(&layout, writes).await?;
+            }
+        }
+        let everybody: Vec<i32> = (0..self.progress.len()).filter_map(|number| i32::try_from(number).ok()).collect();
+        writer.commit(&everybody, end.end_lsn).await?;
+        self.progress.fill(end.end_lsn);
+        Ok(())
+    }
+
+    /// All sessions write their share; after the last chunk of the unit all commit, each with its own row in the ledger.
+    async fn write(&mut self, chunk: &mut Chunk, end: Option<&UnitEnd>) -> Result<(), WriteError> {
+        let layout = &*self.layout;
+        let (_, most) = self.range();
+        let recovering = self.progress.iter().any(|applied| *applied < most);
+        let shares = self.writers.iter_mut().zip(&mut chunk.writes).zip(&self.progress);
+        let writes = shares.filter_map(|((writer, writes), applied)| {
+            // A session that had committed this unit before the crash leaves its share out.
+            let covered = recovering && *applied == most;
+            (!covered && !writes.is_empty()).then(|| writer.write(layout, writes))
+        });
+        for outcome in join_all(writes).await {
+            outcome?;
+        }
+        // The barrier: nobody commits before all have written.
+        let Some(end) = end else { return Ok(()) };
+        // The first session writes the rows of those that had nothing to do.
+        let idle: Vec<i32> = numbers(self.writers.iter().map(|writer| !writer.in_transaction()));
+        let commits = self.writers.iter_mut().zip(0..).filter_map(|(writer, number): (&mut Writer, i32)| {
+            let mut rows = vec![number];
+            if number == 0 {
+                rows.extend(&idle);
+            }
+            (number == 0 || writer.in_transaction()).then(|| async move { writer.commit(&rows, end.end_lsn).await })
+        });
+        for outcome in join_all(commits).await {
+            // Whether it was committed is only in the ledger now; the caller reads it again.
+            outcome.map_err(WriteError::Failed)?;
+        }
+        self.progress.fill(end.end_lsn);
+        Ok(())
+    }
+
+    async fn roll_back(&mut self) -> Result<()> {
+        for writer in &mut self.writers {
+            writer.roll_back().await?;
+        }
+        Ok(())
+    }
+
+    async fn replay(&mut self, through: Option<Lsn>) -> Result<()> {
+        let (least, _) = self.range();
+        let reader = self.queue.reader(least)?;
+        let layout = Arc::clone(&self.layout);
+        let Some(writer) = self.writers.first_mut() else { return Ok(()) };
+        self.board.serial_replay();
+        let (board, applied) = (&self.board, &self.applied);
+        let mut last = Lsn::ZERO;
+        let outcome = Replay { layout: &layout, writer, progress: &self.progress, board }
+            .run(reader, through, |end| {
+                last = end.end_lsn;
+                publish(applied, board, &end, Duration::ZERO);
+            })
+            .await;
+        for position in &mut self.progress {
+            *position = last.max(*position);
+        }
+        outcome
+    }
+}
+
+/// Tells everybody that a unit is committed.
+fn publish(applied: &watch::Sender<Applied>, board: &StatusBoard, end: &UnitEnd, elapsed: Duration) {
+    applied.send_modify(|applied| {
+        applied.end_lsn = end.end_lsn;
+        applied.changes += end.changes;
+        if let Some(content) = end.markers.last() {
+            applied.marker = Some(Marker { content: content.clone(), changes: applied.changes });
+        }
+    });
+    board.applied(AppliedBatch {
+        transactions: end.transactions,
+        changes: end.changes,
+        end_lsn: end.end_lsn,
+        commit_time: end.commit_time,
+        elapsed,
+    });
+}
+
+fn numbers(wanted: impl Iterator<Item = bool>) -> Vec<i32> {
+    (0..).zip(wanted).filter(|(_, wanted)| *wanted).map(|(number, _)| number).collect()
+}

@@ -78,7 +78,6 @@ impl Copier {
         let waiting = Arc::new(Mutex::new(VecDeque::from(parts)));
         let stale = Arc::new(Mutex::new(BTreeSet::new()));
         let mut running = JoinSet::new();
-        let watchdog = tokio::spawn(watchdog::run(self.source.clone(), self.application_name.clone(), self.board.clone()));
         for _ in 0..jobs.max(1) {
             let job = Job {
                 copier: Arc::clone(self),
@@ -89,17 +88,17 @@ impl Copier {
             };
             running.spawn(job.run());
         }
-        let mut outcome = Ok(());
-        while let Some(ended) = running.join_next().await {
-            let ended = ended.unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("a copy job failed: {error}"))));
-            if let Err(error) = ended {
-                outcome = outcome.and(Err(error));
-                // Nobody else begins a part; what runs is taken back by its transaction.
-                running.abort_all();
+        let jobs = async {
+            while let Some(ended) = running.join_next().await {
+                // With the first error the others are ended too; what they had begun is taken back by its transaction.
+                ended.unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("a copy job failed: {error}"))))?;
             }
+            Ok(())
+        };
+        tokio::select! {
+            outcome = jobs => outcome?,
+            () = watchdog::run(&self.source, &self.application_name, &self.board) => {}
         }
-        watchdog.abort();
-        outcome?;
         let stale = stale.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(stale.clone())
     }

@@ -33,6 +33,16 @@ impl<'a> Tuple<'a> {
         TupleColumns { left: self.count, reader: Reader::new(self.columns) }
     }
 
+    /// The columns as they are on the wire, without their number: what [`Tuple::of_encoded`] reads again.
+    pub fn encoded(&self) -> &'a [u8] {
+        self.columns
+    }
+
+    /// A tuple that was read before and kept as [`Tuple::encoded`]. Bytes that never were one read as a shorter tuple.
+    pub fn of_encoded(count: u16, columns: &'a [u8]) -> Tuple<'a> {
+        Tuple { count, columns }
+    }
+
     pub(super) fn read(reader: &mut Reader<'a>) -> Result<Tuple<'a>, Mismatch> {
         let count = reader.column_count()?;
         let start = *reader;

@@ -65,8 +65,9 @@ pub struct Column {
     pub binary_safe: bool,
     /// Two values are equal exactly when their output is the same bytes (H20).
     pub byte_equal: bool,
-    /// The type has an equality operator of its own (json, xml and point have none).
-    pub has_equality: bool,
+    /// The schema of the equality operator of the type's default index class (`citext` brings its own); `None` for json, xml,
+    /// point and others that have none, which cannot be in a key.
+    pub equality_schema: Option<String>,
 }
 
 /// `ALTER TABLE … REPLICA IDENTITY`.
@@ -203,10 +204,14 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
                         a.atttypmod, a.attnotnull, a.attidentity = 'a', \
                         b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e', \
                         (b.oid IN ({BYTE_EQUAL_TYPES}) OR b.typtype = 'e') AND coalesce(l.collisdeterministic, true), \
-                        b.oid NOT IN (114, 142, 600, 601, 602, 603, 604, 628, 718) AND EXISTS ( \
-                          SELECT FROM pg_catalog.pg_operator o WHERE o.oprname = '=' AND o.oprleft = b.oid \
-                            AND o.oprright = b.oid) \
-                        OR b.typtype IN ('e', 'r', 'm') OR b.oid = 1043 \
+                        CASE WHEN b.typtype IN ('e', 'r', 'm', 'c') OR b.typcategory = 'A' OR b.oid = 1043 THEN 'pg_catalog' \
+                             ELSE (SELECT pg_catalog.min(on_.nspname) FROM pg_catalog.pg_opclass oc \
+                                   JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree' \
+                                   JOIN pg_catalog.pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3 \
+                                     AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype \
+                                   JOIN pg_catalog.pg_operator o ON o.oid = ao.amopopr \
+                                   JOIN pg_catalog.pg_namespace on_ ON on_.oid = o.oprnamespace \
+                                   WHERE oc.opcdefault AND oc.opcintype = b.oid) END \
                  FROM pg_catalog.pg_attribute a \
                  JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
                  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
@@ -233,7 +238,7 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
             identity_always: row.get(7),
             binary_safe: row.get(8),
             byte_equal: row.get(9),
-            has_equality: row.get(10),
+            equality_schema: row.get(10),
         });
     }
     Ok(columns)
@@ -278,7 +283,7 @@ async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
 fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) -> (Vec<usize>, bool) {
     let positions = |index: &Index| -> Option<Vec<usize>> {
         let place = |number: &i16| {
-            columns.iter().position(|column| column.number == *number && column.not_null && column.has_equality)
+            columns.iter().position(|column| column.number == *number && column.not_null && column.equality_schema.is_some())
         };
         index.names_one_row.then(|| index.columns.iter().map(place).collect()).flatten()
     };
@@ -373,7 +378,7 @@ mod tests {
             identity_always: false,
             binary_safe: true,
             byte_equal: true,
-            has_equality: true,
+            equality_schema: Some("pg_catalog".into()),
         }
     }
 

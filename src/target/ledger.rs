@@ -164,6 +164,8 @@ pub struct LedgerTable {
     pub table: Table,
     /// Its updates and deletes are not in the stream (H27).
     pub insert_only: bool,
+    /// How its changes are spread over the apply sessions (H21).
+    pub routing: Routing,
     /// The snapshot its rows come from; `None` before its copy has begun.
     pub snapshot: Option<i32>,
     /// Every part is on the target.
@@ -342,7 +344,7 @@ pub async fn record_prepared(client: &mut Client, migration: &Migration, prepare
 pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
     let rows = client
         .query(
-            "SELECT definition::text, insert_only, snapshot, copied, rows_copied FROM walferry.source_table \
+            "SELECT definition::text, insert_only, snapshot, copied, rows_copied, routing FROM walferry.source_table \
              ORDER BY (definition->>'bytes')::int8 DESC, relid",
             &[],
         )
@@ -356,6 +358,8 @@ pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
                 snapshot: row.get(2),
                 copied: row.get(3),
                 rows_copied: row.get(4),
+                routing: Routing::parse(row.get(5))
+                    .ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has a routing that this version does not know"))?,
             })
         })
         .collect()

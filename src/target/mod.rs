@@ -7,4 +7,5 @@
 pub mod index;
 pub mod ledger;
 pub mod schema;
+pub mod serial;
 pub mod writer;

@@ -1,0 +1,296 @@
+//! From the queue to chunks: reads transactions, leaves out what a table's copy has seen, merges the rest into its net
+//! effect, spreads it over the apply sessions and encodes it for COPY.
+//!
+//! Runs in a thread of its own, one chunk ahead of the target. A **unit** is what is committed together: whole
+//! transactions of the source, as many as came meanwhile and fit. A **chunk** is what is in memory at once; a transaction
+//! larger than that is a unit of several chunks (I4, I7).
+//!
+//! Where the chunks of a unit end depends on nothing but the bytes of its transactions, so that after a crash between
+//! the sessions' commits the same unit makes the same chunks again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::encode::CopyRows;
+use super::layout::Layout;
+use super::net::{Effect, NeedsSerialReplay, Net, NetChanges};
+use crate::decode::{Datum, Message, Tuple, decode};
+use crate::error::Result;
+use crate::lsn::Lsn;
+use crate::queue::{Entry, Reader, TransactionHead};
+
+/// The prefix of our own logical messages: the cutover's markers.
+pub const MARKER_PREFIX: &str = "walferry";
+
+/// A chunk is written once it has read this much of the queue. Part of the format: see the module's head.
+const CHUNK_BYTES: usize = 8 << 20;
+
+/// How long the queue is waited for before anything else is looked at.
+const WAIT: Duration = Duration::from_millis(50);
+
+/// What the sessions have to write next.
+#[derive(Debug, Default)]
+pub struct Chunk {
+    /// For each session, in its number's place.
+    pub writes: Vec<Vec<TableWrites>>,
+    /// How many rows they write in all.
+    pub rows: u64,
+    /// Set in the last chunk of a unit.
+    pub end: Option<UnitEnd>,
+}
+
+/// What is committed together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UnitEnd {
+    /// End LSN of its last transaction: what the ledger says afterwards.
+    pub end_lsn: Lsn,
+    /// Transactions of the source in it.
+    pub transactions: u64,
+    /// Changes of rows in it.
+    pub changes: u64,
+    /// Commit time of its last transaction, microseconds since 2000-01-01.
+    pub commit_time: i64,
+    /// Our own messages in it.
+    pub markers: Vec<String>,
+}
+
+/// What one session writes to one table, in this order: deletes, updates, inserts.
+#[derive(Debug)]
+pub struct TableWrites {
+    /// The table's place in the layout.
+    pub place: usize,
+    /// Keys.
+    pub deletes: CopyRows,
+    /// Rows by the columns that they leave unchanged: those are not in the rows.
+    pub updates: BTreeMap<Vec<u16>, CopyRows>,
+    /// Whole rows.
+    pub inserts: CopyRows,
+}
+
+/// What the assembler hands on.
+#[derive(Debug)]
+pub enum Assembled {
+    /// To be written.
+    Chunk(Chunk),
+    /// The transaction that begins after `complete` cannot be merged (a TRUNCATE, or a history that only a replay can tell):
+    /// what the unit has before it is to be applied up to `complete`, then that one transaction row by row.
+    Serial {
+        /// End LSN of the last transaction before it.
+        complete: Lsn,
+    },
+}
+
+/// Reads the queue from where a reader stands.
+pub struct Assembler {
+    layout: Arc<Layout>,
+    reader: Reader,
+    /// Ends the unit with the transaction that ends here, and then stops.
+    until: Option<Lsn>,
+    /// End LSN of the last whole transaction.
+    complete: Lsn,
+    tables: BTreeMap<usize, NetChanges>,
+    chunk_bytes: usize,
+    unit: UnitEnd,
+    head: Option<TransactionHead>,
+}
+
+impl Assembler {
+    /// Starts a thread that sends chunks until nobody takes them, `until` is reached, or it fails.
+    pub fn start(
+        layout: Arc<Layout>,
+        reader: Reader,
+        after: Lsn,
+        until: Option<Lsn>,
+    ) -> Result<mpsc::Receiver<Result<Assembled>>> {
+        let (sender, receiver) = mpsc::channel(1);
+        let mut assembler = Assembler {
+            layout,
+            reader,
+            until,
+            complete: after,
+            tables: BTreeMap::new(),
+            chunk_bytes: 0,
+            unit: UnitEnd::default(),
+            head: None,
+        };
+        std::thread::Builder::new().name("assemble".into()).spawn(move || {
+            while !sender.is_closed() {
+                match assembler.step(&sender) {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => {
+                        // Nobody listens any more: then nobody needs to know.
+                        let _ = sender.blocking_send(Err(error));
+                        break;
+                    }
+                }
+            }
+        })?;
+        Ok(receiver)
+    }
+
+    /// Takes one entry of the queue; answers whether to go on.
+    fn step(&mut self, sender: &mpsc::Sender<Result<Assembled>>) -> Result<bool> {
+        // With something to write, only what is there already is taken; the target should not wait for the source.
+        let unit_is_open = self.unit.transactions > 0;
+        let wait = if unit_is_open && self.head.is_none() { Duration::ZERO } else { WAIT };
+        let Some(entry) = self.reader.next(wait)? else {
+            // A unit with a given end waits for it, even where that has to be received again first.
+            let hand_over = unit_is_open && self.head.is_none() && self.until.is_none();
+            return Ok(!hand_over || self.send(sender, true)?);
+        };
+        match entry {
+            Entry::Begin(head) => {
+                self.head = Some(head);
+                self.unit.commit_time = head.commit_time;
+            }
+            Entry::Data(bytes) => {
+                if self.change(&bytes)? == Err(NeedsSerialReplay) {
+                    // Whoever takes this starts another assembler.
+                    let _ = sender.blocking_send(Ok(Assembled::Serial { complete: self.complete }));
+                    return Ok(false);
+                }
+                self.chunk_bytes += bytes.len();
+                if self.chunk_bytes >= CHUNK_BYTES {
+                    return self.send(sender, false);
+                }
+            }
+            Entry::Commit { end_lsn } => {
+                self.head = None;
+                self.complete = end_lsn;
+                self.unit.end_lsn = end_lsn;
+                self.unit.transactions += 1;
+                if self.is_full() {
+                    return self.send(sender, true);
+                }
+            }
+            Entry::Position(lsn) => {
+                self.complete = lsn;
+                self.unit.end_lsn = lsn;
+                // An idle source moves on too; a unit of its own only where no other is in the making.
+                if (!unit_is_open && self.until.is_none()) || self.is_full() {
+                    return self.send(sender, true);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether the unit ends with the transaction that has just ended.
+    fn is_full(&self) -> bool {
+        let wanted = self.until.is_some_and(|until| self.complete >= until);
+        wanted || !self.unit.markers.is_empty() || self.chunk_bytes >= CHUNK_BYTES / 2
+    }
+
+    fn change(&mut self, bytes: &Bytes) -> Result<Result<(), NeedsSerialReplay>> {
+        let Some(head) = self.head else { return Ok(Ok(())) };
+        let (relid, kind) = match decode(bytes)? {
+            Message::Relation(relation) => {
+                self.layout.check_relation(&relation)?;
+                return Ok(Ok(()));
+            }
+            Message::Logical { prefix, content, .. } => {
+                if prefix == MARKER_PREFIX {
+                    self.unit.markers.push(String::from_utf8_lossy(content).into_owned());
+                }
+                return Ok(Ok(()));
+            }
+            Message::Truncate { relids, .. } => {
+                for relid in relids {
+                    let place = self.layout.place(relid)?;
+                    if !self.layout.copy_has_seen(place, head.xid, head.commit_lsn) {
+                        return Ok(Err(NeedsSerialReplay));
+                    }
+                }
+                return Ok(Ok(()));
+            }
+            Message::Insert { relid, new } => (relid, Kind::Insert(new)),
+            Message::Update { relid, old, new } => (relid, Kind::Update(old, new)),
+            Message::Delete { relid, old } => (relid, Kind::Delete(old)),
+            Message::Begin { .. } | Message::Commit { .. } | Message::Origin { .. } | Message::Type { .. } => return Ok(Ok(())),
+        };
+        let place = self.layout.place(relid)?;
+        if self.layout.copy_has_seen(place, head.xid, head.commit_lsn) {
+            return Ok(Ok(()));
+        }
+        self.unit.changes += 1;
+        let table = &self.layout.tables[place].table;
+        let net = self.tables.entry(place).or_insert_with(|| NetChanges::new(relid, &table.key));
+        Ok(match kind {
+            Kind::Insert(new) => net.insert(bytes, new),
+            Kind::Update(old, new) => net.update(bytes, old, new),
+            Kind::Delete(old) => net.delete(bytes, old),
+        })
+    }
+
+    /// Hands over what there is; `last` ends the unit. Answers whether to go on.
+    fn send(&mut self, sender: &mpsc::Sender<Result<Assembled>>, last: bool) -> Result<bool> {
+        let mut chunk = Chunk { writes: (0..self.layout.workers).map(|_| Vec::new()).collect(), ..Chunk::default() };
+        for (&place, net) in &mut self.tables {
+            if !net.is_empty() {
+                spread(&self.layout, place, net.take(), &mut chunk)?;
+            }
+        }
+        self.chunk_bytes = 0;
+        let mut go_on = true;
+        if last {
+            go_on = self.until.is_none_or(|until| self.complete < until);
+            chunk.end = Some(std::mem::take(&mut self.unit));
+        }
+        Ok(sender.blocking_send(Ok(Assembled::Chunk(chunk))).is_ok() && go_on)
+    }
+}
+
+enum Kind<'a> {
+    Insert(Tuple<'a>),
+    Update(Option<crate::decode::OldTuple<'a>>, Tuple<'a>),
+    Delete(crate::decode::OldTuple<'a>),
+}
+
+/// Encodes the net effect on one table for the sessions that write it.
+fn spread(layout: &Layout, place: usize, rows: Vec<Net>, chunk: &mut Chunk) -> Result<()> {
+    let entry = &layout.tables[place];
+    let (key, binary) = (&entry.table.key, layout.binary);
+    for net in rows {
+        if net.effect == Effect::Nothing {
+            continue;
+        }
+        chunk.rows += 1;
+        let worker = entry.routing.worker(entry.table.relid, net.hash, layout.workers);
+        let writes = writes_to(&mut chunk.writes[worker], place, binary);
+        match net.effect {
+            Effect::Insert => writes.inserts.push(net.row.tuple().columns())?,
+            Effect::Delete => {
+                let values: Vec<Datum<'_>> = net.key.tuple().columns().collect();
+                let key: Vec<Datum<'_>> = key.iter().filter_map(|&at| values.get(at).copied()).collect();
+                writes.deletes.push(key.into_iter())?;
+            }
+            Effect::Update | Effect::Replace => {
+                let unchanged = net.row.unchanged();
+                let values: Vec<Datum<'_>> =
+                    net.row.tuple().columns().filter(|datum| *datum != Datum::Unchanged).collect();
+                writes.updates.entry(unchanged).or_insert_with(|| CopyRows::new(binary)).push(values.into_iter())?;
+            }
+            Effect::Nothing => {}
+        }
+    }
+    Ok(())
+}
+
+fn writes_to(tables: &mut Vec<TableWrites>, place: usize, binary: bool) -> &mut TableWrites {
+    // Tables come one after the other, so the last is the one, or there is none yet.
+    if tables.last().is_none_or(|last| last.place != place) {
+        tables.push(TableWrites {
+            place,
+            deletes: CopyRows::new(binary),
+            updates: BTreeMap::new(),
+            inserts: CopyRows::new(binary),
+        });
+    }
+    let last = tables.len() - 1;
+    &mut tables[last]
+}

@@ -1,0 +1,330 @@
+//! A session that writes net effects to the target: set by set, never row by row.
+//!
+//! | of a table | goes by |
+//! |---|---|
+//! | new rows | COPY into the table itself |
+//! | changed rows | COPY into a temporary table of this session, then `UPDATE … FROM` it |
+//! | gone rows | COPY of their keys into another, then `DELETE … USING` it |
+//!
+//! The temporary tables empty themselves at commit (H25: emptied by TRUNCATE, they would bloat the catalog); only a unit of
+//! several chunks has to truncate them in between. The plan is pinned: the temporary table is read once and the target's key
+//! index is asked for each row; a surprising full scan of a large table would cost more than the batch.
+//!
+//! Every statement must meet exactly the rows it was given (I6). When it does not, or when the target refuses it, nothing of
+//! the unit is committed, and it is replayed row by row ([`Refused`]).
+
+use std::collections::{HashMap, HashSet};
+use std::pin::pin;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::SinkExt;
+use tokio_postgres::types::PgLsn;
+use tokio_postgres::{Client, Statement};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::apply::assemble::TableWrites;
+use crate::apply::encode::CopyRows;
+use crate::apply::layout::Layout;
+use crate::connection::ConnectionSpec;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::source::catalog::{Column, Table};
+use crate::sql;
+
+/// What every apply session sets for itself, besides what all of our sessions pin.
+///
+/// A lock wait of this length is a refusal (I5): a session that waits for its sibling would wait for ever, because the sibling
+/// waits for it at the barrier, where PostgreSQL sees no deadlock.
+const SETTINGS: &str = "SET session_replication_role = replica; SET synchronous_commit = off; SET lock_timeout = '10s'; \
+     SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off; \
+     SET enable_material = off; SET jit = off; SET max_parallel_workers_per_gather = 0";
+
+/// Why a unit could not be written as a set.
+#[derive(Debug)]
+pub enum WriteError {
+    /// The target refused it, or did not hold the rows it should: replay it row by row.
+    Refused(Error),
+    /// The session is of no more use, or the target of none at the moment.
+    Failed(Error),
+}
+
+impl From<Error> for WriteError {
+    fn from(error: Error) -> WriteError {
+        let refused = error.sqlstate().is_some_and(|state| {
+            // Constraint violations, wrong data, deadlocks and lock timeouts; not a server that goes away or is full.
+            matches!(&state.code()[..2], "22" | "23" | "40" | "42" | "44" | "54" | "P0" | "XX") || state.code() == "55P03"
+        });
+        if refused { WriteError::Refused(error) } else { WriteError::Failed(error) }
+    }
+}
+
+impl From<tokio_postgres::Error> for WriteError {
+    fn from(error: tokio_postgres::Error) -> WriteError {
+        Error::from(error).into()
+    }
+}
+
+/// One apply session.
+pub struct Writer {
+    client: Client,
+    in_transaction: bool,
+    statements: HashMap<(usize, What), Statement>,
+    /// Temporary tables that this transaction has filled.
+    staged: HashSet<(usize, Staging)>,
+    opened: Instant,
+}
+
+/// Which statement of a table.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum What {
+    Stage(Staging),
+    Delete,
+    Update(Staging),
+    Insert,
+}
+
+impl Writer {
+    /// Opens a session.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn open(target: &ConnectionSpec, application_name: &str) -> Result<Writer> {
+        let client = target.connect(application_name).await?;
+        client.batch_execute(SETTINGS).await.context(|| "preparing an apply session on the target".into())?;
+        Ok(Writer { client, in_transaction: false, statements: HashMap::new(), staged: HashSet::new(), opened: Instant::now() })
+    }
+
+    /// When it was opened. Sessions are renewed now and then: autovacuum cannot freeze their temporary tables (H25).
+    pub fn opened(&self) -> Instant {
+        self.opened
+    }
+
+    /// The session, for statements of its own transaction.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Whether something is written and not committed.
+    pub fn in_transaction(&self) -> bool {
+        self.in_transaction
+    }
+
+    /// Writes the rows of one chunk; the transaction stays open.
+    ///
+    /// # Errors
+    /// [`WriteError`]; the transaction is then to be rolled back.
+    pub async fn write(&mut self, layout: &Layout, writes: &mut [TableWrites]) -> Result<(), WriteError> {
+        self.begin().await?;
+        for table in writes {
+            let name = layout.tables[table.place].table.qualified();
+            self.write_table(layout, table).await.map_err(|error| match error {
+                WriteError::Refused(error) => WriteError::Refused(error.context(format!("writing to {name}"))),
+                WriteError::Failed(error) => WriteError::Failed(error.context(format!("writing to {name}"))),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Opens the transaction, if it is not.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn begin(&mut self) -> Result<()> {
+        if !self.in_transaction {
+            self.client.batch_execute("BEGIN").await?;
+            self.in_transaction = true;
+        }
+        Ok(())
+    }
+
+    /// Writes how far these sessions have come, and commits both together (I2).
+    ///
+    /// # Errors
+    /// Whatever the server says. Whether it was committed is then in the ledger, and only there.
+    pub async fn commit(&mut self, sessions: &[i32], applied: Lsn) -> Result<()> {
+        self.begin().await?;
+        self.client
+            .execute(
+                "UPDATE walferry.apply_progress SET applied = $2 WHERE worker = ANY ($1) AND applied < $2",
+                &[&sessions, &PgLsn::from(applied)],
+            )
+            .await
+            .context(|| "writing the apply's progress into the ledger".into())?;
+        self.in_transaction = false;
+        self.staged.clear();
+        self.client.batch_execute("COMMIT").await.context(|| "committing a batch on the target".into())
+    }
+
+    /// Takes back what is not committed.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn roll_back(&mut self) -> Result<()> {
+        if self.in_transaction {
+            self.in_transaction = false;
+            self.staged.clear();
+            self.client.batch_execute("ROLLBACK").await?;
+            // Temporary tables made in that transaction are gone with it.
+            self.statements.clear();
+        }
+        Ok(())
+    }
+
+    async fn write_table(&mut self, layout: &Layout, writes: &mut TableWrites) -> Result<(), WriteError> {
+        let (place, table) = (writes.place, &layout.tables[writes.place].table);
+        if !writes.deletes.is_empty() {
+            let staged = self.stage(layout, place, Staging::Keys, &mut writes.deletes).await?;
+            expect(staged, self.execute(layout, place, What::Delete).await?, "deletes", table)?;
+        }
+        for (unchanged, rows) in &mut writes.updates {
+            let staging = Staging::Rows(unchanged.clone());
+            let staged = self.stage(layout, place, staging.clone(), rows).await?;
+            expect(staged, self.execute(layout, place, What::Update(staging)).await?, "updates", table)?;
+        }
+        if !writes.inserts.is_empty() {
+            self.copy(layout, place, What::Insert, &mut writes.inserts).await?;
+        }
+        Ok(())
+    }
+
+    /// Fills a temporary table, which is empty but where an earlier chunk of the same unit used it.
+    async fn stage(&mut self, layout: &Layout, place: usize, staging: Staging, rows: &mut CopyRows) -> Result<u64, WriteError> {
+        let table = &layout.tables[place].table;
+        if !self.staged.insert((place, staging.clone())) {
+            self.client.batch_execute(&format!("TRUNCATE {}", staging.qualified(table))).await?;
+        }
+        let staged = rows.len();
+        self.copy(layout, place, What::Stage(staging), rows).await?;
+        Ok(staged)
+    }
+
+    async fn copy(&mut self, layout: &Layout, place: usize, what: What, rows: &mut CopyRows) -> Result<(), WriteError> {
+        let statement = self.statement(layout, place, what).await?;
+        let sink = self.client.copy_in::<_, Bytes>(&statement).await?;
+        let mut sink = pin!(sink);
+        let mut bytes = rows.finish();
+        while !bytes.is_empty() {
+            sink.feed(bytes.split_to(bytes.len().min(COPY_BYTES))).await?;
+        }
+        sink.finish().await?;
+        Ok(())
+    }
+
+    async fn execute(&mut self, layout: &Layout, place: usize, what: What) -> Result<u64, WriteError> {
+        let statement = self.statement(layout, place, what).await?;
+        Ok(self.client.execute(&statement, &[]).await?)
+    }
+
+    async fn statement(&mut self, layout: &Layout, place: usize, what: What) -> Result<Statement> {
+        if let Some(statement) = self.statements.get(&(place, what.clone())) {
+            return Ok(statement.clone());
+        }
+        let table = &layout.tables[place].table;
+        if let What::Stage(staging) = &what {
+            self.client.batch_execute(&staging.create(table)).await?;
+        }
+        let statement = self.client.prepare(&text(table, &what, layout.binary)).await?;
+        self.statements.insert((place, what), statement.clone());
+        Ok(statement)
+    }
+}
+
+/// Bytes in a message of COPY.
+const COPY_BYTES: usize = 128 * 1024;
+
+fn expect(staged: u64, met: u64, what: &str, table: &Table) -> Result<(), WriteError> {
+    if staged == met {
+        return Ok(());
+    }
+    let text = format!("{what} of {staged} rows of {} met {met} rows on the target", table.qualified());
+    Err(WriteError::Refused(Error::new(ErrorKind::Divergence, text)))
+}
+
+/// A temporary table that a session has for the changes of a table.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Staging {
+    /// The keys of rows that go.
+    Keys,
+    /// Rows that change, without the columns at these positions.
+    Rows(Vec<u16>),
+}
+
+impl Staging {
+    fn name(&self, table: &Table) -> String {
+        match self {
+            Staging::Keys => format!("walferry_keys_{}", table.relid),
+            Staging::Rows(unchanged) => {
+                let positions: Vec<u8> = unchanged.iter().flat_map(|at| at.to_be_bytes()).collect();
+                format!("walferry_rows_{}_{:x}", table.relid, xxh3_64(&positions))
+            }
+        }
+    }
+
+    fn qualified(&self, table: &Table) -> String {
+        sql::qualified("pg_temp", &self.name(table))
+    }
+
+    fn columns<'a>(&self, table: &'a Table) -> Vec<&'a Column> {
+        match self {
+            Staging::Keys => table.key_columns().collect(),
+            Staging::Rows(unchanged) => {
+                (0u16..).zip(&table.columns).filter(|(at, _)| !unchanged.contains(at)).map(|(_, column)| column).collect()
+            }
+        }
+    }
+
+    fn column_list(&self, table: &Table) -> String {
+        sql::identifiers(self.columns(table).into_iter().map(|column| column.name.as_str()))
+    }
+
+    /// Without the table's constraints: refusing is for the table itself.
+    fn create(&self, table: &Table) -> String {
+        format!(
+            "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM ONLY {} WITH NO DATA",
+            sql::identifier(&self.name(table)),
+            self.column_list(table),
+            table.qualified()
+        )
+    }
+}
+
+/// The SQL of a statement.
+fn text(table: &Table, what: &What, binary: bool) -> String {
+    let format = if binary { "binary" } else { "text" };
+    let target = table.qualified();
+    match what {
+        What::Stage(staging) => {
+            format!("COPY {} ({}) FROM STDIN (FORMAT {format})", staging.qualified(table), staging.column_list(table))
+        }
+        What::Delete => {
+            format!("DELETE FROM ONLY {target} t USING {} s WHERE {}", Staging::Keys.qualified(table), same_key(table))
+        }
+        What::Update(staging) => {
+            let is_key = |column: &Column| table.key_columns().any(|key| key.number == column.number);
+            let columns = staging.columns(table);
+            let (keys, others): (Vec<&Column>, Vec<&Column>) = columns.into_iter().partition(|column| is_key(column));
+            // A row that is all key has nothing to set, but it must be there all the same.
+            let set = if others.is_empty() { keys } else { others };
+            let set: Vec<String> = set.iter().map(|column| format!("{0} = s.{0}", sql::identifier(&column.name))).collect();
+            format!(
+                "UPDATE ONLY {target} t SET {} FROM {} s WHERE {}",
+                set.join(", "),
+                staging.qualified(table),
+                same_key(table)
+            )
+        }
+        What::Insert if table.columns.is_empty() => format!("COPY {target} FROM STDIN (FORMAT {format})"),
+        What::Insert => format!("COPY {target} ({}) FROM STDIN (FORMAT {format})", table.column_list()),
+    }
+}
+
+/// The key's columns compared with the operator that its index has, whatever the search path.
+fn same_key(table: &Table) -> String {
+    let equal = |column: &Column| {
+        let name = sql::identifier(&column.name);
+        let schema = sql::identifier(column.equality_schema.as_deref().unwrap_or("pg_catalog"));
+        format!("t.{name} OPERATOR({schema}.=) s.{name}")
+    };
+    table.key_columns().map(equal).collect::<Vec<_>>().join(" AND ")
+}
