@@ -11,6 +11,7 @@
 //!
 //! Every session starts with the same pinned settings. A password never leaves this module but in the login itself.
 
+mod certificate;
 mod child;
 mod environment;
 mod keywords;
