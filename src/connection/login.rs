@@ -296,6 +296,12 @@ fn explain(error: Error) -> Error {
     if text.contains("unsupported startup parameter") {
         return pooler().context(text);
     }
+    // With TLS 1.3 the server judges our certificate after the handshake is over for us.
+    if error.sqlstate().is_none() && text.contains("received fatal alert") {
+        return error.with_kind(ErrorKind::Other).hint(
+            "the server refuses our TLS session: compare sslcert with the authorities in the server's ssl_ca_file",
+        );
+    }
     match error.sqlstate() {
         Some(state) if *state == SqlState::INVALID_PASSWORD => error
             .hint("check the user and the password; a line in ~/.pgpass has the form host:port:database:user:password"),
