@@ -26,3 +26,6 @@ pub use child::ChildEnvironment;
 pub(crate) use login::{ChannelBindingPolicy, Login, Session, no_password, open};
 pub use spec::ConnectionSpec;
 pub(crate) use stream::Stream;
+
+#[cfg(test)]
+mod tests;

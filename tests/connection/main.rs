@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use server::{PASSWORD, Server, quoted};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_postgres::Client;
 use walferry::connection::ConnectionSpec;
 use walferry::error::{Error, ErrorKind};
@@ -204,7 +205,9 @@ async fn hosts_are_tried_in_order_until_one_is_what_is_wanted() {
     let error = refusal(&ConnectionSpec::parse(&wrong).unwrap()).await;
     assert_eq!(error.sqlstate().map(|state| state.code()), Some("28P01"), "{error:?}");
 
-    both(&server.socket()).await;
+    // From a task of its own, too, which needs futures that are Send.
+    let socket = server.socket();
+    tokio::spawn(async move { both(&socket).await }).await.unwrap();
     let nowhere = ConnectionSpec::parse("host=/nowhere user=postgres").unwrap();
     assert!(refusal(&nowhere).await.is_transient());
     let unknown = ConnectionSpec::parse("host=no-such-host.invalid user=postgres").unwrap();
@@ -226,6 +229,31 @@ async fn a_silent_server_does_not_hold_a_connect_for_ever() {
     let text = format!("host=127.0.0.1 port={port} user=u connect_timeout=1 sslmode=disable");
     let error = ConnectionSpec::parse(&text).unwrap().connect("waiting").await.map(|_| ()).unwrap_err();
     assert!(error.is_transient() && error.to_string().contains("within 2 s"), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h36_a_pooler_in_the_way_is_named() {
+    // What PgBouncer answers to a start-up message with options.
+    let pooler = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port = pooler.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = pooler.accept().await {
+            let mut length = [0; 4];
+            stream.read_exact(&mut length).await.unwrap();
+            let mut rest = vec![0; u32::from_be_bytes(length) as usize - 4];
+            stream.read_exact(&mut rest).await.unwrap();
+            assert!(String::from_utf8_lossy(&rest).contains("DateStyle=ISO"));
+            let fields = b"SFATAL\0C08P01\0Munsupported startup parameter: options\0\0";
+            let mut answer = vec![b'E'];
+            answer.extend_from_slice(&(fields.len() as u32 + 4).to_be_bytes());
+            answer.extend_from_slice(fields);
+            stream.write_all(&answer).await.unwrap();
+        }
+    });
+    let spec = ConnectionSpec::parse(&format!("host=127.0.0.1 port={port} user=u sslmode=disable")).unwrap();
+    let error = refusal(&spec).await;
+    assert_eq!(error.kind(), ErrorKind::Blocked, "{error:?}");
+    assert!(error.to_string().contains("pooler"), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -303,6 +331,9 @@ async fn a_slot_made_with_a_snapshot_streams_an_insert_and_stops() {
     let expected = text(&client, "SELECT system_identifier::text FROM pg_control_system()").await;
     assert_eq!((identity.system_id, identity.timeline, identity.database.as_str()), (expected, 1, "postgres"));
     assert!(identity.wal_flush > Lsn::ZERO);
+    // An error leaves the session usable. (It also drops the session's temporary slots, so it comes before them.)
+    let error = maker.simple_query("SELECT 1/0").await.unwrap_err();
+    assert_eq!(error.sqlstate().map(|state| state.code()), Some("22012"), "{error:?}");
     maker.simple_query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await.unwrap();
     let slot =
         maker.simple_query("CREATE_REPLICATION_SLOT made TEMPORARY LOGICAL pgoutput (SNAPSHOT 'use')").await.unwrap();
@@ -324,10 +355,7 @@ async fn a_slot_made_with_a_snapshot_streams_an_insert_and_stops() {
     let count = format!("SELECT count(*)::text FROM pg_stat_activity WHERE pid = {pid} AND application_name = 'maker'");
     assert_eq!(text(&client, &count).await, "1");
 
-    // An error leaves the session usable.
     maker.simple_query("ROLLBACK").await.unwrap();
-    let error = maker.simple_query("SELECT 1/0").await.unwrap_err();
-    assert_eq!(error.sqlstate().map(|state| state.code()), Some("22012"), "{error:?}");
     assert_eq!(maker.server_version(), Some(text(&client, "SHOW server_version_num").await[..2].parse().unwrap()));
 
     let mut stream = maker.start("made", consistent, &publications, false).await.unwrap();
