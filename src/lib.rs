@@ -21,6 +21,8 @@ pub mod sql;
 pub mod connection;
 pub mod source;
 
+pub mod check;
+
 pub mod queue;
 
 pub mod decode;
