@@ -68,6 +68,13 @@ impl Error {
         Error { kind, context: vec![message.into()], hint: None, sqlstate: None }
     }
 
+    /// What a server said, where the client is not tokio-postgres: its SQLSTATE decides the kind.
+    pub fn from_server(sqlstate: &str, message: &str) -> Error {
+        let state = SqlState::from_code(sqlstate);
+        let kind = if is_transient(&state) { ErrorKind::Transient } else { ErrorKind::Server };
+        Error { kind, context: vec![format!("{message} (SQLSTATE {sqlstate})")], hint: None, sqlstate: Some(state) }
+    }
+
     /// Adds what the operator can do next.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Error {
@@ -185,7 +192,7 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 
 /// Whether the same statement can succeed later without anybody's doing (appendix A of the manual, "Error Codes").
 fn is_transient(state: &SqlState) -> bool {
-    match &state.code()[..2] {
+    match state.code().get(..2).unwrap_or_default() {
         // Connection exceptions, insufficient resources (disk full, too many connections), operator intervention
         // (shutdown, terminated), system errors, and serialization failures and deadlocks.
         "08" | "53" | "58" | "40" => true,

@@ -1,1 +1,27 @@
-//! To be written.
+//! Connections to both servers, as libpq would make them: one way in for both clients.
+//!
+//! ```text
+//!  text ──parse──► parameters ◄── service file, PG* variables (environment)
+//!                      │
+//!                      ▼ spec: checked, with defaults
+//!              ConnectionSpec ──login──► address → stream (TCP, Unix) → tls → Session
+//!                      │                                                        ├─ tokio_postgres::Client
+//!                      └──child──► environment of pg_dump                       └─ source::replication::ReplicationSession
+//! ```
+//!
+//! Every session starts with the same pinned settings. A password never leaves this module but in the login itself.
+
+mod child;
+mod environment;
+mod keywords;
+mod login;
+mod parse;
+mod settings;
+mod spec;
+mod stream;
+mod tls;
+
+pub use child::ChildEnvironment;
+pub(crate) use login::{ChannelBindingPolicy, Login, Session, no_password, open};
+pub use spec::ConnectionSpec;
+pub(crate) use stream::Stream;
