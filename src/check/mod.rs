@@ -172,7 +172,7 @@ async fn check_source(
     findings.extend(source::privileges(client, server).await?);
     findings.extend(objects::tables(client, tables).await?);
     findings.extend(objects::others(client, server).await?);
-    findings.extend(source::timeouts(client, Side::Source).await?);
+    findings.extend(source::session_defaults(client, Side::Source).await?);
     Ok(findings)
 }
 
@@ -190,7 +190,7 @@ async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> 
     if !inputs.resuming {
         findings.extend(target::emptiness(client, server).await?);
     }
-    findings.extend(source::timeouts(client, Side::Target).await?);
+    findings.extend(source::session_defaults(client, Side::Target).await?);
     Ok(findings)
 }
 

@@ -193,36 +193,45 @@ pub(crate) async fn slot_wal_limit(client: &Client, server: &Server) -> Result<O
     )))
 }
 
-/// Timeouts that would end our sessions: set per session, so only named (H36).
-pub(crate) async fn timeouts(client: &Client, side: Side) -> Result<Vec<Finding>> {
+/// Timeouts that would end our sessions: our sessions set them for themselves, so they are only named (H36). On the
+/// target a read-only default is more: the application inherits it.
+pub(crate) async fn session_defaults(client: &Client, side: Side) -> Result<Vec<Finding>> {
     let rows = client
         .query(
-            "SELECT concat_ws(' of ', split_part(c.setting, '=', 1), \
-                      nullif(concat_ws(' in ', 'role ' || quote_ident(r.rolname), 'database ' || quote_ident(d.datname)), '')), \
-                    c.setting \
-             FROM pg_db_role_setting s CROSS JOIN unnest(s.setconfig) c(setting) \
-             LEFT JOIN pg_database d ON d.oid = s.setdatabase LEFT JOIN pg_roles r ON r.oid = s.setrole \
-             WHERE (s.setdatabase = 0 OR d.datname = current_database()) AND (s.setrole = 0 OR r.rolname = current_user) \
-               AND split_part(c.setting, '=', 1) IN ('statement_timeout', 'idle_in_transaction_session_timeout', \
-                 'transaction_timeout', 'idle_session_timeout', 'lock_timeout', 'default_transaction_read_only') \
-               AND split_part(c.setting, '=', 2) NOT IN ('0', 'off') \
+            "WITH overrides AS ( \
+               SELECT split_part(c.setting, '=', 1) AS name, split_part(c.setting, '=', 2) AS value, \
+                      concat_ws(' in ', 'role ' || quote_ident(r.rolname), 'database ' || quote_ident(d.datname)) AS place, \
+                      format('ALTER %s RESET %I;', CASE WHEN r.oid IS NULL THEN format('DATABASE %I', d.datname) \
+                        WHEN d.oid IS NULL THEN format('ROLE %I', r.rolname) \
+                        ELSE format('ROLE %I IN DATABASE %I', r.rolname, d.datname) END, split_part(c.setting, '=', 1)) AS fix \
+               FROM pg_db_role_setting s CROSS JOIN unnest(s.setconfig) c(setting) \
+               LEFT JOIN pg_database d ON d.oid = s.setdatabase LEFT JOIN pg_roles r ON r.oid = s.setrole \
+               WHERE (s.setdatabase = 0 OR d.datname = current_database()) \
+                 AND (s.setrole = 0 OR r.rolname = current_user)) \
+             SELECT name, value, place, fix FROM overrides \
+             WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout', \
+                            'idle_session_timeout', 'lock_timeout', 'default_transaction_read_only') \
+               AND value NOT IN ('0', 'off') \
              UNION ALL \
-             SELECT name, name || '=' || reset_val || coalesce(' ' || unit, '') FROM pg_settings \
+             SELECT name, concat_ws(' ', reset_val, unit), 'the server', '' FROM pg_settings \
              WHERE name IN ('statement_timeout', 'idle_in_transaction_session_timeout', 'transaction_timeout', \
                             'idle_session_timeout', 'lock_timeout') \
-               AND reset_val <> '0' AND source IN ('configuration file', 'command line', 'environment variable', 'session') \
-               AND setting <> boot_val AND reset_val <> boot_val \
-             ORDER BY 1",
+               AND reset_val <> '0' AND name NOT IN (SELECT name FROM overrides) \
+             ORDER BY 1, 3",
             &[],
         )
         .await
         .context(|| "reading the server's timeouts".into())?;
     let found = rows.iter().map(|row| {
-        let setting: String = row.get(1);
-        let message = format!(
-            "{setting} would end or hinder a long copy. Our own sessions set it for themselves; nothing is to be done."
-        );
-        Finding::new(Severity::Info, side, "session-timeout", row.get::<_, String>(0), message)
+        let (name, value, place, fix): (&str, &str, &str, &str) = (row.get(0), row.get(1), row.get(2), row.get(3));
+        let object = format!("{name} of {place}");
+        if name == "default_transaction_read_only" && side == Side::Target {
+            let message = "Sessions begin read-only there. Ours do not, but the application's would after the cutover.";
+            return Finding::new(Severity::Warning, side, "read-only", object, message).fix(fix);
+        }
+        let message =
+            format!("It is {value}. walferry's own sessions set it for themselves; nothing needs to be done.");
+        Finding::new(Severity::Info, side, "session-timeout", object, message)
     });
     Ok(found.collect())
 }
@@ -382,7 +391,7 @@ pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<F
 
     let hidden: Vec<String> = rows.iter().filter(|row| row.get(7)).map(name).collect();
     if !hidden.is_empty() {
-        let message = "Row level security applies to our role, and would hide rows from the copy without an error.";
+        let message = "Row level security applies to our role, and would hide rows from the copy, or stop it.";
         findings.push(
             finding(Severity::Blocker, "row-level-security", first_ten(&hidden), message)
                 .fix(format!("ALTER ROLE {role} BYPASSRLS;")),

@@ -92,14 +92,6 @@ pub(crate) fn settings(server: &Server) -> Vec<Finding> {
                 .fix(format!("GRANT CREATE ON DATABASE {database} TO {role};")),
         );
     }
-    if server.setting("default_transaction_read_only") == Some("on") {
-        let message =
-            "Transactions of the role begin read-only there, and the application's will too after the cutover.";
-        findings.push(
-            finding(Severity::Blocker, "read-only", "default_transaction_read_only", message)
-                .fix(format!("ALTER ROLE {role} IN DATABASE {database} SET default_transaction_read_only = off;")),
-        );
-    }
     // Kilobytes and megabytes: the units of these two settings.
     if server.number("maintenance_work_mem") <= 64 * 1024 {
         let message = format!(
@@ -180,12 +172,9 @@ mod tests {
         set("max_wal_size", "1025");
         set("wal_level", "logical");
         assert_eq!(settings(&server), []);
-        server
-            .settings
-            .insert("default_transaction_read_only".into(), Setting { value: "on".into(), shown: "on".into() });
         server.database_create = false;
         server.settings.remove("wal_level");
         let codes: Vec<&str> = settings(&server).iter().map(|finding| finding.code).collect();
-        assert_eq!(codes, ["create-on-database", "read-only", "way-back"]);
+        assert_eq!(codes, ["create-on-database", "way-back"]);
     }
 }
