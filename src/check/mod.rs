@@ -168,7 +168,7 @@ async fn check_source(
         wanted,
         "copy jobs, or later the way back's apply workers, and 5 more",
     ));
-    findings.extend(source::transactions(client, server).await?);
+    findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server).await?);
     findings.extend(objects::tables(client, tables).await?);
     findings.extend(objects::others(client, server).await?);

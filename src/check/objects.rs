@@ -149,6 +149,9 @@ pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Findi
                  UNION ALL \
                  SELECT 'event trigger', quote_ident(e.evtname), '', '' FROM pg_event_trigger e WHERE e.evtenabled <> 'D' \
                  UNION ALL \
+                 SELECT 'subscription', quote_ident(s.subname), '', '' FROM pg_subscription s \
+                 WHERE s.subenabled AND s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+                 UNION ALL \
                  SELECT 'extension', e.extname, e.extversion, '' FROM pg_extension e WHERE e.extname = 'timescaledb' \
                  ORDER BY 1, 2, 3"
             ),
@@ -227,6 +230,15 @@ pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Findi
         Severity::Info,
         "event-trigger",
         "Only a superuser can make an event trigger on the target.",
+        None,
+    );
+    add(
+        "subscription",
+        &[],
+        Severity::Warning,
+        "subscription",
+        "A subscription writes to the source by itself. It has to be disabled before the cutover, and made anew at the \
+         target.",
         None,
     );
     add(

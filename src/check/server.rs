@@ -299,6 +299,7 @@ pub(crate) fn pooler(side: Side, address: String) -> Finding {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::demo::server::{ServerPrograms, ThrowawayServer};
 
     pub(crate) fn server() -> Server {
         Server {
@@ -360,5 +361,15 @@ pub(crate) mod tests {
         assert_eq!(severity(50, 50), None);
         let fix = connections(&server(), Side::Target, 51, 60, "").and_then(|finding| finding.fix).unwrap();
         assert!(fix.starts_with("ALTER SYSTEM SET max_connections = 110;"), "{fix}");
+    }
+
+    #[tokio::test]
+    async fn h36_two_clients_on_one_server_session_are_taken_for_a_pooler() {
+        let programs = ServerPrograms::find(None).unwrap();
+        let throwaway = ThrowawayServer::start(&programs, "check-pooler", &[]).await.unwrap();
+        let (first, second) =
+            (throwaway.connect("postgres").await.unwrap(), throwaway.connect("postgres").await.unwrap());
+        assert!(!is_pooled(&first, &second).await.unwrap());
+        assert!(is_pooled(&first, &first).await.unwrap());
     }
 }

@@ -12,7 +12,7 @@ use crate::sql;
 const WALSENDERS_NEEDED: i64 = 2;
 
 /// Seconds after which a transaction counts as a long one.
-const LONG_TRANSACTION: &str = "60";
+pub(crate) const LONG_TRANSACTION: f64 = 60.0;
 
 /// A finding on the source.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -27,10 +27,11 @@ pub(crate) fn settings(server: &Server) -> Vec<Finding> {
             "wal_level is {}; changes can be read from the WAL only at the level logical. It needs a restart of the server.",
             server.shown("wal_level")
         );
-        findings.push(
-            finding(Severity::Blocker, "wal-level", "wal_level", message)
-                .fix("ALTER SYSTEM SET wal_level = 'logical';  -- then restart the server"),
-        );
+        let fix = match server.setting("rds.logical_replication") {
+            Some(_) => "set rds.logical_replication to 1 in the parameter group, then reboot the instance",
+            None => "ALTER SYSTEM SET wal_level = 'logical';  -- then restart the server",
+        };
+        findings.push(finding(Severity::Blocker, "wal-level", "wal_level", message).fix(fix));
     }
     if !server.replication {
         let role = sql::identifier(&server.role);
@@ -237,7 +238,7 @@ pub(crate) async fn session_defaults(client: &Client, side: Side) -> Result<Vec<
 }
 
 /// Sessions and prepared transactions that making the slot and the fence would wait for (H30, H33).
-pub(crate) async fn transactions(client: &Client, server: &Server) -> Result<Vec<Finding>> {
+pub(crate) async fn transactions(client: &Client, server: &Server, longer_than: f64) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     // The query's text is left out: it holds values.
     let rows = client
@@ -248,7 +249,7 @@ pub(crate) async fn transactions(client: &Client, server: &Server) -> Result<Vec
                         coalesce(a.datname, '')::text \
                  FROM pg_stat_activity a \
                  WHERE a.backend_type = 'client backend' AND a.pid <> pg_backend_pid() \
-                   AND a.xact_start < clock_timestamp() - interval '{LONG_TRANSACTION} s' \
+                   AND a.xact_start < clock_timestamp() - interval '{longer_than} s' \
                  ORDER BY a.xact_start"
             ),
             &[],
@@ -405,6 +406,7 @@ mod tests {
     use super::*;
     use crate::check::server::Setting;
     use crate::check::server::tests::server;
+    use crate::demo::server::{ServerPrograms, ThrowawayServer};
 
     fn with(settings: &[(&str, &str)]) -> Server {
         let mut server = server();
@@ -446,5 +448,26 @@ mod tests {
         assert_eq!((severity(8), severity(9), severity(10)), (None, Some(Severity::Warning), Some(Severity::Blocker)));
         let fix = capacity("slots", "max_replication_slots", &server, 10, 1).and_then(|finding| finding.fix).unwrap();
         assert!(fix.starts_with("ALTER SYSTEM SET max_replication_slots = 13;"));
+    }
+
+    #[tokio::test]
+    async fn h33_a_transaction_that_has_written_is_told_from_one_that_reads() {
+        let programs = ServerPrograms::find(None).unwrap();
+        let throwaway = ThrowawayServer::start(&programs, "check-transactions", &[]).await.unwrap();
+        let (checking, writer, reader) = (
+            throwaway.connect("postgres").await.unwrap(),
+            throwaway.connect("postgres").await.unwrap(),
+            throwaway.connect("postgres").await.unwrap(),
+        );
+        writer.batch_execute("BEGIN; CREATE TABLE secret_name (id int)").await.unwrap();
+        reader.batch_execute("BEGIN; SELECT 1").await.unwrap();
+        let pid: i32 = writer.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+        let found = transactions(&checking, &server(), 0.0).await.unwrap();
+        let codes: Vec<&str> = found.iter().map(|finding| finding.code).collect();
+        assert_eq!(codes, ["long-transactions", "long-readers"]);
+        assert!(found[0].object.starts_with(&format!("pid {pid} (user postgres, ")), "{}", found[0].object);
+        assert_eq!(found[0].fix, Some(format!("SELECT pg_terminate_backend({pid});")));
+        assert!(!format!("{found:?}").contains("secret_name"));
+        assert_eq!(transactions(&checking, &server(), LONG_TRANSACTION).await.unwrap(), []);
     }
 }
