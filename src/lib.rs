@@ -22,6 +22,8 @@ pub mod sql;
 pub mod connection;
 pub mod source;
 
+pub mod check;
+
 pub mod queue;
 
 pub mod decode;

@@ -1,1 +1,3 @@
-//! To be written.
+//! The demonstration: two throwaway servers, a live write load, a whole migration, a report.
+
+pub mod server;

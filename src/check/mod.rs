@@ -1,0 +1,200 @@
+//! The preflight: proves on both servers that a migration can work, before anything is touched.
+//!
+//! ```text
+//!  connect both ──► server (who, what, settings) ──► source  (rights, slots, sessions)  ─┐
+//!                                               └──► objects (tables, what cannot move) ─┤
+//!                                               └──► target  (empty, writable)          ─┼──► findings, by severity ──► Report
+//!                                               └──► both    (do they fit)              ─┤
+//!  this machine ──► local (disk, directory, clock), tools (pg_dump)                     ─┘
+//! ```
+//!
+//! Everything is read in sessions whose transactions are read-only, with a few queries over whole catalogs and none per
+//! table. A finding says what was found on which object, why it matters, and the SQL that mends it.
+
+mod both;
+mod local;
+mod objects;
+mod report;
+mod server;
+mod source;
+mod target;
+pub mod tools;
+
+use std::path::Path;
+
+use tokio_postgres::Client;
+
+pub use report::{Finding, Report, ServerSummary, Severity, Side};
+
+use crate::connection::ConnectionSpec;
+use crate::error::{Context, Result};
+use crate::source::catalog;
+use server::Server;
+
+/// The version of the report's format.
+const REPORT_VERSION: u32 = 1;
+
+/// Connections besides those of the jobs: control, slot and snapshot, stream, ledger, and one to look with.
+const OTHER_CONNECTIONS: usize = 5;
+
+/// What to check.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// The server that is moved away from.
+    pub source: &'a ConnectionSpec,
+    /// The server that is moved to.
+    pub target: &'a ConnectionSpec,
+    /// Where the queue will be, if that is known already.
+    pub state_directory: Option<&'a Path>,
+    /// Tables and parts that are copied at once.
+    pub copy_jobs: usize,
+    /// Indexes that are built at once.
+    pub index_jobs: usize,
+    /// Sessions that apply changes.
+    pub apply_workers: usize,
+    /// Quota of the queue in bytes, if there is one.
+    pub queue_max_bytes: Option<u64>,
+    /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
+    pub resuming: bool,
+}
+
+/// Checks both servers and this machine. Changes nothing.
+///
+/// A server that cannot be reached is a finding, so that the rest is still checked.
+///
+/// # Errors
+/// A query of the check itself failed, or a connection broke on the way.
+pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
+    let mut findings = Vec::new();
+    let source = open(inputs.source, Side::Source, &mut findings).await.context(|| "checking the source".into())?;
+    let target = open(inputs.target, Side::Target, &mut findings).await.context(|| "checking the target".into())?;
+
+    let mut tables = Vec::new();
+    let mut references = None;
+    if let Some((client, server)) = &source
+        && server.major() >= *server::SUPPORTED.start()
+    {
+        tables = catalog::tables(client).await.context(|| "checking the source".into())?;
+        references = Some(both::references(client).await.context(|| "checking the source".into())?);
+        findings.extend(check_source(inputs, client, server, &tables).await.context(|| "checking the source".into())?);
+    }
+    if let Some((client, server)) = &target
+        && server.major() >= *server::SUPPORTED.start()
+    {
+        findings.extend(check_target(inputs, client, server).await.context(|| "checking the target".into())?);
+        if let Some(references) = &references {
+            findings.extend(both::missing(client, server, references, inputs.resuming).await?);
+            findings.extend(objects::locks(server, Side::Target, references.restore_locks(), "Restoring the schema"));
+        }
+    }
+    if let (Some((_, server)), Some(references)) = (&source, &references) {
+        findings.extend(objects::locks(
+            server,
+            Side::Source,
+            references.dump_locks(),
+            "Dumping the schema, or fencing the source at the cutover,",
+        ));
+    }
+    if let (Some((_, source)), Some((_, target))) = (&source, &target) {
+        findings.extend(both::servers(source, target));
+        let tools = tools::find_tools_for(source.major(), target.major());
+        findings.extend(tools::findings(&tools, source.major(), target.major()));
+        findings.push(target::disk(source.bytes));
+    }
+    if let Some(directory) = inputs.state_directory {
+        let source_bytes = source.as_ref().map(|(_, server)| server.bytes);
+        findings.extend(local::state_directory(directory, inputs.queue_max_bytes, source_bytes));
+    }
+
+    // The order within a severity is that of the checks: settings first, single objects later.
+    findings.sort_by_key(|finding| finding.severity);
+    Ok(Report {
+        version: REPORT_VERSION,
+        ready: findings.iter().all(|finding| finding.severity != Severity::Blocker),
+        source: source.as_ref().map(|(_, server)| server.summary(inputs.source.describe())),
+        target: target.as_ref().map(|(_, server)| server.summary(inputs.target.describe())),
+        tables: tables.len(),
+        bytes: tables.iter().map(|table| table.bytes).sum(),
+        rows_estimate: tables.iter().map(|table| table.estimated_rows.max(0.0) as i64).sum(),
+        tables_never_analysed: tables.iter().filter(|table| table.estimated_rows < 0.0).count(),
+        findings,
+    })
+}
+
+/// Connects to a server and reads what it is. None, with a finding, when it cannot be reached or a pooler answers.
+async fn open(spec: &ConnectionSpec, side: Side, findings: &mut Vec<Finding>) -> Result<Option<(Client, Server)>> {
+    let connected = match spec.connect("walferry check").await {
+        Ok(first) => spec.connect("walferry check").await.map(|second| (first, second)),
+        Err(error) => Err(error),
+    };
+    let (client, second) = match connected {
+        Ok(clients) => clients,
+        Err(error) => {
+            let message = format!("It cannot be connected to: {error}.");
+            let mut found = Finding::new(Severity::Blocker, side, "connection", spec.describe(), message);
+            found.fix = error.next_step().map(str::to_string);
+            findings.push(found);
+            return Ok(None);
+        }
+    };
+    if server::is_pooled(&client, &second).await? {
+        findings.push(server::pooler(side, spec.describe()));
+        return Ok(None);
+    }
+    drop(second);
+    server::make_read_only(&client).await?;
+    let server = server::read(&client).await?;
+    findings.extend(server::findings(&server, side));
+    findings.extend(local::clock(&client, side).await?);
+    Ok(Some((client, server)))
+}
+
+async fn check_source(
+    inputs: &Inputs<'_>,
+    client: &Client,
+    server: &Server,
+    tables: &[catalog::Table],
+) -> Result<Vec<Finding>> {
+    let mut findings = source::settings(server);
+    findings.extend(source::replication(client, server, inputs.resuming).await?);
+    findings.extend(source::slot_wal_limit(client, server).await?);
+    let least = count(inputs.copy_jobs + OTHER_CONNECTIONS);
+    // The way back applies to the source.
+    let wanted = least.max(count(inputs.apply_workers + OTHER_CONNECTIONS));
+    findings.extend(server::connections(
+        server,
+        Side::Source,
+        least,
+        wanted,
+        "copy jobs, or later the way back's apply workers, and 5 more",
+    ));
+    findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
+    findings.extend(source::privileges(client, server).await?);
+    findings.extend(objects::tables(client, tables).await?);
+    findings.extend(objects::others(client, server).await?);
+    findings.extend(source::session_defaults(client, Side::Source).await?);
+    Ok(findings)
+}
+
+async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> Result<Vec<Finding>> {
+    let mut findings = target::settings(server);
+    let needed = count(inputs.copy_jobs + inputs.index_jobs + inputs.apply_workers + OTHER_CONNECTIONS);
+    findings.extend(server::connections(
+        server,
+        Side::Target,
+        needed,
+        needed,
+        "copy jobs, index jobs, apply workers, and 5 more",
+    ));
+    findings.extend(target::replica_role(client, server).await?);
+    if !inputs.resuming {
+        findings.extend(target::emptiness(client, server).await?);
+    }
+    findings.extend(source::session_defaults(client, Side::Target).await?);
+    Ok(findings)
+}
+
+/// A number of connections in the type that the server counts in.
+fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
