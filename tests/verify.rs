@@ -1,5 +1,8 @@
 //! `verify` against a real server: what is equal is called equal, and what is not is named exactly.
 
+// The allowance in clippy.toml covers test functions only, not what they call.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod verify_support;
 
 use std::sync::Mutex;
@@ -45,24 +48,10 @@ fn differences(report: &TableReport) -> Vec<String> {
     report.differences.iter().map(one).collect()
 }
 
-/// One column of a type, with a value on each side that another comparison could take for the same.
-async fn tells_apart(definition: &str, source: &str, target: &str) {
-    let sides = Sides::new().await;
-    sides
-        .both(&format!(
-            "CREATE EXTENSION citext; CREATE TYPE pair AS (a int, b text); CREATE TABLE t (id int PRIMARY KEY, v {definition})"
-        ))
-        .await;
-    let rows = |odd: &str| format!("INSERT INTO t VALUES (1, {source}), (2, {odd}), (3, NULL), (4, {target})");
-    sides.on_source(&rows(source)).await;
-    sides.on_target(&rows(target)).await;
-    let report = verify(&sides).await;
-    assert_eq!(differences(table(&report, "t")), ["~(id)=(2):v"], "{definition}: {source} and {target}");
-}
-
 #[tokio::test]
 async fn values_that_print_differently_are_different() {
-    for (definition, source, target) in [
+    // A type, and two values that another comparison could take for the same.
+    let cases = [
         ("text", "NULL", "''"),
         ("text", "NULL", "'NULL'"),
         ("text", "'a'", "'a '"),
@@ -90,8 +79,25 @@ async fn values_that_print_differently_are_different() {
         ("pair", "ROW(1, NULL)", "ROW(1, '')"),
         ("bit varying", "B'0'", "B'00'"),
         ("xml", "'<a/>'", "'<a />'"),
-    ] {
-        tells_apart(definition, source, target).await;
+    ];
+    let sides = Sides::new().await;
+    sides.both("CREATE EXTENSION citext; CREATE TYPE pair AS (a int, b text)").await;
+    let (mut on_source, mut on_target) = (String::new(), String::new());
+    for (at, (definition, source, target)) in cases.iter().enumerate() {
+        let script = |odd: &str| {
+            format!(
+                "CREATE TABLE t{at} (id int PRIMARY KEY, v {definition}); \
+                 INSERT INTO t{at} VALUES (1, {source}), (2, {odd}), (3, NULL), (4, {target});"
+            )
+        };
+        on_source.push_str(&script(source));
+        on_target.push_str(&script(target));
+    }
+    sides.on_source(&on_source).await;
+    sides.on_target(&on_target).await;
+    let report = verify(&sides).await;
+    for (at, case) in cases.iter().enumerate() {
+        assert_eq!(differences(table(&report, &format!("t{at}"))), ["~(id)=(2):v"], "{case:?}");
     }
 }
 
@@ -229,14 +235,15 @@ async fn a_nondeterministic_collation_does_not_hide_a_difference() {
 
 #[tokio::test]
 async fn two_encodings_are_compared_by_their_characters() {
-    let sides = Sides::with(["ENCODING 'LATIN1' LOCALE 'C'", ""]).await;
-    sides
-        .both("CREATE TABLE t (id text PRIMARY KEY, v text); INSERT INTO t VALUES ('ä', 'ö'), ('b', 'ü'), ('c', '')")
-        .await;
-    let report = verify(&sides).await;
-    assert!(report.equal, "{report}");
-    sides.on_target("UPDATE t SET v = 'o' WHERE id = 'ä'").await;
-    assert_eq!(differences(table(&verify(&sides).await, "t")), ["~(id)=(ä):v"]);
+    for encoding in ["LATIN1", "SQL_ASCII"] {
+        let sides = Sides::with([&format!("ENCODING '{encoding}' LOCALE 'C'"), ""]).await;
+        let rows = "INSERT INTO t VALUES ('ä', 'ö'), ('b', 'ü'), ('c', '')";
+        sides.both(&format!("CREATE TABLE t (id text PRIMARY KEY, v text); {rows}")).await;
+        let report = verify(&sides).await;
+        assert!(report.equal, "{encoding}: {report}");
+        sides.on_target("UPDATE t SET v = 'o' WHERE id = 'ä'").await;
+        assert_eq!(differences(table(&verify(&sides).await, "t")), ["~(id)=(ä):v"], "{encoding}");
+    }
 }
 
 #[tokio::test]
@@ -340,10 +347,12 @@ async fn one_altered_row_of_many_is_found_by_reading_few_of_them() {
         let progress = |progress: Progress| seen.lock().unwrap().push(progress);
         let options = Options { range_rows, show_values: true, ..Options::default() };
         let report = try_verify(&sides, &options, &progress).await.unwrap();
-        assert_eq!(differences(table(&report, "t")), ["~(id)=(864192):v"], "{range_rows}");
+        let t = table(&report, "t");
+        assert_eq!(differences(t), ["~(id)=(864192):v"], "{range_rows}");
+        assert!((2..=8_000).contains(&t.rows_fetched), "{}", t.rows_fetched);
         let k = table(&report, "k");
         let rows = [&k.differences[0].source_row, &k.differences[1].target_row].map(|row| row.clone().unwrap());
-        assert_eq!(rows, ["(v)=(55b37c5c270e5d84c793e486d798c01d)", "(v)=(x)"]);
+        assert_eq!(rows, ["(v)=(b52340b4de4566b804c9880aa0b4af5f)", "(v)=(x)"]);
         let seen: Vec<Progress> =
             seen.into_inner().unwrap().into_iter().filter(|p| p.table == "\"public\".\"t\"").collect();
         assert_eq!(seen.iter().map(|p| p.rows).sum::<i64>(), 200_000);
@@ -375,6 +384,7 @@ async fn a_range_that_only_the_target_has_rows_in_is_compared_too() {
     sides.on_target("INSERT INTO t VALUES (-2147483648), (2147483647)").await;
     let report = verify_with(&sides, &Options { range_rows: 1000, ..Options::default() }).await;
     assert_eq!(differences(table(&report, "t")), ["+(id)=(-2147483648)", "+(id)=(2147483647)"]);
+    assert!(table(&report, "t").ranges > 5);
     assert_eq!(table(&report, "t").rows_target, 10_002);
 }
 
@@ -395,4 +405,24 @@ async fn a_sequence_that_is_behind_is_named_and_one_ahead_is_fine() {
     assert_eq!(states, [Equal, Behind, Ahead, MissingOnTarget]);
     assert!(!report.equal);
     assert!(report.to_string().contains("sequence \"public\".\"b\" is behind"), "{report}");
+}
+
+#[tokio::test]
+async fn a_comparison_can_run_as_a_task_of_its_own() {
+    let sides = Sides::new().await;
+    sides.both("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let tables = catalog::tables(&sides.connect(&sides.source).await).await.unwrap();
+    let sides = std::sync::Arc::new(sides);
+    let task = tokio::spawn(async move {
+        let source = || {
+            let sides = sides.clone();
+            async move { Ok(sides.connect(&sides.source).await) }
+        };
+        let target = || {
+            let sides = sides.clone();
+            async move { Ok(sides.connect(&sides.target).await) }
+        };
+        verify::compare(&tables, source, target, &Options::default(), &|_| {}).await
+    });
+    assert!(task.await.unwrap().unwrap().equal);
 }

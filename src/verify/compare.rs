@@ -1,6 +1,7 @@
 //! The runner: which table and which range is compared when, on which sessions, and what the digests say.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -123,17 +124,23 @@ where
     }
     let sessions = Sessions::new(pairs).await?;
     let reports = Mutex::new(Vec::with_capacity(tables.len()));
-    in_parallel(sessions.size, tables.len(), async |at| {
-        let report = compare_table(tables[at], &sessions, options, progress).await?;
-        reports.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(report);
-        Ok(())
-    })
-    .await?;
+    let one = |at: usize| -> Work<'_> {
+        let (table, sessions, reports) = (tables[at], &sessions, &reports);
+        Box::pin(async move {
+            let report = compare_table(table, sessions, options, progress).await?;
+            reports.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(report);
+            Ok(())
+        })
+    };
+    in_parallel(sessions.size, tables.len(), &one).await?;
     Ok(Report::new(reports.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)))
 }
 
+/// One piece of work, boxed: its type must not depend on a lifetime, or the whole comparison could not be spawned.
+type Work<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+
 /// Runs `work` for 0, 1, … `count` - 1, at most `jobs` at a time, and stops at the first error.
-async fn in_parallel(jobs: usize, count: usize, work: impl AsyncFn(usize) -> Result<()>) -> Result<()> {
+async fn in_parallel<'a>(jobs: usize, count: usize, work: &(dyn Fn(usize) -> Work<'a> + Sync)) -> Result<()> {
     let next = AtomicUsize::new(0);
     let worker = async || -> Result<()> {
         loop {
@@ -144,7 +151,8 @@ async fn in_parallel(jobs: usize, count: usize, work: impl AsyncFn(usize) -> Res
             work(at).await?;
         }
     };
-    try_join_all((0..jobs.min(count)).map(|_| worker())).await?;
+    let workers: Vec<_> = (0..jobs.min(count)).map(|_| worker()).collect();
+    try_join_all(workers).await?;
     Ok(())
 }
 
@@ -223,6 +231,7 @@ pub async fn compare_table(
         differences: found.named,
         differences_total: found.total,
         differences_complete: found.complete,
+        rows_fetched: found.rows_fetched,
         ..report.clone()
     })
 }
@@ -247,8 +256,28 @@ pub(super) struct Comparison<'a> {
 struct FirstPass {
     rows_source: i64,
     rows_target: i64,
+    /// Ranges compared so far.
     ranges: usize,
     suspects: Vec<Suspects>,
+    /// The digests of each side's page ranges, together; they mean something only when all ranges are in.
+    source: Digests,
+    target: Digests,
+}
+
+impl FirstPass {
+    /// Takes in one range: compares it where it is a range of keys, else adds it to what the other ranges hold.
+    fn add(&mut self, keys: Option<&Range>, source: Digests, target: Digests) {
+        self.ranges += 1;
+        self.rows_source += rows_in(&source);
+        self.rows_target += rows_in(&target);
+        match keys {
+            Some(range) => self.suspects.extend(Suspects::between(range, 0, &source, &target)),
+            None => {
+                add(&mut self.source, source);
+                add(&mut self.target, target);
+            }
+        }
+    }
 }
 
 impl Comparison<'_> {
@@ -264,44 +293,32 @@ impl Comparison<'_> {
         };
         let by_key = matches!(plan, Plan::Keys(_));
         let ranges = source_ranges.len().max(target_ranges.len());
-        let pass = Mutex::new((FirstPass { ranges, ..FirstPass::default() }, Digests::new(), Digests::new(), 0));
-        in_parallel(sessions.size, ranges, async |at| {
-            let (source_range, target_range) = (source_ranges.get(at), target_ranges.get(at));
-            let lent = sessions.lend().await?;
-            let pair = lent.pair()?;
-            let (source, target) = tokio::try_join!(
-                self.digests(&pair.source, self.source, source_range, None, bits),
-                self.digests(&pair.target, self.target, target_range, None, bits)
-            )?;
-            drop(lent);
-            let (rows_source, rows_target) = (rows_in(&source), rows_in(&target));
-            let done = {
-                let mut pass = pass.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                pass.0.rows_source += rows_source;
-                pass.0.rows_target += rows_target;
-                if by_key {
-                    let range = source_range.cloned().unwrap_or(Range::All);
-                    pass.0.suspects.extend(Suspects::between(&range, 0, &source, &target));
-                } else {
-                    add(&mut pass.1, source);
-                    add(&mut pass.2, target);
-                }
-                pass.3 += 1;
-                pass.3
-            };
-            progress(Progress {
-                table: self.table.to_owned(),
-                ranges_done: done,
-                ranges_total: ranges,
-                rows: rows_source,
-            });
-            Ok(())
-        })
-        .await?;
-        let (mut pass, source, target, _) = pass.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if !by_key {
-            pass.suspects.extend(Suspects::between(&Range::All, bits, &source, &target));
-        }
+        let pass = Mutex::new(FirstPass::default());
+        let one = |at: usize| -> Work<'_> {
+            let (source_range, target_range, pass) = (source_ranges.get(at), target_ranges.get(at), &pass);
+            Box::pin(async move {
+                let lent = sessions.lend().await?;
+                let pair = lent.pair()?;
+                let (source, target) = tokio::try_join!(
+                    self.digests(&pair.source, self.source, source_range, None, bits),
+                    self.digests(&pair.target, self.target, target_range, None, bits)
+                )?;
+                drop(lent);
+                let rows = rows_in(&source);
+                let done = {
+                    let mut pass = pass.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    pass.add(by_key.then_some(source_range).flatten(), source, target);
+                    pass.ranges
+                };
+                let table = self.table.to_owned();
+                progress(Progress { table, ranges_done: done, ranges_total: ranges, rows });
+                Ok(())
+            })
+        };
+        in_parallel(sessions.size, ranges, &one).await?;
+        let mut pass = pass.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (source, target) = (std::mem::take(&mut pass.source), std::mem::take(&mut pass.target));
+        pass.suspects.extend(Suspects::between(&Range::All, bits, &source, &target));
         Ok(pass)
     }
 

@@ -12,12 +12,15 @@
 
 use tokio_postgres::Client;
 
-use super::layout::Shared;
+use super::layout::{Shared, SharedColumn};
 use crate::error::{Context, Result};
 use crate::sql;
 
 /// Arguments a variadic function takes at most is 100 (`FUNC_MAX_ARGS`); wider rows are put together from groups.
 const COLUMNS_PER_GROUP: usize = 90;
+
+/// Bytes of a bytea that are shown.
+const BYTES_SHOWN: usize = 100;
 
 /// Texts that exercise the hash's branches: empty, shorter than a word, unaligned, longer than a block of 12 bytes.
 const PROBE: &str = "SELECT pg_catalog.current_setting('server_encoding'), pg_catalog.array_agg( \
@@ -84,6 +87,8 @@ pub(super) struct Statements {
     key: String,
     columns: Vec<String>,
     key_columns: Vec<String>,
+    /// The columns as they are shown; of a bytea only its beginning.
+    shown: Vec<String>,
 }
 
 /// Some cells of the hash of the key: those whose lowest `bits` bits are one of `cells`.
@@ -100,7 +105,13 @@ impl Statements {
             shared.key.iter().map(|&at| format!("t.{}", sql::identifier(&shared.columns[at].name))).collect();
         let row = text_of(&columns);
         let key = if key_columns.is_empty() { row.clone() } else { text_of(&key_columns) };
-        Statements { function, row, key, columns, key_columns }
+        let plain = |name: &str| format!("t.{}", sql::identifier(name));
+        let shown = |column: &SharedColumn| match column.is_bytea {
+            true => format!("pg_catalog.substr({}, 1, {BYTES_SHOWN})", plain(&column.name)),
+            false => plain(&column.name),
+        };
+        let shown = shared.columns.iter().map(shown).collect();
+        Statements { function, row, key, columns, key_columns, shown }
     }
 
     /// 64 bits of a hash of the key.
@@ -163,7 +174,7 @@ impl Statements {
             "SELECT {0}, {1}, {2} FROM {from} AS t WHERE {range} AND {0} = ANY ('{{{hashes}}}'::int8[])",
             self.key_hash(),
             printed(&self.key_columns, "{}"),
-            printed(&self.columns, &format!("pg_catalog.substr({{}}, 1, {length})")),
+            printed(&self.shown, &format!("pg_catalog.substr({{}}, 1, {length})")),
         )
     }
 }

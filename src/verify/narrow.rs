@@ -93,11 +93,12 @@ pub(super) struct Found {
     pub(super) named: Vec<Difference>,
     pub(super) total: u64,
     pub(super) complete: bool,
+    pub(super) rows_fetched: u64,
 }
 
 impl Default for Found {
     fn default() -> Found {
-        Found { named: Vec::new(), total: 0, complete: true }
+        Found { named: Vec::new(), total: 0, complete: true, rows_fetched: 0 }
     }
 }
 
@@ -125,6 +126,8 @@ pub(super) async fn narrow(
         i64::try_from(FETCH_VALUES / columns).unwrap_or(FETCH_ROWS_MAX).clamp(FETCH_ROWS_MIN, FETCH_ROWS_MAX);
     let mut found = Found::default();
     let mut waiting = suspects;
+    // Taken from the end: the lowest range first, whichever was compared first.
+    waiting.sort_by(|a, b| b.range.cmp(&a.range));
     while let Some(mut suspects) = waiting.pop() {
         if suspects.cells.is_empty() {
             continue;
@@ -146,9 +149,9 @@ pub(super) async fn narrow(
             }
             Step::Fetch(cells) => {
                 let mut differing = if comparison.shared.key.is_empty() {
-                    differing_by_hash(comparison, pair, &range, &cells, &mut found.total).await?
+                    differing_by_hash(comparison, pair, &range, &cells, &mut found).await?
                 } else {
-                    differing_by_key(comparison, pair, &range, &cells, &mut found.total).await?
+                    differing_by_key(comparison, pair, &range, &cells, &mut found).await?
                 };
                 differing.sort_by(|a, b| (a.kind, &a.words).cmp(&(b.kind, &b.words)));
                 differing.truncate(options.max_keys - found.named.len());
@@ -157,6 +160,7 @@ pub(super) async fn narrow(
             }
         }
     }
+    found.named.sort_by(|a, b| (a.kind, &a.key).cmp(&(b.kind, &b.key)));
     Ok(found)
 }
 
@@ -166,7 +170,7 @@ async fn differing_by_hash(
     pair: &Pair,
     range: &Range,
     cells: &Cells,
-    total: &mut u64,
+    found: &mut Found,
 ) -> Result<Vec<Differing>> {
     let mut counts: HashMap<(i64, i64), (i64, i64)> = HashMap::new();
     for (client, from, is_source) in [(&pair.source, comparison.source, true), (&pair.target, comparison.target, false)]
@@ -175,6 +179,7 @@ async fn differing_by_hash(
         let mut rows = std::pin::pin!(stream(comparison, client, &statement).await?);
         while let Some(row) = rows.next().await {
             let row = row?;
+            found.rows_fetched += 1;
             let hash = (row.get(0), row.get(1));
             let count = counts.entry(hash).or_default();
             if is_source {
@@ -188,7 +193,7 @@ async fn differing_by_hash(
         }
     }
     let differing = counts.into_iter().map(|((low, high), (source, target))| {
-        *total += source.abs_diff(target);
+        found.total += source.abs_diff(target);
         let kind = if source > target { DifferenceKind::MissingOnTarget } else { DifferenceKind::ExtraOnTarget };
         let words = format!("row {low:016x}{high:016x}: {source} on the source, {target} on the target");
         Differing { kind, key_hash: low, key: Vec::new(), words, columns: Vec::new() }
@@ -204,13 +209,14 @@ async fn differing_by_key(
     pair: &Pair,
     range: &Range,
     cells: &Cells,
-    total: &mut u64,
+    found: &mut Found,
 ) -> Result<Vec<Differing>> {
     let mut rows_source: HashMap<Key, Vec<(i64, Vec<i64>)>> = HashMap::new();
     let statement = comparison.statements.rows_by_key(comparison.source, &range.condition(), cells);
     let mut rows = std::pin::pin!(stream(comparison, &pair.source, &statement).await?);
     while let Some(row) = rows.next().await {
         let row = row?;
+        found.rows_fetched += 1;
         rows_source.entry(row.get(2)).or_default().push((row.get(0), row.get(1)));
     }
     // What the target has and the source has not exactly so.
@@ -219,6 +225,7 @@ async fn differing_by_key(
     let mut rows = std::pin::pin!(stream(comparison, &pair.target, &statement).await?);
     while let Some(row) = rows.next().await {
         let row = row?;
+        found.rows_fetched += 1;
         let (key_hash, hashes, key): (i64, Vec<i64>, Key) = (row.get(0), row.get(1), row.get(2));
         let same = rows_source.get_mut(&key);
         let place = same.as_ref().and_then(|same| same.iter().position(|other| other.1 == hashes));
@@ -247,7 +254,7 @@ async fn differing_by_key(
             differing.push(Differing { kind, key_hash, words: words(&key), key: key.clone(), columns: Vec::new() });
         }
     }
-    *total += differing.len() as u64;
+    found.total += differing.len() as u64;
     Ok(differing)
 }
 

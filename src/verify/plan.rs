@@ -10,7 +10,7 @@ use crate::error::{Context, Result};
 use crate::sql;
 
 /// A range of one side's table, as a condition on the alias `t`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Range {
     /// All rows.
     All,
@@ -32,7 +32,7 @@ impl Range {
             Range::Keys { column, from, to } => {
                 let column = format!("t.{}", sql::identifier(column));
                 let constant = |value: &i64| format!("'{value}'::int8");
-                let or_null = from.is_none().then(|| format!(" OR {column} IS NULL")).unwrap_or_default();
+                let or_null = if from.is_none() { format!(" OR {column} IS NULL") } else { String::new() };
                 (column, from.as_ref().map(constant), to.as_ref().map(constant), or_null)
             }
             Range::Pages { from, to } => {

@@ -42,6 +42,8 @@ pub struct TableReport {
     pub differences_total: u64,
     /// Whether `differences_total` is all there are: the search ends once `max_keys` are named.
     pub differences_complete: bool,
+    /// Rows of both sides whose keys and hashes were fetched to find them; 0 for an equal table.
+    pub rows_fetched: u64,
 }
 
 /// One row that is not the same on both sides.
