@@ -116,7 +116,7 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
 }
 
 impl Layout {
-    /// The source's rows, roughly; only speed depends on it.
+    /// How many rows there are, roughly; only speed depends on it.
     pub(super) fn rows(&self) -> i64 {
         // Without an estimate: about 80 bytes a row.
         if self.estimated_rows > 0.0 { self.estimated_rows as i64 } else { self.pages.saturating_mul(100) }
