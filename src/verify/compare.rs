@@ -1,0 +1,408 @@
+//! The runner: which table and which range is compared when, on which sessions, and what the digests say.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures_util::future::try_join_all;
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio_postgres::Client;
+
+use super::hash::{self, Cells, HashFunction, Statements};
+use super::layout::{self, Shared};
+use super::narrow::{self, Suspects};
+use super::plan::{self, Plan, Range};
+use super::report::{Report, TableReport};
+use super::{Options, Progress};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::source::catalog::Table;
+
+/// What a set of rows is compared by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Digest {
+    pub(super) rows: i64,
+    /// The sums of both halves of the rows' hashes. A sum of fewer than 2⁶³ hashes of 64 bits cannot overflow.
+    pub(super) sums: (i128, i128),
+}
+
+/// Digests by cell; a cell without rows is not there.
+pub(super) type Digests = BTreeMap<i64, Digest>;
+
+/// Sessions on both sides, each in whatever transaction its owner began, lent out in pairs.
+pub struct Sessions {
+    pairs: Mutex<Vec<Pair>>,
+    free: Semaphore,
+    size: usize,
+    pub(super) function: HashFunction,
+}
+
+/// One session on each side.
+pub(super) struct Pair {
+    pub(super) source: Client,
+    pub(super) target: Client,
+}
+
+/// A pair on loan; it goes back when this is dropped.
+pub(super) struct Lent<'a> {
+    pair: Option<Pair>,
+    sessions: &'a Sessions,
+    _permit: SemaphorePermit<'a>,
+}
+
+impl Sessions {
+    /// Takes sessions, one on each side per pair, and finds the hash that both servers compute alike.
+    ///
+    /// # Errors
+    /// No pair at all, or whatever a server says.
+    pub async fn new(pairs: Vec<(Client, Client)>) -> Result<Sessions> {
+        let Some((source, target)) = pairs.first() else {
+            return Err(Error::new(ErrorKind::Other, "a comparison needs a session on each side"));
+        };
+        let function = hash::agree(source, target).await?;
+        let size = pairs.len();
+        let pairs = pairs.into_iter().map(|(source, target)| Pair { source, target }).collect();
+        Ok(Sessions { pairs: Mutex::new(pairs), free: Semaphore::new(size), size, function })
+    }
+
+    /// Gives the sessions back, so that their transactions can be ended.
+    pub fn into_inner(self) -> Vec<(Client, Client)> {
+        let pairs = self.pairs.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        pairs.into_iter().map(|pair| (pair.source, pair.target)).collect()
+    }
+
+    fn pairs(&self) -> std::sync::MutexGuard<'_, Vec<Pair>> {
+        // A push or pop cannot leave the vector in a state that a later one may not see.
+        self.pairs.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    async fn lend(&self) -> Result<Lent<'_>> {
+        let closed = || Error::new(ErrorKind::Other, "the sessions of the comparison are gone");
+        let permit = self.free.acquire().await.map_err(|_| closed())?;
+        let pair = self.pairs().pop().ok_or_else(closed)?;
+        Ok(Lent { pair: Some(pair), sessions: self, _permit: permit })
+    }
+}
+
+impl Lent<'_> {
+    fn pair(&self) -> Result<&Pair> {
+        self.pair.as_ref().ok_or_else(|| Error::new(ErrorKind::Other, "a session was used after it was given back"))
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        // Before the permit, which is dropped after this body: whoever gets it finds the pair.
+        self.sessions.pairs().extend(self.pair.take());
+    }
+}
+
+/// Compares all tables, or those that the options name.
+///
+/// The factories open sessions, at most `options.jobs` of each, in whatever transaction (and under whatever
+/// snapshot) the comparison is to see. `progress` is called after every range.
+///
+/// # Errors
+/// A table in `options.tables` that is not in `tables`, and whatever a server says. A difference is not an error.
+pub async fn compare<S, T, SF, TF>(
+    tables: &[Table],
+    source: S,
+    target: T,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Report>
+where
+    S: Fn() -> SF,
+    T: Fn() -> TF,
+    SF: Future<Output = Result<Client>>,
+    TF: Future<Output = Result<Client>>,
+{
+    let tables = chosen(tables, options.tables.as_deref())?;
+    let mut pairs = Vec::new();
+    for _ in 0..options.jobs.max(1) {
+        pairs.push(tokio::try_join!(source(), target())?);
+    }
+    let sessions = Sessions::new(pairs).await?;
+    let reports = Mutex::new(Vec::with_capacity(tables.len()));
+    let one = |at: usize| -> Work<'_> {
+        let (table, sessions, reports) = (tables[at], &sessions, &reports);
+        Box::pin(async move {
+            let report = compare_table(table, sessions, options, progress).await?;
+            reports.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(report);
+            Ok(())
+        })
+    };
+    in_parallel(sessions.size, tables.len(), &one).await?;
+    Ok(Report::new(reports.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)))
+}
+
+/// One piece of work, boxed: its type must not depend on a lifetime, or the whole comparison could not be spawned.
+type Work<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+
+/// Runs `work` for 0, 1, … `count` - 1, at most `jobs` at a time, and stops at the first error.
+async fn in_parallel<'a>(jobs: usize, count: usize, work: &(dyn Fn(usize) -> Work<'a> + Sync)) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let worker = async || -> Result<()> {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            if at >= count {
+                return Ok(());
+            }
+            work(at).await?;
+        }
+    };
+    let workers: Vec<_> = (0..jobs.min(count)).map(|_| worker()).collect();
+    try_join_all(workers).await?;
+    Ok(())
+}
+
+/// The tables that were asked for, by `schema.name` or `"schema"."name"`.
+fn chosen<'a>(tables: &'a [Table], wanted: Option<&[String]>) -> Result<Vec<&'a Table>> {
+    let Some(wanted) = wanted else { return Ok(tables.iter().collect()) };
+    let mut chosen: Vec<&Table> = Vec::new();
+    for name in wanted {
+        let is_it = |table: &&Table| *name == table.qualified() || *name == format!("{}.{}", table.schema, table.name);
+        let table = tables.iter().find(is_it).ok_or_else(|| {
+            Error::new(ErrorKind::Usage, format!("there is no table {name} among those to compare"))
+                .hint("give it as schema.name, without quotes; of a partitioned table give its partitions")
+        })?;
+        if !chosen.iter().any(|other| std::ptr::eq(*other, table)) {
+            chosen.push(table);
+        }
+    }
+    Ok(chosen)
+}
+
+/// Compares one table on sessions that are already open.
+///
+/// # Errors
+/// Whatever a server says. A difference, a missing table included, is not an error.
+pub async fn compare_table(
+    table: &Table,
+    sessions: &Sessions,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<TableReport> {
+    let mut report = TableReport { table: table.qualified(), differences_complete: true, ..TableReport::default() };
+    let lent = sessions.lend().await?;
+    let pair = lent.pair()?;
+    let (source, target) =
+        tokio::try_join!(layout::read(&pair.source, table, "source"), layout::read(&pair.target, table, "target"))?;
+    let (Some(source), Some(target)) = (&source, &target) else {
+        report.missing_on_source = source.is_none();
+        report.missing_on_target = target.is_none();
+        for (layout, client, rows) in
+            [(&source, &pair.source, &mut report.rows_source), (&target, &pair.target, &mut report.rows_target)]
+        {
+            if let Some(layout) = layout {
+                *rows = count(client, &layout.from).await?;
+            }
+        }
+        return Ok(report);
+    };
+    let key: Vec<&str> = table.key_columns().map(|column| column.name.as_str()).collect();
+    let shared = layout::shared(source, target, &key);
+    let plan = plan::plan(&pair.source, source, target, &shared, options.range_rows).await?;
+    drop(lent);
+
+    let comparison = Comparison {
+        table: &report.table,
+        statements: Statements::new(sessions.function, &shared),
+        source: &source.from,
+        target: &target.from,
+        shared: &shared,
+    };
+    let outcome = comparison.first_pass(&plan, sessions, progress).await?;
+    let columns_equal = shared.missing_on_target.is_empty() && shared.extra_on_target.is_empty();
+    let equal = outcome.suspects.is_empty() && columns_equal;
+    let found = if outcome.suspects.is_empty() {
+        narrow::Found::default()
+    } else {
+        let lent = sessions.lend().await?;
+        narrow::narrow(&comparison, lent.pair()?, outcome.suspects, options).await?
+    };
+    Ok(TableReport {
+        rows_source: outcome.rows_source,
+        rows_target: outcome.rows_target,
+        equal,
+        ranges: outcome.ranges,
+        columns_missing_on_target: shared.missing_on_target.clone(),
+        columns_extra_on_target: shared.extra_on_target.clone(),
+        differences: found.named,
+        differences_total: found.total,
+        differences_complete: found.complete,
+        rows_fetched: found.rows_fetched,
+        ..report.clone()
+    })
+}
+
+async fn count(client: &Client, from: &str) -> Result<i64> {
+    let rows = client.query_typed(&format!("SELECT pg_catalog.count(*) FROM {from}"), &[]).await;
+    Ok(rows.context(|| format!("counting the rows of {from}"))?.first().map_or(0, |row| row.get(0)))
+}
+
+/// One table that both sides have.
+pub(super) struct Comparison<'a> {
+    pub(super) table: &'a str,
+    pub(super) statements: Statements,
+    /// What to read from, on each side.
+    pub(super) source: &'a str,
+    pub(super) target: &'a str,
+    pub(super) shared: &'a Shared,
+}
+
+/// What the first pass over a table found.
+#[derive(Default)]
+struct FirstPass {
+    rows_source: i64,
+    rows_target: i64,
+    /// Ranges compared so far.
+    ranges: usize,
+    suspects: Vec<Suspects>,
+    /// The digests of each side's page ranges, together; they mean something only when all ranges are in.
+    source: Digests,
+    target: Digests,
+}
+
+impl FirstPass {
+    /// Takes in one range: compares it where it is a range of keys, else adds it to what the other ranges hold.
+    fn add(&mut self, keys: Option<&Range>, source: Digests, target: Digests) {
+        self.ranges += 1;
+        self.rows_source += rows_in(&source);
+        self.rows_target += rows_in(&target);
+        match keys {
+            Some(range) => self.suspects.extend(Suspects::between(range, 0, &source, &target)),
+            None => {
+                add(&mut self.source, source);
+                add(&mut self.target, target);
+            }
+        }
+    }
+}
+
+impl Comparison<'_> {
+    async fn first_pass(
+        &self,
+        plan: &Plan,
+        sessions: &Sessions,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<FirstPass> {
+        let (source_ranges, target_ranges, bits) = match plan {
+            Plan::Keys(ranges) => (ranges, ranges, 0),
+            Plan::Pages { source, target, bits } => (source, target, *bits),
+        };
+        let by_key = matches!(plan, Plan::Keys(_));
+        let ranges = source_ranges.len().max(target_ranges.len());
+        let pass = Mutex::new(FirstPass::default());
+        let one = |at: usize| -> Work<'_> {
+            let (source_range, target_range, pass) = (source_ranges.get(at), target_ranges.get(at), &pass);
+            Box::pin(async move {
+                let lent = sessions.lend().await?;
+                let pair = lent.pair()?;
+                let (source, target) = tokio::try_join!(
+                    self.digests(&pair.source, self.source, source_range, None, bits),
+                    self.digests(&pair.target, self.target, target_range, None, bits)
+                )?;
+                drop(lent);
+                let rows = rows_in(&source);
+                let done = {
+                    let mut pass = pass.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    pass.add(by_key.then_some(source_range).flatten(), source, target);
+                    pass.ranges
+                };
+                let table = self.table.to_owned();
+                progress(Progress { table, ranges_done: done, ranges_total: ranges, rows });
+                Ok(())
+            })
+        };
+        in_parallel(sessions.size, ranges, &one).await?;
+        let mut pass = pass.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (source, target) = (std::mem::take(&mut pass.source), std::mem::take(&mut pass.target));
+        pass.suspects.extend(Suspects::between(&Range::All, bits, &source, &target));
+        Ok(pass)
+    }
+
+    /// The digests of a range's cells on one side; none for a range that this side does not have.
+    pub(super) async fn digests(
+        &self,
+        client: &Client,
+        from: &str,
+        range: Option<&Range>,
+        within: Option<&Cells>,
+        bits: u32,
+    ) -> Result<Digests> {
+        let Some(range) = range else { return Ok(Digests::new()) };
+        let statement = self.statements.digests(from, &range.condition(), within, bits);
+        let doing = || format!("hashing the rows of table {}", self.table);
+        let rows = client.query_typed(&statement, &[]).await.context(doing)?;
+        let mut digests = Digests::new();
+        for row in rows {
+            let half = |at: usize| -> Result<i128> {
+                let sum: &str = row.try_get(at).context(doing)?;
+                sum.parse()
+                    .map_err(|_| Error::new(ErrorKind::Other, format!("{sum} is not a sum of hashes")))
+                    .context(doing)
+            };
+            let digest = Digest { rows: row.try_get(1).context(doing)?, sums: (half(2)?, half(3)?) };
+            digests.insert(row.try_get(0).context(doing)?, digest);
+        }
+        Ok(digests)
+    }
+}
+
+fn rows_in(digests: &Digests) -> i64 {
+    digests.values().map(|digest| digest.rows).sum()
+}
+
+fn add(all: &mut Digests, some: Digests) {
+    for (cell, digest) in some {
+        let sum = all.entry(cell).or_default();
+        sum.rows += digest.rows;
+        sum.sums.0 += digest.sums.0;
+        sum.sums.1 += digest.sums.1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::catalog::ReplicaIdentity;
+
+    fn table(schema: &str, name: &str) -> Table {
+        Table {
+            relid: 1,
+            schema: schema.into(),
+            name: name.into(),
+            unlogged: false,
+            is_partition: false,
+            identity: ReplicaIdentity::Default,
+            columns: vec![],
+            key: vec![],
+            has_other_unique: false,
+            pages: 0,
+            bytes: 0,
+            estimated_rows: -1.0,
+            updates_and_deletes: 0,
+        }
+    }
+
+    #[test]
+    fn tables_are_chosen_by_name_once_and_an_unknown_one_is_wrong_usage() {
+        let tables = [table("public", "a"), table("My Schema", "B")];
+        let names = |wanted: &[&str]| {
+            let wanted: Vec<String> = wanted.iter().map(|name| (*name).to_owned()).collect();
+            chosen(&tables, Some(&wanted)).map(|chosen| chosen.iter().map(|t| t.name.clone()).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&["My Schema.B", "\"public\".\"a\"", "public.a"]).unwrap(), ["B", "a"]);
+        assert_eq!(names(&["public.b"]).unwrap_err().kind(), ErrorKind::Usage);
+        assert_eq!(chosen(&tables, None).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn digests_of_ranges_add_up_to_the_digest_of_the_table() {
+        let digest = |rows, low, high| Digest { rows, sums: (low, high) };
+        let mut all = Digests::from([(0, digest(1, 5, -5))]);
+        add(&mut all, Digests::from([(0, digest(2, 7, 1)), (3, digest(1, 1, 1))]));
+        assert_eq!(all, Digests::from([(0, digest(3, 12, -4)), (3, digest(1, 1, 1))]));
+    }
+}
