@@ -1,3 +1,4 @@
 //! The demonstration: two throwaway servers, a live write load, a whole migration, a report.
 
+pub mod schema;
 pub mod server;
