@@ -3,6 +3,7 @@
 pub mod book;
 pub mod compare;
 pub mod load;
+pub mod migration;
 pub mod proof;
 pub mod schema;
 pub mod server;
