@@ -234,7 +234,7 @@ impl Migration {
     }
 
     /// An error with what `migrate` said last.
-    fn failure(&self, what: String) -> Error {
+    pub fn failure(&self, what: String) -> Error {
         let last_words = tail(&self.outputs.join("migrate.stderr"), 20);
         Error::new(ErrorKind::Other, format!("{what}\n--- walferry migrate said last:\n{last_words}"))
     }
