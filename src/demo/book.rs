@@ -140,6 +140,8 @@ pub struct Book {
     pub errors: BTreeMap<(Side, String), u64>,
     /// SQLSTATE 23505: what a sequence that was left behind would cause.
     pub unique_violations: u64,
+    /// Statements or sessions that the target refused for a reason that does not pass by itself.
+    pub refused_at_target: u64,
     /// When the newest write at the source was acknowledged.
     pub newest_at_source: Option<Instant>,
     /// When the first write at the target was acknowledged.

@@ -255,8 +255,7 @@ impl Writer {
             }
             Action::EditCustomer => {
                 let key = 1 + self.dice.below(sizes.customers);
-                let change =
-                    "preferences = preferences || jsonb_build_object('visits', version), tags = tags[1:3] || 'edited'";
+                let change = "preferences = preferences || jsonb_build_object('visits', version), tags = array_append(tags[1:3], 'edited')";
                 update(t, Entity::Customer, change, key, number).await.map(|fact| vec![fact])
             }
             Action::ViewPages | Action::ThinkBetter => {
@@ -334,6 +333,10 @@ impl Writer {
         let mut book = lock(&self.book);
         if error.sqlstate() == Some(&SqlState::UNIQUE_VIOLATION) {
             book.unique_violations += 1;
+        }
+        // A server that goes away or is fenced is part of a move; a target that says no to what the source did is not.
+        if side == Side::Target && !error.is_transient() {
+            book.refused_at_target += 1;
         }
         book.error(side, error.to_string());
     }
@@ -415,5 +418,63 @@ impl Dice {
     fn pick<T: Copy>(&mut self, from: &[T]) -> Option<T> {
         let position = self.below(i64::try_from(from.len()).unwrap_or(i64::MAX));
         from.get(usize::try_from(position).unwrap_or_default()).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo::proof;
+    use crate::demo::schema::{self, APPLICATION_ROLE, DATABASE};
+    use crate::demo::server::{ServerPrograms, StopMode, ThrowawayServer};
+
+    /// A server with a shop, the application's connection string, and a session of our own.
+    async fn a_shop(name: &str, sizes: Sizes) -> (ThrowawayServer, String, Client) {
+        let programs = ServerPrograms::find(None).unwrap();
+        let server = ThrowawayServer::start(&programs, name, &[]).await.unwrap();
+        let client = schema::create_database(&server).await.unwrap();
+        schema::fill(&client, sizes).await.unwrap();
+        let url = format!("postgres://{APPLICATION_ROLE}@127.0.0.1:{}/{DATABASE}", server.port());
+        (server, url, client)
+    }
+
+    async fn wait_for(application: &Application, side: Side, writes: u64) {
+        while application.acknowledged_at(side) < writes {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_writers_do_everything_a_shop_does_and_nothing_is_refused() {
+        let sizes = Sizes::of_rows(2_000);
+        let (_server, url, client) = a_shop("load", sizes).await;
+        let application = Application::start(&url, "postgres://127.0.0.1:1/nowhere", 3, sizes);
+        wait_for(&application, Side::Source, 600).await;
+        let book = application.stop().await;
+        assert!(book.errors.is_empty(), "{:?}", book.errors);
+        assert!(book.unknown.is_empty() && book.newest_at_source.is_some());
+        assert_eq!(proof::judge(&book, &proof::observe(&client, &book).await.unwrap()), []);
+        let actions = client.query("SELECT action, count(*) FROM shop.ledger_entry GROUP BY 1", &[]).await.unwrap();
+        // All ten but the one that is always rolled back.
+        assert_eq!(actions.len(), 9, "{actions:?}");
+        assert!(!book.rolled_back.is_empty());
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_acknowledged_write_survives_crashes_of_the_server_under_load() {
+        let sizes = Sizes::of_rows(2_000);
+        let (mut server, url, _) = a_shop("crash", sizes).await;
+        let application = Application::start(&url, "postgres://127.0.0.1:1/nowhere", 3, sizes);
+        for round in 1..=2 {
+            wait_for(&application, Side::Source, round * 150).await;
+            server.stop(StopMode::Immediate).await.unwrap();
+            server.restart().await.unwrap();
+        }
+        wait_for(&application, Side::Source, 400).await;
+        let book = application.stop().await;
+        assert!(!book.errors.is_empty(), "the application noticed");
+        assert!(book.unknown.len() < 20, "most outcomes are known: {}", book.unknown.len());
+        let client = server.connect(DATABASE).await.unwrap();
+        assert_eq!(proof::judge(&book, &proof::observe(&client, &book).await.unwrap()), []);
     }
 }

@@ -266,7 +266,7 @@ mod tests {
             "its row in shop.ledger_entry is missing",
             "was made twice: an update before it is lost",
             "the table archived_order differs",
-            "the table stock differs",
+            "the table product differs",
             "only on the source: index CREATE INDEX open_order",
             "walferry clean left the publication forgotten on the target",
             "duplicate keys: a sequence was left behind",

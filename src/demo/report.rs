@@ -133,6 +133,10 @@ impl Report {
         if self.at_source.acknowledged == 0 || self.at_target.acknowledged == 0 {
             self.flaws.push("the application wrote nothing on one of the two sides, so nothing is proven".to_owned());
         }
+        if book.refused_at_target > 0 {
+            let count = book.refused_at_target;
+            self.flaws.push(format!("the target refused the application {count} times what the source allowed"));
+        }
         if book.unique_violations > 0 {
             let count = book.unique_violations;
             self.flaws.push(format!("the application met {count} duplicate keys: a sequence was left behind"));

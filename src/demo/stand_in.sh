@@ -43,16 +43,18 @@ cutover)
     until [ -n "$(on_source "SELECT 1 FROM pg_replication_slots WHERE slot_name = 'stand_in' AND confirmed_flush_lsn >= '$fence'")" ]; do
         sleep 0.01
     done
-    on_target "DROP SUBSCRIPTION stand_in; REFRESH MATERIALIZED VIEW shop.best_seller" >&2
-    on_source "DROP PUBLICATION stand_in"
+    on_target "DROP SUBSCRIPTION stand_in" >&2
+    on_target "REFRESH MATERIALIZED VIEW shop.best_seller"
+    PGOPTIONS="-c default_transaction_read_only=off" on_source "DROP PUBLICATION stand_in"
     on_source "SELECT format('SELECT setval(%L, %s, %L);', 'shop.' || quote_ident(sequencename), last_value, true)
                FROM pg_sequences WHERE last_value IS NOT NULL" >"$dir/sequences"
     if [ $HARM = yes ]; then
         grep -v invoice_number "$dir/sequences" | psql -Xq -d "$target" >&2
         on_target "DELETE FROM shop.ledger_entry WHERE number = (SELECT max(number) FROM shop.ledger_entry)"
-        on_target "UPDATE shop.stock SET version = version - 1 WHERE version > 0"
+        on_target "UPDATE shop.product SET version = version - 1 WHERE version > 0"
         on_target "UPDATE shop.archived_order SET total = total + 1 WHERE id = md5('archived 3')::uuid"
-        on_target "DROP INDEX shop.open_order; CREATE PUBLICATION forgotten"
+        on_target "DROP INDEX shop.open_order"
+        on_target "CREATE PUBLICATION forgotten"
     else
         psql -Xq -d "$target" -f "$dir/sequences" >&2
     fi
