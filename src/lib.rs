@@ -14,30 +14,33 @@
 //! The modules below stand in the order of the data; [`migrate`] is the one place that knows all phases.
 //! ARCHITECTURE.md in the repository says which invariant each part keeps, and which test guards it.
 
-pub mod crashsafe;
-pub mod error;
-pub mod lsn;
-pub mod sql;
+pub mod migrate;
 
 pub mod connection;
 pub mod source;
-
-pub mod check;
 
 pub mod queue;
 
 pub mod decode;
 
-pub mod copy;
-
 pub mod apply;
 
+pub mod copy;
 pub mod target;
 
 pub mod cutover;
-
 pub mod verify;
 
+pub mod check;
+pub mod clean;
+pub mod control;
 pub mod observe;
+pub mod state_directory;
 
+pub mod cli;
 pub mod demo;
+
+pub mod crashsafe;
+pub mod error;
+pub mod lsn;
+pub mod sql;

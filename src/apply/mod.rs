@@ -157,7 +157,7 @@ impl Apply {
                 Ok(()) => {}
                 Err(WriteError::Failed(error)) => return Err(error),
                 Err(WriteError::Refused(error)) => {
-                    self.board.event(Level::Warning, format!("the target refused a batch; replaying it row by row: {error}"));
+                    self.board.event(Level::Warn, format!("the target refused a batch; replaying it row by row: {error}"));
                     self.roll_back().await?;
                     return Ok(Ended::Replay(end.map(|end| end.end_lsn)));
                 }

@@ -93,7 +93,7 @@ impl Copier {
                 // With the first error the others are ended too; what they had begun is taken back by its transaction.
                 ended.unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("a copy job failed: {error}"))))?;
             }
-            Ok(())
+            Result::Ok(())
         };
         tokio::select! {
             outcome = jobs => outcome?,
@@ -132,7 +132,7 @@ impl Job {
                     }
                     Outcome::Stale => {
                         let text = format!("{} was emptied or rewritten on the source; it is copied under a newer snapshot", table.qualified());
-                        copier.board.event(Level::Warning, text);
+                        copier.board.event(Level::Warn, text);
                         self.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(next.relid);
                     }
                     Outcome::MadeWay => {

@@ -1,1 +1,426 @@
-//! To be written.
+//! The cutover: from "the target follows" to "the target is the primary", all or nothing (I8).
+//!
+//! ```text
+//!   check ► fence ► marker ► drain ► close ► sequences ► last check ► marker ► drain ► switch ► release
+//!           └────────────── anything fails, or time is up: open, unlock, follow again ──────┘ │
+//!                                                                  one synchronous commit on the target
+//! ```
+//!
+//! | step | what holds afterwards |
+//! |---|---|
+//! | fence | our session has locked every migrated table against writes, and waited for those in flight; applications wait |
+//! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
+//! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
+//! | sequences | read when nobody can call `nextval` any more (H31), and set on the target |
+//! | last check | the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27) |
+//! | second drain | no change came between the markers, so nothing slipped through the fence |
+//! | switch | the lock session has proved that it still holds its locks; one synchronous commit on the target decides |
+//!
+//! What is done to the source stands in the ledger before it is done, so that after a crash [`lift_left_over_fence`] undoes it.
+
+mod fence;
+mod sequences;
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio_postgres::Client;
+
+use crate::apply::Applied;
+use crate::apply::assemble::MARKER_PREFIX;
+use crate::connection::ConnectionSpec;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::source::catalog::{self, Table};
+use crate::target::ledger;
+use crate::target::schema;
+use crate::{sql, verify};
+
+use fence::Fence;
+pub use fence::lift_left_over_fence;
+
+/// How a cutover is to be done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Options {
+    /// How long it may take in all before it is given up.
+    pub timeout_seconds: f64,
+    /// How long writers may have to wait before it is given up.
+    pub max_write_stall_seconds: f64,
+    /// Objects whose change since the start does not matter, as the error names them (I11).
+    pub waive: Vec<String>,
+}
+
+/// What a cutover works on.
+pub struct Cutover<'a> {
+    /// The server that is left.
+    pub source: &'a ConnectionSpec,
+    /// The server that takes over.
+    pub target: &'a ConnectionSpec,
+    /// What our sessions call themselves; others are ended.
+    pub application_name: &'a str,
+    /// The migrated tables, and which of them the stream shows inserts of only.
+    pub tables: &'a [(Table, bool)],
+    /// How far the apply is.
+    pub applied: watch::Receiver<Applied>,
+}
+
+/// A step that is done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// Its name, as in the table of this module.
+    pub name: String,
+    /// How long it took, in milliseconds.
+    pub ms: f64,
+}
+
+/// A cutover that went through.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The version of this object's form.
+    pub version: u32,
+    /// From the first lock to the release, in milliseconds.
+    pub downtime_ms: f64,
+    /// The source's position up to which everything is on the target.
+    pub cutover_lsn: Lsn,
+    /// Every step with its time.
+    pub steps: Vec<Step>,
+    /// How many sequences were set on the target.
+    pub sequences_synced: usize,
+    /// Whether all rows of all tables were compared; this cutover compares those of tables without a replica identity only.
+    pub verified: bool,
+    /// The way back: `none`.
+    pub reverse: String,
+}
+
+impl Cutover<'_> {
+    /// Does it. Calls `step` after each step.
+    ///
+    /// # Errors
+    /// `Aborted` when a precondition does not hold and nothing was touched, or with the step and the reason when it was given
+    /// up: then the fence is lifted, and the migration follows as before.
+    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step)) -> Result<Outcome> {
+        let source = self.source.connect(self.application_name).await?;
+        let target = self.target.connect(self.application_name).await?;
+        let mut timer = Timer::new(options, &mut step);
+        self.preconditions(&source, &target, options).await.map_err(|error| error.with_kind(ErrorKind::Aborted))?;
+        timer.done("check");
+
+        let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
+        let outcome = self.switch(&source, &target, &mut fence, options, &mut timer).await;
+        match outcome {
+            Ok((cutover_lsn, sequences_synced)) => {
+                fence.release().await?;
+                timer.done("release");
+                Ok(Outcome {
+                    version: 1,
+                    downtime_ms: timer.stalled().as_secs_f64() * 1000.0,
+                    cutover_lsn,
+                    steps: timer.steps,
+                    sequences_synced,
+                    verified: false,
+                    reverse: "none".into(),
+                })
+            }
+            Err(error) => {
+                let at = timer.current();
+                let lifted = fence.lift().await;
+                let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
+                match lifted {
+                    Ok(()) => Err(error.hint("The fence is lifted and the migration follows again. Mend the reason, then try again.")),
+                    Err(lift) => Err(error.context(format!("the fence could not be lifted ({lift})")).hint(fence.by_hand())),
+                }
+            }
+        }
+    }
+
+    async fn preconditions(&self, source: &Client, target: &Client, options: &Options) -> Result<()> {
+        let migration = ledger::load(target).await?;
+        if migration.is_none_or(|migration| migration.phase != ledger::Phase::Following) {
+            return Err(Error::new(ErrorKind::Aborted, "the migration does not follow yet")
+                .hint("`walferry status` says what it waits for."));
+        }
+        self.no_prepared_transactions(source).await?;
+        self.same_catalog(source, target, options).await
+    }
+
+    /// From the fence to the decision. Every error leads to the fence being lifted.
+    async fn switch(
+        &self,
+        source: &Client,
+        target: &Client,
+        fence: &mut Fence<'_>,
+        options: &Options,
+        timer: &mut Timer<'_>,
+    ) -> Result<(Lsn, usize)> {
+        let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        fence.lock(self.source, &tables, timer).await?;
+        timer.done("fence");
+        let first = self.drain(source, timer).await?;
+        timer.done("drain");
+
+        timer.within(fence.close()).await?;
+        timer.done("close");
+        let synced = timer.within(sequences::copy(source, target)).await?;
+        timer.done("sequences");
+        self.no_prepared_transactions(source).await?;
+        timer.within(self.same_catalog(source, target, options)).await?;
+        timer.within(self.insert_only_tables_are_equal()).await?;
+        timer.done("last check");
+
+        let second = self.drain(source, timer).await?;
+        if second.changes != first.changes {
+            let count = second.changes - first.changes;
+            return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
+                .hint("Somebody wrote without waiting for the locks; look for sessions with special rights."));
+        }
+        timer.done("second drain");
+
+        fence.prove(tables.len()).await?;
+        let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
+        let decide = format!(
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} \
+             UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()); COMMIT",
+            identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
+            second.lsn
+        );
+        let decided = timer.within(async { target.batch_execute(&decide).await.context(|| "deciding for the target".into()) }).await;
+        if let Err(error) = decided
+            && !self.is_decided().await
+        {
+            return Err(error);
+        }
+        timer.done("switch");
+        Ok((second.lsn, synced))
+    }
+
+    /// Sends a marker through the stream, and waits until the apply has committed it (H34).
+    async fn drain(&self, source: &Client, timer: &Timer<'_>) -> Result<Drained> {
+        let content = format!("cutover {}", unique());
+        timer
+            .within(async {
+                // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up.
+                source.batch_execute("SET synchronous_commit = local").await?;
+                let lsn: tokio_postgres::types::PgLsn = source
+                    .query_one("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2::text)", &[&MARKER_PREFIX, &content])
+                    .await
+                    .context(|| "sending a marker into the stream".into())?
+                    .get(0);
+                let mut applied = self.applied.clone();
+                let ours = |applied: &Applied| applied.marker.as_ref().is_some_and(|marker| marker.content == content);
+                let changes = match applied.wait_for(ours).await {
+                    Ok(applied) => applied.marker.as_ref().map_or(0, |marker| marker.changes),
+                    Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
+                };
+                Ok(Drained { lsn: lsn.into(), changes })
+            })
+            .await
+    }
+
+    /// Whether the decision was committed, when its answer got lost. Lifting the fence after it would make two primaries, so this
+    /// asks until there is an answer, and the fence stays up meanwhile.
+    async fn is_decided(&self) -> bool {
+        loop {
+            let phase = async {
+                let target = self.target.connect(self.application_name).await?;
+                // The lost session may still be about to commit.
+                let others = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
+                     WHERE application_name = $1 AND query LIKE '%cut_over%' AND pid <> pg_catalog.pg_backend_pid()";
+                if !target.query(others, &[&self.application_name]).await?.is_empty() {
+                    return Err(Error::new(ErrorKind::Transient, "the session that decides is still there"));
+                }
+                ledger::load(&target).await
+            };
+            match phase.await {
+                Ok(migration) => return migration.is_some_and(|migration| migration.phase == ledger::Phase::CutOver),
+                Err(error) => tracing::warn!(%error, "asking the target whether the decision was committed; the fence stays up"),
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
+    async fn no_prepared_transactions(&self, source: &Client) -> Result<()> {
+        let count: i64 = source
+            .query_one("SELECT count(*) FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()", &[])
+            .await?
+            .get(0);
+        if count == 0 {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Blocked, format!("{count} prepared transactions are open on the source: committed later, they would be lost"))
+            .hint("COMMIT PREPARED or ROLLBACK PREPARED what `SELECT gid FROM pg_prepared_xacts` names."))
+    }
+
+    /// I11: nothing that the stream does not show has come, gone or changed.
+    async fn same_catalog(&self, source: &Client, target: &Client, options: &Options) -> Result<()> {
+        let (before, now) = (ledger::fingerprint(target).await?, catalog::fingerprint(source).await?);
+        let changed: Vec<String> =
+            changes(&before, &now).into_iter().filter(|change| !options.waive.iter().any(|waived| change.starts_with(waived.as_str()))).collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let shown = changed.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("; ");
+        Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
+            .hint("Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry migrate`."))
+    }
+
+    /// H27: an update or delete of these would not be in the stream.
+    async fn insert_only_tables_are_equal(&self) -> Result<()> {
+        let tables: Vec<Table> = self.tables.iter().filter(|(_, insert_only)| *insert_only).map(|(table, _)| table.clone()).collect();
+        if tables.is_empty() {
+            return Ok(());
+        }
+        let report = verify::compare(
+            &tables,
+            || self.source.connect(self.application_name),
+            || self.target.connect(self.application_name),
+            &verify::Options::default(),
+            &|_| {},
+        )
+        .await?;
+        if report.equal {
+            return Ok(());
+        }
+        let different: Vec<&str> = report.tables.iter().filter(|table| !table.equal).map(|table| table.table.as_str()).collect();
+        Err(Error::new(
+            ErrorKind::Different,
+            format!("rows of {} were updated or deleted, which the stream cannot tell without a replica identity", different.join(", ")),
+        )
+        .hint("ALTER TABLE … REPLICA IDENTITY FULL on the source, then start anew: `walferry clean`, `walferry migrate`."))
+    }
+}
+
+/// What changed between two fingerprints, as people would say it.
+pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
+    let gone = before.keys().filter(|object| !now.contains_key(*object)).map(|object| format!("{object} is gone"));
+    let other = now.iter().filter_map(|(object, hash)| match before.get(object) {
+        None => Some(format!("{object} is new")),
+        Some(was) if was != hash => Some(format!("{object} has changed")),
+        Some(_) => None,
+    });
+    gone.chain(other).collect()
+}
+
+struct Drained {
+    lsn: Lsn,
+    /// Row changes that came before the marker.
+    changes: u64,
+}
+
+/// The times of a cutover, and its limits.
+struct Timer<'a> {
+    began: Instant,
+    step_began: Instant,
+    stall_began: Option<Instant>,
+    timeout: Duration,
+    stall_max: Duration,
+    steps: Vec<Step>,
+    tell: &'a mut dyn FnMut(&Step),
+}
+
+/// The steps in order: the one after the last that is done is under way.
+const STEPS: [&str; 10] =
+    ["check", "fence", "drain", "close", "sequences", "last check", "second drain", "switch", "release", "the end"];
+
+impl<'a> Timer<'a> {
+    fn new(options: &Options, tell: &'a mut dyn FnMut(&Step)) -> Timer<'a> {
+        let now = Instant::now();
+        let limit = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+        Timer {
+            began: now,
+            step_began: now,
+            stall_began: None,
+            timeout: limit(options.timeout_seconds),
+            stall_max: limit(options.max_write_stall_seconds),
+            steps: Vec::new(),
+            tell,
+        }
+    }
+
+    fn done(&mut self, name: &str) {
+        let step = Step { name: name.to_owned(), ms: self.step_began.elapsed().as_secs_f64() * 1000.0 };
+        self.step_began = Instant::now();
+        (self.tell)(&step);
+        self.steps.push(step);
+    }
+
+    fn current(&self) -> &'static str {
+        STEPS.get(self.steps.len()).copied().unwrap_or("the end")
+    }
+
+    /// Writers wait from now on.
+    fn stall(&mut self) {
+        self.stall_began.get_or_insert_with(Instant::now);
+    }
+
+    /// Writers wait no longer.
+    fn resume(&mut self) {
+        self.stall_began = None;
+    }
+
+    fn stalled(&self) -> Duration {
+        self.stall_began.map(|began| began.elapsed()).unwrap_or_default()
+    }
+
+    /// What is left until one of the limits.
+    fn left(&self) -> Duration {
+        let left = self.timeout.saturating_sub(self.began.elapsed());
+        left.min(self.stall_max.saturating_sub(self.stalled()))
+    }
+
+    /// Does something within the limits.
+    async fn within<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let late = |_| {
+            let waited = self.stalled() >= self.stall_max;
+            let text = if waited { "writers had to wait longer than --max-write-stall" } else { "it took longer than --timeout" };
+            Error::new(ErrorKind::Aborted, text)
+        };
+        tokio::time::timeout(self.left(), work).await.map_err(late)?
+    }
+}
+
+/// A text that no other cutover has.
+fn unique() -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    format!("{}-{}", std::process::id(), now.as_nanos())
+}
+
+/// The setting that closes a database to writers; also what `clean` takes back.
+pub(crate) fn reopen_statement(database: &str, previous: Option<&str>) -> String {
+    let database = sql::identifier(database);
+    match previous {
+        Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
+        None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_named_as_people_would_say_them() {
+        let map = |entries: &[(&str, &str)]| entries.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
+        let before = map(&[("table a", "1"), ("table b", "1"), ("index c", "1")]);
+        let now = map(&[("table a", "1"), ("table b", "2"), ("index d", "1")]);
+        assert_eq!(changes(&before, &now), ["index c is gone", "index d is new", "table b has changed"]);
+        assert!(changes(&before, &before).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cutover_ends_at_the_write_stall_or_the_timeout() {
+        let options = Options { timeout_seconds: 30.0, max_write_stall_seconds: 0.0, waive: vec![] };
+        let mut tell = |_: &Step| {};
+        let mut timer = Timer::new(&options, &mut tell);
+        timer.stall();
+        let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();
+        assert!(error.to_string().contains("--max-write-stall"), "{error}");
+        timer.resume();
+        let short = Options { timeout_seconds: 0.0, max_write_stall_seconds: 9.0, waive: vec![] };
+        let mut tell = |_: &Step| {};
+        let timer = Timer::new(&short, &mut tell);
+        let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();
+        assert!(error.to_string().contains("--timeout"), "{error}");
+    }
+}

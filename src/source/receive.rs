@@ -79,7 +79,7 @@ pub async fn run(
         if connected.elapsed() > BACKOFF_MAX {
             backoff = Duration::from_millis(200);
         }
-        board.event(Level::Warning, format!("the stream from the source broke off; trying again: {error}"));
+        board.event(Level::Warn, format!("the stream from the source broke off; trying again: {error}"));
         tokio::time::sleep(jittered(backoff)).await;
         backoff = (backoff * 2).min(BACKOFF_MAX);
         board.reconnected(Side::Source);
@@ -250,7 +250,7 @@ impl<'a> Receiver<'a> {
                 let now = progress.borrow_and_update().clone();
                 self.board.set_queue(QueueStatus {
                     bytes: now.bytes_on_disk,
-                    limit_bytes: now.max_bytes,
+                    limit_bytes: self.queue.max_bytes(),
                     full: now.full,
                     durable_lsn: now.durable_end,
                     written_lsn: now.written_end,
@@ -271,8 +271,8 @@ impl<'a> Receiver<'a> {
                 }
                 Ok(reply_requested)
             }
-            StreamEvent::Data { wal_end, server_time, data, .. } => {
-                self.board.heard_from_source(wal_end, server_time);
+            StreamEvent::Data { server_time, data, .. } => {
+                self.board.source_clock(server_time);
                 self.board.received_bytes(data.len() as u64);
                 self.take_message(&data)?;
                 Ok(false)

@@ -146,7 +146,11 @@ pub async fn import(client: &Client, name: &str) -> Result<()> {
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
         sql::literal(name)
     );
-    client.batch_execute(&statement).await.context(|| "importing the snapshot".into())
+    client
+        .batch_execute(&statement)
+        .await
+        // The session that exported it is gone: the table can be copied under another.
+        .map_err(|error| Error::from(error).with_kind(ErrorKind::Transient).context("importing the snapshot"))
 }
 
 #[cfg(test)]

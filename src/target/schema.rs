@@ -16,19 +16,11 @@ use tokio::process::Command;
 use tokio_postgres::Client;
 
 use super::ledger::{self, SchemaItem, Section};
+use crate::check::tools::Tools;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
-
-/// The programs that dump and restore.
-#[derive(Clone, Debug)]
-pub struct Tools {
-    /// `pg_dump`.
-    pub pg_dump: PathBuf,
-    /// `pg_restore`.
-    pub pg_restore: PathBuf,
-}
 
 /// Dumps the source's schema as it is under a snapshot, and splits it into its items.
 ///

@@ -1,0 +1,206 @@
+//! The control socket: how `status`, `cutover` and others speak to the running `migrate`.
+//!
+//! A Unix socket in the state directory, mode 0600: whoever may read the directory may steer the migration, and nobody
+//! else. A request is one line of JSON; the answers are lines of JSON, the last of which has `result` or `error`.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::cutover;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::observe::board::StatusBoard;
+use crate::observe::status::Status;
+use crate::state_directory::StateDirectory;
+
+/// What can be asked of a running migration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "command")]
+pub enum Request {
+    /// How it is.
+    Status,
+    /// Switch over to the target.
+    Cutover(cutover::Options),
+}
+
+/// One line of an answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// How it is; the last line.
+    Status(Box<Status>),
+    /// A step of a cutover is done; more lines follow.
+    Step(cutover::Step),
+    /// The cutover went through; the last line.
+    CutOver(cutover::Outcome),
+    /// It did not work; the last line.
+    Error {
+        /// [`ErrorKind::exit_code`].
+        exit_code: u8,
+        /// What happened.
+        message: String,
+        /// What to do next.
+        hint: Option<String>,
+    },
+}
+
+impl From<&Error> for Answer {
+    fn from(error: &Error) -> Answer {
+        Answer::Error {
+            exit_code: error.kind().exit_code(),
+            message: error.to_string(),
+            hint: error.next_step().map(str::to_owned),
+        }
+    }
+}
+
+/// An operator's request for a cutover, on its way to the migration.
+pub struct CutoverRequest {
+    /// How it is to be done.
+    pub options: cutover::Options,
+    /// Where the steps and the outcome go.
+    pub answers: mpsc::UnboundedSender<Answer>,
+}
+
+/// Answers requests until it is dropped.
+pub struct ControlServer {
+    _connections: JoinSet<()>,
+    socket: PathBuf,
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+impl ControlServer {
+    /// Listens in a state directory that this process has locked.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn start(directory: &StateDirectory, board: StatusBoard, cutovers: mpsc::Sender<CutoverRequest>) -> Result<ControlServer> {
+        let socket = directory.socket();
+        let _ = std::fs::remove_file(&socket);
+        let listener = short_path(&socket, |path| UnixListener::bind(path))?;
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600)).context(|| format!("protecting {}", socket.display()))?;
+        let mut connections = JoinSet::new();
+        connections.spawn(async move {
+            let mut running = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                // The ended ones are taken out, so that they do not pile up.
+                while running.try_join_next().is_some() {}
+                let (board, cutovers) = (board.clone(), cutovers.clone());
+                running.spawn(async move {
+                    if let Err(error) = serve(stream, &board, &cutovers).await {
+                        tracing::debug!(%error, "a control connection ended early");
+                    }
+                });
+            }
+        });
+        Ok(ControlServer { _connections: connections, socket })
+    }
+}
+
+async fn serve(stream: UnixStream, board: &StatusBoard, cutovers: &mpsc::Sender<CutoverRequest>) -> Result<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut line = String::new();
+    BufReader::new(reader).read_line(&mut line).await?;
+    let request: Request = match serde_json::from_str(&line) {
+        Ok(request) => request,
+        Err(error) => {
+            let error = Error::new(ErrorKind::Usage, format!("this walferry does not know that request: {error}"));
+            return send(&mut writer, &Answer::from(&error)).await;
+        }
+    };
+    match request {
+        Request::Status => send(&mut writer, &Answer::Status(Box::new(board.snapshot()))).await,
+        Request::Cutover(options) => {
+            let (answers, mut received) = mpsc::unbounded_channel();
+            if cutovers.try_send(CutoverRequest { options, answers }).is_err() {
+                let error = Error::new(ErrorKind::Aborted, "another cutover is running");
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
+            while let Some(answer) = received.recv().await {
+                send(&mut writer, &answer).await?;
+                if !matches!(answer, Answer::Step(_)) {
+                    break;
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn send(writer: &mut tokio::net::unix::OwnedWriteHalf, answer: &Answer) -> Result<()> {
+    let mut line = serde_json::to_vec(answer).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+    line.push(b'\n');
+    writer.write_all(&line).await?;
+    Ok(())
+}
+
+/// A conversation with a running migration.
+pub struct Conversation {
+    lines: tokio::io::Lines<BufReader<UnixStream>>,
+}
+
+impl Conversation {
+    /// Asks.
+    ///
+    /// # Errors
+    /// `Other` when no migration runs in the directory.
+    pub async fn begin(directory: &StateDirectory, request: &Request) -> Result<Conversation> {
+        let socket = directory.socket();
+        let stream = short_path(&socket, |path| std::os::unix::net::UnixStream::connect(path)).and_then(|stream| {
+            stream.set_nonblocking(true)?;
+            Ok(UnixStream::from_std(stream)?)
+        });
+        let mut stream = stream.map_err(|_| {
+            Error::new(ErrorKind::Other, format!("no migration is running in {}", directory.path().display()))
+                .hint(format!("Start it, or go on with it: walferry migrate --dir {} …", directory.path().display()))
+        })?;
+        let mut line = serde_json::to_vec(request).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+        line.push(b'\n');
+        stream.write_all(&line).await?;
+        Ok(Conversation { lines: BufReader::new(stream).lines() })
+    }
+
+    /// The next line; an [`Answer::Error`] becomes an error.
+    ///
+    /// # Errors
+    /// What the migration answered, or `Other` when it ended in the middle.
+    pub async fn next(&mut self) -> Result<Answer> {
+        let Some(line) = self.lines.next_line().await? else {
+            return Err(Error::new(ErrorKind::Other, "the migration ended before it had answered")
+                .hint("Look at its log; `walferry migrate` with the same options goes on where it was."));
+        };
+        let answer = serde_json::from_str(&line).map_err(|error| Error::new(ErrorKind::Other, format!("the migration's answer cannot be read: {error}")))?;
+        match answer {
+            Answer::Error { exit_code, message, hint } => {
+                let kinds = [ErrorKind::Usage, ErrorKind::Blocked, ErrorKind::Different, ErrorKind::Aborted, ErrorKind::Interrupted];
+                let kind = kinds.into_iter().find(|kind| kind.exit_code() == exit_code).unwrap_or(ErrorKind::Other);
+                let error = Error::new(kind, message);
+                Err(match hint {
+                    Some(hint) => error.hint(hint),
+                    None => error,
+                })
+            }
+            answer => Ok(answer),
+        }
+    }
+}
+
+/// A socket's path may have 107 bytes at most (unix(7)), a directory's may be longer: it is reached through its descriptor.
+fn short_path<T>(socket: &Path, act: impl FnOnce(&Path) -> std::io::Result<T>) -> Result<T> {
+    let doing = || format!("opening the control socket {}", socket.display());
+    let (Some(directory), Some(name)) = (socket.parent(), socket.file_name()) else { return act(socket).context(doing) };
+    let directory = std::fs::File::open(directory).context(doing)?;
+    let through = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
+    act(&through).context(doing)
+}

@@ -1,0 +1,222 @@
+//! The fence: nobody but us writes to the source's database while it is up.
+
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::{Timer, reopen_statement};
+use crate::connection::ConnectionSpec;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::source::catalog::Table;
+use crate::sql;
+
+/// How long one attempt may wait for locks: well below the default `deadlock_timeout` of a second, so that a deadlock with the
+/// application ends by our stepping back, and not by the server ending the application's transaction (H32).
+const LOCK_TIMEOUT: &str = "300ms";
+/// Rest between two attempts, in which the applications that waited go on.
+const LOCK_PAUSE: Duration = Duration::from_millis(200);
+/// How often the sessions that should have ended are looked at.
+const SESSIONS_INTERVAL: Duration = Duration::from_millis(5);
+
+/// What is up on the source.
+pub(super) struct Fence<'a> {
+    source: &'a Client,
+    target: &'a Client,
+    database: &'a str,
+    application_name: &'a str,
+    locks: Option<Client>,
+    /// The setting that was in the place of ours, once ours is made.
+    closed: Option<Option<String>>,
+}
+
+impl<'a> Fence<'a> {
+    pub(super) fn new(source: &'a Client, target: &'a Client, database: &'a str, application_name: &'a str) -> Fence<'a> {
+        Fence { source, target, database, application_name, locks: None, closed: None }
+    }
+
+    /// Locks every table against writes, and so waits for the writes in flight. Reading goes on.
+    pub(super) async fn lock(&mut self, source: &ConnectionSpec, tables: &[&Table], timer: &mut Timer<'_>) -> Result<()> {
+        let client = source.connect(self.application_name).await?;
+        let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
+        let statement = format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", names.join(", "));
+        loop {
+            client.batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")).await?;
+            if names.is_empty() {
+                break;
+            }
+            timer.stall();
+            let locked = client.batch_execute(&statement).await;
+            match locked {
+                Ok(()) => break,
+                Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) || error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {
+                    client.batch_execute("ROLLBACK").await?;
+                    let in_the_way = self.who_is_in_the_way().await.unwrap_or_default();
+                    timer.resume();
+                    tracing::info!(sessions = in_the_way, "the fence waits for transactions that hold locks");
+                    if timer.left() <= LOCK_PAUSE {
+                        return Err(Error::new(ErrorKind::Aborted, format!("the tables could not be locked; in the way: {in_the_way}"))
+                            .hint("End the long transaction, or give more time with --timeout."));
+                    }
+                    tokio::time::sleep(LOCK_PAUSE).await;
+                }
+                Err(error) => return Err(error).context(|| "locking the source's tables".into()),
+            }
+        }
+        timer.stall();
+        self.locks = Some(client);
+        Ok(())
+    }
+
+    /// Sessions with open transactions, for the message.
+    async fn who_is_in_the_way(&self) -> Result<String> {
+        let rows = self
+            .source
+            .query(
+                "SELECT format('pid %s (%s, %s, open for %s s)', pid, coalesce(usename, backend_type), \
+                               coalesce(nullif(application_name, ''), 'unnamed'), extract(epoch FROM now() - xact_start)::int) \
+                 FROM pg_catalog.pg_stat_activity \
+                 WHERE datname = pg_catalog.current_database() AND xact_start IS NOT NULL AND application_name <> $1 \
+                 ORDER BY xact_start LIMIT 3",
+                &[&self.application_name],
+            )
+            .await?;
+        Ok(rows.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>().join(", "))
+    }
+
+    /// Closes the database to writers and ends every other session (H29): a writer that waits for our lock would otherwise
+    /// write to the old primary as soon as it is released.
+    pub(super) async fn close(&mut self) -> Result<()> {
+        let previous: Option<String> = self
+            .source
+            .query_one(
+                "SELECT (SELECT substr(setting, 31) FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) setting \
+                         WHERE s.setrole = 0 AND s.setdatabase = d.oid AND setting LIKE 'default_transaction_read_only=%') \
+                 FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
+                &[],
+            )
+            .await
+            .context(|| "reading the database's settings".into())?
+            .get(0);
+        // First into the ledger, durably: after a crash, whoever resumes can undo it.
+        self.target
+            .execute(
+                "UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text)",
+                &[&previous],
+            )
+            .await
+            .context(|| "writing the fence into the ledger".into())?;
+        self.closed = Some(previous);
+        let close = format!("ALTER DATABASE {} SET default_transaction_read_only = on", sql::identifier(self.database));
+        self.source.batch_execute(&close).await.context(|| "closing the source's database to writers".into())?;
+        // A session that begins after this moment is read-only by default; one that began before is ended.
+        let closed_at: std::time::SystemTime = self.source.query_one("SELECT pg_catalog.clock_timestamp()", &[]).await?.get(0);
+        loop {
+            let left = self
+                .source
+                .query(
+                    "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
+                     WHERE datname = pg_catalog.current_database() AND backend_type = 'client backend' \
+                       AND pid <> pg_catalog.pg_backend_pid() AND application_name <> $1 \
+                       AND backend_start < $2",
+                    &[&self.application_name, &closed_at],
+                )
+                .await
+                .context(|| "ending the other sessions of the source's database".into())?;
+            if left.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(SESSIONS_INTERVAL).await;
+        }
+    }
+
+    /// The lock session itself says that it has its locks; if it has died, so has the fence (H29).
+    pub(super) async fn prove(&self, tables: usize) -> Result<()> {
+        let lost = || Error::new(ErrorKind::Other, "the session that locks the source's tables has lost its locks");
+        let locks = self.locks.as_ref().ok_or_else(lost)?;
+        let held: i64 = locks
+            .query_one(
+                "SELECT count(*) FROM pg_catalog.pg_locks WHERE pid = pg_catalog.pg_backend_pid() AND granted \
+                 AND locktype = 'relation' AND mode = 'ShareRowExclusiveLock'",
+                &[],
+            )
+            .await
+            .context(|| "asking for the source's locks".into())?
+            .get(0);
+        if usize::try_from(held) == Ok(tables) { Ok(()) } else { Err(lost()) }
+    }
+
+    /// After the decision: the locks go, the database stays closed.
+    ///
+    /// A session that asked for a read-write transaction by itself (H30) may wait for them: it is ended first, because it would
+    /// write to the old primary.
+    pub(super) async fn release(&mut self) -> Result<()> {
+        if self.closed.is_some() {
+            self.end_waiting_sessions().await?;
+        }
+        self.unlock().await;
+        Ok(())
+    }
+
+    async fn end_waiting_sessions(&self) -> Result<()> {
+        loop {
+            let ended = self
+                .source
+                .query(
+                    "SELECT pg_catalog.pg_terminate_backend(w.pid) FROM pg_catalog.pg_stat_activity w, \
+                            LATERAL unnest(pg_catalog.pg_blocking_pids(w.pid)) blocker(pid) \
+                     JOIN pg_catalog.pg_stat_activity b ON b.pid = blocker.pid \
+                     WHERE w.wait_event_type = 'Lock' AND b.application_name = $1 AND w.application_name <> $1",
+                    &[&self.application_name],
+                )
+                .await
+                .context(|| "ending sessions that wait for the fence".into())?;
+            if ended.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(SESSIONS_INTERVAL).await;
+        }
+    }
+
+    async fn unlock(&mut self) {
+        if let Some(locks) = self.locks.take() {
+            // With the session gone, its locks are gone too; the decision stands either way.
+            let _ = locks.batch_execute("ROLLBACK").await;
+        }
+    }
+
+    /// Before the decision: as if nothing had been.
+    pub(super) async fn lift(&mut self) -> Result<()> {
+        if let Some(previous) = &self.closed {
+            let reopen = reopen_statement(self.database, previous.as_deref());
+            self.source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
+            self.target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
+            self.closed = None;
+        }
+        self.unlock().await;
+        Ok(())
+    }
+
+    /// What an operator runs when the fence could not be lifted.
+    pub(super) fn by_hand(&self) -> String {
+        let previous = self.closed.as_ref().and_then(Option::as_deref);
+        format!("Run on the source: {};", reopen_statement(self.database, previous))
+    }
+}
+
+/// Opens the source again when a walferry died between closing it and deciding. After the decision it stays closed.
+///
+/// # Errors
+/// Whatever the servers say.
+pub async fn lift_left_over_fence(source: &Client, target: &Client, database: &str) -> Result<bool> {
+    let row = target
+        .query_opt("SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over'", &[])
+        .await
+        .context(|| "looking for a fence in the ledger".into())?;
+    let Some(row) = row else { return Ok(false) };
+    let previous: Option<String> = row.get(0);
+    let reopen = reopen_statement(database, previous.as_deref());
+    source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
+    target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
+    Ok(true)
+}

@@ -1,0 +1,210 @@
+//! A whole migration, phase after phase. What a phase does is in the modules; this file knows their order, and goes on where
+//! the ledger says (I2).
+//!
+//! ```text
+//!   identify ► check ► prepare ──► copy + index ──► catch up ──► finish the schema ──► follow ──► cutover
+//!                        │ slot        ▲                ▲                                ▲
+//!                        └────► receive into the queue, from the slot's first moment to the cutover ►
+//! ```
+//!
+//! Every phase can be interrupted anywhere. A transient error (a server restarts, a connection breaks) makes the phases begin
+//! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
+
+mod background;
+mod identify;
+mod phases;
+mod prepare;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::connection::ConnectionSpec;
+use crate::control::{ControlServer, CutoverRequest};
+use crate::cutover;
+use crate::error::{Error, ErrorKind, Result};
+use crate::observe::board::{Side, StatusBoard};
+use crate::observe::status::{Level, Phase as ShownPhase};
+use crate::observe::{http, metrics};
+use crate::queue;
+use crate::source::receive;
+use crate::state_directory::{LockedDirectory, StateDirectory};
+use crate::target::ledger::{Migration, Phase};
+
+/// The longest pause before the phases begin again.
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// How a migration is to be done.
+#[derive(Clone)]
+pub struct Config {
+    /// The server that is moved away from.
+    pub source: ConnectionSpec,
+    /// The server that is moved to.
+    pub target: ConnectionSpec,
+    /// The state directory.
+    pub directory: PathBuf,
+    /// Parts of tables copied at once.
+    pub copy_jobs: usize,
+    /// A table of more bytes is copied in ranges.
+    pub split_above_bytes: u64,
+    /// Indexes built at once.
+    pub index_jobs: usize,
+    /// Sessions that apply changes. Fixed when the migration begins.
+    pub apply_workers: usize,
+    /// The queue on disk.
+    pub queue: queue::Options,
+    /// Where metrics are served; `None` for nowhere.
+    pub http_address: Option<SocketAddr>,
+}
+
+/// A migration at work.
+struct Running {
+    config: Config,
+    board: StatusBoard,
+    directory: LockedDirectory,
+    /// What all of our sessions call themselves: `walferry/` and the migration's id.
+    application_name: String,
+}
+
+/// Migrates, until the cutover has gone through.
+///
+/// # Errors
+/// `Blocked` when a precondition does not hold (nothing is changed then); `Interrupted` on SIGINT and SIGTERM; otherwise what
+/// stopped it. Run again, it goes on.
+pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
+    let directory = StateDirectory::at(&config.directory).lock()?;
+    let shown = directory.directory().clone();
+    let outcome = tokio::select! {
+        outcome = begin(config.clone(), board, directory) => outcome,
+        error = stop_signal() => Err(error),
+    };
+    if let Err(error) = &outcome {
+        if error.kind() == ErrorKind::Interrupted {
+            board.event(Level::Info, "stopped by the operator; the same command goes on from here");
+        } else {
+            board.fail(error);
+        }
+        background::lift_fence(&config).await;
+    }
+    background::write_status(&shown, board);
+    outcome
+}
+
+async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) -> Result<()> {
+    board.set_phase(ShownPhase::Preparing);
+    board.set_servers(config.source.describe(), config.target.describe());
+    let (cutovers, mut requested) = mpsc::channel(1);
+    let _control = ControlServer::start(directory.directory(), board.clone(), cutovers)?;
+    let _http = match config.http_address {
+        Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
+        None => None,
+    };
+    let _ticker = board.start_ticker();
+    let _status = background::keep_status(directory.directory().clone(), board.clone());
+
+    let identified = identify::identify(&config, &directory, board).await?;
+    let migration = Running { config, board: board.clone(), directory, application_name: identified.application_name };
+    migration.go(identified.migration, &mut requested).await
+}
+
+impl Running {
+    /// All that comes after the check.
+    async fn go(&self, migration: Migration, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
+        if migration.phase == Phase::CutOver {
+            self.board.set_phase(ShownPhase::CutOver);
+            self.board.event(Level::Info, "this migration has been cut over already; `walferry clean` removes what it left");
+            return Ok(());
+        }
+        self.end_sessions_left_behind().await?;
+        let (migration, mut held) = self.prepare(migration).await?;
+
+        let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
+        let (queue, mut appender) = queue::open(&self.directory.directory().queue(), start, self.config.queue)?;
+        let subscription = receive::Subscription {
+            slot: migration.slot.clone(),
+            publications: vec![migration.publication.clone(), migration.insert_only_publication.clone()],
+            binary: migration.binary,
+            source_system: migration.source_system.clone(),
+            source_timeline: u32::try_from(migration.source_timeline).unwrap_or_default(),
+            application_name: self.application_name.clone(),
+        };
+        let this = Arc::new(self.background(&migration));
+        let receiving = receive::run(&self.config.source, &subscription, &queue, &mut appender, &self.board);
+        tokio::select! {
+            outcome = receiving => outcome.and(Err(Error::new(ErrorKind::Other, "the stream from the source has ended"))),
+            () = this.trim(queue.clone()) => Ok(()),
+            () = this.watch_source() => Ok(()),
+            outcome = self.phases_until_cutover(&queue, &mut held, requested) => outcome,
+        }
+    }
+
+    /// The phases, begun again from the ledger after each transient error.
+    async fn phases_until_cutover(
+        &self,
+        queue: &queue::Queue,
+        held: &mut Option<prepare::Held>,
+        requested: &mut mpsc::Receiver<CutoverRequest>,
+    ) -> Result<()> {
+        let mut backoff = Duration::from_millis(500);
+        loop {
+            let begun = std::time::Instant::now();
+            match self.phases(queue, held, requested).await {
+                Err(error) if error.is_transient() => {
+                    self.board.event(Level::Warn, format!("trying again: {error}"));
+                    self.board.reconnected(Side::Target);
+                    if begun.elapsed() > BACKOFF_MAX {
+                        backoff = Duration::from_millis(500);
+                    }
+                    tokio::time::sleep(backoff).await;
+                    backoff = (backoff * 2).min(BACKOFF_MAX);
+                    background::lift_fence(&self.config).await;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn phases(
+        &self,
+        queue: &queue::Queue,
+        held: &mut Option<prepare::Held>,
+        requested: &mut mpsc::Receiver<CutoverRequest>,
+    ) -> Result<()> {
+        let migration = self.load().await?;
+        let tables = self.show_tables().await?;
+        if !migration.pre_data_restored {
+            self.restore_pre_data(&tables).await?;
+        }
+        if migration.phase <= Phase::Copying {
+            self.copy_and_index(held).await?;
+        }
+        *held = None;
+        let layout = self.layout(&migration).await?;
+        if !migration.post_data_restored {
+            self.catch_up(queue, &layout).await?;
+            self.finish_schema().await?;
+        }
+        self.follow(queue, &layout, requested).await
+    }
+}
+
+/// Waits for SIGINT or SIGTERM.
+async fn stop_signal() -> Error {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    Error::new(ErrorKind::Interrupted, "stopped by a signal").hint("Nothing is lost. Run the same command again to go on.")
+}
+
+/// How an operator's cutover is done unless he says otherwise.
+pub fn default_cutover() -> cutover::Options {
+    cutover::Options { timeout_seconds: 30.0, max_write_stall_seconds: 5.0, waive: Vec::new() }
+}

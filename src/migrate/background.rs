@@ -1,0 +1,147 @@
+//! What goes on beside the phases: trimming the queue, watching the source, writing the status down.
+
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio_postgres::types::PgLsn;
+
+use super::{Config, Running};
+use crate::connection::ConnectionSpec;
+use crate::crashsafe;
+use crate::cutover;
+use crate::error::Result;
+use crate::lsn::Lsn;
+use crate::observe::board::StatusBoard;
+use crate::queue::Queue;
+use crate::source::slot;
+use crate::state_directory::StateDirectory;
+use crate::target::ledger::Migration;
+
+const TRIM_INTERVAL: Duration = Duration::from_secs(2);
+const SOURCE_INTERVAL: Duration = Duration::from_secs(5);
+const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+
+/// The parts of a migration that the background needs.
+pub(super) struct Background {
+    source: ConnectionSpec,
+    target: ConnectionSpec,
+    application_name: String,
+    slot: String,
+    board: StatusBoard,
+}
+
+impl Running {
+    pub(super) fn background(&self, migration: &Migration) -> Background {
+        Background {
+            source: self.config.source.clone(),
+            target: self.config.target.clone(),
+            application_name: self.application_name.clone(),
+            slot: migration.slot.clone(),
+            board: self.board.clone(),
+        }
+    }
+}
+
+impl Background {
+    /// Removes from the queue what is durable on the target (I2), until it is dropped.
+    pub(super) async fn trim(&self, queue: Queue) {
+        loop {
+            if let Err(error) = self.trim_while_connected(&queue).await {
+                tracing::debug!(%error, "trimming the queue waits for the target");
+            }
+            tokio::time::sleep(TRIM_INTERVAL).await;
+        }
+    }
+
+    async fn trim_while_connected(&self, queue: &Queue) -> Result<()> {
+        let target = self.target.connect(&self.application_name).await?;
+        let mut committed: Option<(Lsn, Lsn)> = None;
+        loop {
+            // The insert position is read after the progress became visible, so its commit record is before it.
+            let row = target
+                .query_one(
+                    "SELECT (SELECT min(applied) FROM walferry.apply_progress), pg_catalog.pg_current_wal_insert_lsn(), \
+                            pg_catalog.pg_current_wal_flush_lsn()",
+                    &[],
+                )
+                .await?;
+            let (applied, insert, flush): (Option<PgLsn>, PgLsn, PgLsn) = (row.get(0), row.get(1), row.get(2));
+            match committed {
+                // Flushed past the commit: the target's crash can no longer take it back.
+                Some((applied, insert)) if Lsn::from(flush) >= insert => {
+                    queue.trim(applied)?;
+                    committed = None;
+                }
+                Some(_) => {}
+                None => committed = applied.map(|applied| (applied.into(), insert.into())),
+            }
+            tokio::time::sleep(TRIM_INTERVAL).await;
+        }
+    }
+
+    /// Shows where the source's WAL is and how much of it our slot holds back, until it is dropped.
+    pub(super) async fn watch_source(&self) {
+        loop {
+            if let Err(error) = self.watch_source_while_connected().await {
+                tracing::debug!(%error, "watching the source waits for a connection");
+            }
+            tokio::time::sleep(SOURCE_INTERVAL).await;
+        }
+    }
+
+    async fn watch_source_while_connected(&self) -> Result<()> {
+        let source = self.source.connect(&self.application_name).await?;
+        loop {
+            let position: PgLsn = source.query_one("SELECT pg_catalog.pg_current_wal_lsn()", &[]).await?.get(0);
+            if let Some(state) = slot::state(&source, &self.slot).await? {
+                self.board.source_position(position.into(), state.retained_bytes.max(0).cast_unsigned());
+            }
+            tokio::time::sleep(SOURCE_INTERVAL).await;
+        }
+    }
+}
+
+/// Opens the source again if a cutover was cut off before its decision. Tried again at the next start when it cannot be done now.
+pub(super) async fn lift_fence(config: &Config) {
+    let lift = async {
+        let (source, target) = (config.source.connect("walferry").await?, config.target.connect("walferry").await?);
+        if crate::target::ledger::load(&target).await?.is_none() {
+            return Ok(false);
+        }
+        cutover::lift_left_over_fence(&source, &target, config.source.database()).await
+    };
+    match tokio::time::timeout(Duration::from_secs(5), lift).await {
+        Ok(Ok(true)) => tracing::warn!("a cutover had been cut off: the source's database is open to writers again"),
+        Ok(Ok(false)) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "could not look for a fence that was left over"),
+        Err(_) => tracing::debug!("looking for a fence that was left over took too long"),
+    }
+}
+
+/// Writes the status into the state directory every few seconds, so that `walferry status` has something to show when no
+/// process answers. Ends when the handle is dropped.
+pub(super) fn keep_status(directory: StateDirectory, board: StatusBoard) -> StatusWriter {
+    StatusWriter(tokio::spawn(async move {
+        loop {
+            write_status(&directory, &board);
+            tokio::time::sleep(STATUS_INTERVAL).await;
+        }
+    }))
+}
+
+/// See [`keep_status`].
+pub(super) struct StatusWriter(JoinHandle<()>);
+
+impl Drop for StatusWriter {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Writes the status down once.
+pub(super) fn write_status(directory: &StateDirectory, board: &StatusBoard) {
+    let written = serde_json::to_vec(&board.snapshot()).map(|json| crashsafe::replace(&directory.status(), &json));
+    if let Ok(Err(error)) = written {
+        tracing::debug!(%error, "the status could not be written down");
+    }
+}

@@ -1,0 +1,149 @@
+//! Which migration this is: a new one, or one that goes on.
+
+use super::Config;
+use crate::check::{self, Severity};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::observe::board::StatusBoard;
+use crate::observe::status::Level;
+use crate::state_directory::{Identity, LockedDirectory};
+use crate::target::ledger::{self, Migration, Phase};
+
+/// A migration that may begin or go on.
+pub(super) struct Identified {
+    pub(super) migration: Migration,
+    pub(super) application_name: String,
+}
+
+/// Compares the state directory with the target's ledger, and checks both servers. Only when nothing stands against it is
+/// anything written: first the directory, then the ledger.
+pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board: &StatusBoard) -> Result<Identified> {
+    let identity = directory.directory().identity()?;
+    let recorded = match config.target.connect("walferry").await {
+        Ok(mut target) => {
+            let migration = ledger::load(&target).await?;
+            // Begun, but never prepared: nothing of it counts.
+            match (migration, &identity) {
+                (Some(migration), Some(identity)) if migration.id == identity.id && migration.consistent_point.is_none() => {
+                    remove_unprepared(&mut target).await?;
+                    None
+                }
+                (migration, _) => migration,
+            }
+        }
+        // The check says it better, together with whatever else is wrong.
+        Err(_) => None,
+    };
+    if let Some(migration) = &recorded
+        && identity.as_ref().is_none_or(|identity| identity.id != migration.id)
+    {
+        return Err(Error::new(
+            ErrorKind::Blocked,
+            format!(
+                "the target {} holds the ledger of migration {} whose state directory is not {}",
+                config.target.describe(),
+                migration.id,
+                directory.directory().path().display()
+            ),
+        )
+        .hint("Go on with that migration's --dir. If it is lost or no longer wanted: `walferry clean --source … --target …` removes what it left."));
+    }
+    if let Some(identity) = &identity {
+        for (side, given, known) in [("source", &config.source, &identity.source), ("target", &config.target, &identity.target)] {
+            if given.without_password() != *known {
+                return Err(Error::new(
+                    ErrorKind::Blocked,
+                    format!("{} belongs to a migration with another {side}", directory.directory().path().display()),
+                )
+                .hint("Give the connection string that the migration began with, or another --dir for another migration."));
+            }
+        }
+    }
+    let resuming = recorded.is_some();
+    let report = check::run(&check::Inputs {
+        source: &config.source,
+        target: &config.target,
+        state_directory: Some(directory.directory().path()),
+        copy_jobs: config.copy_jobs,
+        index_jobs: config.index_jobs,
+        apply_workers: config.apply_workers,
+        queue_max_bytes: Some(config.queue.max_bytes),
+        resuming,
+    })
+    .await?;
+    if let Some(migration) = recorded {
+        // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
+        board.event(Level::Info, format!("going on with migration {}", migration.id));
+        let application_name = application_name(&migration.id);
+        return Ok(Identified { migration, application_name });
+    }
+    if !report.ready() {
+        eprint!("{report}");
+        let count = report.of(Severity::Blocker).count();
+        return Err(Error::new(ErrorKind::Blocked, format!("{count} findings of the check stand against the migration"))
+            .hint("Mend what the check names, then run the same command again. Nothing was changed on either server."));
+    }
+    for finding in report.of(Severity::Warning) {
+        board.event(Level::Warn, format!("{}: {}", finding.object, finding.message));
+    }
+    let migration = write_down(config, directory, identity, &report).await?;
+    let application_name = application_name(&migration.id);
+    Ok(Identified { migration, application_name })
+}
+
+async fn write_down(
+    config: &Config,
+    directory: &LockedDirectory,
+    identity: Option<Identity>,
+    report: &check::Report,
+) -> Result<Migration> {
+    let id = identity.map_or_else(new_id, |identity| identity.id);
+    directory.identify(&Identity::new(id.clone(), config.source.without_password(), config.target.without_password()))?;
+    let source = config.source.connect(&application_name(&id)).await?;
+    let row = source
+        .query_one(
+            "SELECT s.system_identifier::text, c.timeline_id FROM pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c",
+            &[],
+        )
+        .await
+        .context(|| "asking the source who it is".into())?;
+    let migration = Migration {
+        source_system: row.get(0),
+        source_timeline: row.get(1),
+        source_database: config.source.database().to_owned(),
+        slot: format!("walferry_{id}"),
+        publication: format!("walferry_{id}"),
+        insert_only_publication: format!("walferry_{id}_inserts"),
+        binary: false,
+        apply_workers: config.apply_workers,
+        phase: Phase::Preparing,
+        consistent_point: None,
+        pre_data_restored: false,
+        post_data_restored: false,
+        id,
+    };
+    let mut target = config.target.connect(&application_name(&migration.id)).await?;
+    ledger::create(&mut target, &migration).await?;
+    let _ = report;
+    Ok(migration)
+}
+
+async fn remove_unprepared(target: &mut tokio_postgres::Client) -> Result<()> {
+    target
+        .batch_execute("DROP SCHEMA walferry CASCADE")
+        .await
+        .context(|| "removing the ledger of a preparation that was interrupted".into())
+}
+
+/// What the sessions of a migration call themselves on both servers.
+pub(crate) fn application_name(id: &str) -> String {
+    format!("walferry/{id}")
+}
+
+/// Eight hexadecimal digits that no other migration has.
+fn new_id() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    // The standard library's random keys are the operating system's randomness.
+    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    format!("{:08x}", hasher.finish() as u32)
+}

@@ -1,0 +1,121 @@
+//! Publications, slot, snapshot, schema and catalog, in that order (H2, H7, H8), recorded in the ledger as one transaction.
+//!
+//! How it dies: until that transaction, nothing of it counts, and the next start makes everything anew. After it, the slot's
+//! snapshot is in the ledger (H1), and only the snapshot's session can be missing.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::Running;
+use crate::check::tools;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::observe::status::Level;
+use crate::source::catalog::{self, Table};
+use crate::source::slot;
+use crate::source::snapshot::{self, HeldSnapshot};
+use crate::target::ledger::{self, Migration, Prepared};
+use crate::target::schema;
+
+/// How often the preparation is made anew when the schema changes under it.
+const ATTEMPTS: usize = 5;
+
+/// A snapshot that is alive, and its number in the ledger when it is there already.
+pub(super) struct Held {
+    pub(super) snapshot: HeldSnapshot,
+    /// The slot's own is recorded with the slot; another one is recorded with the plan that uses it.
+    pub(super) is_recorded: bool,
+}
+
+impl Running {
+    /// Ends the sessions that a dead walferry left on either server (H18): they could still hold the slot, or write.
+    pub(super) async fn end_sessions_left_behind(&self) -> Result<()> {
+        for spec in [&self.config.source, &self.config.target] {
+            // Another name, so that it does not end itself or what it is to end.
+            let client = spec.connect("walferry").await?;
+            for _ in 0..100 {
+                let left = client
+                    .query(
+                        "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE application_name = $1",
+                        &[&self.application_name],
+                    )
+                    .await
+                    .context(|| "ending sessions of an earlier walferry".into())?;
+                if left.is_empty() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        super::background::lift_fence(&self.config).await;
+        Ok(())
+    }
+
+    /// Makes what is missing until the copy can begin. The second answer is the slot's snapshot, if it was made just now.
+    pub(super) async fn prepare(&self, migration: Migration) -> Result<(Migration, Option<Held>)> {
+        if migration.consistent_point.is_some() {
+            return Ok((migration, None));
+        }
+        self.directory.discard_queue()?;
+        for _ in 0..ATTEMPTS {
+            if let Some(held) = self.try_to_prepare(&migration).await? {
+                return Ok((self.load().await?, Some(held)));
+            }
+            self.board.event(Level::Warn, "the source's tables changed while the slot was made; preparing anew");
+        }
+        Err(Error::new(ErrorKind::Transient, "the source's tables keep changing while the slot is made")
+            .hint("Let no CREATE, ALTER or DROP TABLE run while the migration begins."))
+    }
+
+    /// `None` when a table came, went or changed meanwhile.
+    async fn try_to_prepare(&self, migration: &Migration) -> Result<Option<Held>> {
+        let source = self.config.source.connect(&self.application_name).await?;
+        slot::drop(&source, &migration.slot).await?;
+        let published = catalog::tables(&source).await?;
+        slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published).await?;
+        self.board.event(Level::Info, "making the slot; this waits for every transaction that is open on the source");
+        let new = slot::create(&self.config.source, &self.application_name, &migration.slot).await?;
+
+        snapshot::import(&source, &new.snapshot.name).await?;
+        let tables = catalog::tables(&source).await?;
+        let fingerprint = catalog::fingerprint(&source).await?;
+        source.batch_execute("COMMIT").await?;
+        if identities(&published) != identities(&tables) {
+            return Ok(None);
+        }
+        let tools = tools::find_tools()?;
+        let items = schema::dump(
+            &tools,
+            &self.config.source,
+            &self.application_name,
+            &new.snapshot.name,
+            self.directory.directory().path(),
+        )
+        .await?;
+        let binary = tables.iter().all(Table::binary_safe);
+        let tables: Vec<(Table, bool)> =
+            tables.into_iter().map(|table| (!table.has_usable_identity(), table)).map(|(only, table)| (table, only)).collect();
+        let prepared = Prepared {
+            consistent_point: new.consistent_point,
+            snapshot: &new.snapshot.data,
+            tables: &tables,
+            items: &items,
+            fingerprint: &fingerprint,
+            binary,
+        };
+        let mut target = self.config.target.connect(&self.application_name).await?;
+        ledger::record_prepared(&mut target, migration, &prepared).await?;
+        self.board.event(
+            Level::Info,
+            format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),
+        );
+        Ok(Some(Held { snapshot: new.snapshot, is_recorded: true }))
+    }
+}
+
+/// What decides how a table is published and read.
+fn identities(tables: &[Table]) -> BTreeMap<u32, (String, bool, Vec<catalog::Column>)> {
+    tables
+        .iter()
+        .map(|table| (table.relid, (table.qualified(), table.has_usable_identity(), table.columns.clone())))
+        .collect()
+}

@@ -1,0 +1,177 @@
+//! The state directory: the queue, who the migration is, a lock, the control socket, and the last status.
+//!
+//! It holds no truth about the target (I2) and no secret (I10); mode 0700.
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::crashsafe;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// The version of `migration.json` (H18).
+const FORMAT: u32 = 1;
+
+/// Who the migration is that this directory belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    format: u32,
+    /// The migration's id: also in the ledger, and in the names of slot and publications.
+    pub id: String,
+    /// The source's connection string, without its password.
+    pub source: String,
+    /// The target's, likewise.
+    pub target: String,
+}
+
+impl Identity {
+    /// A migration between two databases.
+    pub fn new(id: String, source: String, target: String) -> Identity {
+        Identity { format: FORMAT, id, source, target }
+    }
+}
+
+/// A state directory, for commands that look at it.
+#[derive(Clone, Debug)]
+pub struct StateDirectory {
+    path: PathBuf,
+}
+
+/// A state directory that belongs to this process alone, until it is dropped.
+pub struct LockedDirectory {
+    directory: StateDirectory,
+    // Released with the file, also when the process dies.
+    _lock: File,
+}
+
+impl StateDirectory {
+    /// A path; nothing is touched.
+    pub fn at(path: &Path) -> StateDirectory {
+        StateDirectory { path: path.to_owned() }
+    }
+
+    /// Makes the directory if needed, and locks it.
+    ///
+    /// # Errors
+    /// `Blocked` when another process has it; `Other` when it cannot be made or written to.
+    pub fn lock(&self) -> Result<LockedDirectory> {
+        crashsafe::create_private_directory(&self.path).map_err(|error| {
+            error.hint("Choose a directory that this user may write to with --dir (or WALFERRY_DIR), on a disk with room for the queue.")
+        })?;
+        let path = self.path.join("lock");
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .open(&path)
+            .context(|| format!("opening {}", path.display()))
+            .map_err(|error| error.hint("The state directory must be writable for the user who runs walferry."))?;
+        match file.try_lock() {
+            Ok(()) => Ok(LockedDirectory { directory: self.clone(), _lock: file }),
+            Err(TryLockError::WouldBlock) => Err(Error::new(
+                ErrorKind::Blocked,
+                format!("another walferry is running in {}", self.path.display()),
+            )
+            .hint(format!("`walferry status --dir {}` shows how it is; a second migration needs a directory of its own.", self.path.display()))),
+            Err(TryLockError::Error(error)) => Err(error).context(|| format!("locking {}", path.display())),
+        }
+    }
+
+    /// Whether a process has the directory now.
+    pub fn is_in_use(&self) -> bool {
+        File::open(self.path.join("lock")).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the queue is.
+    pub fn queue(&self) -> PathBuf {
+        self.path.join("queue")
+    }
+
+    /// Where the control socket is.
+    pub fn socket(&self) -> PathBuf {
+        self.path.join("control.sock")
+    }
+
+    /// Where the last status is, for when no process answers.
+    pub fn status(&self) -> PathBuf {
+        self.path.join("status.json")
+    }
+
+    /// Who the migration is; `None` in an empty directory.
+    ///
+    /// # Errors
+    /// `Blocked` when a newer walferry wrote it (H18); `Other` when it cannot be read.
+    pub fn identity(&self) -> Result<Option<Identity>> {
+        let path = self.identity_file();
+        let content = match std::fs::read(&path) {
+            Ok(content) => content,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).context(|| format!("reading {}", path.display())),
+        };
+        let identity: Identity = serde_json::from_slice(&content)
+            .map_err(|error| Error::new(ErrorKind::Other, format!("{} is not what walferry wrote: {error}", path.display())))?;
+        if identity.format > FORMAT {
+            let text = format!("{} was written by a newer walferry (format {})", path.display(), identity.format);
+            return Err(Error::new(ErrorKind::Blocked, text).hint("Go on with that version."));
+        }
+        Ok(Some(identity))
+    }
+
+    fn identity_file(&self) -> PathBuf {
+        self.path.join("migration.json")
+    }
+}
+
+impl LockedDirectory {
+    /// The directory, for what does not need the lock.
+    pub fn directory(&self) -> &StateDirectory {
+        &self.directory
+    }
+
+    /// Writes down who the migration is, durably.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn identify(&self, identity: &Identity) -> Result<()> {
+        let content = serde_json::to_vec_pretty(identity).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+        crashsafe::replace(&self.directory.identity_file(), &content)
+    }
+
+    /// Throws the queue away: nothing of it has been applied or can be.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn discard_queue(&self) -> Result<()> {
+        let path = self.directory.queue();
+        match std::fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context(|| format!("removing {}", path.display())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the directory and everything that walferry put into it. Files of others stay, and with them the directory.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn remove(self) -> Result<()> {
+        self.discard_queue()?;
+        let path = self.directory.path().to_owned();
+        for file in ["control.sock", "status.json", "status.new", "migration.json", "migration.new", "schema.dump", "lock"] {
+            match std::fs::remove_file(path.join(file)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(error).context(|| format!("removing {} from {}", file, path.display()));
+                }
+                _ => {}
+            }
+        }
+        // Not empty: somebody else's files are in it.
+        let _ = std::fs::remove_dir(&path);
+        Ok(())
+    }
+}
