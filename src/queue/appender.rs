@@ -112,7 +112,8 @@ impl Appender {
 
     fn room(&self, state: &State) -> Room {
         let options = &self.shared.options;
-        if state.in_flight_bytes + self.frames.len() as u64 >= options.in_flight_bytes {
+        // The block in the making does not count: it is sent by what comes next, which must not wait for it.
+        if state.in_flight_bytes >= options.in_flight_bytes {
             Room::Behind
         } else if state.disk_full {
             Room::Full
