@@ -1,5 +1,7 @@
 //! Connections to a real server: every sslmode, every way to give a password, and the stream of a slot.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at the first surprise")]
+
 mod server;
 
 use std::os::unix::fs::PermissionsExt;
@@ -104,6 +106,21 @@ async fn each_sslmode_gives_what_it_promises_to_both_clients() {
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
     let error = refusal(&server.tcp(&format!("{certified} sslcert={certificate} sslkey={key}"))).await;
     assert_eq!(error.kind(), ErrorKind::Usage, "{error:?}");
+
+    // A server without TLS.
+    let admin = server.socket().connect("admin").await.unwrap();
+    admin.batch_execute("ALTER SYSTEM SET ssl = off").await.unwrap();
+    admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    while text(&server.socket().connect("reloaded").await.unwrap(), "SHOW ssl").await == "on" {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    for mode in ["disable", "allow", "prefer"] {
+        assert!(!both(&server.tcp(&format!("user=scram sslmode={mode}"))).await, "{mode}");
+    }
+    for mode in ["require".to_owned(), format!("verify-full sslrootcert={ca}")] {
+        let error = refusal(&server.tcp(&format!("user=scram sslmode={mode}"))).await;
+        assert!(error.kind() == ErrorKind::Usage && error.to_string().contains("does not offer TLS"), "{error:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
