@@ -34,6 +34,8 @@ impl ChildEnvironment {
         variables.push(("PGAPPNAME", application_name.to_owned()));
         variables.push(("PGOPTIONS", spec.options()));
         variables.push(("PGCLIENTENCODING", "UTF8".to_owned()));
+        // As we connect: a Kerberos ticket that happens to be there must not make a difference.
+        variables.push(("PGGSSENCMODE", "disable".to_owned()));
         if let (None, Some(limit)) = (spec.parameters.get("connect_timeout"), spec.connect_timeout) {
             variables.push(("PGCONNECT_TIMEOUT", limit.as_secs().to_string()));
         }

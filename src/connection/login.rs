@@ -296,6 +296,12 @@ fn explain(error: Error) -> Error {
     if text.contains("unsupported startup parameter") {
         return pooler().context(text);
     }
+    // With TLS 1.3 the server judges our certificate after the handshake is over for us.
+    if error.sqlstate().is_none() && text.contains("received fatal alert") {
+        return error.with_kind(ErrorKind::Other).hint(
+            "the server refuses our TLS session: compare sslcert with the authorities in the server's ssl_ca_file",
+        );
+    }
     match error.sqlstate() {
         Some(state) if *state == SqlState::INVALID_PASSWORD => error
             .hint("check the user and the password; a line in ~/.pgpass has the form host:port:database:user:password"),
@@ -326,4 +332,44 @@ async fn after_login<S: Session>(session: &mut S, wanted: Wanted) -> Result<()> 
     };
     // It may be promoted, or another host may be what is asked for.
     Err(Error::new(ErrorKind::Transient, unwanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A session that answers what a pooler lets through.
+    struct Answering(&'static [&'static str]);
+
+    impl Session for Answering {
+        const TCP_USER_TIMEOUT: Option<Duration> = None;
+
+        async fn log_in(_: Stream, _: &Login) -> Result<Answering> {
+            Err(Error::new(ErrorKind::Other, "is never logged in"))
+        }
+
+        async fn first_row(&mut self, _: &str) -> Result<Vec<Option<String>>> {
+            Ok(self.0.iter().map(|&value| Some(value.to_owned())).collect())
+        }
+    }
+
+    #[tokio::test]
+    async fn h36_a_pooler_that_drops_the_settings_in_silence_is_named() {
+        after_login(&mut Answering(&["f", "postgres", "3", "1"]), Wanted::Any).await.unwrap();
+        let error = after_login(&mut Answering(&["f", "postgres", "1", "1"]), Wanted::Any).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Blocked);
+        assert!(error.to_string().contains("pooler"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_session_is_taken_only_where_it_is_what_is_wanted() {
+        const PRIMARY: [&str; 4] = ["f", "postgres", "3", "0"];
+        const STANDBY: [&str; 4] = ["t", "postgres", "3", "0"];
+        for (wanted, on_primary, on_standby) in
+            [(Wanted::Any, true, true), (Wanted::Primary, true, false), (Wanted::Standby, false, true)]
+        {
+            assert_eq!(after_login(&mut Answering(&PRIMARY), wanted).await.is_ok(), on_primary, "{wanted:?}");
+            assert_eq!(after_login(&mut Answering(&STANDBY), wanted).await.is_ok(), on_standby, "{wanted:?}");
+        }
+    }
 }

@@ -11,6 +11,7 @@
 //!
 //! Every session starts with the same pinned settings. A password never leaves this module but in the login itself.
 
+mod certificate;
 mod child;
 mod environment;
 mod keywords;
@@ -25,3 +26,6 @@ pub use child::ChildEnvironment;
 pub(crate) use login::{ChannelBindingPolicy, Login, Session, no_password, open};
 pub use spec::ConnectionSpec;
 pub(crate) use stream::Stream;
+
+#[cfg(test)]
+mod tests;

@@ -41,7 +41,12 @@ pub(super) fn have_arrived(interval_style: Option<&str>, float_digits: Option<&s
 
 /// The value of the start-up parameter `options`: the user's own first, so that ours win.
 pub(super) fn options(own: Option<&str>) -> String {
-    let mut options = own.unwrap_or_default().trim_end().to_owned();
+    let mut options = own.unwrap_or_default().to_owned();
+    // A lone backslash at the end, which the server drops, would take the space before ours as its own.
+    let backslashes = options.chars().rev().take_while(|&letter| letter == '\\').count();
+    if backslashes % 2 == 1 {
+        options.pop();
+    }
     for (name, value) in PINNED {
         if !options.is_empty() {
             options.push(' ');
@@ -60,5 +65,14 @@ mod tests {
         let options = options(Some("-c work_mem=1GB -c DateStyle=German"));
         assert!(options.starts_with("-c work_mem=1GB -c DateStyle=German -c DateStyle=ISO,\\ YMD "), "{options}");
         assert!(options.ends_with("-c default_transaction_isolation=read\\ committed"), "{options}");
+    }
+
+    #[test]
+    fn no_option_of_the_users_can_swallow_a_pinned_one() {
+        for (own, expected) in
+            [("-c a=b\\", "-c a=b -c D"), ("-c a=\\\\", "-c a=\\\\ -c D"), ("-c a=\\ ", "-c a=\\  -c D")]
+        {
+            assert!(options(Some(own)).starts_with(expected), "{own}");
+        }
     }
 }

@@ -22,6 +22,9 @@ const DEFAULT_PORT: u16 = 5432;
 /// libpq waits for ever; a server that does not answer should not look like one that is slow.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A command that asks a token service takes seconds; one that waits for a person has none to answer it.
+const PASSWORD_COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Where packages put the socket: Debian's first, then PostgreSQL's own default.
 const SOCKET_DIRECTORIES: [&str; 2] = ["/var/run/postgresql", "/tmp"];
 
@@ -174,8 +177,10 @@ impl ConnectionSpec {
         };
         let mut process = tokio::process::Command::new("sh");
         process.arg("-c").arg(command).stdin(std::process::Stdio::null()).stderr(std::process::Stdio::inherit());
-        let output =
-            process.kill_on_drop(true).output().await.map_err(|error| failed(format!("cannot be run: {error}")))?;
+        let output = tokio::time::timeout(PASSWORD_COMMAND_TIMEOUT, process.kill_on_drop(true).output())
+            .await
+            .map_err(|_| failed(format!("did not end within {} s", PASSWORD_COMMAND_TIMEOUT.as_secs())))?
+            .map_err(|error| failed(format!("cannot be run: {error}")))?;
         if !output.status.success() {
             return Err(failed(format!("ended with {}", output.status)));
         }
