@@ -1,0 +1,30 @@
+# What a newcomer needs. `make` alone says what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# Recipes use cargo, which brings its own parallelism.
+.NOTPARALLEL:
+.PHONY: help setup demo test lint
+
+help: ## Says what there is
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+
+setup: ## Installs what is missing (PostgreSQL's programs and a few tools; touches no cluster)
+	@scripts/setup.sh
+
+demo: setup ## Moves a shop between two throwaway servers while it is being written to
+	cargo build --release --locked --bin walferry
+	target/release/walferry demo
+
+test: setup ## Runs every test; they start servers of their own
+	@if cargo nextest --version >/dev/null 2>&1; then \
+		cargo nextest run --locked --all-targets && cargo test --locked --doc; \
+	else \
+		cargo test --locked --all-targets && cargo test --locked --doc; \
+	fi
+
+lint: ## Checks format, lints and documentation
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
