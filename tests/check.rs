@@ -1,5 +1,7 @@
 //! The preflight against real servers: what blocks is found, what it says mends it, and nothing is changed.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too, which clippy does not see
+
 use tokio_postgres::Client;
 use walferry::check::{self, Finding, Inputs, Report, Severity, Side};
 use walferry::connection::ConnectionSpec;
