@@ -1,12 +1,15 @@
 //! The preflight against real servers: what blocks is found, what it says mends it, and nothing is changed.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests too, which clippy does not see
+
 use tokio_postgres::Client;
 use walferry::check::{self, Finding, Inputs, Report, Severity, Side};
 use walferry::connection::ConnectionSpec;
 use walferry::demo::server::{ServerPrograms, StopMode, ThrowawayServer};
 
-/// The settings of a source as it should be.
-const LOGICAL: [(&str, &str); 2] = [("wal_level", "logical"), ("max_prepared_transactions", "5")];
+/// The settings of a source as it should be; autovacuum would change the catalogs on its own.
+const LOGICAL: [(&str, &str); 3] =
+    [("wal_level", "logical"), ("max_prepared_transactions", "5"), ("autovacuum", "off")];
 
 /// A source and a target, each with a database and a role of its own that is no superuser.
 struct Pair {
@@ -19,7 +22,7 @@ impl Pair {
     async fn start(settings: &[(&str, &str)]) -> Pair {
         let programs = ServerPrograms::find(None).unwrap();
         let source = ThrowawayServer::start(&programs, "check-source", &[&LOGICAL, settings].concat()).await.unwrap();
-        let target = ThrowawayServer::start(&programs, "check-target", &[]).await.unwrap();
+        let target = ThrowawayServer::start(&programs, "check-target", &[("autovacuum", "off")]).await.unwrap();
         let pair = Pair { source, target };
         for (server, right) in [(&pair.source, "REPLICATION"), (&pair.target, "")] {
             let first = server.connect("postgres").await.unwrap();
@@ -148,13 +151,12 @@ async fn everything(client: &Client) -> Vec<String> {
 
 #[tokio::test]
 async fn a_plain_database_is_ready_and_nothing_is_changed_on_either_server() {
-    let pair = Pair::start(&[("autovacuum", "off")]).await;
+    let pair = Pair::start(&[]).await;
     pair.as_app(
         "CREATE TABLE orders (id int PRIMARY KEY, note text); INSERT INTO orders SELECT n, 'x' FROM generate_series(1, 100) n; \
          UPDATE orders SET note = 'y'; ANALYZE orders; CREATE TABLE fresh (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY);",
     )
     .await;
-    // The owner's role: without it on the target, restoring the ownership would fail; it is there under the same name.
     let (source, target) = (pair.on_source().await, pair.on_target().await);
     let (source_before, target_before) = (everything(&source).await, everything(&target).await);
     let report = pair.check().await;
@@ -443,11 +445,28 @@ async fn extensions_tablespaces_and_collations_that_the_target_lacks_block() {
     assert!(pair.check().await.ready());
 
     let collation: String = source
-        .query_one("SELECT collname::text FROM pg_collation WHERE collprovider = 'c' AND collencoding = 6 LIMIT 1", &[])
+        .query_one("SELECT collname::text FROM pg_collation WHERE collprovider = 'c' AND collencoding = 6 AND collname <> 'ucs_basic' LIMIT 1", &[])
         .await
         .unwrap()
         .get(0);
     pair.as_app(&format!("CREATE TABLE sorted (id text COLLATE \"{collation}\" PRIMARY KEY);")).await;
     run(&target, &format!("DELETE FROM pg_collation WHERE collname = '{collation}'")).await;
     pair.is_mended_by_its_fix(Severity::Blocker, "collation-missing").await;
+}
+
+#[tokio::test]
+async fn h10_more_tables_than_the_lock_table_has_places_block_until_it_is_larger() {
+    let mut pair = Pair::start(&[("max_locks_per_transaction", "10"), ("max_connections", "20")]).await;
+    // A few at a time: creating them all at once would meet the limit itself.
+    for batch in 0..50 {
+        let tables: String = (0..10).map(|n| format!("CREATE TABLE t{batch}_{n} (id int PRIMARY KEY);")).collect();
+        pair.as_app(&tables).await;
+    }
+    let report = pair.check().await;
+    assert_eq!(codes(&report, Severity::Blocker), ["locks"], "{report}");
+    assert_eq!((the_finding(&report, "locks").side, report.tables), (Side::Source, 500));
+    run(&pair.on_source().await, the_finding(&report, "locks").fix.as_ref().unwrap()).await;
+    pair.source.restart().await.unwrap();
+    let report = pair.check().await;
+    assert!(report.ready() && report.findings.iter().all(|finding| finding.code != "locks"), "{report}");
 }

@@ -126,7 +126,7 @@ impl Report {
 pub(crate) fn first_ten(names: &[String]) -> String {
     match names.len() {
         0..=10 => names.join(", "),
-        all => format!("{} and {} more", names[..10].join(", "), all - 10),
+        all => format!("{} and {} more", names[..10].join(", "), thousands(all as i64 - 10)),
     }
 }
 
@@ -154,7 +154,11 @@ fn thousands(number: i64) -> String {
     let digits = number.to_string();
     let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
     for (position, digit) in digits.chars().enumerate() {
-        if position > 0 && (digits.len() - position) % 3 == 0 && digit.is_ascii_digit() && !grouped.ends_with('-') {
+        if position > 0
+            && (digits.len() - position).is_multiple_of(3)
+            && digit.is_ascii_digit()
+            && !grouped.ends_with('-')
+        {
             grouped.push(',');
         }
         grouped.push(digit);
@@ -217,7 +221,13 @@ fn write_finding(f: &mut fmt::Formatter<'_>, finding: &Finding) -> fmt::Result {
         Side::Local => "here",
     };
     // A name may hold a newline or a terminal's control character; it must not leave its line.
-    writeln!(f, "\n  {:<22} {side:<6}  {}", finding.code, printable(&finding.object))?;
+    let object = wrapped(&printable(&finding.object));
+    if object.len() == 1 {
+        writeln!(f, "\n  {:<22} {side:<6}  {}", finding.code, object[0])?;
+    } else {
+        writeln!(f, "\n  {:<22} {side}", finding.code)?;
+        object.iter().try_for_each(|line| writeln!(f, "      {line}"))?;
+    }
     for line in wrapped(&printable(&finding.message)) {
         writeln!(f, "      {line}")?;
     }

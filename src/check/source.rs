@@ -386,7 +386,7 @@ pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<F
         fix.sort();
         fix.dedup();
         let named: Vec<String> = foreign.iter().map(|row| name(row)).collect();
-        let message = "Only its owner can add a table to a publication, and lock it against writers at the cutover; the role must be a member of the owner.";
+        let message = "Only its owner can add a table to a publication, and lock it against writers at the cutover; the role must be a member of the owner. Where that is a superuser, better connect as it.";
         findings.push(finding(Severity::Blocker, "table-owner", first_ten(&named), message).fix(fix.join("\n")));
     }
 
