@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes use cargo, which brings its own parallelism.
 .NOTPARALLEL:
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test fixtures lint
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
@@ -19,10 +19,13 @@ demo: setup ## Moves a shop between two throwaway servers while it is being writ
 
 test: setup ## Runs every test; they start servers of their own
 	@if cargo nextest --version >/dev/null 2>&1; then \
-		cargo nextest run --locked --all-targets && cargo test --locked --doc; \
+		cargo nextest run --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
 	else \
-		cargo test --locked --all-targets && cargo test --locked --doc; \
+		cargo test --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
 	fi
+
+fixtures: setup ## Captures the proto-fixtures from a server again
+	cargo run --locked --example capture-fixtures
 
 lint: ## Checks format, lints and documentation
 	cargo fmt --check

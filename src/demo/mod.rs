@@ -252,7 +252,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let report = demonstrate(&options(directory.path(), false)).await.unwrap();
         assert_eq!(report.flaws, [""; 0], "{}", report.render(false));
-        assert!(report.at_source.acknowledged > 50 && report.at_target.acknowledged > 50, "{report:?}");
+        assert!(report.at_source.acknowledged > 0 && report.at_target.acknowledged > 0, "{report:?}");
         assert_eq!(report.at_source.found, report.at_source.acknowledged);
         assert!(report.comparisons.iter().all(|table| table.target_rows > 0), "{:?}", report.comparisons);
         assert!(report.application_gap_ms.is_some() && report.lag_seconds_max == Some(0.01));
@@ -285,5 +285,29 @@ mod tests {
         options.rows = 100;
         let error = run(options).await.unwrap_err();
         assert!(error.to_string().contains("no such luck"), "{error}");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_demo_that_is_stopped_in_the_middle_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = options(directory.path(), false);
+        let running = directory.path().join("running");
+        let begun = async {
+            while fs::read_to_string(&running).unwrap_or_default().is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            report = demonstrate(&options) => panic!("it ended before it was stopped: {report:?}"),
+            () = begun => {}
+        }
+        let running = fs::read_to_string(&running).unwrap();
+        let [pid, state, source, target] = running.split_whitespace().collect::<Vec<_>>().try_into().unwrap();
+        let pid = rustix::process::Pid::from_raw(pid.parse().unwrap()).unwrap();
+        assert!(rustix::process::test_kill_process(pid).is_err(), "the migration is gone");
+        assert!(!Path::new(state).parent().unwrap().exists(), "its files are gone");
+        for url in [source, target] {
+            assert!(tokio_postgres::connect(url, tokio_postgres::NoTls).await.is_err(), "the servers are gone");
+        }
     }
 }
