@@ -85,11 +85,16 @@ impl ControlServer {
     ///
     /// # Errors
     /// When the socket cannot be made.
-    pub fn start(directory: &StateDirectory, board: StatusBoard, cutovers: mpsc::Sender<CutoverRequest>) -> Result<ControlServer> {
+    pub fn start(
+        directory: &StateDirectory,
+        board: StatusBoard,
+        cutovers: mpsc::Sender<CutoverRequest>,
+    ) -> Result<ControlServer> {
         let socket = directory.socket();
         let _ = std::fs::remove_file(&socket);
         let listener = short_path(&socket, |path| UnixListener::bind(path))?;
-        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600)).context(|| format!("protecting {}", socket.display()))?;
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o600))
+            .context(|| format!("protecting {}", socket.display()))?;
         let mut connections = JoinSet::new();
         connections.spawn(async move {
             let mut running = JoinSet::new();
@@ -180,10 +185,17 @@ impl Conversation {
             return Err(Error::new(ErrorKind::Other, "the migration ended before it had answered")
                 .hint("Look at its log; `walferry migrate` with the same options goes on where it was."));
         };
-        let answer = serde_json::from_str(&line).map_err(|error| Error::new(ErrorKind::Other, format!("the migration's answer cannot be read: {error}")))?;
+        let answer = serde_json::from_str(&line)
+            .map_err(|error| Error::new(ErrorKind::Other, format!("the migration's answer cannot be read: {error}")))?;
         match answer {
             Answer::Error { exit_code, message, hint } => {
-                let kinds = [ErrorKind::Usage, ErrorKind::Blocked, ErrorKind::Different, ErrorKind::Aborted, ErrorKind::Interrupted];
+                let kinds = [
+                    ErrorKind::Usage,
+                    ErrorKind::Blocked,
+                    ErrorKind::Different,
+                    ErrorKind::Aborted,
+                    ErrorKind::Interrupted,
+                ];
                 let kind = kinds.into_iter().find(|kind| kind.exit_code() == exit_code).unwrap_or(ErrorKind::Other);
                 let error = Error::new(kind, message);
                 Err(match hint {
@@ -199,7 +211,9 @@ impl Conversation {
 /// A socket's path may have 107 bytes at most (unix(7)), a directory's may be longer: it is reached through its descriptor.
 fn short_path<T>(socket: &Path, act: impl FnOnce(&Path) -> std::io::Result<T>) -> Result<T> {
     let doing = || format!("opening the control socket {}", socket.display());
-    let (Some(directory), Some(name)) = (socket.parent(), socket.file_name()) else { return act(socket).context(doing) };
+    let (Some(directory), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return act(socket).context(doing);
+    };
     let directory = std::fs::File::open(directory).context(doing)?;
     let through = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
     act(&through).context(doing)

@@ -38,6 +38,7 @@ pub mod observe;
 pub mod state_directory;
 
 pub mod cli;
+pub mod commands;
 pub mod demo;
 
 pub mod crashsafe;

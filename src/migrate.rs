@@ -15,6 +15,8 @@ mod identify;
 mod phases;
 mod prepare;
 
+pub(crate) use identify::application_name;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -115,7 +117,8 @@ impl Running {
     async fn go(&self, migration: Migration, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
         if migration.phase == Phase::CutOver {
             self.board.set_phase(ShownPhase::CutOver);
-            self.board.event(Level::Info, "this migration has been cut over already; `walferry clean` removes what it left");
+            self.board
+                .event(Level::Info, "this migration has been cut over already; `walferry clean` removes what it left");
             return Ok(());
         }
         self.end_sessions_left_behind().await?;
@@ -194,14 +197,16 @@ impl Running {
 /// Waits for SIGINT or SIGTERM.
 async fn stop_signal() -> Error {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
         return std::future::pending().await;
     };
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}
     }
-    Error::new(ErrorKind::Interrupted, "stopped by a signal").hint("Nothing is lost. Run the same command again to go on.")
+    Error::new(ErrorKind::Interrupted, "stopped by a signal")
+        .hint("Nothing is lost. Run the same command again to go on.")
 }
 
 /// How an operator's cutover is done unless he says otherwise.

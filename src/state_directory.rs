@@ -69,18 +69,21 @@ impl StateDirectory {
             .map_err(|error| error.hint("The state directory must be writable for the user who runs walferry."))?;
         match file.try_lock() {
             Ok(()) => Ok(LockedDirectory { directory: self.clone(), _lock: file }),
-            Err(TryLockError::WouldBlock) => Err(Error::new(
-                ErrorKind::Blocked,
-                format!("another walferry is running in {}", self.path.display()),
-            )
-            .hint(format!("`walferry status --dir {}` shows how it is; a second migration needs a directory of its own.", self.path.display()))),
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::new(ErrorKind::Blocked, format!("another walferry is running in {}", self.path.display()))
+                    .hint(format!(
+                        "`walferry status --dir {}` shows how it is; a second migration needs a directory of its own.",
+                        self.path.display()
+                    )))
+            }
             Err(TryLockError::Error(error)) => Err(error).context(|| format!("locking {}", path.display())),
         }
     }
 
     /// Whether a process has the directory now.
     pub fn is_in_use(&self) -> bool {
-        File::open(self.path.join("lock")).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+        File::open(self.path.join("lock"))
+            .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// Where it is.
@@ -114,8 +117,9 @@ impl StateDirectory {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).context(|| format!("reading {}", path.display())),
         };
-        let identity: Identity = serde_json::from_slice(&content)
-            .map_err(|error| Error::new(ErrorKind::Other, format!("{} is not what walferry wrote: {error}", path.display())))?;
+        let identity: Identity = serde_json::from_slice(&content).map_err(|error| {
+            Error::new(ErrorKind::Other, format!("{} is not what walferry wrote: {error}", path.display()))
+        })?;
         if identity.format > FORMAT {
             let text = format!("{} was written by a newer walferry (format {})", path.display(), identity.format);
             return Err(Error::new(ErrorKind::Blocked, text).hint("Go on with that version."));
@@ -139,7 +143,8 @@ impl LockedDirectory {
     /// # Errors
     /// When the disk refuses.
     pub fn identify(&self, identity: &Identity) -> Result<()> {
-        let content = serde_json::to_vec_pretty(identity).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+        let content =
+            serde_json::to_vec_pretty(identity).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
         crashsafe::replace(&self.directory.identity_file(), &content)
     }
 
@@ -150,7 +155,9 @@ impl LockedDirectory {
     pub fn discard_queue(&self) -> Result<()> {
         let path = self.directory.queue();
         match std::fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).context(|| format!("removing {}", path.display())),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).context(|| format!("removing {}", path.display()))
+            }
             _ => Ok(()),
         }
     }
@@ -162,7 +169,9 @@ impl LockedDirectory {
     pub fn remove(self) -> Result<()> {
         self.discard_queue()?;
         let path = self.directory.path().to_owned();
-        for file in ["control.sock", "status.json", "status.new", "migration.json", "migration.new", "schema.dump", "lock"] {
+        for file in
+            ["control.sock", "status.json", "status.new", "migration.json", "migration.new", "schema.dump", "lock"]
+        {
             match std::fs::remove_file(path.join(file)) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(error).context(|| format!("removing {} from {}", file, path.display()));

@@ -211,7 +211,9 @@ impl Assembler {
             Message::Insert { relid, new } => (relid, Kind::Insert(new)),
             Message::Update { relid, old, new } => (relid, Kind::Update(old, new)),
             Message::Delete { relid, old } => (relid, Kind::Delete(old)),
-            Message::Begin { .. } | Message::Commit { .. } | Message::Origin { .. } | Message::Type { .. } => return Ok(Ok(())),
+            Message::Begin { .. } | Message::Commit { .. } | Message::Origin { .. } | Message::Type { .. } => {
+                return Ok(Ok(()));
+            }
         };
         let place = self.layout.place(relid)?;
         if self.layout.copy_has_seen(place, head.xid, head.commit_lsn) {

@@ -94,22 +94,37 @@ impl Layout {
         let changed = |what: String, hint: String| Err(Error::new(ErrorKind::SchemaChanged, what).hint(hint));
         if (relation.schema, relation.name) != (table.schema.as_str(), table.name.as_str()) {
             return changed(
-                format!("the table {name} is now {} on the source", crate::sql::qualified(relation.schema, relation.name)),
+                format!(
+                    "the table {name} is now {} on the source",
+                    crate::sql::qualified(relation.schema, relation.name)
+                ),
                 "Rename it back on the source.".into(),
             );
         }
-        let start_over = "Nothing after this change has been applied. Start anew with `walferry clean` and `walferry migrate`.";
+        let start_over =
+            "Nothing after this change has been applied. Start anew with `walferry clean` and `walferry migrate`.";
         let mut announced = relation.columns();
         for column in &table.columns {
             match announced.next() {
-                Some(now) if now.name == column.name && now.type_oid == column.type_oid && now.type_modifier == column.type_modifier => {}
+                Some(now)
+                    if now.name == column.name
+                        && now.type_oid == column.type_oid
+                        && now.type_modifier == column.type_modifier => {}
                 Some(now) => {
                     return changed(
-                        format!("column {} of {name} was {} and is now {} on the source", column.name, column.type_name, now.name),
+                        format!(
+                            "column {} of {name} was {} and is now {} on the source",
+                            column.name, column.type_name, now.name
+                        ),
                         start_over.into(),
                     );
                 }
-                None => return changed(format!("column {} of {name} was dropped on the source", column.name), start_over.into()),
+                None => {
+                    return changed(
+                        format!("column {} of {name} was dropped on the source", column.name),
+                        start_over.into(),
+                    );
+                }
             }
         }
         if let Some(added) = announced.next() {
@@ -117,7 +132,9 @@ impl Layout {
         }
         if relation.identity == WireIdentity::Nothing && table.has_usable_identity() {
             return changed(
-                format!("{name} no longer has a replica identity on the source: its updates and deletes would not be in the stream"),
+                format!(
+                    "{name} no longer has a replica identity on the source: its updates and deletes would not be in the stream"
+                ),
                 format!("ALTER TABLE {name} REPLICA IDENTITY DEFAULT"),
             );
         }

@@ -150,14 +150,17 @@ impl Apply {
             let since = *begun.get_or_insert_with(Instant::now);
             let end = chunk.end.take();
             let outcome = match &end {
-                Some(end) if chunk.rows <= SMALL_UNIT_ROWS && self.is_untouched() => self.write_small(&mut chunk, end).await,
+                Some(end) if chunk.rows <= SMALL_UNIT_ROWS && self.is_untouched() => {
+                    self.write_small(&mut chunk, end).await
+                }
                 _ => self.write(&mut chunk, end.as_ref()).await,
             };
             match outcome {
                 Ok(()) => {}
                 Err(WriteError::Failed(error)) => return Err(error),
                 Err(WriteError::Refused(error)) => {
-                    self.board.event(Level::Warn, format!("the target refused a batch; replaying it row by row: {error}"));
+                    self.board
+                        .event(Level::Warn, format!("the target refused a batch; replaying it row by row: {error}"));
                     self.roll_back().await?;
                     return Ok(Ended::Replay(end.map(|end| end.end_lsn)));
                 }

@@ -145,7 +145,12 @@ impl NetChanges {
     ///
     /// # Errors
     /// When the batch cannot tell the outcome.
-    pub fn update(&mut self, message: &Bytes, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<(), NeedsSerialReplay> {
+    pub fn update(
+        &mut self,
+        message: &Bytes,
+        old: Option<OldTuple<'_>>,
+        new: Tuple<'_>,
+    ) -> Result<(), NeedsSerialReplay> {
         if self.key.is_empty() {
             return Err(NeedsSerialReplay);
         }
@@ -244,7 +249,9 @@ impl NetChanges {
     }
 
     fn find(&self, hash: u64, key: &Row) -> Option<usize> {
-        self.places.find(hash, |&place| self.rows[place].hash == hash && self.same_key(&self.rows[place].key, key)).copied()
+        self.places
+            .find(hash, |&place| self.rows[place].hash == hash && self.same_key(&self.rows[place].key, key))
+            .copied()
     }
 
     /// Hash of the key's columns; the route hangs on it, so it must never change.
@@ -267,9 +274,8 @@ pub fn hash_key(relid: u32, key: &[usize], tuple: Tuple<'_>, before: Option<Tupl
             Some(Datum::Null | Datum::Unchanged) | None => None,
         }
     }
-    let value = |at: usize| {
-        in_tuple(tuple, at).or_else(|| before.and_then(|before| in_tuple(before, at))).unwrap_or_default()
-    };
+    let value =
+        |at: usize| in_tuple(tuple, at).or_else(|| before.and_then(|before| in_tuple(before, at))).unwrap_or_default();
     if let [only] = key {
         return xxh3_64_with_seed(value(*only), u64::from(relid));
     }
@@ -392,7 +398,8 @@ mod tests {
         let net = outcome(&[rekey("1", &[Some("2"), Some("a"), None])]).unwrap();
         assert_eq!(net[0], (Effect::Delete, vec!["1".to_owned(), "null".into(), "null".into()]));
         assert_eq!(net[1].0, Effect::Insert);
-        let known = outcome(&[update(&[Some("1"), Some("a"), Some("big")]), rekey("1", &[Some("2"), Some("a"), Some("~")])]);
+        let known =
+            outcome(&[update(&[Some("1"), Some("a"), Some("big")]), rekey("1", &[Some("2"), Some("a"), Some("~")])]);
         assert_eq!(known.unwrap()[1].1, ["2", "a", "big"]);
     }
 

@@ -67,7 +67,11 @@ impl Replay<'_> {
         Err(broken_queue())
     }
 
-    async fn transaction(&mut self, head: TransactionHead, entries: &mut mpsc::Receiver<Result<Entry>>) -> Result<UnitEnd> {
+    async fn transaction(
+        &mut self,
+        head: TransactionHead,
+        entries: &mut mpsc::Receiver<Result<Entry>>,
+    ) -> Result<UnitEnd> {
         let naming = || format!("applying transaction {} that commits at {}", head.xid, head.commit_lsn);
         let outcome = self.changes(head, entries).await;
         if outcome.is_err() {
@@ -145,10 +149,15 @@ impl Replay<'_> {
                     (false, false, _) => serial::update(self.writer, table, old, new).await,
                     // A changed key, of which one session had committed its half before a crash.
                     (false, true, Some(old)) => serial::delete(self.writer, table, old).await,
-                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => serial::insert(self.writer, table, new).await,
+                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => {
+                        serial::insert(self.writer, table, new).await
+                    }
                     _ => Err(Error::new(
                         ErrorKind::Divergence,
-                        format!("a row of {} whose key changed lost an unchanged TOASTed value in a crash", table.qualified()),
+                        format!(
+                            "a row of {} whose key changed lost an unchanged TOASTed value in a crash",
+                            table.qualified()
+                        ),
                     )),
                 };
                 (outcome, ConflictKind::UpdateFoundNone)

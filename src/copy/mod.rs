@@ -91,9 +91,10 @@ impl Copier {
         let jobs = async {
             while let Some(ended) = running.join_next().await {
                 // With the first error the others are ended too; what they had begun is taken back by its transaction.
-                ended.unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("a copy job failed: {error}"))))?;
+                ended
+                    .unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("a copy job failed: {error}"))))?;
             }
-            Result::Ok(())
+            Result::<()>::Ok(())
         };
         tokio::select! {
             outcome = jobs => outcome?,
@@ -120,7 +121,10 @@ impl Job {
         let mut target = copier.target.connect(&copier.application_name).await?;
         loop {
             let Some(table) = copier.tables.get(&next.relid) else {
-                return Err(Error::new(ErrorKind::Other, format!("the ledger has a part of an unknown table {}", next.relid)));
+                return Err(Error::new(
+                    ErrorKind::Other,
+                    format!("the ledger has a part of an unknown table {}", next.relid),
+                ));
             };
             if !self.is_stale(next.relid) {
                 match part::copy(&source, &mut target, &self.snapshot, table, &next, &copier.board).await? {
@@ -131,12 +135,18 @@ impl Job {
                         }
                     }
                     Outcome::Stale => {
-                        let text = format!("{} was emptied or rewritten on the source; it is copied under a newer snapshot", table.qualified());
+                        let text = format!(
+                            "{} was emptied or rewritten on the source; it is copied under a newer snapshot",
+                            table.qualified()
+                        );
                         copier.board.event(Level::Warn, text);
                         self.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(next.relid);
                     }
                     Outcome::MadeWay => {
-                        copier.board.event(Level::Info, format!("the copy of {} made way for a lock on the source", table.qualified()));
+                        copier.board.event(
+                            Level::Info,
+                            format!("the copy of {} made way for a lock on the source", table.qualified()),
+                        );
                         tokio::time::sleep(WAIT_AFTER_MAKING_WAY).await;
                         continue;
                     }

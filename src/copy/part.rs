@@ -52,7 +52,9 @@ async fn copy_rows(
     }
     let transaction = target.transaction().await?;
     // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
-    transaction.batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica").await?;
+    transaction
+        .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
+        .await?;
     let format = if table.binary_safe() { "binary" } else { "text" };
     let rows = source.copy_out(&copy_out_statement(table, part, format)).await?;
     let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
@@ -96,12 +98,13 @@ async fn copy_rows(
 /// them the table reads as empty. From the lock on, the file stays.
 async fn is_same_file(source: &Client, table: &Table) -> Result<bool> {
     let locked = source.batch_execute(&format!("LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.qualified())).await;
-    let gone = |error: &tokio_postgres::Error| {
-        matches!(error.code(), Some(code) if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME)
-    };
+    let gone = |error: &tokio_postgres::Error| matches!(error.code(), Some(code) if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME);
     let changed = || {
-        Error::new(ErrorKind::SchemaChanged, format!("the table {} was dropped or renamed on the source", table.qualified()))
-            .hint("Start the migration anew: `walferry clean`, then `walferry migrate`.")
+        Error::new(
+            ErrorKind::SchemaChanged,
+            format!("the table {} was dropped or renamed on the source", table.qualified()),
+        )
+        .hint("Start the migration anew: `walferry clean`, then `walferry migrate`.")
     };
     match locked {
         Err(error) if gone(&error) => return Err(changed()),

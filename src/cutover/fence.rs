@@ -31,12 +31,22 @@ pub(super) struct Fence<'a> {
 }
 
 impl<'a> Fence<'a> {
-    pub(super) fn new(source: &'a Client, target: &'a Client, database: &'a str, application_name: &'a str) -> Fence<'a> {
+    pub(super) fn new(
+        source: &'a Client,
+        target: &'a Client,
+        database: &'a str,
+        application_name: &'a str,
+    ) -> Fence<'a> {
         Fence { source, target, database, application_name, locks: None, closed: None }
     }
 
     /// Locks every table against writes, and so waits for the writes in flight. Reading goes on.
-    pub(super) async fn lock(&mut self, source: &ConnectionSpec, tables: &[&Table], timer: &mut Timer<'_>) -> Result<()> {
+    pub(super) async fn lock(
+        &mut self,
+        source: &ConnectionSpec,
+        tables: &[&Table],
+        timer: &mut Timer<'_>,
+    ) -> Result<()> {
         let client = source.connect(self.application_name).await?;
         let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
         let statement = format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", names.join(", "));
@@ -49,14 +59,20 @@ impl<'a> Fence<'a> {
             let locked = client.batch_execute(&statement).await;
             match locked {
                 Ok(()) => break,
-                Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) || error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) => {
+                Err(error)
+                    if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)
+                        || error.code() == Some(&SqlState::T_R_DEADLOCK_DETECTED) =>
+                {
                     client.batch_execute("ROLLBACK").await?;
                     let in_the_way = self.who_is_in_the_way().await.unwrap_or_default();
                     timer.resume();
                     tracing::info!(sessions = in_the_way, "the fence waits for transactions that hold locks");
                     if timer.left() <= LOCK_PAUSE {
-                        return Err(Error::new(ErrorKind::Aborted, format!("the tables could not be locked; in the way: {in_the_way}"))
-                            .hint("End the long transaction, or give more time with --timeout."));
+                        return Err(Error::new(
+                            ErrorKind::Aborted,
+                            format!("the tables could not be locked; in the way: {in_the_way}"),
+                        )
+                        .hint("End the long transaction, or give more time with --timeout."));
                     }
                     tokio::time::sleep(LOCK_PAUSE).await;
                 }
@@ -100,17 +116,15 @@ impl<'a> Fence<'a> {
             .get(0);
         // First into the ledger, durably: after a crash, whoever resumes can undo it.
         self.target
-            .execute(
-                "UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text)",
-                &[&previous],
-            )
+            .execute("UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text)", &[&previous])
             .await
             .context(|| "writing the fence into the ledger".into())?;
         self.closed = Some(previous);
         let close = format!("ALTER DATABASE {} SET default_transaction_read_only = on", sql::identifier(self.database));
         self.source.batch_execute(&close).await.context(|| "closing the source's database to writers".into())?;
         // A session that begins after this moment is read-only by default; one that began before is ended.
-        let closed_at: std::time::SystemTime = self.source.query_one("SELECT pg_catalog.clock_timestamp()", &[]).await?.get(0);
+        let closed_at: std::time::SystemTime =
+            self.source.query_one("SELECT pg_catalog.clock_timestamp()", &[]).await?.get(0);
         loop {
             let left = self
                 .source
@@ -210,7 +224,10 @@ impl<'a> Fence<'a> {
 /// Whatever the servers say.
 pub async fn lift_left_over_fence(source: &Client, target: &Client, database: &str) -> Result<bool> {
     let row = target
-        .query_opt("SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over'", &[])
+        .query_opt(
+            "SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over'",
+            &[],
+        )
         .await
         .context(|| "looking for a fence in the ledger".into())?;
     let Some(row) = row else { return Ok(false) };

@@ -128,8 +128,11 @@ impl Cutover<'_> {
                 let lifted = fence.lift().await;
                 let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
                 match lifted {
-                    Ok(()) => Err(error.hint("The fence is lifted and the migration follows again. Mend the reason, then try again.")),
-                    Err(lift) => Err(error.context(format!("the fence could not be lifted ({lift})")).hint(fence.by_hand())),
+                    Ok(()) => Err(error
+                        .hint("The fence is lifted and the migration follows again. Mend the reason, then try again.")),
+                    Err(lift) => {
+                        Err(error.context(format!("the fence could not be lifted ({lift})")).hint(fence.by_hand()))
+                    }
                 }
             }
         }
@@ -185,7 +188,9 @@ impl Cutover<'_> {
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             second.lsn
         );
-        let decided = timer.within(async { target.batch_execute(&decide).await.context(|| "deciding for the target".into()) }).await;
+        let decided = timer
+            .within(async { target.batch_execute(&decide).await.context(|| "deciding for the target".into()) })
+            .await;
         if let Err(error) = decided
             && !self.is_decided().await
         {
@@ -203,7 +208,10 @@ impl Cutover<'_> {
                 // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up.
                 source.batch_execute("SET synchronous_commit = local").await?;
                 let lsn: tokio_postgres::types::PgLsn = source
-                    .query_one("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2::text)", &[&MARKER_PREFIX, &content])
+                    .query_one(
+                        "SELECT pg_catalog.pg_logical_emit_message(true, $1, $2::text)",
+                        &[&MARKER_PREFIX, &content],
+                    )
                     .await
                     .context(|| "sending a marker into the stream".into())?
                     .get(0);
@@ -234,7 +242,9 @@ impl Cutover<'_> {
             };
             match phase.await {
                 Ok(migration) => return migration.is_some_and(|migration| migration.phase == ledger::Phase::CutOver),
-                Err(error) => tracing::warn!(%error, "asking the target whether the decision was committed; the fence stays up"),
+                Err(error) => {
+                    tracing::warn!(%error, "asking the target whether the decision was committed; the fence stays up")
+                }
             }
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
@@ -242,21 +252,29 @@ impl Cutover<'_> {
 
     async fn no_prepared_transactions(&self, source: &Client) -> Result<()> {
         let count: i64 = source
-            .query_one("SELECT count(*) FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()", &[])
+            .query_one(
+                "SELECT count(*) FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
+                &[],
+            )
             .await?
             .get(0);
         if count == 0 {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Blocked, format!("{count} prepared transactions are open on the source: committed later, they would be lost"))
-            .hint("COMMIT PREPARED or ROLLBACK PREPARED what `SELECT gid FROM pg_prepared_xacts` names."))
+        Err(Error::new(
+            ErrorKind::Blocked,
+            format!("{count} prepared transactions are open on the source: committed later, they would be lost"),
+        )
+        .hint("COMMIT PREPARED or ROLLBACK PREPARED what `SELECT gid FROM pg_prepared_xacts` names."))
     }
 
     /// I11: nothing that the stream does not show has come, gone or changed.
     async fn same_catalog(&self, source: &Client, target: &Client, options: &Options) -> Result<()> {
         let (before, now) = (ledger::fingerprint(target).await?, catalog::fingerprint(source).await?);
-        let changed: Vec<String> =
-            changes(&before, &now).into_iter().filter(|change| !options.waive.iter().any(|waived| change.starts_with(waived.as_str()))).collect();
+        let changed: Vec<String> = changes(&before, &now)
+            .into_iter()
+            .filter(|change| !options.waive.iter().any(|waived| change.starts_with(waived.as_str())))
+            .collect();
         if changed.is_empty() {
             return Ok(());
         }
@@ -267,7 +285,8 @@ impl Cutover<'_> {
 
     /// H27: an update or delete of these would not be in the stream.
     async fn insert_only_tables_are_equal(&self) -> Result<()> {
-        let tables: Vec<Table> = self.tables.iter().filter(|(_, insert_only)| *insert_only).map(|(table, _)| table.clone()).collect();
+        let tables: Vec<Table> =
+            self.tables.iter().filter(|(_, insert_only)| *insert_only).map(|(table, _)| table.clone()).collect();
         if tables.is_empty() {
             return Ok(());
         }
@@ -282,12 +301,18 @@ impl Cutover<'_> {
         if report.equal {
             return Ok(());
         }
-        let different: Vec<&str> = report.tables.iter().filter(|table| !table.equal).map(|table| table.table.as_str()).collect();
+        let different: Vec<&str> =
+            report.tables.iter().filter(|table| !table.equal).map(|table| table.table.as_str()).collect();
         Err(Error::new(
             ErrorKind::Different,
-            format!("rows of {} were updated or deleted, which the stream cannot tell without a replica identity", different.join(", ")),
+            format!(
+                "rows of {} were updated or deleted, which the stream cannot tell without a replica identity",
+                different.join(", ")
+            ),
         )
-        .hint("ALTER TABLE … REPLICA IDENTITY FULL on the source, then start anew: `walferry clean`, `walferry migrate`."))
+        .hint(
+            "ALTER TABLE … REPLICA IDENTITY FULL on the source, then start anew: `walferry clean`, `walferry migrate`.",
+        ))
     }
 }
 
@@ -373,7 +398,11 @@ impl<'a> Timer<'a> {
     async fn within<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let late = |_| {
             let waited = self.stalled() >= self.stall_max;
-            let text = if waited { "writers had to wait longer than --max-write-stall" } else { "it took longer than --timeout" };
+            let text = if waited {
+                "writers had to wait longer than --max-write-stall"
+            } else {
+                "it took longer than --timeout"
+            };
             Error::new(ErrorKind::Aborted, text)
         };
         tokio::time::timeout(self.left(), work).await.map_err(late)?
@@ -408,7 +437,7 @@ mod tests {
         assert!(changes(&before, &before).is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_cutover_ends_at_the_write_stall_or_the_timeout() {
         let options = Options { timeout_seconds: 30.0, max_write_stall_seconds: 0.0, waive: vec![] };
         let mut tell = |_: &Step| {};

@@ -28,7 +28,8 @@ pub(super) async fn copy(source: &Client, target: &Client) -> Result<usize> {
     };
     let selects: Vec<String> = names.iter().map(select).collect();
     for part in selects.chunks(1000) {
-        let values = source.query(&part.join(" UNION ALL "), &[]).await.context(|| "reading the source's sequences".into())?;
+        let values =
+            source.query(&part.join(" UNION ALL "), &[]).await.context(|| "reading the source's sequences".into())?;
         let set = |row: &tokio_postgres::Row| {
             let (name, last, called): (&str, i64, bool) = (row.get(0), row.get(1), row.get(2));
             format!("SELECT pg_catalog.setval({}::regclass, {last}, {called})", sql::literal(name))

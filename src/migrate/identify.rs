@@ -23,7 +23,9 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
             let migration = ledger::load(&target).await?;
             // Begun, but never prepared: nothing of it counts.
             match (migration, &identity) {
-                (Some(migration), Some(identity)) if migration.id == identity.id && migration.consistent_point.is_none() => {
+                (Some(migration), Some(identity))
+                    if migration.id == identity.id && migration.consistent_point.is_none() =>
+                {
                     remove_unprepared(&mut target).await?;
                     None
                 }
@@ -48,13 +50,17 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         .hint("Go on with that migration's --dir. If it is lost or no longer wanted: `walferry clean --source … --target …` removes what it left."));
     }
     if let Some(identity) = &identity {
-        for (side, given, known) in [("source", &config.source, &identity.source), ("target", &config.target, &identity.target)] {
+        for (side, given, known) in
+            [("source", &config.source, &identity.source), ("target", &config.target, &identity.target)]
+        {
             if given.without_password() != *known {
                 return Err(Error::new(
                     ErrorKind::Blocked,
                     format!("{} belongs to a migration with another {side}", directory.directory().path().display()),
                 )
-                .hint("Give the connection string that the migration began with, or another --dir for another migration."));
+                .hint(
+                    "Give the connection string that the migration began with, or another --dir for another migration.",
+                ));
             }
         }
     }
@@ -79,25 +85,27 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
     if !report.ready() {
         eprint!("{report}");
         let count = report.of(Severity::Blocker).count();
-        return Err(Error::new(ErrorKind::Blocked, format!("{count} findings of the check stand against the migration"))
-            .hint("Mend what the check names, then run the same command again. Nothing was changed on either server."));
+        return Err(Error::new(
+            ErrorKind::Blocked,
+            format!("{count} findings of the check stand against the migration"),
+        )
+        .hint("Mend what the check names, then run the same command again. Nothing was changed on either server."));
     }
     for finding in report.of(Severity::Warning) {
         board.event(Level::Warn, format!("{}: {}", finding.object, finding.message));
     }
-    let migration = write_down(config, directory, identity, &report).await?;
+    let migration = write_down(config, directory, identity).await?;
     let application_name = application_name(&migration.id);
     Ok(Identified { migration, application_name })
 }
 
-async fn write_down(
-    config: &Config,
-    directory: &LockedDirectory,
-    identity: Option<Identity>,
-    report: &check::Report,
-) -> Result<Migration> {
+async fn write_down(config: &Config, directory: &LockedDirectory, identity: Option<Identity>) -> Result<Migration> {
     let id = identity.map_or_else(new_id, |identity| identity.id);
-    directory.identify(&Identity::new(id.clone(), config.source.without_password(), config.target.without_password()))?;
+    directory.identify(&Identity::new(
+        id.clone(),
+        config.source.without_password(),
+        config.target.without_password(),
+    ))?;
     let source = config.source.connect(&application_name(&id)).await?;
     let row = source
         .query_one(
@@ -123,7 +131,6 @@ async fn write_down(
     };
     let mut target = config.target.connect(&application_name(&migration.id)).await?;
     ledger::create(&mut target, &migration).await?;
-    let _ = report;
     Ok(migration)
 }
 

@@ -24,6 +24,8 @@ pub(super) struct Held {
     pub(super) snapshot: HeldSnapshot,
     /// The slot's own is recorded with the slot; another one is recorded with the plan that uses it.
     pub(super) is_recorded: bool,
+    /// A copy has been planned under it: another plan needs another snapshot (H3).
+    pub(super) was_planned: bool,
 }
 
 impl Running {
@@ -66,12 +68,18 @@ impl Running {
             .hint("Let no CREATE, ALTER or DROP TABLE run while the migration begins."))
     }
 
+    async fn tools(&self, source: &tokio_postgres::Client) -> Result<tools::Tools> {
+        let target = self.config.target.connect(&self.application_name).await?;
+        tools::find_tools_for(major(source).await?, major(&target).await?)
+    }
+
     /// `None` when a table came, went or changed meanwhile.
     async fn try_to_prepare(&self, migration: &Migration) -> Result<Option<Held>> {
         let source = self.config.source.connect(&self.application_name).await?;
         slot::drop(&source, &migration.slot).await?;
         let published = catalog::tables(&source).await?;
-        slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published).await?;
+        slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
+            .await?;
         self.board.event(Level::Info, "making the slot; this waits for every transaction that is open on the source");
         let new = slot::create(&self.config.source, &self.application_name, &migration.slot).await?;
 
@@ -82,7 +90,7 @@ impl Running {
         if identities(&published) != identities(&tables) {
             return Ok(None);
         }
-        let tools = tools::find_tools()?;
+        let tools = self.tools(&source).await?;
         let items = schema::dump(
             &tools,
             &self.config.source,
@@ -92,8 +100,11 @@ impl Running {
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);
-        let tables: Vec<(Table, bool)> =
-            tables.into_iter().map(|table| (!table.has_usable_identity(), table)).map(|(only, table)| (table, only)).collect();
+        let tables: Vec<(Table, bool)> = tables
+            .into_iter()
+            .map(|table| (!table.has_usable_identity(), table))
+            .map(|(only, table)| (table, only))
+            .collect();
         let prepared = Prepared {
             consistent_point: new.consistent_point,
             snapshot: &new.snapshot.data,
@@ -108,8 +119,14 @@ impl Running {
             Level::Info,
             format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),
         );
-        Ok(Some(Held { snapshot: new.snapshot, is_recorded: true }))
+        Ok(Some(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false }))
     }
+}
+
+async fn major(client: &tokio_postgres::Client) -> Result<u32> {
+    let number: i32 =
+        client.query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?.get(0);
+    Ok(u32::try_from(number / 10_000).unwrap_or_default())
 }
 
 /// What decides how a table is published and read.

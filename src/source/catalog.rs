@@ -283,7 +283,9 @@ async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
 fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) -> (Vec<usize>, bool) {
     let positions = |index: &Index| -> Option<Vec<usize>> {
         let place = |number: &i16| {
-            columns.iter().position(|column| column.number == *number && column.not_null && column.equality_schema.is_some())
+            columns
+                .iter()
+                .position(|column| column.number == *number && column.not_null && column.equality_schema.is_some())
         };
         index.names_one_row.then(|| index.columns.iter().map(place).collect()).flatten()
     };

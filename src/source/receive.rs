@@ -141,14 +141,20 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
     let rows = session.simple_query(&statement).await?;
     let Some(row) = rows.first() else {
         return gap(
-            format!("the slot {} is gone from the source: changes after {from} can no longer be read", subscription.slot),
+            format!(
+                "the slot {} is gone from the source: changes after {from} can no longer be read",
+                subscription.slot
+            ),
             "Start the migration anew: `walferry clean`, then `walferry migrate`.",
         );
     };
     let field = |column: usize| row.get(column).and_then(Option::as_deref);
     if field(1) == Some("lost") {
         return gap(
-            format!("the source has removed WAL that the slot {} still needed (wal_status is lost): changes after {from} are gone", subscription.slot),
+            format!(
+                "the source has removed WAL that the slot {} still needed (wal_status is lost): changes after {from} are gone",
+                subscription.slot
+            ),
             "Raise max_slot_wal_keep_size on the source, then start anew: `walferry clean`, then `walferry migrate`.",
         );
     }
@@ -283,7 +289,9 @@ impl<'a> Receiver<'a> {
     fn take_message(&mut self, data: &[u8]) -> Result<()> {
         match data.first() {
             Some(b'B') => {
-                let Message::Begin { commit_lsn, commit_time, xid } = decoded(data)? else { return Err(out_of_order(data)) };
+                let Message::Begin { commit_lsn, commit_time, xid } = decoded(data)? else {
+                    return Err(out_of_order(data));
+                };
                 if self.transaction.is_some() {
                     return Err(out_of_order(data));
                 }
@@ -335,7 +343,9 @@ impl<'a> Receiver<'a> {
 }
 
 fn decoded(data: &[u8]) -> Result<Message<'_>> {
-    decode::decode(data).map_err(|error| Error::new(ErrorKind::Other, format!("the source sent a message that cannot be read: {error}")))
+    decode::decode(data).map_err(|error| {
+        Error::new(ErrorKind::Other, format!("the source sent a message that cannot be read: {error}"))
+    })
 }
 
 fn out_of_order(data: &[u8]) -> Error {
@@ -345,6 +355,7 @@ fn out_of_order(data: &[u8]) -> Error {
 
 /// A wait that differs between processes, so that they do not all come back at once.
 fn jittered(wait: Duration) -> Duration {
-    let nanoseconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
+    let nanoseconds =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
     wait.mul_f64(0.5 + f64::from(nanoseconds % 1000) / 1000.0)
 }

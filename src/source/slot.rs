@@ -42,7 +42,12 @@ pub struct SlotState {
 ///
 /// # Errors
 /// Whatever the server says, with the statement that gives the right.
-pub async fn create_publications(client: &Client, publication: &str, insert_only: &str, tables: &[Table]) -> Result<()> {
+pub async fn create_publications(
+    client: &Client,
+    publication: &str,
+    insert_only: &str,
+    tables: &[Table],
+) -> Result<()> {
     drop_publications(client, publication, insert_only).await?;
     let list = |wanted: bool| {
         let names: Vec<String> = tables
@@ -52,10 +57,8 @@ pub async fn create_publications(client: &Client, publication: &str, insert_only
             .collect();
         if names.is_empty() { String::new() } else { format!(" FOR TABLE {}", names.join(", ")) }
     };
-    let statements = [
-        (publication, list(true), "insert, update, delete, truncate"),
-        (insert_only, list(false), "insert, truncate"),
-    ];
+    let statements =
+        [(publication, list(true), "insert, update, delete, truncate"), (insert_only, list(false), "insert, truncate")];
     for (name, tables, events) in statements {
         let statement = format!("CREATE PUBLICATION {}{tables} WITH (publish = '{events}')", sql::identifier(name));
         client.batch_execute(&statement).await.context(|| format!("creating the publication {name} on the source"))?;
@@ -101,7 +104,8 @@ async fn create_with_snapshot(source: &ConnectionSpec, application_name: &str, s
     let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'use')", sql::identifier(slot));
     let made = session.simple_query(&command).await.context(|| format!("creating the slot {slot} on the source"))?;
     let consistent_point = lsn_at(&made, 1)?;
-    let taken = session.simple_query("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()").await?;
+    let taken =
+        session.simple_query("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()").await?;
     let insert_lsn = lsn_at(&session.simple_query("SELECT pg_catalog.pg_current_wal_insert_lsn()").await?, 0)?;
     let data = SnapshotData::parse(text_at(&taken, 0)?, insert_lsn)?;
     let name = text_at(&taken, 1)?.to_owned();

@@ -43,7 +43,8 @@ impl SnapshotData {
     /// # Errors
     /// `Other` for any other text.
     pub fn parse(text: &str, insert_lsn: Lsn) -> Result<SnapshotData> {
-        let malformed = || Error::new(ErrorKind::Other, format!("the server sent a snapshot that cannot be read: {text}"));
+        let malformed =
+            || Error::new(ErrorKind::Other, format!("the server sent a snapshot that cannot be read: {text}"));
         let mut fields = text.split(':');
         let (Some(xmin), Some(xmax), Some(running), None) =
             (fields.next(), fields.next(), fields.next(), fields.next())
@@ -142,10 +143,8 @@ impl HeldSnapshot {
 /// # Errors
 /// Whatever the server says: most likely that the snapshot is gone.
 pub async fn import(client: &Client, name: &str) -> Result<()> {
-    let statement = format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
-        sql::literal(name)
-    );
+    let statement =
+        format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}", sql::literal(name));
     client
         .batch_execute(&statement)
         .await
@@ -175,7 +174,9 @@ mod tests {
     #[test]
     fn a_table_has_seen_what_was_visible_and_nothing_else() {
         let taken = snapshot("10:20:12,15", 1000);
-        for (xid, seen) in [(9, true), (10, true), (12, false), (14, true), (15, false), (19, true), (20, false), (21, false)] {
+        for (xid, seen) in
+            [(9, true), (10, true), (12, false), (14, true), (15, false), (19, true), (20, false), (21, false)]
+        {
             assert_eq!(taken.sees(xid, Lsn(999)), seen, "xid {xid}");
         }
     }

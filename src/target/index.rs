@@ -74,7 +74,10 @@ async fn job(shared: Arc<Shared>) -> Result<()> {
             shared.board.index_done();
         }
         if let Some(name) = shared.names.get(&relid) {
-            client.batch_execute(&format!("ANALYZE {name}")).await.context(|| format!("analysing {name} on the target"))?;
+            client
+                .batch_execute(&format!("ANALYZE {name}"))
+                .await
+                .context(|| format!("analysing {name} on the target"))?;
         }
         if let Some(progress) = &progress {
             progress.set_state(TableState::Done);

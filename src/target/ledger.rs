@@ -153,7 +153,9 @@ impl Phase {
     fn parse(name: &str) -> Result<Phase> {
         let all = [Phase::Preparing, Phase::Copying, Phase::CatchingUp, Phase::Following, Phase::CutOver];
         let known = all.into_iter().find(|phase| phase.name() == name);
-        known.ok_or_else(|| Error::new(ErrorKind::Other, format!("the ledger names a phase `{name}` that this version does not know")))
+        known.ok_or_else(|| {
+            Error::new(ErrorKind::Other, format!("the ledger names a phase `{name}` that this version does not know"))
+        })
     }
 }
 
@@ -358,8 +360,9 @@ pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
                 snapshot: row.get(2),
                 copied: row.get(3),
                 rows_copied: row.get(4),
-                routing: Routing::parse(row.get(5))
-                    .ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has a routing that this version does not know"))?,
+                routing: Routing::parse(row.get(5)).ok_or_else(|| {
+                    Error::new(ErrorKind::Other, "the ledger has a routing that this version does not know")
+                })?,
             })
         })
         .collect()
@@ -435,7 +438,10 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
     }
     transaction.execute("DELETE FROM walferry.part WHERE relid = ANY ($1)", &[&relids]).await?;
     transaction
-        .execute("UPDATE walferry.source_table SET snapshot = $2, rows_copied = 0 WHERE relid = ANY ($1)", &[&relids, &id])
+        .execute(
+            "UPDATE walferry.source_table SET snapshot = $2, rows_copied = 0 WHERE relid = ANY ($1)",
+            &[&relids, &id],
+        )
         .await?;
     let part_relids: Vec<i64> = parts.iter().map(|part| i64::from(part.relid)).collect();
     let numbers: Vec<i32> = parts.iter().map(|part| part.part).collect();
@@ -573,8 +579,7 @@ fn to_json<T: Serialize>(value: &T) -> Result<String> {
 }
 
 fn from_json<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T> {
-    serde_json::from_str(text)
-        .map_err(|error| Error::new(ErrorKind::Other, format!("reading the ledger: {error}")))
+    serde_json::from_str(text).map_err(|error| Error::new(ErrorKind::Other, format!("reading the ledger: {error}")))
 }
 
 fn count(number: usize) -> i32 {

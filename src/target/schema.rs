@@ -55,7 +55,11 @@ pub async fn dump(
     for section in [Section::PreData, Section::PostData] {
         let restore = |arguments: &[&str]| {
             let mut command = Command::new(&tools.pg_restore);
-            command.arg(format!("--section={}", section.name())).arg("--no-tablespaces").args(arguments).arg(&archive.0);
+            command
+                .arg(format!("--section={}", section.name()))
+                .arg("--no-tablespaces")
+                .args(arguments)
+                .arg(&archive.0);
             command
         };
         let list = output_of(restore(&["--list"]), "pg_restore").await?;
@@ -198,7 +202,12 @@ const CLASS_RELATION: u32 = 1259;
 
 /// Cuts a script at the headers of its entries. A body that looks like a header (a function, a comment) would have to
 /// name an entry of the list with its three numbers; then the header is there twice, and the dump is refused.
-fn split(section: Section, entries: &[Entry], script: &str, relations: &mut BTreeMap<u32, u32>) -> Result<Vec<SchemaItem>> {
+fn split(
+    section: Section,
+    entries: &[Entry],
+    script: &str,
+    relations: &mut BTreeMap<u32, u32>,
+) -> Result<Vec<SchemaItem>> {
     let mut expected: HashMap<Entry, bool> = entries.iter().map(|entry| (*entry, false)).collect();
     // Where the header of each item begins and where its first line ends.
     let mut headers: Vec<(Entry, usize, usize)> = Vec::new();
@@ -212,8 +221,9 @@ fn split(section: Section, entries: &[Entry], script: &str, relations: &mut BTre
         {
             if std::mem::replace(seen, true) {
                 let text = format!("the schema holds the header of a dump's item {} twice", entry.dump_id);
-                return Err(Error::new(ErrorKind::Other, text)
-                    .hint("A function or comment of the source contains the text of a dump with the same object; change it."));
+                return Err(Error::new(ErrorKind::Other, text).hint(
+                    "A function or comment of the source contains the text of a dump with the same object; change it.",
+                ));
             }
             headers.push((entry, start - before.len(), at));
         }
@@ -260,7 +270,10 @@ fn read_item(text: &str) -> (Vec<u32>, String, String, String) {
 /// Where the script ends for us: before `-- Completed on …` and the `\unrestrict` that newer versions write for psql.
 fn without_psql_commands_at_the_end(script: &str) -> usize {
     let end = script.rfind("\n--\n-- PostgreSQL database dump complete\n").unwrap_or(script.len());
-    script[..end].rfind("\n-- Completed on ").filter(|at| script[*at + 1..end].trim_end().lines().count() == 1).unwrap_or(end)
+    script[..end]
+        .rfind("\n-- Completed on ")
+        .filter(|at| script[*at + 1..end].trim_end().lines().count() == 1)
+        .unwrap_or(end)
 }
 
 #[cfg(test)]
@@ -289,9 +302,15 @@ mod tests {
             items.iter().map(|item| (item.kind.as_str(), item.name.as_str(), item.relid)).collect();
         assert_eq!(kinds, [("TABLE", "t", None), ("FUNCTION", "f()", None), ("CONSTRAINT", "t t_pkey", Some(100))]);
         assert_eq!(items[0].statement, "CREATE TABLE public.t (\n    id integer\n);");
-        assert!(items[1].statement.ends_with("$$;"), "a body that looks like a header stays a body: {}", items[1].statement);
+        assert!(
+            items[1].statement.ends_with("$$;"),
+            "a body that looks like a header stays a body: {}",
+            items[1].statement
+        );
         assert_eq!(items[2].statement, "ALTER TABLE ONLY public.t\n    ADD CONSTRAINT t_pkey PRIMARY KEY (id);");
-        assert!(items.iter().all(|item| !item.statement.contains("\\restrict") && !item.statement.contains("\\unrestrict")));
+        assert!(
+            items.iter().all(|item| !item.statement.contains("\\restrict") && !item.statement.contains("\\unrestrict"))
+        );
     }
 
     #[test]

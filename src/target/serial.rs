@@ -149,7 +149,8 @@ pub async fn delete(writer: &Writer, table: &Table, old: OldTuple<'_>) -> Result
 /// # Errors
 /// Whatever the server says.
 pub async fn truncate(writer: &Writer, layout: &Layout, places: &[usize], restart_identity: bool) -> Result<()> {
-    let names: Vec<String> = places.iter().map(|&place| format!("ONLY {}", layout.tables[place].table.qualified())).collect();
+    let names: Vec<String> =
+        places.iter().map(|&place| format!("ONLY {}", layout.tables[place].table.qualified())).collect();
     let identity = if restart_identity { " RESTART IDENTITY" } else { "" };
     let statement = format!("TRUNCATE {}{identity}", names.join(", "));
     writer.client().batch_execute(&statement).await.context(|| statement.clone())
@@ -185,7 +186,9 @@ fn binary_key(column: &Column, value: &[u8]) -> String {
             let sign = if value[0] & 0x80 == 0 { 0 } else { -1i64 };
             value.iter().fold(sign, |number, &byte| (number << 8) | i64::from(byte)).to_string()
         }
-        (name, _) if name.starts_with("character varying") || name == "text" => String::from_utf8_lossy(value).into_owned(),
+        (name, _) if name.starts_with("character varying") || name == "text" => {
+            String::from_utf8_lossy(value).into_owned()
+        }
         _ => value.iter().map(|byte| format!("{byte:02x}")).collect(),
     }
 }

@@ -53,7 +53,8 @@ impl From<Error> for WriteError {
     fn from(error: Error) -> WriteError {
         let refused = error.sqlstate().is_some_and(|state| {
             // Constraint violations, wrong data, deadlocks and lock timeouts; not a server that goes away or is full.
-            matches!(&state.code()[..2], "22" | "23" | "40" | "42" | "44" | "54" | "P0" | "XX") || state.code() == "55P03"
+            matches!(&state.code()[..2], "22" | "23" | "40" | "42" | "44" | "54" | "P0" | "XX")
+                || state.code() == "55P03"
         });
         if refused { WriteError::Refused(error) } else { WriteError::Failed(error) }
     }
@@ -92,7 +93,13 @@ impl Writer {
     pub async fn open(target: &ConnectionSpec, application_name: &str) -> Result<Writer> {
         let client = target.connect(application_name).await?;
         client.batch_execute(SETTINGS).await.context(|| "preparing an apply session on the target".into())?;
-        Ok(Writer { client, in_transaction: false, statements: HashMap::new(), staged: HashSet::new(), opened: Instant::now() })
+        Ok(Writer {
+            client,
+            in_transaction: false,
+            statements: HashMap::new(),
+            staged: HashSet::new(),
+            opened: Instant::now(),
+        })
     }
 
     /// When it was opened. Sessions are renewed now and then: autovacuum cannot freeze their temporary tables (H25).
@@ -189,7 +196,13 @@ impl Writer {
     }
 
     /// Fills a temporary table, which is empty but where an earlier chunk of the same unit used it.
-    async fn stage(&mut self, layout: &Layout, place: usize, staging: Staging, rows: &mut CopyRows) -> Result<u64, WriteError> {
+    async fn stage(
+        &mut self,
+        layout: &Layout,
+        place: usize,
+        staging: Staging,
+        rows: &mut CopyRows,
+    ) -> Result<u64, WriteError> {
         let table = &layout.tables[place].table;
         if !self.staged.insert((place, staging.clone())) {
             self.client.batch_execute(&format!("TRUNCATE {}", staging.qualified(table))).await?;
@@ -268,9 +281,11 @@ impl Staging {
     fn columns<'a>(&self, table: &'a Table) -> Vec<&'a Column> {
         match self {
             Staging::Keys => table.key_columns().collect(),
-            Staging::Rows(unchanged) => {
-                (0u16..).zip(&table.columns).filter(|(at, _)| !unchanged.contains(at)).map(|(_, column)| column).collect()
-            }
+            Staging::Rows(unchanged) => (0u16..)
+                .zip(&table.columns)
+                .filter(|(at, _)| !unchanged.contains(at))
+                .map(|(_, column)| column)
+                .collect(),
         }
     }
 
@@ -306,7 +321,8 @@ fn text(table: &Table, what: &What, binary: bool) -> String {
             let (keys, others): (Vec<&Column>, Vec<&Column>) = columns.into_iter().partition(|column| is_key(column));
             // A row that is all key has nothing to set, but it must be there all the same.
             let set = if others.is_empty() { keys } else { others };
-            let set: Vec<String> = set.iter().map(|column| format!("{0} = s.{0}", sql::identifier(&column.name))).collect();
+            let set: Vec<String> =
+                set.iter().map(|column| format!("{0} = s.{0}", sql::identifier(&column.name))).collect();
             format!(
                 "UPDATE ONLY {target} t SET {} FROM {} s WHERE {}",
                 set.join(", "),

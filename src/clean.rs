@@ -1,0 +1,153 @@
+//! Removes what a migration left: slot, publications, ledger, fence and state directory (I9).
+
+use tokio_postgres::Client;
+
+use crate::connection::ConnectionSpec;
+use crate::cutover;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::migrate::application_name;
+use crate::source::slot;
+use crate::state_directory::{LockedDirectory, StateDirectory};
+use crate::target::ledger::{self, Phase};
+use crate::{sql, target::schema};
+
+/// Something that was removed, for people.
+pub type Removed = String;
+
+/// Removes everything that belongs to the migration of a state directory, then the directory.
+///
+/// # Errors
+/// `Blocked` while the migration runs; else what a server or the disk says. What was removed stays removed; run it again.
+pub async fn directory(
+    path: &std::path::Path,
+    source: Option<ConnectionSpec>,
+    target: Option<ConnectionSpec>,
+) -> Result<Vec<Removed>> {
+    let directory = StateDirectory::at(path);
+    if !path.is_dir() {
+        return Err(Error::new(ErrorKind::Other, format!("there is no state directory {}", path.display()))
+            .hint("If it is lost: `walferry clean --source … --target …` finds on the servers what is left."));
+    }
+    let locked = lock(&directory)?;
+    let Some(identity) = directory.identity()? else {
+        locked.remove()?;
+        return Ok(vec![format!("state directory {}", path.display())]);
+    };
+    let given = |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);
+    let (source, target) = (given(source, &identity.source)?, given(target, &identity.target)?);
+    let mut removed = servers(&source, &target, Some(&identity.id)).await?;
+    locked.remove()?;
+    removed.push(format!("state directory {}", path.display()));
+    Ok(removed)
+}
+
+fn lock(directory: &StateDirectory) -> Result<LockedDirectory> {
+    directory.lock().map_err(|error| match error.kind() {
+        ErrorKind::Blocked => {
+            Error::new(ErrorKind::Blocked, "the migration is still running").hint("Stop it first (Ctrl-C or SIGTERM).")
+        }
+        _ => error,
+    })
+}
+
+/// Removes from both servers what belongs to one migration, or to the one that the target's ledger names.
+///
+/// # Errors
+/// What a server says.
+pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Option<&str>) -> Result<Vec<Removed>> {
+    let (from, to) = (source.connect("walferry").await?, target.connect("walferry").await?);
+    let mut removed = Vec::new();
+    let migration = ledger::load(&to).await?;
+    if let (Some(migration), Some(id)) = (&migration, id)
+        && migration.id != id
+    {
+        return Err(Error::new(
+            ErrorKind::Blocked,
+            format!("the target holds the ledger of another migration ({})", migration.id),
+        )
+        .hint("Run clean with that migration's --dir."));
+    }
+    let cut_over = migration.as_ref().is_some_and(|migration| migration.phase == Phase::CutOver);
+    if let Some(id) = id.map(str::to_owned).or_else(|| migration.as_ref().map(|migration| migration.id.clone())) {
+        source_of(&from, &id, &mut removed).await?;
+    } else {
+        for id in orphans(&from).await? {
+            source_of(&from, &id, &mut removed).await?;
+        }
+    }
+    if migration.is_none() {
+        return Ok(removed);
+    }
+    open_again(&from, &to, source.database(), &mut removed).await?;
+    if !cut_over {
+        // What the migration changed on the target for its own time only.
+        let tables: Vec<_> = ledger::tables(&to).await?.into_iter().map(|entry| entry.table).collect();
+        for statement in schema::restore_identity(&tables) {
+            // A table that is gone has no identity to give back.
+            if let Err(error) = to.batch_execute(&statement).await {
+                tracing::debug!(%error, statement, "an identity column was not given back");
+            }
+        }
+    }
+    to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
+    removed.push("schema walferry (the ledger) on the target".into());
+    Ok(removed)
+}
+
+async fn source_of(source: &Client, id: &str, removed: &mut Vec<Removed>) -> Result<()> {
+    let name = format!("walferry_{id}");
+    end_sessions(source, id).await?;
+    if slot::state(source, &name).await?.is_some() {
+        slot::drop(source, &name).await?;
+        removed.push(format!("slot {name} on the source"));
+    }
+    let inserts = format!("{name}_inserts");
+    let publications = source
+        .query("SELECT pubname FROM pg_catalog.pg_publication WHERE pubname IN ($1, $2) ORDER BY 1", &[&name, &inserts])
+        .await
+        .context(|| "looking for publications on the source".into())?;
+    slot::drop_publications(source, &name, &inserts).await?;
+    removed.extend(publications.iter().map(|row| format!("publication {} on the source", row.get::<_, &str>(0))));
+    Ok(())
+}
+
+async fn end_sessions(source: &Client, id: &str) -> Result<()> {
+    source
+        .query(
+            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE application_name = $1",
+            &[&application_name(id)],
+        )
+        .await
+        .context(|| "ending sessions of an earlier walferry".into())?;
+    Ok(())
+}
+
+/// Ids of migrations whose slot or publication is in this database, though no ledger names them.
+async fn orphans(source: &Client) -> Result<Vec<String>> {
+    let rows = source
+        .query(
+            "SELECT DISTINCT substr(name, 10, 8) FROM ( \
+                 SELECT slot_name::text FROM pg_catalog.pg_replication_slots WHERE database = pg_catalog.current_database() AND NOT active \
+                 UNION ALL SELECT pubname::text FROM pg_catalog.pg_publication) names(name) \
+             WHERE name ~ '^walferry_[0-9a-f]{8}(_inserts)?$'",
+            &[],
+        )
+        .await
+        .context(|| "looking for what migrations left on the source".into())?;
+    Ok(rows.into_iter().map(|row| row.get(0)).collect())
+}
+
+/// Takes back the setting that closed the source to writers, from a cutover that went through or was cut off.
+async fn open_again(source: &Client, target: &Client, database: &str, removed: &mut Vec<Removed>) -> Result<()> {
+    let fence =
+        target.query_opt("SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL", &[]).await?;
+    if let Some(row) = fence {
+        let previous: Option<String> = row.get(0);
+        source
+            .batch_execute(&cutover::reopen_statement(database, previous.as_deref()))
+            .await
+            .context(|| format!("opening {} to writers again", sql::identifier(database)))?;
+        removed.push(format!("fence: the database {database} on the source takes writes again"));
+    }
+    Ok(())
+}

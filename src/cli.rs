@@ -1,0 +1,340 @@
+//! The command line, as clap reads it. What it means is in [`crate::commands`].
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::observe::logging::LogFormat;
+
+/// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 110, after_help = EXAMPLE, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// How log lines look; they go to standard error.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "WALFERRY_LOG_FORMAT")]
+    pub log_format: LogFormat,
+}
+
+const EXAMPLE: &str = "A first migration:
+  walferry check   --source postgres://app@old/shop --target postgres://app@new/shop
+  walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir /var/lib/walferry/shop
+  walferry status  --dir /var/lib/walferry/shop          (in another terminal)
+  walferry cutover --dir /var/lib/walferry/shop
+  walferry clean   --dir /var/lib/walferry/shop
+
+Try it first with: walferry demo
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 blocked, 4 different, 5 cutover given up, 130 interrupted";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Prove on both servers that a migration can work; changes nothing
+    #[command(
+        after_help = "Example: walferry check --source postgres://app@old/shop --target postgres://app@new/shop\n\
+        Exit codes: 0 ready, 3 blocked"
+    )]
+    Check(Check),
+    /// Migrate, and follow until the cutover; run again, it goes on where it was
+    #[command(
+        after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
+        Ctrl-C stops it; the same command goes on. Exit codes: 0 cut over, 3 blocked, 130 interrupted"
+    )]
+    Migrate(Migrate),
+    /// Show how a migration is
+    #[command(after_help = "Example: walferry status --dir ./shop --watch")]
+    Status(Status),
+    /// Switch to the target
+    #[command(after_help = "Example: walferry cutover --dir ./shop --max-write-stall 2s\n\
+        Exit codes: 0 switched, 5 given up and following again")]
+    Cutover(Cutover),
+    /// Compare all rows of both sides; both have to be quiet
+    #[command(after_help = "Example: walferry verify --dir ./shop\n\
+        Rows that change while it runs are reported as different. Exit codes: 0 equal, 4 different")]
+    Verify(Verify),
+    /// Remove what a migration left: slot, publications, ledger, fence, state directory
+    #[command(after_help = "Example: walferry clean --dir ./shop\n\
+        Without --dir it looks on both servers: walferry clean --source … --target …")]
+    Clean(Clean),
+    /// Two throwaway servers, live writes, a whole migration, a report
+    #[command(after_help = "Example: walferry demo --seconds 10")]
+    Demo(Demo),
+}
+
+/// The two servers.
+#[derive(Debug, Args)]
+pub struct Servers {
+    /// The server to move away from: a URL or key=value pairs as libpq has them
+    #[arg(long, env = "WALFERRY_SOURCE", hide_env_values = true)]
+    pub source: Option<String>,
+    /// The server to move to
+    #[arg(long, env = "WALFERRY_TARGET", hide_env_values = true)]
+    pub target: Option<String>,
+    /// A command that prints the source's password; run at every connect
+    #[arg(long, value_name = "COMMAND")]
+    pub source_password_command: Option<String>,
+    /// A command that prints the target's password; run at every connect
+    #[arg(long, value_name = "COMMAND")]
+    pub target_password_command: Option<String>,
+}
+
+/// How much is done at once.
+#[derive(Debug, Args)]
+pub struct Parallelism {
+    /// Tables, or ranges of large tables, copied at once
+    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
+    pub copy_jobs: usize,
+    /// Indexes built at once
+    #[arg(long, default_value_t = 2, value_parser = at_least_one)]
+    pub index_jobs: usize,
+    /// Sessions that apply changes; fixed when the migration begins
+    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
+    pub apply_workers: usize,
+    /// The queue on disk takes at most this much; then the source is not read until there is room
+    #[arg(long, default_value = "64GiB", value_parser = parse_bytes, value_name = "SIZE")]
+    pub queue_max_bytes: u64,
+}
+
+/// Where the state directory is.
+#[derive(Debug, Args)]
+pub struct Directory {
+    /// The state directory: queue, configuration, lock, control socket
+    #[arg(long, env = "WALFERRY_DIR")]
+    pub dir: PathBuf,
+}
+
+/// `walferry check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub servers: Servers,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub parallelism: Parallelism,
+    /// The state directory that the migration would have, to check its disk
+    #[arg(long, env = "WALFERRY_DIR")]
+    pub dir: Option<PathBuf>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry migrate`.
+#[derive(Debug, Args)]
+pub struct Migrate {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub servers: Servers,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub directory: Directory,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub parallelism: Parallelism,
+    /// Tables larger than this are copied in ranges
+    #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
+    pub split_above: u64,
+    /// How long applied changes are kept in the queue, for a target that fails over and loses its newest commits
+    #[arg(long, default_value = "1h", value_parser = parse_duration, value_name = "DURATION")]
+    pub queue_keep: std::time::Duration,
+    /// Where metrics, health and status are served, for reading only; `off` for nowhere
+    #[arg(long, default_value = "127.0.0.1:9617", value_parser = parse_http_address, value_name = "ADDRESS")]
+    pub http_addr: HttpAddress,
+    /// When it has been cut over: one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry status`.
+#[derive(Debug, Args)]
+pub struct Status {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub directory: Directory,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Show it again every second until interrupted
+    #[arg(long, conflicts_with = "json")]
+    pub watch: bool,
+    /// Exit with 1 when the migration has failed or is not running
+    #[arg(long)]
+    pub exit_code: bool,
+}
+
+/// `walferry cutover`.
+#[derive(Debug, Args)]
+pub struct Cutover {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub directory: Directory,
+    /// Give up when it takes longer in all
+    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
+    pub timeout: std::time::Duration,
+    /// Give up when writers have to wait longer
+    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "DURATION")]
+    pub max_write_stall: std::time::Duration,
+    /// An object whose change on the source since the start does not matter, as the error names it; may be given again
+    #[arg(long, value_name = "OBJECT")]
+    pub waive: Vec<String>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry verify`.
+#[derive(Debug, Args)]
+pub struct Verify {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub servers: Servers,
+    /// The state directory of the migration whose servers to compare
+    #[arg(long, env = "WALFERRY_DIR")]
+    pub dir: Option<PathBuf>,
+    /// Only these tables (schema.name), separated by commas
+    #[arg(long, value_delimiter = ',')]
+    pub tables: Option<Vec<String>>,
+    /// Ranges compared at once
+    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
+    pub jobs: usize,
+    /// Show the values of rows that differ; they can be personal data
+    #[arg(long)]
+    pub show_values: bool,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry clean`.
+#[derive(Debug, Args)]
+pub struct Clean {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub servers: Servers,
+    /// The state directory of the migration
+    #[arg(long, env = "WALFERRY_DIR")]
+    pub dir: Option<PathBuf>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry demo`.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// About how many rows there are at the start
+    #[arg(long, default_value_t = 300_000)]
+    pub rows: u64,
+    /// Sessions that write all the time
+    #[arg(long, default_value_t = 4)]
+    pub writers: u32,
+    /// How long the migration follows, and how long the application goes on at the target
+    #[arg(long, default_value_t = 5)]
+    pub seconds: u32,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Where HTTP is served, if at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HttpAddress(pub Option<SocketAddr>);
+
+fn parse_http_address(text: &str) -> Result<HttpAddress, String> {
+    if text == "off" {
+        return Ok(HttpAddress(None));
+    }
+    let address =
+        text.parse().map_err(|_| "expected an address and a port such as 127.0.0.1:9617, or `off`".to_owned())?;
+    Ok(HttpAddress(Some(address)))
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number @ 1..=1000) => Ok(number),
+        _ => Err("expected a number from 1 to 1000".into()),
+    }
+}
+
+/// Bytes with a unit: `512MiB`, `2GB`, `1048576`.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (number, unit) = split_unit(text);
+    let factor: u64 = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kb" | "kib" => 1 << 10,
+        "m" | "mb" | "mib" => 1 << 20,
+        "g" | "gb" | "gib" => 1 << 30,
+        "t" | "tb" | "tib" => 1 << 40,
+        _ => return Err("expected a size such as 512MiB or 2GiB".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| "expected a size such as 512MiB or 2GiB".to_owned())?;
+    number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned())
+}
+
+/// A duration with a unit: `500ms`, `30s`, `5m`, `1h`, `2d`.
+fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+    let expected = || "expected a duration such as 500ms, 30s, 5m or 1h".to_owned();
+    let (number, unit) = split_unit(text);
+    let number: u64 = number.parse().map_err(|_| expected())?;
+    let milliseconds = match unit {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" | "min" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err(expected()),
+    };
+    number.checked_mul(milliseconds).map(std::time::Duration::from_millis).ok_or_else(|| "that is too long".to_owned())
+}
+
+fn split_unit(text: &str) -> (&str, &str) {
+    let at = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    (number, unit.trim_start())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_durations_have_units() {
+        assert_eq!(parse_bytes("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_bytes("17"), Ok(17));
+        assert_eq!(parse_bytes("2 mb"), Ok(2 << 20));
+        assert!(parse_bytes("GiB").is_err());
+        assert!(parse_bytes("99999999999999TiB").is_err());
+        assert_eq!(parse_duration("500ms"), Ok(std::time::Duration::from_millis(500)));
+        assert_eq!(parse_duration("1h"), Ok(std::time::Duration::from_secs(3600)));
+        assert!(parse_duration("-1s").is_err());
+        assert!(parse_duration("1y").is_err());
+    }
+
+    #[test]
+    fn http_can_be_switched_off() {
+        assert_eq!(parse_http_address("off"), Ok(HttpAddress(None)));
+        assert!(parse_http_address("9617").is_err());
+    }
+
+    #[test]
+    fn every_command_has_an_example() {
+        for command in Cli::command().get_subcommands() {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "{} has none", command.get_name());
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use serde_json::json;
+use tracing::warn;
+
+use crate::check::{self, Report};
+use crate::cli::{self, Cli, Command};
+use crate::connection::ConnectionSpec;
+use crate::control::{Answer, Conversation, Request};
+use crate::cutover;
+use crate::demo::{self, DemoOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::migrate::{self, Config};
+use crate::observe::board::StatusBoard;
+use crate::observe::progress::ProgressMode;
+use crate::observe::status::{Phase, Status};
+use crate::observe::{logging, progress, render};
+use crate::queue;
+use crate::source::catalog;
+use crate::state_directory::StateDirectory;
+use crate::target::ledger;
+use crate::{clean, verify};
+
+/// Runs a command.
+///
+/// # Errors
+/// Whatever it ends with; [`ErrorKind::exit_code`] is the exit code.
+pub async fn run(cli: Cli) -> Result<()> {
+    let log_format = cli.log_format;
+    let bars = logging::init(log_format)?;
+    match cli.command {
+        Command::Check(options) => check(options).await,
+        Command::Migrate(options) => {
+            let board = StatusBoard::new();
+            let mode = ProgressMode::detect(log_format, bars, options.parallelism.copy_jobs);
+            let shown = progress::start(board.clone(), mode);
+            let outcome = migrate(&options, &board).await;
+            drop(shown);
+            outcome?;
+            migrated(&options, &board)
+        }
+        Command::Status(options) => status(options).await,
+        Command::Cutover(options) => cutover(options).await,
+        Command::Verify(options) => verify(options).await,
+        Command::Clean(options) => clean(options).await,
+        Command::Demo(options) => {
+            let cli::Demo { rows, writers, seconds, json } = options;
+            demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await
+        }
+    }
+}
+
+/// Both servers, which have to be given.
+fn both(servers: &cli::Servers) -> Result<(ConnectionSpec, ConnectionSpec)> {
+    let (source, target) = either(servers)?;
+    let missing = |name: &str, variable: &str| {
+        Error::new(ErrorKind::Usage, format!("--{name} is missing"))
+            .hint(format!("Give --{name} or set {variable}; see `walferry help`."))
+    };
+    Ok((
+        source.ok_or_else(|| missing("source", "WALFERRY_SOURCE"))?,
+        target.ok_or_else(|| missing("target", "WALFERRY_TARGET"))?,
+    ))
+}
+
+fn either(servers: &cli::Servers) -> Result<(Option<ConnectionSpec>, Option<ConnectionSpec>)> {
+    let parse = |name: &str, text: &Option<String>, command: &Option<String>| -> Result<Option<ConnectionSpec>> {
+        let Some(text) = text else { return Ok(None) };
+        let mut spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
+        if spec.has_inline_password() && std::env::args().any(|argument| argument.contains(text.as_str())) {
+            warn!(
+                "the password in --{name} shows in the process list; a password file or --{name}-password-command does not"
+            );
+        }
+        if let Some(command) = command {
+            spec = spec.with_password_command(command.clone());
+        }
+        Ok(Some(spec))
+    };
+    Ok((
+        parse("source", &servers.source, &servers.source_password_command)?,
+        parse("target", &servers.target, &servers.target_password_command)?,
+    ))
+}
+
+async fn check(options: cli::Check) -> Result<()> {
+    let (source, target) = both(&options.servers)?;
+    let report = check::run(&check::Inputs {
+        source: &source,
+        target: &target,
+        state_directory: options.dir.as_deref(),
+        copy_jobs: options.parallelism.copy_jobs,
+        index_jobs: options.parallelism.index_jobs,
+        apply_workers: options.parallelism.apply_workers,
+        queue_max_bytes: Some(options.parallelism.queue_max_bytes),
+        resuming: false,
+    })
+    .await?;
+    if options.json {
+        print_json(&report)?
+    } else {
+        print(&report.to_string())?
+    }
+    if report.ready() { Ok(()) } else { Err(blocked(&report)) }
+}
+
+fn blocked(report: &Report) -> Error {
+    let count = report.of(check::Severity::Blocker).count();
+    Error::new(ErrorKind::Blocked, format!("{count} findings stand against the migration"))
+}
+
+async fn migrate(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
+    let (source, target) = both(&options.servers)?;
+    let config = Config {
+        source,
+        target,
+        directory: options.directory.dir.clone(),
+        copy_jobs: options.parallelism.copy_jobs,
+        split_above_bytes: options.split_above,
+        index_jobs: options.parallelism.index_jobs,
+        apply_workers: options.parallelism.apply_workers,
+        queue: queue::Options {
+            max_bytes: options.parallelism.queue_max_bytes,
+            keep: options.queue_keep,
+            ..queue::Options::default()
+        },
+        http_address: options.http_addr.0,
+    };
+    migrate::run(config, board).await
+}
+
+fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
+    if options.json {
+        return print_json(&board.snapshot());
+    }
+    print(&format!(
+        "The target is the primary now. The source's database stays read-only by default.\n\
+         When you need the source no more: walferry clean --dir {}\n",
+        options.directory.dir.display()
+    ))
+}
+
+async fn status(options: cli::Status) -> Result<()> {
+    let directory = StateDirectory::at(&options.directory.dir);
+    loop {
+        let status = read_status(&directory).await?;
+        if options.json {
+            print_json(&status)?;
+        } else {
+            let page = render::render(&status, terminal_width());
+            // Home and clear, so that nothing of the last page stays.
+            print(&if options.watch && std::io::stdout().is_terminal() {
+                format!("\x1b[H\x1b[2J{page}")
+            } else {
+                page
+            })?;
+        }
+        if !options.watch {
+            let healthy = status.process_alive && status.phase != Phase::Failed;
+            let over = status.phase == Phase::CutOver;
+            return if options.exit_code && !healthy && !over {
+                Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"))
+            } else {
+                Ok(())
+            };
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// From the running migration; where none runs, what it wrote down last.
+async fn read_status(directory: &StateDirectory) -> Result<Status> {
+    let asked = async {
+        let mut conversation = Conversation::begin(directory, &Request::Status).await?;
+        conversation.next().await
+    };
+    let error = match asked.await {
+        Ok(Answer::Status(status)) => return Ok(*status),
+        Ok(_) => Error::new(ErrorKind::Other, "the migration answered something else"),
+        Err(error) => error,
+    };
+    let Ok(written) = std::fs::read(directory.status()) else {
+        return if directory.identity()?.is_some() { Ok(Status::not_running(Phase::Preparing)) } else { Err(error) };
+    };
+    let mut status: Status = serde_json::from_slice(&written)
+        .map_err(|error| Error::new(ErrorKind::Other, format!("{}: {error}", directory.status().display())))?;
+    status.process_alive = false;
+    status.ready_to_cutover = false;
+    if status.phase != Phase::CutOver {
+        status.blockers = vec!["no migration is running".into()];
+    }
+    Ok(status)
+}
+
+async fn cutover(options: cli::Cutover) -> Result<()> {
+    let directory = StateDirectory::at(&options.directory.dir);
+    let status = read_status(&directory).await?;
+    if !options.yes && std::io::stdin().is_terminal() {
+        ask(&status)?;
+    }
+    let request = Request::Cutover(cutover::Options {
+        timeout_seconds: options.timeout.as_secs_f64(),
+        max_write_stall_seconds: options.max_write_stall.as_secs_f64(),
+        waive: options.waive,
+    });
+    let mut conversation = Conversation::begin(&directory, &request).await?;
+    loop {
+        match conversation.next().await? {
+            Answer::Step(step) if !options.json => print(&format!("  {:<14}{:>9.1} ms\n", step.name, step.ms))?,
+            Answer::CutOver(outcome) if options.json => return print_json(&outcome),
+            Answer::CutOver(outcome) => {
+                return print(&format!(
+                    "Switched at {}. Writers waited {:.0} ms. {} sequences set.\n{} is the primary now.\n",
+                    outcome.cutover_lsn, outcome.downtime_ms, outcome.sequences_synced, status.target.description
+                ));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Shows both ends, and asks.
+fn ask(status: &Status) -> Result<()> {
+    let lag = status.lag.seconds.map_or("unknown".to_owned(), |seconds| format!("{seconds:.1} s"));
+    eprintln!("  from  {}\n  to    {}\n  lag   {lag}", status.source.description, status.target.description);
+    for blocker in &status.blockers {
+        eprintln!("  but   {blocker}");
+    }
+    eprint!("All other sessions of the source's database will be ended. Switch now? [y/N] ");
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    if matches!(answer.trim(), "y" | "Y" | "yes") {
+        Ok(())
+    } else {
+        Err(Error::new(ErrorKind::Aborted, "not switched"))
+    }
+}
+
+async fn verify(options: cli::Verify) -> Result<()> {
+    let (source, target) = match &options.dir {
+        None => both(&options.servers)?,
+        Some(directory) => {
+            let (source, target) = either(&options.servers)?;
+            let identity = StateDirectory::at(directory).identity()?.ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Other,
+                    format!("{} is not the state directory of a migration", directory.display()),
+                )
+            })?;
+            let given =
+                |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);
+            (given(source, &identity.source)?, given(target, &identity.target)?)
+        }
+    };
+    // The tables that were migrated; without a ledger, those of the source.
+    let ledger = target.connect("walferry verify").await?;
+    let tables = match ledger::load(&ledger).await? {
+        Some(migration) if migration.consistent_point.is_some() => {
+            ledger::tables(&ledger).await?.into_iter().map(|entry| entry.table).collect()
+        }
+        _ => catalog::tables(&source.connect("walferry verify").await?).await?,
+    };
+    let compared = verify::compare(
+        &tables,
+        || source.connect("walferry verify"),
+        || target.connect("walferry verify"),
+        &verify::Options {
+            jobs: options.jobs,
+            tables: options.tables,
+            show_values: options.show_values,
+            ..verify::Options::default()
+        },
+        &|_| {},
+    )
+    .await?;
+    if options.json {
+        print_json(&compared)?
+    } else {
+        print(&compared.to_string())?
+    }
+    if compared.equal {
+        return Ok(());
+    }
+    let different = compared.tables.iter().filter(|table| !table.equal).count();
+    Err(Error::new(ErrorKind::Different, format!("{different} tables differ")))
+}
+
+async fn clean(options: cli::Clean) -> Result<()> {
+    let (source, target) = either(&options.servers)?;
+    let removed = match &options.dir {
+        Some(directory) => clean::directory(directory, source, target).await?,
+        None => {
+            let (source, target) = both(&options.servers)?;
+            clean::servers(&source, &target, None).await?
+        }
+    };
+    if options.json {
+        return print_json(&json!({ "version": 1, "removed": removed }));
+    }
+    if removed.is_empty() {
+        return print("Nothing was left.\n");
+    }
+    print(&removed.iter().map(|what| format!("removed {what}\n")).collect::<String>())
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+    print(&format!("{text}\n"))
+}
+
+/// Writes to standard output. A reader who has gone away (`| head`) is no error.
+fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+fn terminal_width() -> usize {
+    let width = std::env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    // A terminal knows; a pipe is as wide as a page.
+    width
+        .or_else(|| rustix::termios::tcgetwinsize(std::io::stdout()).ok().map(|size| usize::from(size.ws_col)))
+        .unwrap_or(80)
+}

@@ -1,0 +1,389 @@
+//! The phases between the preparation and the cutover, each of which goes on where the ledger says.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+
+use super::Running;
+use super::prepare::Held;
+use crate::apply::layout::Layout;
+use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
+use crate::control::{Answer, CutoverRequest};
+use crate::copy::{self, Copier};
+use crate::cutover::{self, Cutover};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::observe::status::{Level, Phase as ShownPhase, TableState};
+use crate::queue::Queue;
+use crate::source::catalog::{self, Table};
+use crate::source::snapshot::HeldSnapshot;
+use crate::sql;
+use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
+use crate::target::writer::Writer;
+use crate::target::{index, schema};
+
+/// How often the source's snapshot is used, so that nothing in between takes it for idle.
+const SNAPSHOT_PING: Duration = Duration::from_secs(10);
+/// How often the source's catalog is compared with what was migrated (I11).
+const CATALOG_INTERVAL: Duration = Duration::from_secs(30);
+/// How often it is looked at whether a cutover could begin.
+const READINESS_INTERVAL: Duration = Duration::from_secs(1);
+/// With more lag than this, a cutover would keep the applications waiting.
+const READY_LAG_SECONDS: f64 = 5.0;
+
+impl Running {
+    async fn target(&self) -> Result<tokio_postgres::Client> {
+        self.config.target.connect(&self.application_name).await
+    }
+
+    pub(super) async fn load(&self) -> Result<Migration> {
+        let migration = ledger::load(&self.target().await?).await?;
+        migration.ok_or_else(|| {
+            Error::new(ErrorKind::Other, "the ledger (schema walferry) is gone from the target")
+                .hint("Somebody removed it. Start anew: `walferry clean`, then `walferry migrate`.")
+        })
+    }
+
+    /// Shows every table with what is known of its copy.
+    pub(super) async fn show_tables(&self) -> Result<Vec<LedgerTable>> {
+        let tables = ledger::tables(&self.target().await?).await?;
+        for entry in &tables {
+            let table = &entry.table;
+            if self.board.table(table.relid).is_none() {
+                let progress =
+                    self.board.add_table(table.relid, &table.schema, &table.name, table.bytes.max(0).cast_unsigned());
+                if entry.copied {
+                    progress.add_recorded(table.bytes.max(0).cast_unsigned(), entry.rows_copied.max(0).cast_unsigned());
+                    progress.set_state(TableState::Done);
+                }
+            }
+        }
+        Ok(tables)
+    }
+
+    pub(super) async fn restore_pre_data(&self, tables: &[LedgerTable]) -> Result<()> {
+        let tables: Vec<Table> = tables.iter().map(|entry| entry.table.clone()).collect();
+        self.board.event(Level::Info, "restoring the schema on the target");
+        schema::restore_pre_data(&mut self.target().await?, &tables).await
+    }
+
+    /// Copies every table that is not complete, and builds the indexes of each as soon as it is.
+    pub(super) async fn copy_and_index(&self, held: &mut Option<Held>) -> Result<()> {
+        self.board.set_phase(ShownPhase::Copying);
+        let mut target = self.target().await?;
+        let tables = ledger::tables(&target).await?;
+        let relids: Vec<u32> = tables.iter().map(|entry| entry.table.relid).collect();
+        let pending = ledger::pending_items(&target, Section::PostData).await?;
+        let mut items = schema::items_by_table(pending, &relids);
+        self.board.set_indexes(items.values().map(|items| items.len() as u64).sum(), 0);
+        // Partitioned tables have no rows to wait for, and their leaves' indexes hang on theirs.
+        for (position, item) in items.remove(&0).unwrap_or_default() {
+            schema::run_post_data_item(&mut target, position, &item).await?;
+            self.board.index_done();
+        }
+        let (copied, of_index_jobs) = mpsc::unbounded_channel();
+        for entry in tables.iter().filter(|entry| entry.copied && items.contains_key(&entry.table.relid)) {
+            let _ = copied.send(entry.table.relid);
+        }
+        let names = tables.iter().map(|entry| (entry.table.relid, entry.table.qualified())).collect();
+        let indexing = index::run(
+            &self.config.target,
+            &self.application_name,
+            items,
+            names,
+            self.config.index_jobs,
+            of_index_jobs,
+            &self.board,
+        );
+        let copying = async {
+            self.copy(&mut target, &tables, held, &copied).await?;
+            // The index jobs end when they have worked off what is in the channel.
+            drop(copied);
+            self.board.set_phase(ShownPhase::Indexing);
+            Ok(())
+        };
+        tokio::try_join!(copying, indexing)?;
+        ledger::enter_phase(&self.target().await?, Phase::CatchingUp).await
+    }
+
+    async fn copy(
+        &self,
+        target: &mut tokio_postgres::Client,
+        tables: &[LedgerTable],
+        held: &mut Option<Held>,
+        copied: &mpsc::UnboundedSender<u32>,
+    ) -> Result<()> {
+        let copier = Arc::new(Copier {
+            source: self.config.source.clone(),
+            target: self.config.target.clone(),
+            application_name: self.application_name.clone(),
+            tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
+            board: self.board.clone(),
+        });
+        loop {
+            let unfinished: Vec<LedgerTable> =
+                ledger::tables(target).await?.into_iter().filter(|entry| !entry.copied).collect();
+            if unfinished.is_empty() {
+                return Ok(());
+            }
+            let parts = copy::plan(unfinished.iter().map(|entry| &entry.table), self.config.split_above_bytes);
+            let held = self.living_snapshot(target, held).await?;
+            let snapshot = (!held.is_recorded).then_some(&held.snapshot.data);
+            ledger::plan_copy(target, snapshot, &parts).await?;
+            held.is_recorded = true;
+            for entry in &unfinished {
+                if let Some(progress) = self.board.table(entry.table.relid) {
+                    progress.restart();
+                }
+            }
+            let name = held.snapshot.name.clone();
+            // Tables that this snapshot could not serve (H4) are in the next round, under another.
+            tokio::select! {
+                stale = copier.run(&name, parts, self.config.copy_jobs, copied) => drop(stale?),
+                error = keep_alive(&mut held.snapshot) => return Err(error),
+            }
+        }
+    }
+
+    /// The snapshot at hand if it can serve; otherwise a new one that misses nothing (H1).
+    async fn living_snapshot<'a>(
+        &self,
+        target: &tokio_postgres::Client,
+        held: &'a mut Option<Held>,
+    ) -> Result<&'a mut Held> {
+        let usable = match held {
+            Some(held) if !held.was_planned => held.snapshot.ping().await.is_ok(),
+            _ => false,
+        };
+        if !usable {
+            let snapshots = ledger::snapshots(target).await?;
+            let first = snapshots
+                .get(&0)
+                .ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no snapshot of the slot"))?;
+            *held = None;
+            self.board.event(Level::Info, "taking a new snapshot of the source for the tables that are not complete");
+            let snapshot = HeldSnapshot::take(&self.config.source, &self.application_name, first.xmax).await?;
+            *held = Some(Held { snapshot, is_recorded: false, was_planned: false });
+        }
+        let held = held.as_mut().ok_or_else(|| Error::new(ErrorKind::Other, "there is no snapshot"))?;
+        held.was_planned = true;
+        Ok(held)
+    }
+
+    pub(super) async fn layout(&self, migration: &Migration) -> Result<Arc<Layout>> {
+        let target = self.target().await?;
+        let (tables, snapshots) = (ledger::tables(&target).await?, ledger::snapshots(&target).await?);
+        Ok(Arc::new(Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?))
+    }
+
+    /// Applies until every table is past what its copy saw (H24).
+    pub(super) async fn catch_up(&self, queue: &Queue, layout: &Arc<Layout>) -> Result<()> {
+        self.board.set_phase(ShownPhase::CatchingUp);
+        let (applied, _) = watch::channel(Applied::default());
+        // An idle source may have nothing behind the last snapshot; this is.
+        let source = self.config.source.connect(&self.application_name).await?;
+        source
+            .query("SELECT pg_catalog.pg_logical_emit_message(true, $1, 'catch up')", &[&MARKER_PREFIX])
+            .await
+            .context(|| "sending a marker into the stream".into())?;
+        self.apply(queue, layout, Some(layout.snapshots_end()), &applied).await
+    }
+
+    /// Applies with sessions of its own, renewed now and then (H25), until `until` is reached.
+    async fn apply(
+        &self,
+        queue: &Queue,
+        layout: &Arc<Layout>,
+        until: Option<Lsn>,
+        applied: &watch::Sender<Applied>,
+    ) -> Result<()> {
+        loop {
+            let progress = ledger::apply_progress(&self.target().await?).await?;
+            let least = progress.iter().copied().min().unwrap_or(Lsn::ZERO);
+            if until.is_some_and(|until| least >= until) {
+                return Ok(());
+            }
+            self.board.resume_stream(queue.durable_end(), least);
+            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));
+            let writers = futures_util::future::try_join_all(open).await?;
+            let mut apply = Apply {
+                layout: Arc::clone(layout),
+                queue: queue.clone(),
+                writers,
+                progress,
+                board: self.board.clone(),
+                applied: applied.clone(),
+            };
+            apply.run(until).await?;
+        }
+    }
+
+    /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
+    pub(super) async fn finish_schema(&self) -> Result<()> {
+        let mut target = self.target().await?;
+        let items = ledger::pending_items(&target, Section::PostData).await?;
+        self.board.event(
+            Level::Info,
+            format!("restoring foreign keys, triggers and the rest of the schema ({} items)", items.len()),
+        );
+        for (position, item) in &items {
+            schema::run_post_data_item(&mut target, *position, item).await?;
+        }
+        self.refresh_materialized_views(&target).await?;
+        target
+            .batch_execute(
+                "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
+            )
+            .await
+            .context(|| "writing into the ledger that the schema is complete".into())
+    }
+
+    /// Those that have rows on the source, in the order in which `pg_dump` made them, which is that of their dependencies.
+    async fn refresh_materialized_views(&self, target: &tokio_postgres::Client) -> Result<()> {
+        let source = self.config.source.connect(&self.application_name).await?;
+        let views = source
+            .query(
+                "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE c.relkind = 'm' AND c.relispopulated ORDER BY c.oid",
+                &[],
+            )
+            .await
+            .context(|| "listing the source's materialized views".into())?;
+        for view in views {
+            let name = sql::qualified(view.get(0), view.get(1));
+            target
+                .batch_execute(&format!("REFRESH MATERIALIZED VIEW {name}"))
+                .await
+                .context(|| format!("refreshing the materialized view {name}"))?;
+        }
+        Ok(())
+    }
+
+    /// Applies what comes, until a cutover goes through.
+    pub(super) async fn follow(
+        &self,
+        queue: &Queue,
+        layout: &Arc<Layout>,
+        requested: &mut mpsc::Receiver<CutoverRequest>,
+    ) -> Result<()> {
+        self.board.set_phase(ShownPhase::Following);
+        let (applied, watching) = watch::channel(Applied::default());
+        let tables: Vec<(Table, bool)> =
+            self.show_tables().await?.into_iter().map(|entry| (entry.table, entry.insert_only)).collect();
+        let applying = self.apply(queue, layout, None, &applied);
+        let steering = async {
+            let watching_readiness = self.watch_readiness();
+            tokio::pin!(watching_readiness);
+            loop {
+                let request = tokio::select! {
+                    request = requested.recv() => request,
+                    error = &mut watching_readiness => return Err(error),
+                };
+                let Some(request) = request else {
+                    return Err(Error::new(ErrorKind::Other, "the control socket is gone"));
+                };
+                if self.cut_over(&tables, &watching, request).await {
+                    return Ok(());
+                }
+            }
+        };
+        tokio::select! {
+            outcome = applying => outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended"))),
+            outcome = steering => outcome,
+        }
+    }
+
+    /// Answers whether it went through.
+    async fn cut_over(
+        &self,
+        tables: &[(Table, bool)],
+        applied: &watch::Receiver<Applied>,
+        request: CutoverRequest,
+    ) -> bool {
+        self.board.set_phase(ShownPhase::CuttingOver);
+        self.board.event(Level::Info, "a cutover begins");
+        let cutover = Cutover {
+            source: &self.config.source,
+            target: &self.config.target,
+            application_name: &self.application_name,
+            tables,
+            applied: applied.clone(),
+        };
+        let outcome = cutover
+            .run(&request.options, |step| {
+                // Whoever asked may have gone; the cutover goes on.
+                let _ = request.answers.send(Answer::Step(step.clone()));
+            })
+            .await;
+        let went_through = outcome.is_ok();
+        let answer = match outcome {
+            Ok(outcome) => {
+                self.board.set_phase(ShownPhase::CutOver);
+                self.board.event(
+                    Level::Info,
+                    format!("cut over at {} with {:.0} ms of downtime", outcome.cutover_lsn, outcome.downtime_ms),
+                );
+                Answer::CutOver(outcome)
+            }
+            Err(error) => {
+                self.board.set_phase(ShownPhase::Following);
+                self.board.event(Level::Warn, error.to_string());
+                Answer::from(&error)
+            }
+        };
+        if request.answers.send(answer).is_ok() {
+            // The process may end now: not before the answer is on its way.
+            let _ = tokio::time::timeout(Duration::from_secs(2), request.answers.closed()).await;
+        }
+        went_through
+    }
+
+    /// Says what stands against a cutover, until a connection breaks.
+    async fn watch_readiness(&self) -> Error {
+        let watch = async {
+            let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
+            let before = ledger::fingerprint(&target).await?;
+            let mut changed = BTreeMap::new();
+            let mut compared: Option<std::time::Instant> = None;
+            let mut tick = tokio::time::interval(READINESS_INTERVAL);
+            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                tick.tick().await;
+                if self.board.phase() != ShownPhase::Following {
+                    continue;
+                }
+                if compared.is_none_or(|at| at.elapsed() >= CATALOG_INTERVAL) {
+                    compared = Some(std::time::Instant::now());
+                    let now = cutover::changes(&before, &catalog::fingerprint(&source).await?);
+                    let fresh = now.iter().filter(|change| !changed.contains_key(*change));
+                    for change in fresh {
+                        self.board.event(Level::Warn, format!("on the source, {change}: the stream does not show it"));
+                    }
+                    changed = now.into_iter().map(|change| (change, ())).collect();
+                }
+                let mut blockers: Vec<String> =
+                    changed.keys().map(|change| format!("on the source, {change}")).collect();
+                let lag = self.board.snapshot().lag.seconds;
+                if let Some(lag) = lag.filter(|lag| *lag > READY_LAG_SECONDS) {
+                    blockers.push(format!("the target is {lag:.0} s behind"));
+                }
+                self.board.set_blockers(blockers);
+            }
+        };
+        let outcome: Result<()> = watch.await;
+        outcome.err().unwrap_or_else(|| Error::new(ErrorKind::Other, "nobody looks at readiness any more"))
+    }
+}
+
+/// Uses the snapshot now and then; answers when it is gone.
+async fn keep_alive(snapshot: &mut HeldSnapshot) -> Error {
+    loop {
+        tokio::time::sleep(SNAPSHOT_PING).await;
+        if let Err(error) = snapshot.ping().await {
+            return error.with_kind(ErrorKind::Transient);
+        }
+    }
+}
