@@ -53,8 +53,8 @@ CREATE TABLE walferry.migration (
 );
 CREATE TABLE walferry.snapshot (
     id integer PRIMARY KEY,
-    xmin bigint NOT NULL,
-    xmax bigint NOT NULL,
+    first_running bigint NOT NULL,
+    next bigint NOT NULL,
     running bigint[] NOT NULL,
     insert_lsn pg_lsn NOT NULL
 );
@@ -373,7 +373,7 @@ pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
 /// # Errors
 /// Whatever the server says.
 pub async fn snapshots(client: &Client) -> Result<BTreeMap<i32, SnapshotData>> {
-    let rows = client.query("SELECT id, xmin, xmax, running, insert_lsn FROM walferry.snapshot", &[]).await?;
+    let rows = client.query("SELECT id, first_running, next, running, insert_lsn FROM walferry.snapshot", &[]).await?;
     Ok(rows
         .into_iter()
         .map(|row| {
@@ -393,7 +393,7 @@ async fn insert_snapshot(client: &Client, id: i32, snapshot: &SnapshotData) -> R
     let running: Vec<i64> = snapshot.running.iter().map(|xid| xid.cast_signed()).collect();
     client
         .execute(
-            "INSERT INTO walferry.snapshot (id, xmin, xmax, running, insert_lsn) VALUES ($1, $2, $3, $4, $5)",
+            "INSERT INTO walferry.snapshot (id, first_running, next, running, insert_lsn) VALUES ($1, $2, $3, $4, $5)",
             &[
                 &id,
                 &snapshot.xmin.cast_signed(),
