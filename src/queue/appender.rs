@@ -294,13 +294,8 @@ impl Appender {
     fn send(&mut self, frames: Vec<u8>, ends_at_boundary: bool) -> Result<()> {
         // Frames behind the last boundary stay here while there is one, so a block that ends at one ends at the newest.
         let last_lsn = if ends_at_boundary { self.end } else { self.sent_lsn };
-        let block = Block {
-            first_lsn: self.sent_lsn,
-            last_lsn,
-            starts_inside: self.sent_inside,
-            ends_at_boundary,
-            frames,
-        };
+        let block =
+            Block { first_lsn: self.sent_lsn, last_lsn, starts_inside: self.sent_inside, ends_at_boundary, frames };
         self.sent_lsn = last_lsn;
         self.sent_inside = !ends_at_boundary;
         self.shared.lock().in_flight_bytes += block.frames.len() as u64;

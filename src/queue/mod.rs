@@ -167,15 +167,8 @@ fn open_on(
         directory = %directory.display(), start = %recovered.start, %end,
         segments = recovered.segments.len(), version = FORMAT_VERSION, "the queue is open"
     );
-    let shared = Shared::new(
-        directory.to_owned(),
-        file_system,
-        options,
-        recovered.segments,
-        recovered.start,
-        end,
-        end_place,
-    );
+    let shared =
+        Shared::new(directory.to_owned(), file_system, options, recovered.segments, recovered.start, end, end_place);
     // Unbounded in messages, bounded in bytes: the appender waits in `ready`.
     let (messages, receiver) = crossbeam_channel::unbounded();
     let writer = Writer::new(Arc::clone(&shared), receiver, recovered.file, end_place, end)?;

@@ -120,8 +120,7 @@ struct World {
 impl World {
     fn new(seed: u64, options: Options) -> World {
         let disk = FaultyFileSystem::new(seed);
-        let mut world =
-            World { disk, options, parts: None, openings: 0, next: 0, applied: 0, acknowledged: Lsn(BASE) };
+        let mut world = World { disk, options, parts: None, openings: 0, next: 0, applied: 0, acknowledged: Lsn(BASE) };
         world.open();
         world
     }
@@ -494,7 +493,8 @@ fn a_message_larger_than_a_block_comes_back_whole() {
     block_on(appender.rewind()).unwrap();
     let mut reader = queue.reader(Lsn(BASE)).unwrap();
     let small = Entry::Data(Bytes::from_static(b"small"));
-    for expected in [Entry::Begin(head), small.clone(), Entry::Data(large), small, Entry::Commit { end_lsn: end_of(0) }] {
+    for expected in [Entry::Begin(head), small.clone(), Entry::Data(large), small, Entry::Commit { end_lsn: end_of(0) }]
+    {
         assert_eq!(reader.next(Duration::ZERO).unwrap(), Some(expected));
     }
 }

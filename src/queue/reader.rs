@@ -329,9 +329,10 @@ fn seek(state: &State, after: Lsn) -> Result<Scan> {
     if after < state.start {
         return Err(gap(state, after));
     }
-    let mut wanted = state.segments.iter().filter(|segment| {
-        segment.sequence <= state.written.sequence && !state.is_done_with(segment)
-    });
+    let mut wanted = state
+        .segments
+        .iter()
+        .filter(|segment| segment.sequence <= state.written.sequence && !state.is_done_with(segment));
     // A segment that starts inside a transaction does for those behind it alone. The oldest does in any case: what it
     // starts inside of ends at or before the queue's start.
     let oldest = wanted.clone().next();
@@ -378,8 +379,9 @@ fn gap(state: &State, after: Lsn) -> Error {
         "the queue starts at {} and cannot be read from {after} on: what lies between is no longer there",
         state.start
     );
-    Error::new(ErrorKind::Gap, text)
-        .hint("the target lost progress that was applied longer ago than --queue-keep, or this is another migration's queue")
+    Error::new(ErrorKind::Gap, text).hint(
+        "the target lost progress that was applied longer ago than --queue-keep, or this is another migration's queue",
+    )
 }
 
 fn taken_back(after: Lsn) -> Error {

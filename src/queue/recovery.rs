@@ -48,8 +48,7 @@ pub(super) fn recover(file_system: &dyn FileSystem, directory: &Path, start: Lsn
     let mut found = find_segments(file_system, directory)?;
     if found.is_empty() {
         let header = SegmentHeader { sequence: 1, first_lsn: start, continues: false, previous_bytes: 0 };
-        let file =
-            create_segment(file_system, directory, &header).map_err(|error| disk_error(error, doing()))?;
+        let file = create_segment(file_system, directory, &header).map_err(|error| disk_error(error, doing()))?;
         let segment = Segment {
             sequence: 1,
             first_lsn: start,
@@ -105,8 +104,7 @@ fn find_segments(file_system: &dyn FileSystem, directory: &Path) -> Result<Vec<F
             // still there.
             if is_last && (sequence == 1 || newest.is_some()) {
                 tracing::warn!(segment = %path.display(), "a segment whose creation was cut short is removed");
-                remove_segment(file_system, directory, sequence)
-                    .map_err(|error| disk_error(error, opening()))?;
+                remove_segment(file_system, directory, sequence).map_err(|error| disk_error(error, opening()))?;
                 break;
             }
             let after = newest.map_or(Lsn::ZERO, |previous| previous.first_lsn);

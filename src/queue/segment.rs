@@ -95,8 +95,9 @@ pub(super) fn corrupt(path: &Path, offset: u64, after: Lsn, up_to: Lsn, what: &s
         "the queue's segment {} is corrupt at offset {offset}: {what}; in danger are the transactions {range}",
         path.display()
     );
-    Error::new(ErrorKind::Queue, text)
-        .hint("restore the file if there is a copy; else the migration has to start anew (walferry clean, then migrate)")
+    Error::new(ErrorKind::Queue, text).hint(
+        "restore the file if there is a copy; else the migration has to start anew (walferry clean, then migrate)",
+    )
 }
 
 /// Reads and checks a segment's header. `Ok(None)` where the file is too short to hold one, or what it holds cannot be
