@@ -378,3 +378,24 @@ fn what_is_out_of_order_is_refused() {
     assert_eq!(block_on(appender.rewind()).unwrap(), end_of(2));
     appender.position(end_of(5)).unwrap();
 }
+
+#[test]
+fn what_was_never_synced_may_reach_the_disk_in_any_order() {
+    use super::format::BlockHeader;
+    let disk = written_disk(2);
+    let mut content = disk.content(&segment(1));
+    let header_at = |content: &[u8], offset: usize| {
+        BlockHeader::decode(content[offset..].first_chunk().unwrap(), 1, offset as u64).unwrap()
+    };
+    let first = SEGMENT_HEADER_BYTES as usize;
+    let second = first + header_at(&content, first).block_bytes() as usize;
+    // As if both blocks had been written without a sync between them, and the second alone came to the disk.
+    let header = BlockHeader { durable_offset: SEGMENT_HEADER_BYTES, ..header_at(&content, second) };
+    content[second..second + BLOCK_HEADER_BYTES].copy_from_slice(&header.encode());
+    content[first..second].fill(0);
+    disk.set_content(&segment(1), content);
+    let (queue, mut appender) = try_open(&disk, roomy()).unwrap();
+    assert_eq!(queue.durable_end(), Lsn(BASE));
+    append_durably(&mut appender, 0..3);
+    assert_eq!(read_all(&mut queue.reader(Lsn(BASE)).unwrap()).unwrap(), items(0..3));
+}
