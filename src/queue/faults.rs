@@ -124,10 +124,6 @@ impl FaultyFileSystem {
         self.disk().names.keys().cloned().collect()
     }
 
-    pub fn length(&self, path: &Path) -> usize {
-        self.content(path).len()
-    }
-
     pub fn content(&self, path: &Path) -> Vec<u8> {
         let disk = self.disk();
         disk.inodes[disk.names[path]].live.clone()

@@ -124,7 +124,21 @@ impl Reader {
         match entry {
             Entry::Begin(_) => {
                 // What follows a boundary that was handed out ends past it. Otherwise only its end tells.
-                self.leaving_out = self.passed < self.after && self.transaction_end()? <= self.after;
+                self.leaving_out = self.passed < self.after
+                    && match self.transaction_end() {
+                        Ok(end) => end <= self.after,
+                        Err(error) if error.is_transient() => {
+                            // Taken back, and nothing of it was handed out: look again from the start.
+                            self.frames = Bytes::new();
+                            self.cursor = 0;
+                            let shared = Arc::clone(&self.shared);
+                            let state = shared.lock();
+                            self.generation = state.generation;
+                            self.seek_again(&state)?;
+                            return Ok(None);
+                        }
+                        Err(error) => return Err(error),
+                    };
                 self.handing_out = !self.leaving_out;
             }
             Entry::Data(_) => {}
