@@ -100,7 +100,6 @@ async fn each_sslmode_gives_what_it_promises_to_both_clients() {
     assert!(both(&server.tcp(&format!("{certified} sslcert={certificate} sslkey={key}"))).await);
     refusal(&server.tcp(&certified)).await;
     let stranger = format!("{certified} sslcert={other} sslkey={}", server.path("other.key"));
-    std::fs::set_permissions(server.path("other.key"), std::fs::Permissions::from_mode(0o600)).unwrap();
     let error = refusal(&server.tcp(&stranger)).await;
     assert!(!error.is_transient(), "{error:?}");
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
@@ -111,9 +110,12 @@ async fn each_sslmode_gives_what_it_promises_to_both_clients() {
     let admin = server.socket().connect("admin").await.unwrap();
     admin.batch_execute("ALTER SYSTEM SET ssl = off").await.unwrap();
     admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
-    while text(&server.socket().connect("reloaded").await.unwrap(), "SHOW ssl").await == "on" {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let reloaded = async {
+        while text(&server.socket().connect("reloaded").await.unwrap(), "SHOW ssl").await == "on" {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), reloaded).await.expect("the server reads its configuration again");
     for mode in ["disable", "allow", "prefer"] {
         assert!(!both(&server.tcp(&format!("user=scram sslmode={mode}"))).await, "{mode}");
     }
@@ -135,6 +137,21 @@ async fn a_certificate_without_alternative_names_is_checked_by_its_common_name()
     assert!(both(&spec("localhost")).await);
     let error = refusal(&spec("db.example")).await;
     assert_eq!(error.kind(), ErrorKind::Other, "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_self_signed_certificate_is_trusted_only_by_itself() {
+    let server = Server::start("other").await;
+    let spec = |host: &str, mode: &str, roots: &str| {
+        let text = server.string(&format!("user=scram sslmode={mode} sslrootcert={}", server.path(roots)));
+        let text = text.replace("host=127.0.0.1", &format!("host={host} hostaddr=127.0.0.1"));
+        ConnectionSpec::parse(&format!("{text} password={}", quoted(PASSWORD))).unwrap()
+    };
+    assert!(both(&spec("stranger", "verify-full", "other.crt")).await);
+    assert!(both(&spec("another", "verify-ca", "other.crt")).await);
+    for spec in [spec("another", "verify-full", "other.crt"), spec("stranger", "verify-full", "ca.crt")] {
+        assert_eq!(refusal(&spec).await.kind(), ErrorKind::Other);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
