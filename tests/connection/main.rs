@@ -291,6 +291,26 @@ async fn h36_a_pooler_in_the_way_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_cuts_scram_short_is_not_believed() {
+    let impostor = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port = impostor.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = impostor.accept().await {
+            let mut request = [0; 4096];
+            stream.read(&mut request).await.unwrap();
+            stream.write_all(b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0").await.unwrap();
+            stream.read(&mut request).await.unwrap();
+            // Let in without any proof that it knows the password, and ready for queries.
+            stream.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await.unwrap();
+            let _ = stream.read(&mut request).await;
+        }
+    });
+    let text = format!("host=127.0.0.1 port={port} user=u password=p sslmode=disable");
+    let error = refusal(&ConnectionSpec::parse(&text).unwrap()).await;
+    assert_eq!(error.kind(), ErrorKind::Server, "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h13_settings_are_pinned_on_both_kinds_of_session_whatever_the_role_says() {
     let server = Server::start("server").await;
     let admin = server.socket().connect("admin").await.unwrap();
