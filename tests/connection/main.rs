@@ -297,9 +297,9 @@ async fn a_server_that_cuts_scram_short_is_not_believed() {
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = impostor.accept().await {
             let mut request = [0; 4096];
-            stream.read(&mut request).await.unwrap();
+            assert!(stream.read(&mut request).await.unwrap() > 0);
             stream.write_all(b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0").await.unwrap();
-            stream.read(&mut request).await.unwrap();
+            assert!(stream.read(&mut request).await.unwrap() > 0);
             // Let in without any proof that it knows the password, and ready for queries.
             stream.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await.unwrap();
             let _ = stream.read(&mut request).await;
