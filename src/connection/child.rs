@@ -48,7 +48,7 @@ impl ChildEnvironment {
         let from_command = spec.password_from_command().await?;
         let mut lines = String::new();
         for host in &spec.hosts {
-            let Some(password) = spec.password_for(host, from_command.as_deref()).await else { continue };
+            let Some(password) = spec.password_for(host, from_command.as_deref()) else { continue };
             if password.contains(['\n', '\r']) {
                 let message = "a password with a line break cannot be handed to PostgreSQL's own tools";
                 return Err(Error::new(ErrorKind::Usage, message));

@@ -147,7 +147,7 @@ pub(crate) async fn open<S: Session>(spec: &ConnectionSpec, application_name: &s
             let login = Login {
                 user: spec.user.clone(),
                 database: spec.database.clone(),
-                password: spec.password_for(host, from_command.as_deref()).await,
+                password: spec.password_for(host, from_command.as_deref()),
                 options: spec.options(),
                 application_name: application_name.to_owned(),
                 channel_binding: spec.channel_binding,
@@ -169,7 +169,11 @@ pub(crate) async fn open<S: Session>(spec: &ConnectionSpec, application_name: &s
         Some(only) if failed.is_empty() => Err(only),
         Some(last) => {
             let all: Vec<String> = failed.iter().chain([&last]).map(ToString::to_string).collect();
-            Err(Error::new(ErrorKind::Transient, all.join("; ")))
+            let error = Error::new(ErrorKind::Transient, all.join("; "));
+            Err(match last.next_step() {
+                Some(hint) => error.hint(hint),
+                None => error,
+            })
         }
         None => Err(Error::new(ErrorKind::Usage, "the connection string names no host")),
     }

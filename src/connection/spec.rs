@@ -158,7 +158,7 @@ impl ConnectionSpec {
     }
 
     /// The password for one of the hosts, from the command, the parameters or the password file, in that order.
-    pub(super) async fn password_for(&self, host: &Host, from_command: Option<&str>) -> Option<String> {
+    pub(super) fn password_for(&self, host: &Host, from_command: Option<&str>) -> Option<String> {
         if let Some(password) = from_command.or(self.password.as_deref()) {
             return Some(password.to_owned());
         }

@@ -370,9 +370,10 @@ impl ReplicationStream {
         }
     }
 
-    /// Whether a whole message has already been read from the socket, so that [`ReplicationStream::next`] will not wait.
+    /// Whether a whole message has already been read from the socket, so that [`ReplicationStream::next`] will not wait
+    /// (but for the rare notice that it passes over).
     ///
-    /// False does not mean that the kernel holds nothing.
+    /// False does not mean that the kernel holds nothing: what polls `next` once, and drops it, knows.
     pub fn has_buffered(&self) -> bool {
         self.wire.has_whole_message()
     }

@@ -100,7 +100,6 @@ async fn each_sslmode_gives_what_it_promises_to_both_clients() {
     assert!(both(&server.tcp(&format!("{certified} sslcert={certificate} sslkey={key}"))).await);
     refusal(&server.tcp(&certified)).await;
     let stranger = format!("{certified} sslcert={other} sslkey={}", server.path("other.key"));
-    std::fs::set_permissions(server.path("other.key"), std::fs::Permissions::from_mode(0o600)).unwrap();
     let error = refusal(&server.tcp(&stranger)).await;
     assert!(!error.is_transient(), "{error:?}");
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
@@ -111,9 +110,12 @@ async fn each_sslmode_gives_what_it_promises_to_both_clients() {
     let admin = server.socket().connect("admin").await.unwrap();
     admin.batch_execute("ALTER SYSTEM SET ssl = off").await.unwrap();
     admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
-    while text(&server.socket().connect("reloaded").await.unwrap(), "SHOW ssl").await == "on" {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let reloaded = async {
+        while text(&server.socket().connect("reloaded").await.unwrap(), "SHOW ssl").await == "on" {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), reloaded).await.expect("the server reads its configuration again");
     for mode in ["disable", "allow", "prefer"] {
         assert!(!both(&server.tcp(&format!("user=scram sslmode={mode}"))).await, "{mode}");
     }
@@ -135,6 +137,21 @@ async fn a_certificate_without_alternative_names_is_checked_by_its_common_name()
     assert!(both(&spec("localhost")).await);
     let error = refusal(&spec("db.example")).await;
     assert_eq!(error.kind(), ErrorKind::Other, "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_self_signed_certificate_is_trusted_only_by_itself() {
+    let server = Server::start("other").await;
+    let spec = |host: &str, mode: &str, roots: &str| {
+        let text = server.string(&format!("user=scram sslmode={mode} sslrootcert={}", server.path(roots)));
+        let text = text.replace("host=127.0.0.1", &format!("host={host} hostaddr=127.0.0.1"));
+        ConnectionSpec::parse(&format!("{text} password={}", quoted(PASSWORD))).unwrap()
+    };
+    assert!(both(&spec("stranger", "verify-full", "other.crt")).await);
+    assert!(both(&spec("another", "verify-ca", "other.crt")).await);
+    for spec in [spec("another", "verify-full", "other.crt"), spec("stranger", "verify-full", "ca.crt")] {
+        assert_eq!(refusal(&spec).await.kind(), ErrorKind::Other);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -271,6 +288,26 @@ async fn h36_a_pooler_in_the_way_is_named() {
     let error = refusal(&spec).await;
     assert_eq!(error.kind(), ErrorKind::Blocked, "{error:?}");
     assert!(error.to_string().contains("pooler"), "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_cuts_scram_short_is_not_believed() {
+    let impostor = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let port = impostor.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = impostor.accept().await {
+            let mut request = [0; 4096];
+            assert!(stream.read(&mut request).await.unwrap() > 0);
+            stream.write_all(b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0").await.unwrap();
+            assert!(stream.read(&mut request).await.unwrap() > 0);
+            // Let in without any proof that it knows the password, and ready for queries.
+            stream.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").await.unwrap();
+            let _ = stream.read(&mut request).await;
+        }
+    });
+    let text = format!("host=127.0.0.1 port={port} user=u password=p sslmode=disable");
+    let error = refusal(&ConnectionSpec::parse(&text).unwrap()).await;
+    assert_eq!(error.kind(), ErrorKind::Server, "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -88,13 +88,13 @@ fn make_certificates(directory: &Path) {
             ),
         );
     }
-    for key in ["server.key", "client.key", "named.key"] {
+    for key in ["server.key", "client.key", "named.key", "other.key"] {
         fs::set_permissions(directory.join(key), fs::Permissions::from_mode(0o600)).unwrap();
     }
 }
 
 impl Server {
-    /// Starts a server with one of the certificates `server` and `named`.
+    /// Starts a server with one of the certificates `server`, `named` (no alternative names) and `other` (self-signed).
     pub async fn start(certificate: &str) -> Server {
         let directory = tempfile::Builder::new().prefix("walferry-connection-").tempdir_in("/tmp").unwrap();
         let path = directory.path().to_owned();
@@ -113,6 +113,8 @@ impl Server {
             .arg(path.join("password"))
             .arg("--pgdata")
             .arg(path.join("data")));
+        // Not on the command line, which ALTER SYSTEM cannot change.
+        fs::write(path.join("data/postgresql.auto.conf"), "ssl = on\n").unwrap();
         // Free until a moment ago; nobody else asks for this one.
         let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
         let at = path.display();
@@ -122,7 +124,7 @@ impl Server {
             .arg(path.join("data"))
             .args(["-c", &format!("port={port}"), "-c", "listen_addresses=127.0.0.1"])
             .args(["-c", &format!("unix_socket_directories={at}"), "-c", &format!("hba_file={at}/hba.conf")])
-            .args(["-c", "ssl=on", "-c", &format!("ssl_ca_file={at}/ca.crt")])
+            .args(["-c", &format!("ssl_ca_file={at}/ca.crt")])
             .args(["-c", &format!("ssl_cert_file={at}/{certificate}.crt")])
             .args(["-c", &format!("ssl_key_file={at}/{certificate}.key")])
             .args(["-c", "wal_level=logical", "-c", "fsync=off"])
