@@ -126,6 +126,12 @@ impl Running {
 
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         let (queue, mut appender) = queue::open(&self.directory.directory().queue(), start, self.config.queue)?;
+        // What the ledger has already needs no room in the queue.
+        let applied =
+            crate::target::ledger::apply_progress(&self.config.target.connect(&self.application_name).await?).await?;
+        if let Some(least) = applied.into_iter().min() {
+            queue.trim(least)?;
+        }
         let subscription = receive::Subscription {
             slot: migration.slot.clone(),
             publications: vec![migration.publication.clone(), migration.insert_only_publication.clone()],
