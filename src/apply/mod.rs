@@ -221,7 +221,7 @@ impl Apply {
             if number == 0 {
                 rows.extend(&idle);
             }
-            (number == 0 || writer.in_transaction()).then(|| async move { writer.commit(&rows, end.end_lsn).await })
+            (number == 0 || writer.in_transaction()).then_some(async move { writer.commit(&rows, end.end_lsn).await })
         });
         for outcome in join_all(commits).await {
             // Whether it was committed is only in the ledger now; the caller reads it again.
