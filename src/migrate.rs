@@ -31,6 +31,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::board::{Side, StatusBoard};
 use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::observe::{http, metrics};
+use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
@@ -69,6 +70,8 @@ struct Running {
     directory: LockedDirectory,
     /// What all of our sessions call themselves: `walferry/` and the migration's id.
     application_name: String,
+    /// What the operator holds.
+    pause: Pause,
 }
 
 /// Migrates, until the cutover has gone through.
@@ -99,7 +102,8 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
     let (cutovers, mut requested) = mpsc::channel(1);
-    let _control = ControlServer::start(directory.directory(), board.clone(), cutovers)?;
+    let pause = Pause::restore(directory.directory(), board);
+    let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), cutovers)?;
     let _http = match config.http_address {
         Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
         None => None,
@@ -108,7 +112,8 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let _status = background::keep_status(directory.directory().clone(), board.clone());
 
     let identified = identify::identify(&config, &directory, board).await?;
-    let migration = Running { config, board: board.clone(), directory, application_name: identified.application_name };
+    let migration =
+        Running { config, board: board.clone(), directory, application_name: identified.application_name, pause };
     migration.go(identified.migration, &mut requested).await
 }
 
