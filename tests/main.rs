@@ -1,0 +1,7 @@
+//! Whole migrations, run by the real program between real servers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+mod flow;
