@@ -4,4 +4,7 @@
 
 mod support;
 
+mod clean;
 mod flow;
+mod killed;
+mod refused;

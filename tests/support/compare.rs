@@ -74,8 +74,8 @@ pub async fn definitions(client: &Client) -> Vec<String> {
          UNION ALL SELECT format('trigger %s %s', pg_get_triggerdef(t.oid), tgenabled) \
              FROM ours JOIN pg_trigger t ON t.tgrelid = ours.oid AND NOT tgisinternal \
          UNION ALL SELECT format('view %I.%I %s', nspname, relname, pg_get_viewdef(oid)) FROM ours WHERE relkind IN ('v', 'm') \
-         UNION ALL SELECT format('replica identity %I.%I %s', nspname, relname, relreplident) \
-             FROM ours JOIN pg_class USING (oid) WHERE ours.relkind IN ('r', 'p') \
+         UNION ALL SELECT format('replica identity %I.%I %s', nspname, ours.relname, c.relreplident) \
+             FROM ours JOIN pg_class c USING (oid) WHERE ours.relkind IN ('r', 'p') \
          UNION ALL SELECT format('function %s', pg_get_functiondef(p.oid)) FROM pg_proc p \
              JOIN pg_namespace n ON n.oid = p.pronamespace WHERE {OUR_SCHEMAS} AND prokind IN ('f', 'p') \
          UNION ALL SELECT format('type %I.%I %s %s', n.nspname, typname, typtype, \

@@ -111,11 +111,16 @@ impl Migration {
         Running::start(&all, &self.files(), &self.environment)
     }
 
-    /// `walferry <command> --dir …`, to its end.
-    pub async fn with_directory(&self, command: &str, arguments: &[&str]) -> Finished {
+    /// `walferry <command> --dir …`.
+    pub fn start(&self, command: &str, arguments: &[&str]) -> Running {
         let dir = self.dir();
         let all = [&[command, "--dir", &dir], arguments].concat();
-        Running::start(&all, &self.files(), &self.environment).wait().await
+        Running::start(&all, &self.files(), &self.environment)
+    }
+
+    /// `walferry <command> --dir …`, to its end.
+    pub async fn with_directory(&self, command: &str, arguments: &[&str]) -> Finished {
+        self.start(command, arguments).wait().await
     }
 
     /// `walferry <command> --source … --target …`, to its end.
@@ -131,8 +136,8 @@ impl Migration {
     }
 
     /// Waits until the running migration shows this phase.
-    pub async fn wait_for_phase(&self, running: &mut Running, phase: &str) {
-        self.wait_for_status(running, phase, |status| status["phase"] == phase).await;
+    pub async fn wait_for_phase(&self, running: &mut Running, phase: &str) -> Value {
+        self.wait_for_status(running, phase, |status| status["phase"] == phase).await
     }
 
     /// Waits until the status of the running migration is as wished.
@@ -214,4 +219,50 @@ pub async fn until_true(client: &Client, query: &str) {
         row.get::<_, Option<bool>>(0).unwrap_or(false).then_some(())
     })
     .await;
+}
+
+/// Waits until a session of this server waits for a lock with a statement that has this text in it.
+pub async fn is_blocked(client: &Client, statement: &str) {
+    let query = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND strpos(query, $1) > 0";
+    until(&format!("a session is blocked in {statement}"), || async {
+        let blocked = client.query(query, &[&statement]).await.unwrap();
+        (!blocked.is_empty()).then_some(())
+    })
+    .await;
+}
+
+/// A `pg_dump` that waits before it dumps.
+pub struct HeldDump {
+    directory: PathBuf,
+}
+
+/// Gives a migration a `pg_dump` that waits, from now on.
+pub fn hold_pg_dump(migration: &mut Migration) -> HeldDump {
+    let directory = migration.files().join("bin");
+    std::fs::create_dir(&directory).unwrap();
+    std::os::unix::fs::symlink(programs().bin("pg_restore"), directory.join("pg_restore")).unwrap();
+    // An orphan ends: whoever started it is gone.
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *--snapshot*)\n  touch '{0}/reached'\n  while [ -e '{0}/held' ]; do\n    \
+         kill -0 $PPID || exit 1\n    sleep 0.05\n  done ;;\nesac\nexec '{1}' \"$@\"\n",
+        directory.display(),
+        programs().bin("pg_dump").display()
+    );
+    let program = directory.join("pg_dump");
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::write(directory.join("held"), "").unwrap();
+    migration.environment.push(("WALFERRY_PG_BIN".to_owned(), directory.to_str().unwrap().to_owned()));
+    HeldDump { directory }
+}
+
+impl HeldDump {
+    pub async fn is_reached(&self) {
+        let reached = self.directory.join("reached");
+        until("pg_dump is started", || async { reached.exists().then_some(()) }).await;
+    }
+
+    pub fn release(&self) {
+        std::fs::remove_file(self.directory.join("held")).unwrap();
+    }
 }
