@@ -18,6 +18,7 @@ use crate::observe::board::StatusBoard;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
+use crate::pause::What;
 use crate::queue;
 use crate::source::catalog;
 use crate::state_directory::StateDirectory;
@@ -44,6 +45,8 @@ pub async fn run(cli: Cli) -> Result<()> {
         }
         Command::Status(options) => status(options).await,
         Command::Cutover(options) => cutover(options).await,
+        Command::Pause(options) => pause(options, What::Apply, true).await,
+        Command::Resume(options) => pause(options, What::All, false).await,
         Command::Verify(options) => verify(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Demo(options) => {
@@ -220,6 +223,19 @@ async fn cutover(options: cli::Cutover) -> Result<()> {
             _ => {}
         }
     }
+}
+
+async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Result<()> {
+    let directory = StateDirectory::at(&options.directory.dir);
+    let request = Request::Pause { what: options.what.unwrap_or(otherwise), rest };
+    let Answer::Paused(paused) = Conversation::begin(&directory, &request).await?.next().await? else {
+        return Err(Error::new(ErrorKind::Other, "the migration answered something else"));
+    };
+    if options.json {
+        return print_json(&json!({ "version": 1, "apply": paused.apply, "copy": paused.copy }));
+    }
+    let state = |paused: bool| if paused { "paused" } else { "going on" };
+    print(&format!("apply {}, copy {}\n", state(paused.apply), state(paused.copy)))
 }
 
 /// Shows both ends, and asks.

@@ -35,6 +35,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::{AppliedBatch, StatusBoard};
 use crate::observe::status::Level;
+use crate::pause::{self, Paused};
 use crate::queue::Queue;
 use crate::target::writer::{WriteError, Writer};
 
@@ -76,6 +77,8 @@ pub struct Apply {
     pub progress: Vec<Lsn>,
     /// Where it is shown.
     pub board: StatusBoard,
+    /// Whether it is to rest; it does so between units.
+    pub paused: watch::Receiver<Paused>,
     /// Where others wait for it.
     pub applied: watch::Sender<Applied>,
 }
@@ -147,6 +150,9 @@ impl Apply {
                     return Ok(if complete <= least { Ended::Replay(None) } else { Ended::UpTo(complete) });
                 }
             };
+            if self.is_untouched() {
+                pause::apply_may_go_on(&mut self.paused).await;
+            }
             let since = *begun.get_or_insert_with(Instant::now);
             let end = chunk.end.take();
             let outcome = match &end {
@@ -221,7 +227,7 @@ impl Apply {
             if number == 0 {
                 rows.extend(&idle);
             }
-            (number == 0 || writer.in_transaction()).then(|| async move { writer.commit(&rows, end.end_lsn).await })
+            (number == 0 || writer.in_transaction()).then_some(async move { writer.commit(&rows, end.end_lsn).await })
         });
         for outcome in join_all(commits).await {
             // Whether it was committed is only in the ledger now; the caller reads it again.

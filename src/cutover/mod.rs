@@ -64,6 +64,8 @@ pub struct Cutover<'a> {
     pub tables: &'a [(Table, bool)],
     /// How far the apply is.
     pub applied: watch::Receiver<Applied>,
+    /// What stands against it, besides what it finds itself.
+    pub blockers: Vec<String>,
 }
 
 /// A step that is done.
@@ -143,6 +145,12 @@ impl Cutover<'_> {
         if migration.is_none_or(|migration| migration.phase != ledger::Phase::Following) {
             return Err(Error::new(ErrorKind::Aborted, "the migration does not follow yet")
                 .hint("`walferry status` says what it waits for."));
+        }
+        if !self.blockers.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Aborted,
+                format!("the migration is not ready: {}", self.blockers.join("; ")),
+            ));
         }
         self.no_prepared_transactions(source).await?;
         self.same_catalog(source, target, options).await

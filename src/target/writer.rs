@@ -11,7 +11,7 @@
 //! index is asked for each row; a surprising full scan of a large table would cost more than the batch.
 //!
 //! Every statement must meet exactly the rows it was given (I6). When it does not, or when the target refuses it, nothing of
-//! the unit is committed, and it is replayed row by row ([`Refused`]).
+//! the unit is committed, and it is replayed row by row ([`WriteError::Refused`]).
 
 use std::collections::{HashMap, HashSet};
 use std::pin::pin;
