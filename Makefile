@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes use cargo, which brings its own parallelism.
 .NOTPARALLEL:
-.PHONY: help setup demo test fixtures lint
+.PHONY: help setup demo test torture fixtures lint
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
@@ -31,3 +31,6 @@ lint: ## Checks format, lints and documentation
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+torture: setup ## Migrates while everything breaks: SEED=1 MINUTES=10 (or ROUNDS=20)
+	SEED=$(SEED) MINUTES=$(MINUTES) ROUNDS=$(ROUNDS) cargo test --locked --test torture -- --ignored --exact hunt --nocapture
