@@ -1,9 +1,9 @@
 //! The cutover: from "the target follows" to "the target is the primary", all or nothing (I8).
 //!
 //! ```text
-//!   check ► fence ► marker ► drain ► close ► sequences ► last check ► marker ► drain ► switch ► release
-//!           └────────────── anything fails, or time is up: open, unlock, follow again ──────┘ │
-//!                                                                  one synchronous commit on the target
+//!   check ► fence ► marker, drain ► close ► settle (sequences, last check, second marker: at once) ► switch ► release
+//!           └─────────── anything fails, or time is up: open, unlock, follow again ──────────────┘ │
+//!                                                                       one synchronous commit on the target
 //! ```
 //!
 //! | step | what holds afterwards |
@@ -11,9 +11,7 @@
 //! | fence | our session has locked every migrated table against writes, and waited for those in flight; applications wait |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
-//! | sequences | read when nobody can call `nextval` any more (H31), and set on the target |
-//! | last check | the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27) |
-//! | second drain | no change came between the markers, so nothing slipped through the fence |
+//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); no change came between the markers, so nothing slipped through the fence |
 //! | switch | the lock session has proved that it still holds its locks; one synchronous commit on the target decides |
 //!
 //! What is done to the source stands in the ledger before it is done, so that after a crash [`lift_left_over_fence`] undoes it.
@@ -105,12 +103,17 @@ impl Cutover<'_> {
     pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step)) -> Result<Outcome> {
         let source = self.source.connect(self.application_name).await?;
         let target = self.target.connect(self.application_name).await?;
+        // A session of its own for the last look at the catalog, made while nobody waits.
+        let inspector = self.source.connect(self.application_name).await?;
+        let before = ledger::fingerprint(&target).await?;
         let mut timer = Timer::new(options, &mut step);
-        self.preconditions(&source, &target, options).await.map_err(|error| error.with_kind(ErrorKind::Aborted))?;
+        self.preconditions(&source, &target, &before, options)
+            .await
+            .map_err(|error| error.with_kind(ErrorKind::Aborted))?;
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
-        let outcome = self.switch(&source, &target, &mut fence, options, &mut timer).await;
+        let outcome = self.switch((&source, &inspector), &target, &mut fence, (&before, options), &mut timer).await;
         match outcome {
             Ok((cutover_lsn, sequences_synced)) => {
                 fence.release().await?;
@@ -140,7 +143,13 @@ impl Cutover<'_> {
         }
     }
 
-    async fn preconditions(&self, source: &Client, target: &Client, options: &Options) -> Result<()> {
+    async fn preconditions(
+        &self,
+        source: &Client,
+        target: &Client,
+        before: &BTreeMap<String, String>,
+        options: &Options,
+    ) -> Result<()> {
         let migration = ledger::load(target).await?;
         if migration.is_none_or(|migration| migration.phase != ledger::Phase::Following) {
             return Err(Error::new(ErrorKind::Aborted, "the migration does not follow yet")
@@ -152,17 +161,27 @@ impl Cutover<'_> {
                 format!("the migration is not ready: {}", self.blockers.join("; ")),
             ));
         }
+        self.nothing_escaped(source, before, options).await
+    }
+
+    /// What table locks do not hold back: prepared transactions (H30), and DDL (I11).
+    async fn nothing_escaped(
+        &self,
+        source: &Client,
+        before: &BTreeMap<String, String>,
+        options: &Options,
+    ) -> Result<()> {
         self.no_prepared_transactions(source).await?;
-        self.same_catalog(source, target, options).await
+        self.same_catalog(source, before, options).await
     }
 
     /// From the fence to the decision. Every error leads to the fence being lifted.
     async fn switch(
         &self,
-        source: &Client,
+        (source, inspector): (&Client, &Client),
         target: &Client,
         fence: &mut Fence<'_>,
-        options: &Options,
+        (before, options): (&BTreeMap<String, String>, &Options),
         timer: &mut Timer<'_>,
     ) -> Result<(Lsn, usize)> {
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
@@ -173,20 +192,22 @@ impl Cutover<'_> {
 
         timer.within(fence.close()).await?;
         timer.done("close");
-        let synced = timer.within(sequences::copy(source, target)).await?;
-        timer.done("sequences");
-        self.no_prepared_transactions(source).await?;
-        timer.within(self.same_catalog(source, target, options)).await?;
-        timer.within(self.insert_only_tables_are_equal()).await?;
-        timer.done("last check");
-
-        let second = self.drain(source, timer).await?;
+        // At once, because applications wait: nobody writes any more, so their order does not matter.
+        let settled = timer.within(async {
+            tokio::try_join!(
+                sequences::copy(source, target),
+                self.drain(source, timer),
+                self.nothing_escaped(inspector, before, options),
+                self.insert_only_tables_are_equal(),
+            )
+        });
+        let (synced, second, (), ()) = settled.await?;
         if second.changes != first.changes {
             let count = second.changes - first.changes;
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
                 .hint("Somebody wrote without waiting for the locks; look for sessions with special rights."));
         }
-        timer.done("second drain");
+        timer.done("settle");
 
         fence.prove(tables.len()).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
@@ -277,9 +298,9 @@ impl Cutover<'_> {
     }
 
     /// I11: nothing that the stream does not show has come, gone or changed.
-    async fn same_catalog(&self, source: &Client, target: &Client, options: &Options) -> Result<()> {
-        let (before, now) = (ledger::fingerprint(target).await?, catalog::fingerprint(source).await?);
-        let changed: Vec<String> = changes(&before, &now)
+    async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
+        let now = catalog::fingerprint(source).await?;
+        let changed: Vec<String> = changes(before, &now)
             .into_iter()
             .filter(|change| !options.waive.iter().any(|waived| change.starts_with(waived.as_str())))
             .collect();
@@ -353,8 +374,7 @@ struct Timer<'a> {
 }
 
 /// The steps in order: the one after the last that is done is under way.
-const STEPS: [&str; 10] =
-    ["check", "fence", "drain", "close", "sequences", "last check", "second drain", "switch", "release", "the end"];
+const STEPS: [&str; 8] = ["check", "fence", "drain", "close", "settle", "switch", "release", "the end"];
 
 impl<'a> Timer<'a> {
     fn new(options: &Options, tell: &'a mut dyn FnMut(&Step)) -> Timer<'a> {
