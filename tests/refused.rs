@@ -289,11 +289,8 @@ fn has_every_documented_field(status: &serde_json::Value) {
 
 fn answers_over_http(running: &Running) {
     let log = running.log();
-    let address = log.split_whitespace().find_map(|word| {
-        let word = word.trim_start_matches("http://").trim_end_matches([',', '.', ';', '/']);
-        word.strip_prefix("127.0.0.1:").and_then(|rest| rest.split('/').next()?.parse::<u16>().ok())
-    });
-    let port = address.unwrap_or_else(|| panic!("the log does not say where HTTP is served:\n{log}"));
+    let (_, rest) = log.split_once("http://127.0.0.1:").unwrap_or_else(|| panic!("no address of HTTP in:\n{log}"));
+    let port: u16 = rest.split('/').next().unwrap().parse().unwrap();
     let get = |path: &str| {
         let mut connection = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
         write!(connection, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
