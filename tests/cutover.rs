@@ -79,6 +79,14 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
     holder.batch_execute("ROLLBACK").await.unwrap();
     nothing_has_happened(&migration, &mut running, &application).await;
 
+    // The target refuses the decision itself: somebody has a lock on a table whose identity is to be restored.
+    holder.batch_execute("BEGIN; LOCK TABLE app.big IN ACCESS SHARE MODE").await.unwrap();
+    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    println!("{}", refused.stderr);
+    refused.assert_refused(5, &["during switch", "lock timeout", "The fence is lifted"]);
+    nothing_has_happened(&migration, &mut running, &application).await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+
     migration.cut_over(running).await;
     application.stop().await;
     migration.assert_equal().await;

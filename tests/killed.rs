@@ -350,6 +350,26 @@ async fn sigterm_ends_it_within_seconds_in_every_phase() {
     assert!(is_open_to_writers(&migration).await, "the fence is lifted before it ends");
     holder.batch_execute("ROLLBACK").await.unwrap();
 
-    let running = migration.migrate(&SMALL_PARTS);
-    finish(&migration, running, application).await;
+    // It has decided, but for a lock: then that stands, and the fence with it.
+    let mut running = migration.migrate(&SMALL_PARTS);
+    ready(&migration, &mut running).await;
+    holder.batch_execute("BEGIN; LOCK TABLE app.big IN ACCESS SHARE MODE").await.unwrap();
+    let cutover = begin_cutover(&migration);
+    is_blocked(&target, "cut_over").await;
+    let ended = tokio::spawn(running.terminate());
+    is_blocked(&target, "walferry.migration FOR UPDATE").await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(ended.await.unwrap().code, Some(130));
+    cutover.wait().await;
+    let decided: bool = migration.ledger("SELECT phase = 'cut_over' FROM walferry.migration").await[0].get(0);
+    assert_eq!(is_open_to_writers(&migration).await, !decided, "never two primaries, never none");
+    let mut running = migration.migrate(&SMALL_PARTS);
+    if decided {
+        assert_eq!(running.wait().await.code, Some(0));
+    } else {
+        ready(&migration, &mut running).await;
+        migration.cut_over(running).await;
+    }
+    application.stop().await;
+    migration.assert_equal().await;
 }

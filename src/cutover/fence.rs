@@ -208,15 +208,34 @@ impl<'a> Fence<'a> {
         }
     }
 
-    /// Before the decision: as if nothing had been.
-    pub(super) async fn lift(&mut self) -> Result<()> {
+    /// Before the decision: as if nothing had been. `target` is a session that still works: the one that failed to decide does not.
+    pub(super) async fn lift(&mut self, target: Result<Client>) -> Result<()> {
         if let Some(closed) = &self.closed {
             open_again(self.source, self.database, closed, self.application_name).await?;
-            self.target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
             self.closed = None;
+            let forget = "UPDATE walferry.migration SET fence = NULL WHERE phase <> 'cut_over'";
+            let forgotten = match target {
+                Ok(target) => target.batch_execute(forget).await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = forgotten {
+                // The next start lifts it once more, which changes nothing.
+                tracing::warn!(%error, "the ledger could not be told that the fence is lifted");
+            }
         }
         self.unlock().await;
         Ok(())
+    }
+
+    /// Statements that begin the deciding transaction: they fail when this fence has been lifted meanwhile, and whoever wants to
+    /// lift it waits for the transaction's end.
+    pub(super) fn still_up(&self) -> String {
+        let since = self.closed.as_ref().and_then(|closed| closed.since.as_deref()).unwrap_or_default();
+        format!(
+            "DO $decide$ BEGIN PERFORM FROM walferry.migration WHERE phase = 'following' AND fence->>'since' = {} FOR UPDATE; \
+             IF NOT FOUND THEN RAISE EXCEPTION 'the fence of this cutover was lifted'; END IF; END $decide$;",
+            sql::literal(since)
+        )
     }
 
     /// What an operator runs when the fence could not be lifted.
@@ -247,15 +266,21 @@ pub(crate) async fn open_again(source: &Client, database: &str, closed: &Closed,
 
 /// Opens the source again when a walferry died between closing it and deciding. After the decision it stays closed.
 ///
+/// The ledger's row is locked meanwhile: a session of the dead walferry that is about to decide comes first, and then the fence
+/// stays, or comes later, and then it finds its fence gone ([`Fence::still_up`]). Never both.
+///
 /// # Errors
 /// Whatever the servers say.
 pub async fn lift_left_over_fence(
     source: &Client,
-    target: &Client,
+    target: &mut Client,
     database: &str,
     application_name: &str,
 ) -> Result<bool> {
-    let row = target
+    let transaction = target.transaction().await?;
+    // Locked whatever it says, and read again after the wait.
+    transaction.execute("SELECT FROM walferry.migration FOR UPDATE", &[]).await?;
+    let row = transaction
         .query_opt(
             "SELECT fence->>'previous', fence->>'since' FROM walferry.migration \
              WHERE fence IS NOT NULL AND phase <> 'cut_over'",
@@ -265,6 +290,7 @@ pub async fn lift_left_over_fence(
         .context(|| "looking for a fence in the ledger".into())?;
     let Some(row) = row else { return Ok(false) };
     open_again(source, database, &Closed { previous: row.get(0), since: row.get(1) }, application_name).await?;
-    target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
+    transaction.execute("UPDATE walferry.migration SET fence = NULL", &[]).await?;
+    transaction.commit().await?;
     Ok(true)
 }

@@ -131,7 +131,7 @@ impl Cutover<'_> {
             }
             Err(error) => {
                 let at = timer.current();
-                let lifted = fence.lift().await;
+                let lifted = fence.lift(self.target.connect(self.application_name).await).await;
                 let next = error.next_step().unwrap_or("Mend the reason, then try again.").to_owned();
                 let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
                 match lifted {
@@ -195,8 +195,9 @@ impl Cutover<'_> {
         fence.prove(tables.len()).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()); COMMIT",
+            fence.still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             second.lsn
         );
