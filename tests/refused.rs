@@ -239,6 +239,8 @@ async fn a_migration_that_was_stopped_is_shown_and_takes_no_cutover() {
     let mut running = migration.migrate(&["--http-addr", "127.0.0.1:0"]);
     let status = migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
     has_every_documented_field(&status);
+    let copy = &status["copy"];
+    assert_eq!((&copy["tables_done"], &copy["tables_total"], &copy["rows_done"]), (&1.into(), &1.into(), &2.into()));
     assert_eq!(migration.with_directory("status", &["--exit-code"]).await.code, Some(0));
     answers_over_http(&running);
 
@@ -282,8 +284,6 @@ fn has_every_documented_field(status: &serde_json::Value) {
     ] {
         assert!(status.pointer(pointer).is_some(), "{pointer} is not in {status:#}");
     }
-    assert_eq!(status["copy"]["tables_done"], status["copy"]["tables_total"]);
-    assert_eq!(status["copy"]["rows_done"], 2);
     assert_eq!(status["error"], serde_json::Value::Null);
 }
 
