@@ -122,12 +122,14 @@ impl Running {
     /// All that comes after the check.
     async fn go(&self, migration: Migration, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
         if migration.phase == Phase::CutOver {
-            self.board.set_phase(ShownPhase::CutOver);
-            self.board
-                .event(Level::Info, "this migration has been cut over already; `walferry clean` removes what it left");
-            return Ok(());
+            return self.is_over();
         }
         self.end_sessions_left_behind().await?;
+        // Until it ended, a session of a walferry that was killed could still commit the decision of its cutover.
+        let migration = self.load().await?;
+        if migration.phase == Phase::CutOver {
+            return self.is_over();
+        }
         let (migration, mut held) = self.prepare(migration).await?;
 
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
@@ -164,6 +166,13 @@ impl Running {
         // The queue writes its last block before the directory's lock goes.
         beside.shutdown().await;
         outcome
+    }
+
+    fn is_over(&self) -> Result<()> {
+        self.board.set_phase(ShownPhase::CutOver);
+        let text = "this migration has been cut over already; `walferry clean` removes what it left";
+        self.board.event(Level::Info, text);
+        Ok(())
     }
 
     /// The phases, begun again from the ledger after each transient error.

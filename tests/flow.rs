@@ -34,7 +34,7 @@ async fn everything_is_on_the_target_after_a_migration_under_load() {
     let application = Application::start(&migration.source_url, 2);
     let bench = pgbench_is_here.then(|| {
         let mut command = pgbench(&migration).unwrap();
-        command.args(["-n", "-c", "4", "-j", "1", "-T", "3600", "--rate", "400", &migration.source_url]);
+        command.args(["-n", "-c", "4", "-j", "1", "-T", "3600", "--rate", "250", &migration.source_url]);
         command.spawn().unwrap()
     });
     application.goes_on(20).await;
@@ -50,6 +50,9 @@ async fn everything_is_on_the_target_after_a_migration_under_load() {
     let memory = running.watch_memory();
     migration.wait_for_status(&mut running, "ready_to_cutover", |status| status["ready_to_cutover"] == true).await;
     application.goes_on(50).await;
+    let status =
+        migration.wait_for_status(&mut running, "ready_to_cutover", |status| status["ready_to_cutover"] == true).await;
+    println!("{:#}", status["apply"]);
     let outcome = migration.cut_over(running).await;
     println!("{outcome:#}");
     assert!(outcome["downtime_ms"].as_f64().unwrap() > 0.0);

@@ -6,11 +6,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use tokio_postgres::Client;
-
 use crate::support::load::{self, Application};
 use crate::support::process::Running;
-use crate::support::{Migration, Servers, hold_pg_dump, is_blocked, until, until_true};
+use crate::support::{Migration, Servers, connect, hold_pg_dump, is_blocked, until, until_true};
 
 /// Small ranges, few jobs: so that a large table is half copied for a while.
 const SMALL_PARTS: [&str; 4] = ["--split-above", "1MiB", "--copy-jobs", "2"];
@@ -198,14 +196,15 @@ async fn kill_and_start_again(migration: &Migration, running: Running, cutover: 
     migration.migrate(&[])
 }
 
-async fn is_open_to_writers(source: &Client) -> bool {
-    source.query("SELECT FROM pg_db_role_setting", &[]).await.unwrap().is_empty()
+/// Asked in another database: who is connected to this one behind a fence is ended with it.
+async fn is_open_to_writers(migration: &Migration) -> bool {
+    let beside = connect(&migration.source_url.replace("/shop", "/postgres")).await;
+    beside.query("SELECT FROM pg_db_role_setting", &[]).await.unwrap().is_empty()
 }
 
 /// After a start: no fence, the application writes, the migration follows.
 async fn follows_again(migration: &Migration, running: &mut Running, application: &Application) {
-    let source = migration.source().await;
-    until("the source is open to writers", || async { is_open_to_writers(&source).await.then_some(()) }).await;
+    until("the source is open to writers", || async { is_open_to_writers(migration).await.then_some(()) }).await;
     ready(migration, running).await;
     application.goes_on(30).await;
 }
@@ -249,7 +248,7 @@ async fn killed_while_it_follows_or_cuts_over_it_leaves_no_fence_and_follows_aga
     holder.batch_execute("BEGIN; ALTER SEQUENCE app.counter CACHE 1").await.unwrap();
     let cutover = begin_cutover(&migration);
     is_blocked(&migration.target().await, "setval").await;
-    assert!(!is_open_to_writers(&migration.source().await).await);
+    assert!(!is_open_to_writers(&migration).await);
     assert!(migration.ledger("SELECT fence IS NOT NULL FROM walferry.migration").await[0].get::<_, bool>(0));
     let mut running = kill_and_start_again(&migration, running, cutover).await;
     follows_again(&migration, &mut running, &application).await;
@@ -274,10 +273,37 @@ async fn killed_while_it_follows_or_cuts_over_it_leaves_no_fence_and_follows_aga
     let ended = migration.migrate(&[]).wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(ended.stderr.contains("has been cut over already"), "{}", ended.stderr);
-    assert!(!is_open_to_writers(&migration.source().await).await, "the decision stands: no second primary");
+    assert!(!is_open_to_writers(&migration).await, "the decision stands: no second primary");
     application.stop().await;
     migration.assert_equal().await;
     assert_eq!(migration.status().await.unwrap()["phase"], "cut_over");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decision_that_is_committed_while_it_starts_again_is_the_cutover() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    load::fill(&migration.source().await, 1_000).await;
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    running.kill().await;
+
+    // It has read the ledger, and is at its checks, which read this catalog.
+    let source = migration.source().await;
+    source
+        .batch_execute("BEGIN; LOCK TABLE pg_catalog.pg_largeobject_metadata IN ACCESS EXCLUSIVE MODE")
+        .await
+        .unwrap();
+    let running = migration.migrate(&[]);
+    is_blocked(&migration.source().await, "pg_largeobject_metadata").await;
+    // What a session of the killed process does that waited for a lock when it decided.
+    let decide =
+        "UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '0/1', 'at', now())";
+    migration.target().await.batch_execute(decide).await.unwrap();
+    source.batch_execute("ROLLBACK").await.unwrap();
+    let ended = running.wait().await;
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert!(ended.stderr.contains("has been cut over already"), "{}", ended.stderr);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -321,9 +347,29 @@ async fn sigterm_ends_it_within_seconds_in_every_phase() {
     is_blocked(&target, "setval").await;
     terminate(running, "cutting over").await;
     assert_ne!(cutover.wait().await.code, Some(0));
-    assert!(is_open_to_writers(&migration.source().await).await, "the fence is lifted before it ends");
+    assert!(is_open_to_writers(&migration).await, "the fence is lifted before it ends");
     holder.batch_execute("ROLLBACK").await.unwrap();
 
-    let running = migration.migrate(&SMALL_PARTS);
-    finish(&migration, running, application).await;
+    // It has decided, but for a lock: then that stands, and the fence with it.
+    let mut running = migration.migrate(&SMALL_PARTS);
+    ready(&migration, &mut running).await;
+    holder.batch_execute("BEGIN; LOCK TABLE app.big IN ACCESS SHARE MODE").await.unwrap();
+    let cutover = begin_cutover(&migration);
+    is_blocked(&target, "cut_over").await;
+    let ended = tokio::spawn(running.terminate());
+    is_blocked(&target, "walferry.migration FOR UPDATE").await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(ended.await.unwrap().code, Some(130));
+    cutover.wait().await;
+    let decided: bool = migration.ledger("SELECT phase = 'cut_over' FROM walferry.migration").await[0].get(0);
+    assert_eq!(is_open_to_writers(&migration).await, !decided, "never two primaries, never none");
+    let mut running = migration.migrate(&SMALL_PARTS);
+    if decided {
+        assert_eq!(running.wait().await.code, Some(0));
+    } else {
+        ready(&migration, &mut running).await;
+        migration.cut_over(running).await;
+    }
+    application.stop().await;
+    migration.assert_equal().await;
 }

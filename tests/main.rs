@@ -5,6 +5,7 @@
 mod support;
 
 mod clean;
+mod cutover;
 mod flow;
 mod killed;
 mod refused;

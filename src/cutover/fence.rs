@@ -26,8 +26,15 @@ pub(super) struct Fence<'a> {
     database: &'a str,
     application_name: &'a str,
     locks: Option<Client>,
-    /// The setting that was in the place of ours, once ours is made.
-    closed: Option<Option<String>>,
+    closed: Option<Closed>,
+}
+
+/// What opening the database again needs to know of its closing.
+pub(crate) struct Closed {
+    /// The setting that was in the place of ours.
+    pub(crate) previous: Option<String>,
+    /// When it was closed, by the source's clock, as text.
+    pub(crate) since: Option<String>,
 }
 
 impl<'a> Fence<'a> {
@@ -103,23 +110,27 @@ impl<'a> Fence<'a> {
     /// Closes the database to writers and ends every other session (H29): a writer that waits for our lock would otherwise
     /// write to the old primary as soon as it is released.
     pub(super) async fn close(&mut self) -> Result<()> {
-        let previous: Option<String> = self
+        let row = self
             .source
             .query_one(
                 "SELECT (SELECT substr(setting, 31) FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) setting \
-                         WHERE s.setrole = 0 AND s.setdatabase = d.oid AND setting LIKE 'default_transaction_read_only=%') \
+                         WHERE s.setrole = 0 AND s.setdatabase = d.oid AND setting LIKE 'default_transaction_read_only=%'), \
+                        pg_catalog.clock_timestamp()::text \
                  FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
                 &[],
             )
             .await
-            .context(|| "reading the database's settings".into())?
-            .get(0);
+            .context(|| "reading the database's settings".into())?;
+        let (previous, since): (Option<String>, String) = (row.get(0), row.get(1));
         // First into the ledger, durably: after a crash, whoever resumes can undo it.
         self.target
-            .execute("UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text)", &[&previous])
+            .execute(
+                "UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text, 'since', $2::text)",
+                &[&previous, &since],
+            )
             .await
             .context(|| "writing the fence into the ledger".into())?;
-        self.closed = Some(previous);
+        self.closed = Some(Closed { previous, since: Some(since) });
         let close = format!("ALTER DATABASE {} SET default_transaction_read_only = on", sql::identifier(self.database));
         self.source.batch_execute(&close).await.context(|| "closing the source's database to writers".into())?;
         // A session that begins after this moment is read-only by default; one that began before is ended.
@@ -165,11 +176,9 @@ impl<'a> Fence<'a> {
     /// A session that asked for a read-write transaction by itself (H30) may wait for them: it is ended first, because it would
     /// write to the old primary.
     pub(super) async fn release(&mut self) -> Result<()> {
-        if self.closed.is_some() {
-            self.end_waiting_sessions().await?;
-        }
+        let ended = if self.closed.is_some() { self.end_waiting_sessions().await } else { Ok(()) };
         self.unlock().await;
-        Ok(())
+        ended
     }
 
     async fn end_waiting_sessions(&self) -> Result<()> {
@@ -199,41 +208,89 @@ impl<'a> Fence<'a> {
         }
     }
 
-    /// Before the decision: as if nothing had been.
-    pub(super) async fn lift(&mut self) -> Result<()> {
-        if let Some(previous) = &self.closed {
-            let reopen = reopen_statement(self.database, previous.as_deref());
-            self.source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
-            self.target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
+    /// Before the decision: as if nothing had been. `target` is a session that still works: the one that failed to decide does not.
+    pub(super) async fn lift(&mut self, target: Result<Client>) -> Result<()> {
+        if let Some(closed) = &self.closed {
+            open_again(self.source, self.database, closed, self.application_name).await?;
             self.closed = None;
+            let forget = "UPDATE walferry.migration SET fence = NULL WHERE phase <> 'cut_over'";
+            let forgotten = match target {
+                Ok(target) => target.batch_execute(forget).await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = forgotten {
+                // The next start lifts it once more, which changes nothing.
+                tracing::warn!(%error, "the ledger could not be told that the fence is lifted");
+            }
         }
         self.unlock().await;
         Ok(())
     }
 
+    /// Statements that begin the deciding transaction: they fail when this fence has been lifted meanwhile, and whoever wants to
+    /// lift it waits for the transaction's end.
+    pub(super) fn still_up(&self) -> String {
+        let since = self.closed.as_ref().and_then(|closed| closed.since.as_deref()).unwrap_or_default();
+        format!(
+            "DO $decide$ BEGIN PERFORM FROM walferry.migration WHERE phase = 'following' AND fence->>'since' = {} FOR UPDATE; \
+             IF NOT FOUND THEN RAISE EXCEPTION 'the fence of this cutover was lifted'; END IF; END $decide$;",
+            sql::literal(since)
+        )
+    }
+
     /// What an operator runs when the fence could not be lifted.
     pub(super) fn by_hand(&self) -> String {
-        let previous = self.closed.as_ref().and_then(Option::as_deref);
+        let previous = self.closed.as_ref().and_then(|closed| closed.previous.as_deref());
         format!("Run on the source: {};", reopen_statement(self.database, previous))
     }
 }
 
+/// Opens the database to writers again, and ends the sessions that began while it was closed: a session keeps the default it
+/// began with, and a pool that reconnected behind the fence would refuse its application's writes from then on.
+pub(crate) async fn open_again(source: &Client, database: &str, closed: &Closed, application_name: &str) -> Result<()> {
+    let reopen = reopen_statement(database, closed.previous.as_deref());
+    source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
+    let Some(since) = &closed.since else { return Ok(()) };
+    source
+        .query(
+            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
+             WHERE datname = pg_catalog.current_database() AND backend_type = 'client backend' \
+               AND pid <> pg_catalog.pg_backend_pid() AND application_name <> $1 \
+               AND backend_start >= $2::text::timestamptz",
+            &[&application_name, since],
+        )
+        .await
+        .context(|| "ending the sessions that began behind the fence".into())?;
+    Ok(())
+}
+
 /// Opens the source again when a walferry died between closing it and deciding. After the decision it stays closed.
+///
+/// The ledger's row is locked meanwhile: a session of the dead walferry that is about to decide comes first, and then the fence
+/// stays, or comes later, and then it finds its fence gone ([`Fence::still_up`]). Never both.
 ///
 /// # Errors
 /// Whatever the servers say.
-pub async fn lift_left_over_fence(source: &Client, target: &Client, database: &str) -> Result<bool> {
-    let row = target
+pub async fn lift_left_over_fence(
+    source: &Client,
+    target: &mut Client,
+    database: &str,
+    application_name: &str,
+) -> Result<bool> {
+    let transaction = target.transaction().await?;
+    // Locked whatever it says, and read again after the wait.
+    transaction.execute("SELECT FROM walferry.migration FOR UPDATE", &[]).await?;
+    let row = transaction
         .query_opt(
-            "SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over'",
+            "SELECT fence->>'previous', fence->>'since' FROM walferry.migration \
+             WHERE fence IS NOT NULL AND phase <> 'cut_over'",
             &[],
         )
         .await
         .context(|| "looking for a fence in the ledger".into())?;
     let Some(row) = row else { return Ok(false) };
-    let previous: Option<String> = row.get(0);
-    let reopen = reopen_statement(database, previous.as_deref());
-    source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
-    target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
+    open_again(source, database, &Closed { previous: row.get(0), since: row.get(1) }, application_name).await?;
+    transaction.execute("UPDATE walferry.migration SET fence = NULL", &[]).await?;
+    transaction.commit().await?;
     Ok(true)
 }

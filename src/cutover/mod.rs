@@ -38,6 +38,7 @@ use crate::{sql, verify};
 
 use fence::Fence;
 pub use fence::lift_left_over_fence;
+pub(crate) use fence::{Closed, open_again};
 
 /// How a cutover is to be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -116,7 +117,10 @@ impl Cutover<'_> {
         let outcome = self.switch((&source, &inspector), &target, &mut fence, (&before, options), &mut timer).await;
         match outcome {
             Ok((cutover_lsn, sequences_synced)) => {
-                fence.release().await?;
+                // The decision stands, whatever becomes of the source now: to report a failure would be to say that it does not.
+                if let Err(error) = fence.release().await {
+                    tracing::warn!(%error, "the source could not be asked who still waits for the fence");
+                }
                 timer.done("release");
                 Ok(Outcome {
                     version: 1,
@@ -130,11 +134,11 @@ impl Cutover<'_> {
             }
             Err(error) => {
                 let at = timer.current();
-                let lifted = fence.lift().await;
+                let lifted = fence.lift(self.target.connect(self.application_name).await).await;
+                let next = error.next_step().unwrap_or("Mend the reason, then try again.").to_owned();
                 let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
                 match lifted {
-                    Ok(()) => Err(error
-                        .hint("The fence is lifted and the migration follows again. Mend the reason, then try again.")),
+                    Ok(()) => Err(error.hint(format!("The fence is lifted and the migration follows again. {next}"))),
                     Err(lift) => {
                         Err(error.context(format!("the fence could not be lifted ({lift})")).hint(fence.by_hand()))
                     }
@@ -212,8 +216,9 @@ impl Cutover<'_> {
         fence.prove(tables.len()).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()); COMMIT",
+            fence.still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             second.lsn
         );
@@ -302,7 +307,7 @@ impl Cutover<'_> {
         let now = catalog::fingerprint(source).await?;
         let changed: Vec<String> = changes(before, &now)
             .into_iter()
-            .filter(|change| !options.waive.iter().any(|waived| change.starts_with(waived.as_str())))
+            .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
             .collect();
         if changed.is_empty() {
             return Ok(());
@@ -354,6 +359,11 @@ pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>
         Some(_) => None,
     });
     gone.chain(other).collect()
+}
+
+/// Whether a change is that of this object: `table public.a` is not `table public.ab`.
+fn is_waived(change: &str, waived: &str) -> bool {
+    change.strip_prefix(waived).is_some_and(|rest| matches!(rest, " is gone" | " is new" | " has changed"))
 }
 
 struct Drained {
@@ -443,8 +453,8 @@ fn unique() -> String {
     format!("{}-{}", std::process::id(), now.as_nanos())
 }
 
-/// The setting that closes a database to writers; also what `clean` takes back.
-pub(crate) fn reopen_statement(database: &str, previous: Option<&str>) -> String {
+/// Takes back the setting that closes a database to writers.
+fn reopen_statement(database: &str, previous: Option<&str>) -> String {
     let database = sql::identifier(database);
     match previous {
         Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
@@ -463,6 +473,16 @@ mod tests {
         let now = map(&[("table a", "1"), ("table b", "2"), ("index d", "1")]);
         assert_eq!(changes(&before, &now), ["index c is gone", "index d is new", "table b has changed"]);
         assert!(changes(&before, &before).is_empty());
+    }
+
+    #[test]
+    fn i11_one_object_is_waived_and_not_those_whose_names_begin_alike() {
+        assert!(is_waived("table a.b is new", "table a.b"));
+        assert!(is_waived("index a.b is gone", "index a.b"));
+        for other in ["table a.b", "table a.bc is new", "column c of table a.b has changed"] {
+            assert!(!is_waived(other, "table a.b"), "{other}");
+        }
+        assert!(!is_waived("table a.b is new", ""), "nothing named is nothing waived");
     }
 
     #[tokio::test]

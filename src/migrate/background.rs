@@ -104,11 +104,10 @@ impl Background {
 /// Opens the source again if a cutover was cut off before its decision. Tried again at the next start when it cannot be done now.
 pub(super) async fn lift_fence(config: &Config) {
     let lift = async {
-        let (source, target) = (config.source.connect("walferry").await?, config.target.connect("walferry").await?);
-        if crate::target::ledger::load(&target).await?.is_none() {
-            return Ok(false);
-        }
-        cutover::lift_left_over_fence(&source, &target, config.source.database()).await
+        let (source, mut target) = (config.source.connect("walferry").await?, config.target.connect("walferry").await?);
+        let Some(migration) = crate::target::ledger::load(&target).await? else { return Ok(false) };
+        let ours = super::application_name(&migration.id);
+        cutover::lift_left_over_fence(&source, &mut target, config.source.database(), &ours).await
     };
     match tokio::time::timeout(Duration::from_secs(5), lift).await {
         Ok(Ok(true)) => tracing::warn!("a cutover had been cut off: the source's database is open to writers again"),

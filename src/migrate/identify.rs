@@ -84,7 +84,7 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         return Ok(Identified { migration, application_name });
     }
     if !report.ready() {
-        eprint!("{report}");
+        eprintln!("{report}");
         let count = report.of(Severity::Blocker).count();
         return Err(Error::new(
             ErrorKind::Blocked,
