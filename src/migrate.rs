@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::connection::ConnectionSpec;
 use crate::control::{ControlServer, CutoverRequest};
@@ -145,14 +146,24 @@ impl Running {
             source_timeline: u32::try_from(migration.source_timeline).unwrap_or_default(),
             application_name: self.application_name.clone(),
         };
-        let this = Arc::new(self.background(&migration));
-        let receiving = receive::run(&self.config.source, &subscription, &queue, &mut appender, &self.board);
-        tokio::select! {
-            outcome = receiving => outcome.and(Err(Error::new(ErrorKind::Other, "the stream from the source has ended"))),
-            () = this.trim(queue.clone()) => Ok(()),
-            () = this.watch_source() => Ok(()),
+        // Tasks of their own, so that receiving never waits for a phase; they end with this set.
+        let mut beside = JoinSet::new();
+        let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
+        beside.spawn(async move { receive::run(&source, &subscription, &to_queue, &mut appender, &board).await });
+        let background = Arc::new(self.background(&migration));
+        let (watching, to_trim) = (Arc::clone(&background), queue.clone());
+        beside.spawn(async move { background.trim(to_trim).await });
+        beside.spawn(async move { watching.watch_source().await });
+        let outcome = tokio::select! {
+            ended = beside.join_next() => match ended {
+                Some(Ok(Err(error))) => Err(error),
+                _ => Err(Error::new(ErrorKind::Other, "the stream from the source has ended")),
+            },
             outcome = self.phases_until_cutover(&queue, &mut held, requested) => outcome,
-        }
+        };
+        // The queue writes its last block before the directory's lock goes.
+        beside.shutdown().await;
+        outcome
     }
 
     /// The phases, begun again from the ledger after each transient error.

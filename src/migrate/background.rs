@@ -44,7 +44,7 @@ impl Running {
 
 impl Background {
     /// Removes from the queue what is durable on the target (I2), until it is dropped.
-    pub(super) async fn trim(&self, queue: Queue) {
+    pub(super) async fn trim(&self, queue: Queue) -> Result<()> {
         loop {
             if let Err(error) = self.trim_while_connected(&queue).await {
                 tracing::debug!(%error, "trimming the queue waits for the target");
@@ -80,7 +80,7 @@ impl Background {
     }
 
     /// Shows where the source's WAL is and how much of it our slot holds back, until it is dropped.
-    pub(super) async fn watch_source(&self) {
+    pub(super) async fn watch_source(&self) -> Result<()> {
         loop {
             if let Err(error) = self.watch_source_while_connected().await {
                 tracing::debug!(%error, "watching the source waits for a connection");
