@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -39,6 +39,13 @@ const SMALL_UNIT_ROWS: usize = 200;
 
 /// How long the queue is waited for before anything else is looked at.
 const WAIT: Duration = Duration::from_millis(50);
+
+/// How long a unit gathers transactions at least, when the one before it was hardly worth its commit, and when it was not: the
+/// round trips of a unit cost the servers as much as many rows do. It is part of the lag.
+const GATHER_QUIET: Duration = Duration::from_millis(2);
+const GATHER_BUSY: Duration = Duration::from_millis(20);
+/// Changes in a unit from which on the stream counts as busy.
+const BUSY_CHANGES: u64 = 50;
 
 /// What the sessions have to write next.
 #[derive(Debug, Default)]
@@ -109,6 +116,10 @@ pub struct Assembler {
     tables: BTreeMap<usize, NetChanges>,
     chunk_bytes: usize,
     unit: UnitEnd,
+    /// When the unit's first transaction came.
+    unit_begun: Instant,
+    /// How long the unit waits for more, from then on.
+    gather: Duration,
     head: Option<TransactionHead>,
 }
 
@@ -133,6 +144,8 @@ impl Assembler {
             tables: BTreeMap::new(),
             chunk_bytes: 0,
             unit: UnitEnd::default(),
+            unit_begun: Instant::now(),
+            gather: GATHER_QUIET,
             head: None,
         };
         std::thread::Builder::new().name("assemble".into()).spawn(move || {
@@ -153,9 +166,13 @@ impl Assembler {
 
     /// Takes one entry of the queue; answers whether to go on.
     fn step(&mut self, sender: &mpsc::Sender<Result<Assembled>>) -> Result<bool> {
-        // With something to write, only what is there already is taken; the target should not wait for the source.
+        // With something to write, only what comes soon is taken; the target should not wait for the source.
         let unit_is_open = self.unit.transactions > 0;
-        let wait = if unit_is_open && self.head.is_none() { Duration::ZERO } else { WAIT };
+        let wait = if unit_is_open && self.head.is_none() && self.until.is_none() {
+            self.gather.saturating_sub(self.unit_begun.elapsed())
+        } else {
+            WAIT
+        };
         let Some(entry) = self.reader.next(wait)? else {
             // A unit with a given end waits for it, even where that has to be received again first.
             let hand_over = unit_is_open && self.head.is_none() && self.until.is_none();
@@ -169,6 +186,9 @@ impl Assembler {
                     self.complete = until;
                     self.unit.end_lsn = until;
                     return self.send(sender, true);
+                }
+                if !unit_is_open {
+                    self.unit_begun = Instant::now();
                 }
                 self.head = Some(head);
                 self.unit.commit_time = head.commit_time;
@@ -284,6 +304,7 @@ impl Assembler {
         let mut go_on = true;
         if last {
             go_on = self.until.is_none_or(|until| self.complete < until);
+            self.gather = if self.unit.changes < BUSY_CHANGES { GATHER_QUIET } else { GATHER_BUSY };
             let next = UnitEnd { commit_time: self.unit.commit_time, ..UnitEnd::default() };
             chunk.end = Some(std::mem::replace(&mut self.unit, next));
         }
