@@ -246,7 +246,12 @@ impl Bed {
 
     /// Applies from where the ledger stands up to `until`, as a process that has just been started does.
     pub async fn apply(&self, until: Lsn) -> Result<()> {
-        self.apply_from(self.progress().await).await?.run(Some(until)).await
+        let progress = self.progress().await;
+        if progress.iter().all(|position| *position >= until) {
+            // Nothing of the last transactions was committed.
+            return Ok(());
+        }
+        self.apply_from(progress).await?.run(Some(until)).await
     }
 
     pub async fn capture_and_apply(&mut self) -> Result<()> {
