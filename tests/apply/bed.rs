@@ -209,6 +209,11 @@ impl Bed {
         }
     }
 
+    /// Lets readers see what was fed.
+    pub fn flush(&mut self) {
+        self.appender.flush().unwrap();
+    }
+
     /// A new, empty queue in the place of the one that was lost.
     pub fn lose_queue(&mut self) {
         let directory = tempfile::tempdir().unwrap();

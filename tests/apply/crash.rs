@@ -99,6 +99,7 @@ async fn i02_a_unit_of_several_chunks_is_made_again_as_it_was() {
             }
         }
     }
+    bed.flush();
     bed.apply(until).await.unwrap();
     bed.assert_equal("several chunks").await;
     assert_eq!(bed.serial_replays(), 0);
