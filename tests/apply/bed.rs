@@ -61,19 +61,23 @@ pub async fn shared_server() -> Arc<ThrowawayServer> {
     if let Some(server) = shared.upgrade() {
         return server;
     }
-    let server = Arc::new(own_server().await);
+    let server = Arc::new(own_server(&[]).await);
     *shared = Arc::downgrade(&server);
     server
 }
 
-pub async fn own_server() -> ThrowawayServer {
+pub async fn own_server(more: &[(&str, &str)]) -> ThrowawayServer {
     let settings = [
-        ("wal_level", "logical"),
-        ("fsync", "off"),
-        ("max_connections", "100"),
-        ("max_replication_slots", "50"),
-        ("autovacuum", "off"),
-    ];
+        &[
+            ("wal_level", "logical"),
+            ("fsync", "off"),
+            ("max_connections", "100"),
+            ("max_replication_slots", "50"),
+            ("autovacuum", "off"),
+        ],
+        more,
+    ]
+    .concat();
     ThrowawayServer::start(&ServerPrograms::find(None).unwrap(), "apply", &settings).await.unwrap()
 }
 
@@ -205,6 +209,11 @@ impl Bed {
         }
     }
 
+    /// Lets readers see what was fed.
+    pub fn flush(&mut self) {
+        self.appender.flush().unwrap();
+    }
+
     /// A new, empty queue in the place of the one that was lost.
     pub fn lose_queue(&mut self) {
         let directory = tempfile::tempdir().unwrap();
@@ -217,32 +226,37 @@ impl Bed {
         ConnectionSpec::parse(&self.server.url_for(&self.target_database)).unwrap()
     }
 
-    pub async fn writers(&self) -> Vec<Writer> {
+    pub async fn writers(&self) -> Result<Vec<Writer>> {
         let mut writers = Vec::new();
         for _ in 0..self.workers {
-            writers.push(Writer::open(&self.target_spec(), "walferry/apply").await.unwrap());
+            writers.push(Writer::open(&self.target_spec(), "walferry/apply").await?);
         }
-        writers
+        Ok(writers)
     }
 
     pub async fn progress(&self) -> Vec<Lsn> {
         ledger::apply_progress(&self.target).await.unwrap()
     }
 
-    pub async fn apply_from(&self, progress: Vec<Lsn>) -> Apply {
-        Apply {
+    pub async fn apply_from(&self, progress: Vec<Lsn>) -> Result<Apply> {
+        Ok(Apply {
             layout: Arc::clone(&self.layout),
             queue: self.queue.clone(),
-            writers: self.writers().await,
+            writers: self.writers().await?,
             progress,
             board: self.board.clone(),
             applied: watch::channel(Applied::default()).0,
-        }
+        })
     }
 
     /// Applies from where the ledger stands up to `until`, as a process that has just been started does.
     pub async fn apply(&self, until: Lsn) -> Result<()> {
-        self.apply_from(self.progress().await).await.run(Some(until)).await
+        let progress = self.progress().await;
+        if progress.iter().all(|position| *position >= until) {
+            // Nothing of the last transactions was committed.
+            return Ok(());
+        }
+        self.apply_from(progress).await?.run(Some(until)).await
     }
 
     pub async fn capture_and_apply(&mut self) -> Result<()> {

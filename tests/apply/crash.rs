@@ -29,7 +29,7 @@ const CHANGES: [&str; 7] = [
 
 /// Writes the unit up to `until` as the apply does, and commits the shares of some sessions only; then all die.
 async fn commit_shares_of(bed: &Bed, until: Lsn, sessions: &[usize]) -> usize {
-    let mut writers = bed.writers().await;
+    let mut writers = bed.writers().await.unwrap();
     let reader = bed.queue.reader(bed.start).unwrap();
     let mut assembled = Assembler::start(Arc::clone(&bed.layout), reader, bed.start, Some(until), false).unwrap();
     let mut chunks = 0;
@@ -72,7 +72,7 @@ async fn i02_a_death_between_the_commits_of_a_unit_loses_and_doubles_nothing() {
 async fn i02_a_unit_of_several_chunks_is_made_again_as_it_was() {
     let mut bed = Bed::new(SCHEMA, ROWS, 2).await;
     bed.on_source(&format!(
-        "BEGIN; INSERT INTO plain SELECT g, repeat('x', 150), g FROM generate_series(20001, 100000) g; {}; \
+        "BEGIN; INSERT INTO plain SELECT g * 20011, repeat('x', 150), g FROM generate_series(20001, 100000) g; {}; \
          UPDATE plain SET n = 0, id = id + 1000000 WHERE id % 10 = 0; COMMIT",
         CHANGES.join(";")
     ))
@@ -99,6 +99,7 @@ async fn i02_a_unit_of_several_chunks_is_made_again_as_it_was() {
             }
         }
     }
+    bed.flush();
     bed.apply(until).await.unwrap();
     bed.assert_equal("several chunks").await;
     assert_eq!(bed.serial_replays(), 0);
@@ -140,7 +141,7 @@ async fn i02_a_commit_that_went_through_unseen_is_not_applied_again() {
         let stale = bed.progress().await;
         bed.apply(until).await.unwrap();
         // It read the ledger before that commit.
-        let error = bed.apply_from(stale).await.run(Some(until)).await.unwrap_err();
+        let error = bed.apply_from(stale).await.unwrap().run(Some(until)).await.unwrap_err();
         assert!(error.kind() == ErrorKind::Transient || error.kind() == ErrorKind::Divergence, "{error:?}");
         bed.assert_equal("the second apply committed nothing").await;
         // Of a table without a key nothing but the ledger tells.
@@ -148,7 +149,7 @@ async fn i02_a_commit_that_went_through_unseen_is_not_applied_again() {
         let until = bed.capture().await;
         let stale = bed.progress().await;
         bed.apply(until).await.unwrap();
-        let error = bed.apply_from(stale).await.run(Some(until)).await.unwrap_err();
+        let error = bed.apply_from(stale).await.unwrap().run(Some(until)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Transient, "{error:?}");
         bed.assert_equal("the rows of a table without a key came once").await;
     }

@@ -204,7 +204,7 @@ async fn h21_the_route_is_what_the_ledger_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn h25_small_batches_leave_the_targets_catalog_as_it_is() {
     let mut bed = Bed::new(SCHEMA, ROWS, 4).await;
-    let mut apply = bed.apply_from(bed.progress().await).await;
+    let mut apply = bed.apply_from(bed.progress().await).await.unwrap();
     let files = "SELECT string_agg(relname || relfilenode, ' ' ORDER BY relname) FROM pg_class WHERE relname LIKE 'walferry_rows_%'";
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..5 {
@@ -222,7 +222,7 @@ async fn h10_a_source_of_many_tables_leaves_few_temporary_tables_open() {
     let schema = "DO $$ BEGIN FOR g IN 1..200 LOOP EXECUTE format('CREATE TABLE t%s (id int PRIMARY KEY, a int)', g); END LOOP; END $$";
     let rows = "DO $$ BEGIN FOR g IN 1..200 LOOP EXECUTE format('INSERT INTO t%s VALUES (1, 1)', g); END LOOP; END $$";
     let mut bed = Bed::new(schema, rows, 2).await;
-    let mut apply = bed.apply_from(bed.progress().await).await;
+    let mut apply = bed.apply_from(bed.progress().await).await.unwrap();
     for table in 1..=200 {
         bed.on_source(&format!("UPDATE t{table} SET a = 2")).await;
         if table % 10 == 0 {

@@ -355,7 +355,7 @@ pub async fn random_histories(binary: bool, workers: usize) {
             bed.tables.iter().any(|table| table.name == leaf)
         })
         .collect();
-    assert!(there.len() > if binary { 15 } else { 28 }, "only {} tables", there.len());
+    assert!(there.len() > if binary { 12 } else { 27 }, "only {} tables", there.len());
     let mut committed = 0;
     for round in 0..there.len() + 3 {
         let changes = if round < there.len() { &there[round..=round] } else { &there[..] };

@@ -32,8 +32,9 @@ async fn copy_again(bed: &mut Bed) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn i03_a_change_is_applied_exactly_when_the_copy_has_not_seen_it() {
-    // A server of its own: commits hang here.
-    let server = Arc::new(own_server().await);
+    // A server of its own: commits that ask for the standby hang here.
+    let settings = [("synchronous_standby_names", "dead"), ("synchronous_commit", "local")];
+    let server = Arc::new(own_server(&settings).await);
     let mut bed = Bed::with(Arc::clone(&server), SCHEMA, "INSERT INTO plain VALUES (1, 'copied')", 2, false).await;
     bed.on_source("INSERT INTO plain VALUES (2, 'seen'); INSERT INTO keyless VALUES (2)").await;
     // Began before the snapshot, commits after it.
@@ -41,9 +42,7 @@ async fn i03_a_change_is_applied_exactly_when_the_copy_has_not_seen_it() {
     open.batch_execute("BEGIN; INSERT INTO plain VALUES (3, 'open'); INSERT INTO keyless VALUES (3)").await.unwrap();
     // Its commit record is in the WAL, and it is not visible: it waits for a standby that is dead.
     let waiting = server.connect(&bed.source_database).await.unwrap();
-    bed.source.batch_execute("ALTER SYSTEM SET synchronous_standby_names = 'dead'").await.unwrap();
-    bed.on_source("SELECT pg_reload_conf()").await;
-    bed.source.batch_execute("SET synchronous_commit = local").await.unwrap();
+    waiting.batch_execute("SET synchronous_commit = on").await.unwrap();
     let commit = tokio::spawn(async move {
         let script = "BEGIN; INSERT INTO plain VALUES (4, 'waiting'); INSERT INTO keyless VALUES (4); COMMIT";
         waiting.batch_execute(script).await.unwrap();
@@ -63,7 +62,7 @@ async fn i03_a_change_is_applied_exactly_when_the_copy_has_not_seen_it() {
     copy_again(&mut bed).await;
     let copied: i64 = bed.target.query_one("SELECT count(*) FROM plain", &[]).await.unwrap().get(0);
     assert_eq!(copied, 2, "the copy has the rows 1 and 2, and not that of the commit that waits");
-    bed.source.batch_execute("ALTER SYSTEM RESET synchronous_standby_names").await.unwrap();
+    bed.source.batch_execute("ALTER SYSTEM SET synchronous_standby_names = ''").await.unwrap();
     bed.on_source("SELECT pg_reload_conf()").await;
     commit.await.unwrap();
     open.batch_execute("COMMIT").await.unwrap();
