@@ -101,7 +101,7 @@ impl Cutover<'_> {
     /// # Errors
     /// `Aborted` when a precondition does not hold and nothing was touched, or with the step and the reason when it was given
     /// up: then the fence is lifted, and the migration follows as before.
-    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step)) -> Result<Outcome> {
+    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step) + Send + Sync) -> Result<Outcome> {
         let source = self.source.connect(self.application_name).await?;
         let target = self.target.connect(self.application_name).await?;
         // A session of its own for the last look at the catalog, made while nobody waits.
@@ -380,14 +380,14 @@ struct Timer<'a> {
     timeout: Duration,
     stall_max: Duration,
     steps: Vec<Step>,
-    tell: &'a mut dyn FnMut(&Step),
+    tell: &'a mut (dyn FnMut(&Step) + Send + Sync),
 }
 
 /// The steps in order: the one after the last that is done is under way.
 const STEPS: [&str; 8] = ["check", "fence", "drain", "close", "settle", "switch", "release", "the end"];
 
 impl<'a> Timer<'a> {
-    fn new(options: &Options, tell: &'a mut dyn FnMut(&Step)) -> Timer<'a> {
+    fn new(options: &Options, tell: &'a mut (dyn FnMut(&Step) + Send + Sync)) -> Timer<'a> {
         let now = Instant::now();
         let limit = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
         Timer {
