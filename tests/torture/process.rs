@@ -83,6 +83,8 @@ impl Walferry {
     fn note_end(&mut self, status: Option<ExitStatus>) {
         match status.and_then(|status| status.code()) {
             Some(0) => self.done = true,
+            // Before anything has begun, whoever asks wants to hear at once that a server cannot be reached.
+            Some(1 | 3) if !self.directory.join("migration.json").exists() => {}
             Some(code) => {
                 self.unasked.push(format!("exit code {code} at start {}: {}", self.starts, tail(&self.log, 3).trim()));
             }
