@@ -19,15 +19,28 @@ const LOCK_PAUSE: Duration = Duration::from_millis(200);
 /// How often the sessions that should have ended are looked at.
 const SESSIONS_INTERVAL: Duration = Duration::from_millis(5);
 
+/// How long the lock session may take to let go before it is ended from another.
+const UNLOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How long lifting the fence may take before it is tried in another way.
+const LIFT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// What is up on the source.
 pub(super) struct Fence<'a> {
     source: &'a Client,
     target: &'a Client,
     database: &'a str,
     application_name: &'a str,
-    locks: Option<Client>,
+    /// Names this cutover in the ledger, so that no other one decides on its fence.
+    id: String,
+    locks: Option<Locks>,
     /// The setting that was in the place of ours, once ours is made.
     closed: Option<Option<String>>,
+}
+
+/// The session that locks the tables.
+struct Locks {
+    client: Client,
+    backend_pid: i32,
 }
 
 impl<'a> Fence<'a> {
@@ -37,7 +50,13 @@ impl<'a> Fence<'a> {
         database: &'a str,
         application_name: &'a str,
     ) -> Fence<'a> {
-        Fence { source, target, database, application_name, locks: None, closed: None }
+        let id = super::unique();
+        Fence { source, target, database, application_name, id, locks: None, closed: None }
+    }
+
+    /// What the ledger calls it.
+    pub(super) fn id(&self) -> &str {
+        &self.id
     }
 
     /// Locks every table against writes, and so waits for the writes in flight. Reading goes on.
@@ -47,7 +66,8 @@ impl<'a> Fence<'a> {
         tables: &[&Table],
         timer: &mut Timer<'_>,
     ) -> Result<()> {
-        let client = source.connect(self.application_name).await?;
+        let client = timer.within(source.connect(self.application_name)).await?;
+        let backend_pid = timer.within(backend_pid(&client)).await?;
         let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
         let statement = format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", names.join(", "));
         loop {
@@ -56,7 +76,7 @@ impl<'a> Fence<'a> {
                 break;
             }
             timer.stall();
-            let locked = client.batch_execute(&statement).await;
+            let locked = timer.within(async { Ok(client.batch_execute(&statement).await) }).await?;
             match locked {
                 Ok(()) => break,
                 Err(error)
@@ -80,7 +100,7 @@ impl<'a> Fence<'a> {
             }
         }
         timer.stall();
-        self.locks = Some(client);
+        self.locks = Some(Locks { client, backend_pid });
         Ok(())
     }
 
@@ -114,12 +134,16 @@ impl<'a> Fence<'a> {
             .await
             .context(|| "reading the database's settings".into())?
             .get(0);
-        // First into the ledger, durably: after a crash, whoever resumes can undo it.
+        // First into the ledger, durably: after a crash, whoever resumes can undo it. And first of all here: the answer may get
+        // lost, or the time be up.
+        self.closed = Some(previous.clone());
         self.target
-            .execute("UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text)", &[&previous])
+            .execute(
+                "UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text, 'cutover', $2::text)",
+                &[&previous, &self.id],
+            )
             .await
             .context(|| "writing the fence into the ledger".into())?;
-        self.closed = Some(previous);
         let close = format!("ALTER DATABASE {} SET default_transaction_read_only = on", sql::identifier(self.database));
         self.source.batch_execute(&close).await.context(|| "closing the source's database to writers".into())?;
         // A session that begins after this moment is read-only by default; one that began before is ended.
@@ -149,6 +173,7 @@ impl<'a> Fence<'a> {
         let lost = || Error::new(ErrorKind::Other, "the session that locks the source's tables has lost its locks");
         let locks = self.locks.as_ref().ok_or_else(lost)?;
         let held: i64 = locks
+            .client
             .query_one(
                 "SELECT count(*) FROM pg_catalog.pg_locks WHERE pid = pg_catalog.pg_backend_pid() AND granted \
                  AND locktype = 'relation' AND mode = 'ShareRowExclusiveLock'",
@@ -193,22 +218,36 @@ impl<'a> Fence<'a> {
     }
 
     async fn unlock(&mut self) {
-        if let Some(locks) = self.locks.take() {
-            // With the session gone, its locks are gone too; the decision stands either way.
-            let _ = locks.batch_execute("ROLLBACK").await;
+        let Some(locks) = self.locks.take() else { return };
+        // With the session gone, its locks are gone too; the decision stands either way.
+        if tokio::time::timeout(UNLOCK_PATIENCE, locks.client.batch_execute("ROLLBACK")).await.is_err() {
+            // The line is dead, and the server does not know it yet.
+            let end = format!("SELECT pg_catalog.pg_terminate_backend({})", locks.backend_pid);
+            let end = self.source.batch_execute(&end);
+            let _ = tokio::time::timeout(UNLOCK_PATIENCE, end).await;
         }
     }
 
-    /// Before the decision: as if nothing had been.
-    pub(super) async fn lift(&mut self) -> Result<()> {
-        if let Some(previous) = &self.closed {
-            let reopen = reopen_statement(self.database, previous.as_deref());
-            self.source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
-            self.target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
-            self.closed = None;
+    /// Before the decision: as if nothing had been. By the sessions at hand, or else by new ones.
+    pub(super) async fn lift(&mut self, source: &ConnectionSpec, target: &ConnectionSpec) -> Result<()> {
+        let mut outcome = Ok(());
+        if self.closed.is_some() {
+            let (database, late) = (self.database, || {
+                Error::new(ErrorKind::Transient, format!("no answer within {} s", LIFT_PATIENCE.as_secs()))
+            });
+            let at_hand = lift_left_over_fence(self.source, self.target, database);
+            outcome = tokio::time::timeout(LIFT_PATIENCE, at_hand).await.unwrap_or_else(|_| Err(late())).map(|_| ());
+            if outcome.is_err() {
+                let anew = async {
+                    let source = source.connect(self.application_name).await?;
+                    let target = target.connect(self.application_name).await?;
+                    lift_left_over_fence(&source, &target, database).await
+                };
+                outcome = tokio::time::timeout(LIFT_PATIENCE, anew).await.unwrap_or_else(|_| Err(late())).map(|_| ());
+            }
         }
         self.unlock().await;
-        Ok(())
+        outcome
     }
 
     /// What an operator runs when the fence could not be lifted.
@@ -218,22 +257,49 @@ impl<'a> Fence<'a> {
     }
 }
 
-/// Opens the source again when a walferry died between closing it and deciding. After the decision it stays closed.
+async fn backend_pid(client: &Client) -> Result<i32> {
+    Ok(client.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0))
+}
+
+/// Whether the ledger has a fence that was not decided on.
 ///
 /// # Errors
-/// Whatever the servers say.
-pub async fn lift_left_over_fence(source: &Client, target: &Client, database: &str) -> Result<bool> {
+/// Whatever the target says.
+pub async fn is_fence_left_over(target: &Client) -> Result<bool> {
     let row = target
-        .query_opt(
-            "SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over'",
+        .query_one(
+            "SELECT EXISTS (SELECT FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over')",
             &[],
         )
         .await
         .context(|| "looking for a fence in the ledger".into())?;
-    let Some(row) = row else { return Ok(false) };
+    Ok(row.get(0))
+}
+
+/// Opens the source again when a walferry died between closing it and deciding. After the decision it stays closed.
+///
+/// The ledger's row is locked meanwhile, so that a decision on its way either comes first, and nothing is opened, or finds
+/// that the fence is no longer its own.
+///
+/// # Errors
+/// Whatever the servers say.
+pub async fn lift_left_over_fence(source: &Client, target: &Client, database: &str) -> Result<bool> {
+    // A ROLLBACK first: the session may come from a decision that failed.
+    target.batch_execute("ROLLBACK; BEGIN; SET LOCAL synchronous_commit = on").await?;
+    let row = target
+        .query_opt(
+            "SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over' FOR UPDATE",
+            &[],
+        )
+        .await
+        .context(|| "looking for a fence in the ledger".into())?;
+    let Some(row) = row else {
+        target.batch_execute("ROLLBACK").await?;
+        return Ok(false);
+    };
     let previous: Option<String> = row.get(0);
     let reopen = reopen_statement(database, previous.as_deref());
     source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
-    target.batch_execute("UPDATE walferry.migration SET fence = NULL").await?;
+    target.batch_execute("UPDATE walferry.migration SET fence = NULL; COMMIT").await?;
     Ok(true)
 }

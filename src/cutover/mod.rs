@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::apply::Applied;
 use crate::apply::assemble::MARKER_PREFIX;
@@ -39,7 +40,7 @@ use crate::target::schema;
 use crate::{sql, verify};
 
 use fence::Fence;
-pub use fence::lift_left_over_fence;
+pub use fence::{is_fence_left_over, lift_left_over_fence};
 
 /// How a cutover is to be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,6 +65,14 @@ pub struct Cutover<'a> {
     pub tables: &'a [(Table, bool)],
     /// How far the apply is.
     pub applied: watch::Receiver<Applied>,
+}
+
+/// A cutover that did not go through.
+pub struct GivenUp {
+    /// Why; its kind is `Aborted`.
+    pub error: Error,
+    /// The source may still be closed to writers: [`lift_left_over_fence`] has to be called until it succeeds.
+    pub fence_is_left: bool,
 }
 
 /// A step that is done.
@@ -100,18 +109,26 @@ impl Cutover<'_> {
     /// # Errors
     /// `Aborted` when a precondition does not hold and nothing was touched, or with the step and the reason when it was given
     /// up: then the fence is lifted, and the migration follows as before.
-    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step)) -> Result<Outcome> {
-        let source = self.source.connect(self.application_name).await?;
-        let target = self.target.connect(self.application_name).await?;
+    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step)) -> Result<Outcome, GivenUp> {
         let mut timer = Timer::new(options, &mut step);
-        self.preconditions(&source, &target, options).await.map_err(|error| error.with_kind(ErrorKind::Aborted))?;
+        let untouched = |error: Error| GivenUp { error: error.with_kind(ErrorKind::Aborted), fence_is_left: false };
+        let begin = timer.within(async {
+            let source = self.source.connect(self.application_name).await?;
+            let target = self.target.connect(self.application_name).await?;
+            self.preconditions(&source, &target, options).await?;
+            Ok((source, target))
+        });
+        let (source, target) = begin.await.map_err(untouched)?;
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
         let outcome = self.switch(&source, &target, &mut fence, options, &mut timer).await;
         match outcome {
             Ok((cutover_lsn, sequences_synced)) => {
-                fence.release().await?;
+                // Decided: what is left to do takes nothing back.
+                if let Err(error) = fence.release().await {
+                    tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
+                }
                 timer.done("release");
                 Ok(Outcome {
                     version: 1,
@@ -125,15 +142,24 @@ impl Cutover<'_> {
             }
             Err(error) => {
                 let at = timer.current();
-                let lifted = fence.lift().await;
+                let lifted = fence.lift(self.source, self.target).await;
                 let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
-                match lifted {
-                    Ok(()) => Err(error
-                        .hint("The fence is lifted and the migration follows again. Mend the reason, then try again.")),
-                    Err(lift) => {
-                        Err(error.context(format!("the fence could not be lifted ({lift})")).hint(fence.by_hand()))
-                    }
-                }
+                Err(match lifted {
+                    Ok(()) => GivenUp {
+                        error: error.hint(
+                            "The fence is lifted and the migration follows again. Mend the reason, then try again.",
+                        ),
+                        fence_is_left: false,
+                    },
+                    Err(lift) => GivenUp {
+                        error: error
+                            .context(format!(
+                                "the fence could not be lifted yet ({lift}); this is tried again and again"
+                            ))
+                            .hint(fence.by_hand()),
+                        fence_is_left: true,
+                    },
+                })
             }
         }
     }
@@ -167,7 +193,7 @@ impl Cutover<'_> {
         timer.done("close");
         let synced = timer.within(sequences::copy(source, target)).await?;
         timer.done("sequences");
-        self.no_prepared_transactions(source).await?;
+        timer.within(self.no_prepared_transactions(source)).await?;
         timer.within(self.same_catalog(source, target, options)).await?;
         timer.within(self.insert_only_tables_are_equal()).await?;
         timer.done("last check");
@@ -180,16 +206,28 @@ impl Cutover<'_> {
         }
         timer.done("second drain");
 
-        fence.prove(tables.len()).await?;
+        timer.within(fence.prove(tables.len())).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let decide = format!(
             "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} \
-             UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()); COMMIT",
+             WITH decided AS (UPDATE walferry.migration SET phase = 'cut_over', \
+             cutover = jsonb_build_object('lsn', '{}', 'at', now()) WHERE fence->>'cutover' = {} RETURNING 1) \
+             SELECT 1 / count(*) FROM decided; COMMIT",
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
-            second.lsn
+            second.lsn,
+            sql::literal(fence.id())
         );
+        // Lifting the fence and deciding exclude each other by the ledger's row: whoever comes second finds it changed. So a
+        // decision that is still on its way when everybody thinks it lost can do no harm; it divides by zero.
         let decided = timer
-            .within(async { target.batch_execute(&decide).await.context(|| "deciding for the target".into()) })
+            .within(async {
+                target.batch_execute(&decide).await.map_err(|error| match error.code() {
+                    Some(code) if *code == SqlState::DIVISION_BY_ZERO => {
+                        Error::new(ErrorKind::Other, "the fence has been lifted meanwhile")
+                    }
+                    _ => Error::from(error).context("deciding for the target"),
+                })
+            })
             .await;
         if let Err(error) = decided
             && !self.is_decided().await
