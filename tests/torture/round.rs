@@ -230,7 +230,8 @@ async fn migrate(
             control: Arc::clone(control),
             random: Random::for_purpose(seed, &format!("writer {number}")),
             rest_ms: plan.rest_ms,
-            huge_rows: if number == 0 { plan.huge_rows } else { 0 },
+            huge_rows: plan.huge_rows,
+            huge_left: if number == 0 && plan.huge_rows > 0 { 2 } else { 0 },
         };
         writers.spawn(writer.run());
     }
