@@ -119,6 +119,10 @@ impl Cutover<'_> {
             Ok((source, target))
         });
         let (source, target) = begin.await.map_err(untouched)?;
+        // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
+        self.drain(&source, &timer)
+            .await
+            .map_err(|error| untouched(error.context("waiting until the target has caught up, before the fence")))?;
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
