@@ -29,6 +29,7 @@ use crate::connection::ConnectionSpec;
 use crate::control::{ControlServer, CutoverRequest};
 use crate::cutover;
 use crate::error::{Error, ErrorKind, Result};
+use crate::lsn::Lsn;
 use crate::observe::board::{Side, StatusBoard};
 use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::observe::{http, metrics};
@@ -93,7 +94,7 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         } else {
             board.fail(error);
         }
-        background::lift_fence(&config).await;
+        background::lift_fence_if_possible(&config).await;
     }
     background::write_status(&shown, board);
     outcome
@@ -112,7 +113,17 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let _ticker = board.start_ticker();
     let _status = background::keep_status(directory.directory().clone(), board.clone());
 
-    let identified = identify::identify(&config, &directory, board).await?;
+    let mut backoff = Backoff::new();
+    let identified = loop {
+        match identify::identify(&config, &directory, board).await {
+            // Once begun, a server that is away for a while is waited for.
+            Err(error) if error.is_transient() && directory.directory().identity()?.is_some() => {
+                board.event(Level::Warn, format!("trying again: {error}"));
+                backoff.wait().await;
+            }
+            identified => break identified?,
+        }
+    };
     let migration =
         Running { config, board: board.clone(), directory, application_name: identified.application_name, pause };
     migration.go(identified.migration, &mut requested).await
@@ -124,19 +135,21 @@ impl Running {
         if migration.phase == Phase::CutOver {
             return self.is_over();
         }
-        self.end_sessions_left_behind().await?;
-        // Until it ended, a session of a walferry that was killed could still commit the decision of its cutover.
-        let migration = self.load().await?;
-        if migration.phase == Phase::CutOver {
-            return self.is_over();
-        }
-        let (migration, mut held) = self.prepare(migration).await?;
+        let mut backoff = Backoff::new();
+        let taken_up = loop {
+            match self.take_up().await {
+                Err(error) if error.is_transient() => {
+                    self.board.event(Level::Warn, format!("trying again: {error}"));
+                    backoff.wait().await;
+                }
+                taken_up => break taken_up?,
+            }
+        };
+        let Some((migration, mut held, applied)) = taken_up else { return self.is_over() };
 
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         let (queue, mut appender) = queue::open(&self.directory.directory().queue(), start, self.config.queue)?;
         // What the ledger has already needs no room in the queue.
-        let applied =
-            crate::target::ledger::apply_progress(&self.config.target.connect(&self.application_name).await?).await?;
         if let Some(least) = applied.into_iter().min() {
             queue.trim(least)?;
         }
@@ -175,6 +188,21 @@ impl Running {
         Ok(())
     }
 
+    /// Ends what an earlier process left, prepares what is not prepared, and reads how far the apply is. May be called again
+    /// after an error: what counts is in the ledger, and is read from there.
+    ///
+    /// `None` when it has been cut over: until it ended, a session of a walferry that was killed could still commit that decision.
+    async fn take_up(&self) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
+        self.end_sessions_left_behind().await?;
+        let migration = self.load().await?;
+        if migration.phase == Phase::CutOver {
+            return Ok(None);
+        }
+        let (migration, held) = self.prepare(migration).await?;
+        let applied = crate::target::ledger::apply_progress(&self.target().await?).await?;
+        Ok(Some((migration, held, applied)))
+    }
+
     /// The phases, begun again from the ledger after each transient error.
     async fn phases_until_cutover(
         &self,
@@ -182,7 +210,7 @@ impl Running {
         held: &mut Option<prepare::Held>,
         requested: &mut mpsc::Receiver<CutoverRequest>,
     ) -> Result<()> {
-        let mut backoff = Duration::from_millis(500);
+        let mut backoff = Backoff::new();
         loop {
             let begun = std::time::Instant::now();
             match self.phases(queue, held, requested).await {
@@ -190,11 +218,9 @@ impl Running {
                     self.board.event(Level::Warn, format!("trying again: {error}"));
                     self.board.reconnected(Side::Target);
                     if begun.elapsed() > BACKOFF_MAX {
-                        backoff = Duration::from_millis(500);
+                        backoff = Backoff::new();
                     }
-                    tokio::time::sleep(backoff).await;
-                    backoff = (backoff * 2).min(BACKOFF_MAX);
-                    background::lift_fence(&self.config).await;
+                    backoff.wait().await;
                 }
                 outcome => return outcome,
             }
@@ -207,7 +233,14 @@ impl Running {
         held: &mut Option<prepare::Held>,
         requested: &mut mpsc::Receiver<CutoverRequest>,
     ) -> Result<()> {
+        // Before anything else: a cutover may have been cut off, and applications wait.
+        background::lift_fence(&self.config).await?;
         let migration = self.load().await?;
+        if migration.phase == Phase::CutOver {
+            // Decided, though the answer got lost.
+            self.board.set_phase(ShownPhase::CutOver);
+            return Ok(());
+        }
         let tables = self.show_tables().await?;
         if !migration.pre_data_restored {
             self.restore_pre_data(&tables).await?;
@@ -222,6 +255,20 @@ impl Running {
             self.finish_schema().await?;
         }
         self.follow(queue, &layout, requested).await
+    }
+}
+
+/// Longer and longer pauses between attempts.
+struct Backoff(Duration);
+
+impl Backoff {
+    fn new() -> Backoff {
+        Backoff(Duration::from_millis(500))
+    }
+
+    async fn wait(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(BACKOFF_MAX);
     }
 }
 

@@ -19,13 +19,20 @@ const LOCK_PAUSE: Duration = Duration::from_millis(200);
 /// How often the sessions that should have ended are looked at.
 const SESSIONS_INTERVAL: Duration = Duration::from_millis(5);
 
+/// How long the lock session may take to let go before it is ended from another.
+const UNLOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// How long lifting the fence may take before it is tried in another way.
+const LIFT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// What is up on the source.
 pub(super) struct Fence<'a> {
     source: &'a Client,
     target: &'a Client,
     database: &'a str,
     application_name: &'a str,
-    locks: Option<Client>,
+    /// Names this cutover in the ledger, so that no other one decides on its fence.
+    id: String,
+    locks: Option<Locks>,
     closed: Option<Closed>,
 }
 
@@ -37,6 +44,12 @@ pub(crate) struct Closed {
     pub(crate) since: Option<String>,
 }
 
+/// The session that locks the tables.
+struct Locks {
+    client: Client,
+    backend_pid: i32,
+}
+
 impl<'a> Fence<'a> {
     pub(super) fn new(
         source: &'a Client,
@@ -44,7 +57,8 @@ impl<'a> Fence<'a> {
         database: &'a str,
         application_name: &'a str,
     ) -> Fence<'a> {
-        Fence { source, target, database, application_name, locks: None, closed: None }
+        let id = super::unique();
+        Fence { source, target, database, application_name, id, locks: None, closed: None }
     }
 
     /// Locks every table against writes, and so waits for the writes in flight. Reading goes on.
@@ -54,7 +68,8 @@ impl<'a> Fence<'a> {
         tables: &[&Table],
         timer: &mut Timer<'_>,
     ) -> Result<()> {
-        let client = source.connect(self.application_name).await?;
+        let client = timer.within(source.connect(self.application_name)).await?;
+        let backend_pid = timer.within(backend_pid(&client)).await?;
         let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
         let statement = format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", names.join(", "));
         loop {
@@ -63,7 +78,7 @@ impl<'a> Fence<'a> {
                 break;
             }
             timer.stall();
-            let locked = client.batch_execute(&statement).await;
+            let locked = timer.within(async { Ok(client.batch_execute(&statement).await) }).await?;
             match locked {
                 Ok(()) => break,
                 Err(error)
@@ -87,7 +102,7 @@ impl<'a> Fence<'a> {
             }
         }
         timer.stall();
-        self.locks = Some(client);
+        self.locks = Some(Locks { client, backend_pid });
         Ok(())
     }
 
@@ -122,15 +137,16 @@ impl<'a> Fence<'a> {
             .await
             .context(|| "reading the database's settings".into())?;
         let (previous, since): (Option<String>, String) = (row.get(0), row.get(1));
-        // First into the ledger, durably: after a crash, whoever resumes can undo it.
+        // First into the ledger, durably: after a crash, whoever resumes can undo it. And first of all here: the answer may get
+        // lost, or the time be up.
+        self.closed = Some(Closed { previous: previous.clone(), since: Some(since.clone()) });
         self.target
             .execute(
-                "UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text, 'since', $2::text)",
-                &[&previous, &since],
+                "UPDATE walferry.migration SET fence = jsonb_build_object('previous', $1::text, 'since', $2::text, 'cutover', $3::text)",
+                &[&previous, &since, &self.id],
             )
             .await
             .context(|| "writing the fence into the ledger".into())?;
-        self.closed = Some(Closed { previous, since: Some(since) });
         let close = format!("ALTER DATABASE {} SET default_transaction_read_only = on", sql::identifier(self.database));
         self.source.batch_execute(&close).await.context(|| "closing the source's database to writers".into())?;
         // A session that begins after this moment is read-only by default; one that began before is ended.
@@ -160,6 +176,7 @@ impl<'a> Fence<'a> {
         let lost = || Error::new(ErrorKind::Other, "the session that locks the source's tables has lost its locks");
         let locks = self.locks.as_ref().ok_or_else(lost)?;
         let held: i64 = locks
+            .client
             .query_one(
                 "SELECT count(*) FROM pg_catalog.pg_locks WHERE pid = pg_catalog.pg_backend_pid() AND granted \
                  AND locktype = 'relation' AND mode = 'ShareRowExclusiveLock'",
@@ -202,39 +219,45 @@ impl<'a> Fence<'a> {
     }
 
     async fn unlock(&mut self) {
-        if let Some(locks) = self.locks.take() {
-            // With the session gone, its locks are gone too; the decision stands either way.
-            let _ = locks.batch_execute("ROLLBACK").await;
+        let Some(locks) = self.locks.take() else { return };
+        // With the session gone, its locks are gone too; the decision stands either way.
+        if tokio::time::timeout(UNLOCK_PATIENCE, locks.client.batch_execute("ROLLBACK")).await.is_err() {
+            // The line is dead, and the server does not know it yet.
+            let end = format!("SELECT pg_catalog.pg_terminate_backend({})", locks.backend_pid);
+            let end = self.source.batch_execute(&end);
+            let _ = tokio::time::timeout(UNLOCK_PATIENCE, end).await;
         }
     }
 
-    /// Before the decision: as if nothing had been. `target` is a session that still works: the one that failed to decide does not.
-    pub(super) async fn lift(&mut self, target: Result<Client>) -> Result<()> {
-        if let Some(closed) = &self.closed {
-            open_again(self.source, self.database, closed, self.application_name).await?;
-            self.closed = None;
-            let forget = "UPDATE walferry.migration SET fence = NULL WHERE phase <> 'cut_over'";
-            let forgotten = match target {
-                Ok(target) => target.batch_execute(forget).await.map_err(Error::from),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = forgotten {
-                // The next start lifts it once more, which changes nothing.
-                tracing::warn!(%error, "the ledger could not be told that the fence is lifted");
+    /// Before the decision: as if nothing had been. By the sessions at hand, or else by new ones.
+    pub(super) async fn lift(&mut self, source: &ConnectionSpec, target: &ConnectionSpec) -> Result<()> {
+        let mut outcome = Ok(());
+        if self.closed.is_some() {
+            let (database, late) = (self.database, || {
+                Error::new(ErrorKind::Transient, format!("no answer within {} s", LIFT_PATIENCE.as_secs()))
+            });
+            let at_hand = lift_left_over_fence(self.source, self.target, database, self.application_name);
+            outcome = tokio::time::timeout(LIFT_PATIENCE, at_hand).await.unwrap_or_else(|_| Err(late())).map(|_| ());
+            if outcome.is_err() {
+                let anew = async {
+                    let source = source.connect(self.application_name).await?;
+                    let target = target.connect(self.application_name).await?;
+                    lift_left_over_fence(&source, &target, database, self.application_name).await
+                };
+                outcome = tokio::time::timeout(LIFT_PATIENCE, anew).await.unwrap_or_else(|_| Err(late())).map(|_| ());
             }
         }
         self.unlock().await;
-        Ok(())
+        outcome
     }
 
     /// Statements that begin the deciding transaction: they fail when this fence has been lifted meanwhile, and whoever wants to
-    /// lift it waits for the transaction's end.
+    /// lift it waits for the transaction's end. So a decision that is still on its way when everybody thinks it lost does no harm.
     pub(super) fn still_up(&self) -> String {
-        let since = self.closed.as_ref().and_then(|closed| closed.since.as_deref()).unwrap_or_default();
         format!(
-            "DO $decide$ BEGIN PERFORM FROM walferry.migration WHERE phase = 'following' AND fence->>'since' = {} FOR UPDATE; \
+            "DO $decide$ BEGIN PERFORM FROM walferry.migration WHERE phase = 'following' AND fence->>'cutover' = {} FOR UPDATE; \
              IF NOT FOUND THEN RAISE EXCEPTION 'the fence of this cutover was lifted'; END IF; END $decide$;",
-            sql::literal(since)
+            sql::literal(&self.id)
         )
     }
 
@@ -243,6 +266,25 @@ impl<'a> Fence<'a> {
         let previous = self.closed.as_ref().and_then(|closed| closed.previous.as_deref());
         format!("Run on the source: {};", reopen_statement(self.database, previous))
     }
+}
+
+async fn backend_pid(client: &Client) -> Result<i32> {
+    Ok(client.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0))
+}
+
+/// Whether the ledger has a fence that was not decided on.
+///
+/// # Errors
+/// Whatever the target says.
+pub async fn is_fence_left_over(target: &Client) -> Result<bool> {
+    let row = target
+        .query_one(
+            "SELECT EXISTS (SELECT FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over')",
+            &[],
+        )
+        .await
+        .context(|| "looking for a fence in the ledger".into())?;
+    Ok(row.get(0))
 }
 
 /// Opens the database to writers again, and ends the sessions that began while it was closed: a session keeps the default it
@@ -273,14 +315,15 @@ pub(crate) async fn open_again(source: &Client, database: &str, closed: &Closed,
 /// Whatever the servers say.
 pub async fn lift_left_over_fence(
     source: &Client,
-    target: &mut Client,
+    target: &Client,
     database: &str,
     application_name: &str,
 ) -> Result<bool> {
-    let transaction = target.transaction().await?;
+    // A ROLLBACK first: the session may come from a decision that failed.
+    target.batch_execute("ROLLBACK; BEGIN; SET LOCAL synchronous_commit = on").await?;
     // Locked whatever it says, and read again after the wait.
-    transaction.execute("SELECT FROM walferry.migration FOR UPDATE", &[]).await?;
-    let row = transaction
+    target.execute("SELECT FROM walferry.migration FOR UPDATE", &[]).await?;
+    let row = target
         .query_opt(
             "SELECT fence->>'previous', fence->>'since' FROM walferry.migration \
              WHERE fence IS NOT NULL AND phase <> 'cut_over'",
@@ -288,9 +331,11 @@ pub async fn lift_left_over_fence(
         )
         .await
         .context(|| "looking for a fence in the ledger".into())?;
-    let Some(row) = row else { return Ok(false) };
+    let Some(row) = row else {
+        target.batch_execute("ROLLBACK").await?;
+        return Ok(false);
+    };
     open_again(source, database, &Closed { previous: row.get(0), since: row.get(1) }, application_name).await?;
-    transaction.execute("UPDATE walferry.migration SET fence = NULL", &[]).await?;
-    transaction.commit().await?;
+    target.batch_execute("UPDATE walferry.migration SET fence = NULL; COMMIT").await?;
     Ok(true)
 }

@@ -37,8 +37,8 @@ use crate::target::schema;
 use crate::{sql, verify};
 
 use fence::Fence;
-pub use fence::lift_left_over_fence;
 pub(crate) use fence::{Closed, open_again};
+pub use fence::{is_fence_left_over, lift_left_over_fence};
 
 /// How a cutover is to be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,6 +65,14 @@ pub struct Cutover<'a> {
     pub applied: watch::Receiver<Applied>,
     /// What stands against it, besides what it finds itself.
     pub blockers: Vec<String>,
+}
+
+/// A cutover that did not go through.
+pub struct GivenUp {
+    /// Why; its kind is `Aborted`.
+    pub error: Error,
+    /// The source may still be closed to writers: [`lift_left_over_fence`] has to be called until it succeeds.
+    pub fence_is_left: bool,
 }
 
 /// A step that is done.
@@ -101,25 +109,32 @@ impl Cutover<'_> {
     /// # Errors
     /// `Aborted` when a precondition does not hold and nothing was touched, or with the step and the reason when it was given
     /// up: then the fence is lifted, and the migration follows as before.
-    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step) + Send + Sync) -> Result<Outcome> {
-        let source = self.source.connect(self.application_name).await?;
-        let target = self.target.connect(self.application_name).await?;
-        // A session of its own for the last look at the catalog, made while nobody waits.
-        let inspector = self.source.connect(self.application_name).await?;
-        let before = ledger::fingerprint(&target).await?;
+    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step) + Send + Sync) -> Result<Outcome, GivenUp> {
         let mut timer = Timer::new(options, &mut step);
-        self.preconditions(&source, &target, &before, options)
+        let untouched = |error: Error| GivenUp { error: error.with_kind(ErrorKind::Aborted), fence_is_left: false };
+        let begin = timer.within(async {
+            let source = self.source.connect(self.application_name).await?;
+            let target = self.target.connect(self.application_name).await?;
+            // A session of its own for the last look at the catalog, made while nobody waits.
+            let inspector = self.source.connect(self.application_name).await?;
+            let before = ledger::fingerprint(&target).await?;
+            self.preconditions(&source, &target, &before, options).await?;
+            Ok((source, target, inspector, before))
+        });
+        let (source, target, inspector, before) = begin.await.map_err(untouched)?;
+        // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
+        self.drain(&source, &timer)
             .await
-            .map_err(|error| error.with_kind(ErrorKind::Aborted))?;
+            .map_err(|error| untouched(error.context("waiting until the target has caught up, before the fence")))?;
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
         let outcome = self.switch((&source, &inspector), &target, &mut fence, (&before, options), &mut timer).await;
         match outcome {
             Ok((cutover_lsn, sequences_synced)) => {
-                // The decision stands, whatever becomes of the source now: to report a failure would be to say that it does not.
+                // Decided: what is left to do takes nothing back.
                 if let Err(error) = fence.release().await {
-                    tracing::warn!(%error, "the source could not be asked who still waits for the fence");
+                    tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
                 }
                 timer.done("release");
                 Ok(Outcome {
@@ -134,15 +149,23 @@ impl Cutover<'_> {
             }
             Err(error) => {
                 let at = timer.current();
-                let lifted = fence.lift(self.target.connect(self.application_name).await).await;
+                let lifted = fence.lift(self.source, self.target).await;
                 let next = error.next_step().unwrap_or("Mend the reason, then try again.").to_owned();
                 let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
-                match lifted {
-                    Ok(()) => Err(error.hint(format!("The fence is lifted and the migration follows again. {next}"))),
-                    Err(lift) => {
-                        Err(error.context(format!("the fence could not be lifted ({lift})")).hint(fence.by_hand()))
-                    }
-                }
+                Err(match lifted {
+                    Ok(()) => GivenUp {
+                        error: error.hint(format!("The fence is lifted and the migration follows again. {next}")),
+                        fence_is_left: false,
+                    },
+                    Err(lift) => GivenUp {
+                        error: error
+                            .context(format!(
+                                "the fence could not be lifted yet ({lift}); this is tried again and again"
+                            ))
+                            .hint(fence.by_hand()),
+                        fence_is_left: true,
+                    },
+                })
             }
         }
     }
@@ -213,7 +236,7 @@ impl Cutover<'_> {
         }
         timer.done("settle");
 
-        fence.prove(tables.len()).await?;
+        timer.within(fence.prove(tables.len())).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let decide = format!(
             "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} \

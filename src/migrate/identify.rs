@@ -33,6 +33,8 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
                 (migration, _) => migration,
             }
         }
+        // Begun: what the target's ledger says decides, and nothing else may.
+        Err(error) if identity.is_some() => return Err(error.context("looking for the ledger on the target")),
         // The check says it better, together with whatever else is wrong.
         Err(_) => None,
     };
@@ -65,7 +67,12 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
             }
         }
     }
-    let resuming = recorded.is_some();
+    if let Some(migration) = recorded {
+        // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
+        board.event(Level::Info, format!("going on with migration {}", migration.id));
+        let application_name = application_name(&migration.id);
+        return Ok(Identified { migration, application_name });
+    }
     let report = check::run(&check::Inputs {
         source: &config.source,
         target: &config.target,
@@ -74,14 +81,18 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         index_jobs: config.index_jobs,
         apply_workers: config.apply_workers,
         queue_max_bytes: Some(config.queue.max_bytes),
-        resuming,
+        resuming: false,
     })
     .await?;
-    if let Some(migration) = recorded {
-        // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
-        board.event(Level::Info, format!("going on with migration {}", migration.id));
-        let application_name = application_name(&migration.id);
-        return Ok(Identified { migration, application_name });
+    if let Some(identity) = &identity
+        && (report.source.is_none() || report.target.is_none())
+    {
+        // It has passed the check once.
+        let side = if report.source.is_none() { "source" } else { "target" };
+        return Err(Error::new(
+            ErrorKind::Transient,
+            format!("the {side} of migration {} cannot be connected to", identity.id),
+        ));
     }
     if !report.ready() {
         eprintln!("{report}");

@@ -48,8 +48,7 @@ impl Running {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
-        super::background::lift_fence(&self.config).await;
-        Ok(())
+        super::background::lift_fence(&self.config).await
     }
 
     /// Makes what is missing until the copy can begin. The second answer is the slot's snapshot, if it was made just now.

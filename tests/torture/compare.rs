@@ -66,9 +66,9 @@ fn report(what: &str, left: &[String], right: &[String], found: &mut Vec<String>
 }
 
 const TABLES: &str = "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-     WHERE c.relkind = 'r' AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') ORDER BY 1";
+     WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') ORDER BY 1";
 const SEQUENCES: &str = "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-     WHERE c.relkind = 'S' AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') ORDER BY 1";
+     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') ORDER BY 1";
 const DEFINITIONS: &[(&str, &str)] = &[
     ("tables", TABLES),
     ("sequences", SEQUENCES),
@@ -76,7 +76,7 @@ const DEFINITIONS: &[(&str, &str)] = &[
         "columns",
         "SELECT format('%s %s %s %s %s', attrelid::regclass, attname, format_type(atttypid, atttypmod), attnotnull, attidentity) \
          FROM pg_attribute a JOIN pg_class c ON c.oid = attrelid JOIN pg_namespace n ON n.oid = relnamespace \
-         WHERE attnum > 0 AND NOT attisdropped AND relkind IN ('r', 'p') AND nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') ORDER BY 1",
+         WHERE attnum > 0 AND NOT attisdropped AND relkind IN ('r', 'p') AND relpersistence <> 't' AND nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') ORDER BY 1",
     ),
     (
         "constraints",

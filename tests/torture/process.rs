@@ -83,6 +83,10 @@ impl Walferry {
     fn note_end(&mut self, status: Option<ExitStatus>) {
         match status.and_then(|status| status.code()) {
             Some(0) => self.done = true,
+            // Before anything has begun, whoever asks wants to hear at once that a server cannot be reached.
+            Some(1 | 3) if !self.directory.join("migration.json").exists() => {}
+            // The preparation had been cut off, and the next one begins with the check: prepared transactions block it.
+            Some(3) if tail(&self.log, 3).contains("findings of the check") => {}
             Some(code) => {
                 self.unasked.push(format!("exit code {code} at start {}: {}", self.starts, tail(&self.log, 3).trim()));
             }

@@ -101,8 +101,11 @@ impl Proxy {
         self.shared.refusing.store(refusing, Ordering::Relaxed);
     }
 
-    /// As a network should be.
+    /// As a network should be. What is half open ends at once.
     pub fn heal(&self) {
+        for link in self.shared.links.lock().unwrap().values().filter(|link| link.end.borrow().is_some()) {
+            link.end.send_replace(Some(End::Cut));
+        }
         self.freeze(false, false);
         self.freeze_present(false, || true);
         self.slow(false);
@@ -151,13 +154,18 @@ async fn connect(mut client: TcpStream, shared: &Shared, link: &Link, mut ended:
         End::Cut => {}
         End::ServerToldOnly(time) => {
             drop(server);
-            tokio::time::sleep(time).await;
+            half_open(time, &mut ended).await;
         }
         End::ClientToldOnly(time) => {
             drop(client);
-            tokio::time::sleep(time).await;
+            half_open(time, &mut ended).await;
         }
     }
+}
+
+/// The other side stays open for so long, unless the connection is cut meanwhile.
+async fn half_open(time: Duration, ended: &mut watch::Receiver<Option<End>>) {
+    let _ = tokio::time::timeout(time, ended.wait_for(|end| *end == Some(End::Cut))).await;
 }
 
 async fn pump(

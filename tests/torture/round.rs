@@ -230,7 +230,8 @@ async fn migrate(
             control: Arc::clone(control),
             random: Random::for_purpose(seed, &format!("writer {number}")),
             rest_ms: plan.rest_ms,
-            huge_rows: if number == 0 { plan.huge_rows } else { 0 },
+            huge_rows: plan.huge_rows,
+            huge_left: if number == 0 && plan.huge_rows > 0 { 2 } else { 0 },
         };
         writers.spawn(writer.run());
     }
@@ -249,7 +250,20 @@ async fn migrate(
     let outcome = under_fire(plan, &mut faults, control, summary).await;
     summary.faults = faults.counts;
     summary.kills = faults.walferry.kills;
-    let exact_sequences = outcome? == faults.counts.source_crashes;
+    let exact_sequences = match outcome {
+        Ok(crashes) => crashes == faults.counts.source_crashes,
+        Err(error) => {
+            // What is different by then, once nobody writes, tells much about why.
+            control.stop.store(true, Ordering::Relaxed);
+            while writers.join_next().await.is_some() {}
+            sleep(Duration::from_secs(5)).await;
+            let (left, right) =
+                tokio::try_join!(connect(&sides[0].server, DATABASE), connect(&sides[1].server, DATABASE))
+                    .map_err(sql)?;
+            let different = compare::differences(&left, &right, false).await.map_err(sql)?;
+            return Err(format!("{error}\nby then, the target differed from the source:\n{}", different.join("\n")));
+        }
+    };
 
     control.stop.store(true, Ordering::Relaxed);
     while writers.join_next().await.is_some() {}
@@ -300,9 +314,7 @@ async fn under_fire(
                 break;
             }
         }
-        for side in faults.sides.iter() {
-            side.proxy.heal();
-        }
+        faults.heal();
     }
     let deadline = Instant::now() + CUTOVER_MAX;
     let mut last = String::new();

@@ -30,8 +30,9 @@ pub struct Writer {
     pub random: Random,
     /// Longest rest between two transactions.
     pub rest_ms: u64,
-    /// Rows of the huge transactions; none when 0.
+    /// Rows of the huge transactions, and how many of them are to come.
     pub huge_rows: u64,
+    pub huge_left: u64,
 }
 
 type Result<T> = std::result::Result<T, tokio_postgres::Error>;
@@ -88,7 +89,9 @@ impl Writer {
 
     /// Answers whether it was committed.
     async fn transaction(&mut self, client: &Client) -> Result<bool> {
-        if self.huge_rows > 0 && self.random.chance(2) {
+        let calm = self.control.no_prepared.load(Ordering::Relaxed);
+        if self.huge_left > 0 && !calm && self.random.chance(2) {
+            self.huge_left -= 1;
             return self.huge(client).await;
         }
         let statements = self.random.weighted(&[(50, 1), (30, 4), (15, 20), (4, 100), (1, 600)]);
