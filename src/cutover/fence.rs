@@ -34,6 +34,8 @@ pub(super) struct Fence<'a> {
     id: String,
     locks: Option<Locks>,
     closed: Option<Closed>,
+    /// When the database was closed, by the source's clock.
+    closed_at: Option<std::time::SystemTime>,
 }
 
 /// What opening the database again needs to know of its closing.
@@ -58,7 +60,7 @@ impl<'a> Fence<'a> {
         application_name: &'a str,
     ) -> Fence<'a> {
         let id = super::unique();
-        Fence { source, target, database, application_name, id, locks: None, closed: None }
+        Fence { source, target, database, application_name, id, locks: None, closed: None, closed_at: None }
     }
 
     /// Locks every table against writes, and so waits for the writes in flight. Reading goes on.
@@ -150,8 +152,15 @@ impl<'a> Fence<'a> {
         let close = format!("ALTER DATABASE {} SET default_transaction_read_only = on", sql::identifier(self.database));
         self.source.batch_execute(&close).await.context(|| "closing the source's database to writers".into())?;
         // A session that begins after this moment is read-only by default; one that began before is ended.
-        let closed_at: std::time::SystemTime =
-            self.source.query_one("SELECT pg_catalog.clock_timestamp()", &[]).await?.get(0);
+        self.closed_at = Some(self.source.query_one("SELECT pg_catalog.clock_timestamp()", &[]).await?.get(0));
+        self.end_sessions().await
+    }
+
+    /// Ends every other session that began before the database was closed, and waits until they are gone.
+    ///
+    /// Called again before the decision: a session that was still starting up may have read the old default and been seen
+    /// by nobody the first time.
+    pub(super) async fn end_sessions(&self) -> Result<()> {
         loop {
             let left = self
                 .source
@@ -160,7 +169,7 @@ impl<'a> Fence<'a> {
                      WHERE datname = pg_catalog.current_database() AND backend_type = 'client backend' \
                        AND pid <> pg_catalog.pg_backend_pid() AND application_name <> $1 \
                        AND backend_start < $2",
-                    &[&self.application_name, &closed_at],
+                    &[&self.application_name, &self.closed_at],
                 )
                 .await
                 .context(|| "ending the other sessions of the source's database".into())?;

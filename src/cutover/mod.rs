@@ -236,6 +236,7 @@ impl Cutover<'_> {
         }
         timer.done("settle");
 
+        timer.within(fence.end_sessions()).await?;
         timer.within(fence.prove(tables.len())).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let decide = format!(

@@ -240,6 +240,7 @@ impl Bed {
 
     pub async fn apply_from(&self, progress: Vec<Lsn>) -> Result<Apply> {
         Ok(Apply {
+            paused: tokio::sync::watch::Sender::default().subscribe(),
             layout: Arc::clone(&self.layout),
             queue: self.queue.clone(),
             writers: self.writers().await?,

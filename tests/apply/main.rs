@@ -1,5 +1,7 @@
 //! The apply against real servers: what is in the queue gets onto the target once, in order, or not at all.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod bed;
 mod crash;
 mod large;
