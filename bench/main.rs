@@ -85,7 +85,11 @@ async fn run(options: Options) -> Result<()> {
     let mut results = Results::begin(&options)?;
     let mut setting = Setting::make(options).await?;
     results.servers = setting.describe().await?;
-    let outcome = cases(&setting, &mut results).await;
+    // The servers are our children, and would go on without us.
+    let outcome = tokio::select! {
+        outcome = cases(&setting, &mut results) => outcome,
+        error = stop_signal() => Err(error),
+    };
     if let Err(error) = &outcome {
         results.note(format!("The run ended early: {error}"));
     }
@@ -93,6 +97,20 @@ async fn run(options: Options) -> Result<()> {
     // What was measured is kept, whatever happened later.
     results.write(&setting.options)?;
     outcome
+}
+
+/// Waits for SIGINT or SIGTERM.
+async fn stop_signal() -> Error {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    Error::new(ErrorKind::Interrupted, "stopped by a signal")
 }
 
 /// The bars in order of importance.

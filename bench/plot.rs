@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 
 use crate::results::{Bar, Row};
 
-const WIDTH: u32 = 900;
+const WIDTH: u32 = 1160;
 /// Where the bars begin, and how long the longest is.
-const LEFT: f64 = 430.0;
+const LEFT: f64 = 700.0;
 const LENGTH: f64 = 360.0;
 const LINE: u32 = 26;
 const TOP: u32 = 64;
