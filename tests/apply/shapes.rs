@@ -177,7 +177,7 @@ pub const CHANGES: &[(&str, &[&str])] = &[
     (
         "arraykey",
         &[
-            r#"INSERT INTO arraykey SELECT array[g, {a}], row(g, 'q"\ {x}'), array[row(1, NULL), NULL]::pair[], ext.hstore('a=>b', E'c\n'), array['ok', NULL]::mood[] FROM generate_series({a}, {a} + 4) g ON CONFLICT DO NOTHING"#,
+            r#"INSERT INTO arraykey SELECT array[g, {a}], row(g, 'q"\ {x}')::pair, array[row(1, NULL)::pair, NULL], ext.hstore('a=>b', E'c\n'), array['ok', NULL]::mood[] FROM generate_series({a}, {a} + 4) g ON CONFLICT DO NOTHING"#,
             "UPDATE arraykey SET c = row({x}, NULL), h = NULL WHERE k[1] = {a}",
             "UPDATE arraykey SET k = k || {x} WHERE k[1] = {b}",
             "DELETE FROM arraykey WHERE k[1] = {b}",
