@@ -35,7 +35,7 @@ use crate::observe::{http, metrics};
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{Migration, Phase};
+use crate::target::ledger::{self, Migration, Phase};
 
 /// The longest pause before the phases begin again.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -172,7 +172,10 @@ impl Running {
     async fn take_up(&self) -> Result<(Migration, Option<prepare::Held>, Vec<Lsn>)> {
         self.end_sessions_left_behind().await?;
         let (migration, held) = self.prepare(self.load().await?).await?;
-        let applied = crate::target::ledger::apply_progress(&self.target().await?).await?;
+        let target = self.target().await?;
+        let applied = ledger::apply_progress(&target).await?;
+        // The queue is trimmed by it: the target's crash must not be able to take it back (I2).
+        ledger::make_durable(&target).await?;
         Ok((migration, held, applied))
     }
 
@@ -194,6 +197,10 @@ impl Running {
                         backoff = Backoff::new();
                     }
                     backoff.wait().await;
+                    // What the phases had open there. If it cannot be done now, neither can the phases.
+                    if let Err(error) = self.end_sessions(&self.config.target).await {
+                        tracing::debug!(%error, "sessions that broke off could not be ended on the target");
+                    }
                 }
                 outcome => return outcome,
             }

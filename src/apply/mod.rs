@@ -192,7 +192,7 @@ impl Apply {
                 writer.write(&layout, writes).await?;
             }
         }
-        let everybody: Vec<i32> = (0..self.progress.len()).filter_map(|number| i32::try_from(number).ok()).collect();
+        let everybody: Vec<(i32, Lsn)> = (0..).zip(self.progress.iter().copied()).collect();
         writer.commit(&everybody, end.end_lsn).await?;
         self.progress.fill(end.end_lsn);
         Ok(())
@@ -215,14 +215,24 @@ impl Apply {
         // The barrier: nobody commits before all have written.
         let Some(end) = end else { return Ok(()) };
         // The first session writes the rows of those that had nothing to do.
-        let idle: Vec<i32> = numbers(self.writers.iter().map(|writer| !writer.in_transaction()));
-        let commits = self.writers.iter_mut().zip(0..).filter_map(|(writer, number): (&mut Writer, i32)| {
-            let mut rows = vec![number];
-            if number == 0 {
-                rows.extend(&idle);
-            }
-            (number == 0 || writer.in_transaction()).then(|| async move { writer.commit(&rows, end.end_lsn).await })
-        });
+        let behind = |number: i32, applied: Lsn| (applied < end.end_lsn).then_some((number, applied));
+        let idle: Vec<(i32, Lsn)> = (0..)
+            .zip(self.writers.iter().zip(&self.progress))
+            .filter(|(_, (writer, _))| !writer.in_transaction())
+            .filter_map(|(number, (_, applied))| behind(number, *applied))
+            .collect();
+        let commits = self.writers.iter_mut().zip(0..).zip(&self.progress).filter_map(
+            |((writer, number), applied): ((&mut Writer, i32), &Lsn)| {
+                let mut rows = Vec::new();
+                if writer.in_transaction() {
+                    rows.extend(behind(number, *applied));
+                }
+                if number == 0 {
+                    rows.extend(&idle);
+                }
+                (!rows.is_empty()).then(|| async move { writer.commit(&rows, end.end_lsn).await })
+            },
+        );
         for outcome in join_all(commits).await {
             // Whether it was committed is only in the ledger now; the caller reads it again.
             outcome.map_err(WriteError::Failed)?;
@@ -246,7 +256,7 @@ impl Apply {
         self.board.serial_replay();
         let (board, applied) = (&self.board, &self.applied);
         let mut last = Lsn::ZERO;
-        let outcome = Replay { layout: &layout, writer, progress: &self.progress, board }
+        let outcome = Replay { layout: &layout, writer, progress: self.progress.clone(), board }
             .run(reader, through, |end| {
                 last = end.end_lsn;
                 publish(applied, board, &end, Duration::ZERO);
@@ -275,8 +285,4 @@ fn publish(applied: &watch::Sender<Applied>, board: &StatusBoard, end: &UnitEnd,
         commit_time: end.commit_time,
         elapsed,
     });
-}
-
-fn numbers(wanted: impl Iterator<Item = bool>) -> Vec<i32> {
-    (0..).zip(wanted).filter(|(_, wanted)| *wanted).map(|(number, _)| number).collect()
 }

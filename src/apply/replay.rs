@@ -29,7 +29,7 @@ pub struct Replay<'a> {
     /// The session.
     pub writer: &'a mut Writer,
     /// How far each session had come: what one has committed already is left out (after a crash between the commits).
-    pub progress: &'a [Lsn],
+    pub progress: Vec<Lsn>,
     /// Where a divergence is counted.
     pub board: &'a StatusBoard,
 }
@@ -78,8 +78,13 @@ impl Replay<'_> {
             self.writer.roll_back().await.context(naming)?;
         }
         let end = outcome.context(naming)?;
-        let sessions: Vec<i32> = (0..self.progress.len()).filter_map(|worker| i32::try_from(worker).ok()).collect();
+        // Those that had committed this one before a crash stand there already.
+        let sessions: Vec<(i32, Lsn)> =
+            (0..).zip(self.progress.iter().copied()).filter(|(_, applied)| *applied < end.end_lsn).collect();
         self.writer.commit(&sessions, end.end_lsn).await.context(naming)?;
+        for position in &mut self.progress {
+            *position = end.end_lsn.max(*position);
+        }
         Ok(end)
     }
 

@@ -145,19 +145,32 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes how far these sessions have come, and commits both together (I2).
+    /// Writes how far these sessions have come, and commits both together (I2). Each is given with where it stood before.
     ///
     /// # Errors
-    /// Whatever the server says. Whether it was committed is then in the ledger, and only there.
-    pub async fn commit(&mut self, sessions: &[i32], applied: Lsn) -> Result<()> {
+    /// `Transient`, with nothing committed, when one of them stands elsewhere: then a session that was given up for lost has
+    /// committed after all, and what is written here would be there twice. Otherwise whatever the server says; whether it was
+    /// committed is then in the ledger, and only there.
+    pub async fn commit(&mut self, sessions: &[(i32, Lsn)], applied: Lsn) -> Result<()> {
         self.begin().await?;
-        self.client
+        let workers: Vec<i32> = sessions.iter().map(|(worker, _)| *worker).collect();
+        let before: Vec<PgLsn> = sessions.iter().map(|(_, before)| PgLsn::from(*before)).collect();
+        let moved = self
+            .client
             .execute(
-                "UPDATE walferry.apply_progress SET applied = $2 WHERE worker = ANY ($1) AND applied < $2",
-                &[&sessions, &PgLsn::from(applied)],
+                "UPDATE walferry.apply_progress p SET applied = $3 FROM unnest($1::int4[], $2::pg_lsn[]) e(worker, applied) \
+                 WHERE p.worker = e.worker AND p.applied OPERATOR(pg_catalog.=) e.applied",
+                &[&workers, &before, &PgLsn::from(applied)],
             )
             .await
             .context(|| "writing the apply's progress into the ledger".into())?;
+        if moved != sessions.len() as u64 {
+            self.roll_back().await?;
+            return Err(Error::new(
+                ErrorKind::Transient,
+                "another apply session, which seemed lost, has moved the ledger on meanwhile",
+            ));
+        }
         self.in_transaction = false;
         self.staged.clear();
         self.client.batch_execute("COMMIT").await.context(|| "committing a batch on the target".into())
