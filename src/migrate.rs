@@ -37,7 +37,7 @@ use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{Migration, Phase};
+use crate::target::ledger::{self, Migration, Phase};
 
 /// The longest pause before the phases begin again.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -199,7 +199,10 @@ impl Running {
             return Ok(None);
         }
         let (migration, held) = self.prepare(migration).await?;
-        let applied = crate::target::ledger::apply_progress(&self.target().await?).await?;
+        let target = self.target().await?;
+        let applied = ledger::apply_progress(&target).await?;
+        // The queue is trimmed by it: the target's crash must not be able to take it back (I2).
+        ledger::make_durable(&target).await?;
         Ok(Some((migration, held, applied)))
     }
 
@@ -221,6 +224,10 @@ impl Running {
                         backoff = Backoff::new();
                     }
                     backoff.wait().await;
+                    // What the phases had open there. If it cannot be done now, neither can the phases.
+                    if let Err(error) = self.end_sessions(&self.config.target).await {
+                        tracing::debug!(%error, "sessions that broke off could not be ended on the target");
+                    }
                 }
                 outcome => return outcome,
             }

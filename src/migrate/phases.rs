@@ -109,7 +109,9 @@ impl Running {
             Ok(())
         };
         tokio::try_join!(copying, indexing)?;
-        ledger::enter_phase(&self.target().await?, Phase::CatchingUp).await
+        // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
+        // committed asynchronously, and has ended it. A new session would know nothing of that.
+        ledger::enter_phase(&target, Phase::CatchingUp).await
     }
 
     async fn copy(
@@ -205,10 +207,11 @@ impl Running {
         applied: &watch::Sender<Applied>,
     ) -> Result<()> {
         loop {
-            let progress = ledger::apply_progress(&self.target().await?).await?;
+            let target = self.target().await?;
+            let progress = ledger::apply_progress(&target).await?;
             let least = progress.iter().copied().min().unwrap_or(Lsn::ZERO);
             if until.is_some_and(|until| least >= until) {
-                return Ok(());
+                return ledger::make_durable(&target).await;
             }
             self.board.resume_stream(queue.durable_end(), least);
             let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));

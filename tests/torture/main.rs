@@ -16,6 +16,7 @@ mod faults;
 mod process;
 mod proxy;
 mod random;
+mod regression;
 mod round;
 mod schema;
 mod writers;

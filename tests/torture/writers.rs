@@ -161,8 +161,9 @@ impl Writer {
         let (table, rows) = (*self.random.pick(&narrow), self.huge_rows);
         let from = table.span * 2 + self.random.between(0, 3) * rows;
         let statement = match self.random.between(0, 5) {
-            0 => format!("DELETE FROM {}", table.name),
-            1 if !table.columns.is_empty() => self.update(table, "true"),
+            // The stream does not carry these for a table without a key.
+            0 if table.is != Trait::InsertOnly => format!("DELETE FROM {}", table.name),
+            1 if table.is != Trait::InsertOnly && !table.columns.is_empty() => self.update(table, "true"),
             _ if table.key.is_empty() => {
                 let values = table.values("g", &mut self.random);
                 format!(
