@@ -230,7 +230,7 @@ impl Apply {
                 if number == 0 {
                     rows.extend(&idle);
                 }
-                (!rows.is_empty()).then(|| async move { writer.commit(&rows, end.end_lsn).await })
+                (!rows.is_empty()).then_some(async move { writer.commit(&rows, end.end_lsn).await })
             },
         );
         for outcome in join_all(commits).await {

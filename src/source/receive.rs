@@ -253,7 +253,7 @@ impl<'a> Receiver<'a> {
                     confirmed = durable;
                     stream.send_status(confirmed, false).await?;
                 }
-                let now = progress.borrow_and_update().clone();
+                let now = *progress.borrow_and_update();
                 self.board.set_queue(QueueStatus {
                     bytes: now.bytes_on_disk,
                     limit_bytes: self.queue.max_bytes(),
