@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::observe::logging::LogFormat;
+use crate::pause::What;
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
 #[derive(Debug, Parser)]
@@ -51,6 +52,13 @@ pub enum Command {
     #[command(after_help = "Example: walferry cutover --dir ./shop --max-write-stall 2s\n\
         Exit codes: 0 switched, 5 given up and following again")]
     Cutover(Cutover),
+    /// Hold the apply or the copy while the queue goes on receiving
+    #[command(after_help = "Example: walferry pause apply --dir ./shop\n\
+        It stays held over a restart, until: walferry resume --dir ./shop")]
+    Pause(PauseOptions),
+    /// Let what was paused go on
+    #[command(after_help = "Example: walferry resume --dir ./shop")]
+    Resume(PauseOptions),
     /// Compare all rows of both sides; both have to be quiet
     #[command(after_help = "Example: walferry verify --dir ./shop\n\
         Rows that change while it runs are reported as different. Exit codes: 0 equal, 4 different")]
@@ -184,6 +192,20 @@ pub struct Cutover {
     /// Do not ask
     #[arg(long)]
     pub yes: bool,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry pause` and `walferry resume`.
+#[derive(Debug, Args)]
+pub struct PauseOptions {
+    /// What; `pause` holds the apply and `resume` lets all go on unless it is said
+    #[arg(value_enum)]
+    pub what: Option<What>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub directory: Directory,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

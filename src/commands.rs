@@ -18,6 +18,7 @@ use crate::observe::board::StatusBoard;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
+use crate::pause::What;
 use crate::queue;
 use crate::source::catalog;
 use crate::state_directory::StateDirectory;
@@ -44,6 +45,8 @@ pub async fn run(cli: Cli) -> Result<()> {
         }
         Command::Status(options) => status(options).await,
         Command::Cutover(options) => cutover(options).await,
+        Command::Pause(options) => pause(options, What::Apply, true).await,
+        Command::Resume(options) => pause(options, What::All, false).await,
         Command::Verify(options) => verify(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Demo(options) => {
@@ -102,7 +105,7 @@ async fn check(options: cli::Check) -> Result<()> {
     if options.json {
         print_json(&report)?
     } else {
-        print(&report.to_string())?
+        print(&format!("{report}\n"))?
     }
     if report.ready() { Ok(()) } else { Err(blocked(&report)) }
 }
@@ -222,6 +225,19 @@ async fn cutover(options: cli::Cutover) -> Result<()> {
     }
 }
 
+async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Result<()> {
+    let directory = StateDirectory::at(&options.directory.dir);
+    let request = Request::Pause { what: options.what.unwrap_or(otherwise), rest };
+    let Answer::Paused(paused) = Conversation::begin(&directory, &request).await?.next().await? else {
+        return Err(Error::new(ErrorKind::Other, "the migration answered something else"));
+    };
+    if options.json {
+        return print_json(&json!({ "version": 1, "apply": paused.apply, "copy": paused.copy }));
+    }
+    let state = |paused: bool| if paused { "paused" } else { "going on" };
+    print(&format!("apply {}, copy {}\n", state(paused.apply), state(paused.copy)))
+}
+
 /// Shows both ends, and asks.
 fn ask(status: &Status) -> Result<()> {
     let lag = status.lag.seconds.map_or("unknown".to_owned(), |seconds| format!("{seconds:.1} s"));
@@ -249,6 +265,7 @@ async fn verify(options: cli::Verify) -> Result<()> {
                     ErrorKind::Other,
                     format!("{} is not the state directory of a migration", directory.display()),
                 )
+                .hint("Give the --dir of the migration, or both servers: walferry verify --source … --target …")
             })?;
             let given =
                 |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);

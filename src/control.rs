@@ -17,6 +17,7 @@ use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Status;
+use crate::pause::{Pause, Paused, What};
 use crate::state_directory::StateDirectory;
 
 /// What can be asked of a running migration.
@@ -27,6 +28,13 @@ pub enum Request {
     Status,
     /// Switch over to the target.
     Cutover(cutover::Options),
+    /// Hold something, or let it go on.
+    Pause {
+        /// What.
+        what: What,
+        /// Hold it.
+        rest: bool,
+    },
 }
 
 /// One line of an answer.
@@ -39,6 +47,8 @@ pub enum Answer {
     Step(cutover::Step),
     /// The cutover went through; the last line.
     CutOver(cutover::Outcome),
+    /// What rests now; the last line.
+    Paused(Paused),
     /// It did not work; the last line.
     Error {
         /// [`ErrorKind::exit_code`].
@@ -88,6 +98,7 @@ impl ControlServer {
     pub fn start(
         directory: &StateDirectory,
         board: StatusBoard,
+        pause: Pause,
         cutovers: mpsc::Sender<CutoverRequest>,
     ) -> Result<ControlServer> {
         let socket = directory.socket();
@@ -101,9 +112,9 @@ impl ControlServer {
             while let Ok((stream, _)) = listener.accept().await {
                 // The ended ones are taken out, so that they do not pile up.
                 while running.try_join_next().is_some() {}
-                let (board, cutovers) = (board.clone(), cutovers.clone());
+                let (board, pause, cutovers) = (board.clone(), pause.clone(), cutovers.clone());
                 running.spawn(async move {
-                    if let Err(error) = serve(stream, &board, &cutovers).await {
+                    if let Err(error) = serve(stream, &board, &pause, &cutovers).await {
                         tracing::debug!(%error, "a control connection ended early");
                     }
                 });
@@ -113,7 +124,12 @@ impl ControlServer {
     }
 }
 
-async fn serve(stream: UnixStream, board: &StatusBoard, cutovers: &mpsc::Sender<CutoverRequest>) -> Result<()> {
+async fn serve(
+    stream: UnixStream,
+    board: &StatusBoard,
+    pause: &Pause,
+    cutovers: &mpsc::Sender<CutoverRequest>,
+) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
     BufReader::new(reader).read_line(&mut line).await?;
@@ -126,6 +142,10 @@ async fn serve(stream: UnixStream, board: &StatusBoard, cutovers: &mpsc::Sender<
     };
     match request {
         Request::Status => send(&mut writer, &Answer::Status(Box::new(board.snapshot()))).await,
+        Request::Pause { what, rest } => {
+            let answer = pause.set(what, rest).map_or_else(|error| Answer::from(&error), Answer::Paused);
+            send(&mut writer, &answer).await
+        }
         Request::Cutover(options) => {
             let (answers, mut received) = mpsc::unbounded_channel();
             if cutovers.try_send(CutoverRequest { options, answers }).is_err() {

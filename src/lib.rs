@@ -35,6 +35,7 @@ pub mod check;
 pub mod clean;
 pub mod control;
 pub mod observe;
+pub mod pause;
 pub mod state_directory;
 
 pub mod cli;

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::connection::ConnectionSpec;
 use crate::control::{ControlServer, CutoverRequest};
@@ -32,6 +33,7 @@ use crate::lsn::Lsn;
 use crate::observe::board::{Side, StatusBoard};
 use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::observe::{http, metrics};
+use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
@@ -70,6 +72,8 @@ struct Running {
     directory: LockedDirectory,
     /// What all of our sessions call themselves: `walferry/` and the migration's id.
     application_name: String,
+    /// What the operator holds.
+    pause: Pause,
 }
 
 /// Migrates, until the cutover has gone through.
@@ -100,7 +104,8 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
     let (cutovers, mut requested) = mpsc::channel(1);
-    let _control = ControlServer::start(directory.directory(), board.clone(), cutovers)?;
+    let pause = Pause::restore(directory.directory(), board);
+    let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), cutovers)?;
     let _http = match config.http_address {
         Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
         None => None,
@@ -119,7 +124,8 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
             identified => break identified?,
         }
     };
-    let migration = Running { config, board: board.clone(), directory, application_name: identified.application_name };
+    let migration =
+        Running { config, board: board.clone(), directory, application_name: identified.application_name, pause };
     migration.go(identified.migration, &mut requested).await
 }
 
@@ -127,13 +133,10 @@ impl Running {
     /// All that comes after the check.
     async fn go(&self, migration: Migration, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
         if migration.phase == Phase::CutOver {
-            self.board.set_phase(ShownPhase::CutOver);
-            self.board
-                .event(Level::Info, "this migration has been cut over already; `walferry clean` removes what it left");
-            return Ok(());
+            return self.is_over();
         }
         let mut backoff = Backoff::new();
-        let (migration, mut held, applied) = loop {
+        let taken_up = loop {
             match self.take_up().await {
                 Err(error) if error.is_transient() => {
                     self.board.event(Level::Warn, format!("trying again: {error}"));
@@ -142,6 +145,7 @@ impl Running {
                 taken_up => break taken_up?,
             }
         };
+        let Some((migration, mut held, applied)) = taken_up else { return self.is_over() };
 
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         let (queue, mut appender) = queue::open(&self.directory.directory().queue(), start, self.config.queue)?;
@@ -157,26 +161,49 @@ impl Running {
             source_timeline: u32::try_from(migration.source_timeline).unwrap_or_default(),
             application_name: self.application_name.clone(),
         };
-        let this = Arc::new(self.background(&migration));
-        let receiving = receive::run(&self.config.source, &subscription, &queue, &mut appender, &self.board);
-        tokio::select! {
-            outcome = receiving => outcome.and(Err(Error::new(ErrorKind::Other, "the stream from the source has ended"))),
-            () = this.trim(queue.clone()) => Ok(()),
-            () = this.watch_source() => Ok(()),
+        // Tasks of their own, so that receiving never waits for a phase; they end with this set.
+        let mut beside = JoinSet::new();
+        let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
+        beside.spawn(async move { receive::run(&source, &subscription, &to_queue, &mut appender, &board).await });
+        let background = Arc::new(self.background(&migration));
+        let (watching, to_trim) = (Arc::clone(&background), queue.clone());
+        beside.spawn(async move { background.trim(to_trim).await });
+        beside.spawn(async move { watching.watch_source().await });
+        let outcome = tokio::select! {
+            ended = beside.join_next() => match ended {
+                Some(Ok(Err(error))) => Err(error),
+                _ => Err(Error::new(ErrorKind::Other, "the stream from the source has ended")),
+            },
             outcome = self.phases_until_cutover(&queue, &mut held, requested) => outcome,
-        }
+        };
+        // The queue writes its last block before the directory's lock goes.
+        beside.shutdown().await;
+        outcome
+    }
+
+    fn is_over(&self) -> Result<()> {
+        self.board.set_phase(ShownPhase::CutOver);
+        let text = "this migration has been cut over already; `walferry clean` removes what it left";
+        self.board.event(Level::Info, text);
+        Ok(())
     }
 
     /// Ends what an earlier process left, prepares what is not prepared, and reads how far the apply is. May be called again
     /// after an error: what counts is in the ledger, and is read from there.
-    async fn take_up(&self) -> Result<(Migration, Option<prepare::Held>, Vec<Lsn>)> {
+    ///
+    /// `None` when it has been cut over: until it ended, a session of a walferry that was killed could still commit that decision.
+    async fn take_up(&self) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
         self.end_sessions_left_behind().await?;
-        let (migration, held) = self.prepare(self.load().await?).await?;
+        let migration = self.load().await?;
+        if migration.phase == Phase::CutOver {
+            return Ok(None);
+        }
+        let (migration, held) = self.prepare(migration).await?;
         let target = self.target().await?;
         let applied = ledger::apply_progress(&target).await?;
         // The queue is trimmed by it: the target's crash must not be able to take it back (I2).
         ledger::make_durable(&target).await?;
-        Ok((migration, held, applied))
+        Ok(Some((migration, held, applied)))
     }
 
     /// The phases, begun again from the ledger after each transient error.

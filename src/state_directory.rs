@@ -106,6 +106,11 @@ impl StateDirectory {
         self.path.join("status.json")
     }
 
+    /// What the operator holds.
+    pub fn paused(&self) -> PathBuf {
+        self.path.join("paused.json")
+    }
+
     /// Who the migration is; `None` in an empty directory.
     ///
     /// # Errors
@@ -169,9 +174,17 @@ impl LockedDirectory {
     pub fn remove(self) -> Result<()> {
         self.discard_queue()?;
         let path = self.directory.path().to_owned();
-        for file in
-            ["control.sock", "status.json", "status.new", "migration.json", "migration.new", "schema.dump", "lock"]
-        {
+        for file in [
+            "control.sock",
+            "status.json",
+            "status.new",
+            "paused.json",
+            "paused.new",
+            "migration.json",
+            "migration.new",
+            "schema.dump",
+            "lock",
+        ] {
             match std::fs::remove_file(path.join(file)) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(error).context(|| format!("removing {} from {}", file, path.display()));

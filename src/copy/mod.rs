@@ -21,13 +21,14 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::connection::ConnectionSpec;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
+use crate::pause::{self, Paused};
 use crate::source::catalog::Table;
 use crate::target::ledger::Part;
 
@@ -48,6 +49,8 @@ pub struct Copier {
     pub tables: HashMap<u32, Table>,
     /// Where progress is shown.
     pub board: StatusBoard,
+    /// Whether it is to rest; it does so between parts.
+    pub paused: watch::Receiver<Paused>,
 }
 
 /// What became of a part.
@@ -119,7 +122,9 @@ impl Job {
         let copier = &self.copier;
         let source = copier.source.connect(&copier.application_name).await?;
         let mut target = copier.target.connect(&copier.application_name).await?;
+        let mut paused = copier.paused.clone();
         loop {
+            pause::copy_may_go_on(&mut paused).await;
             let Some(table) = copier.tables.get(&next.relid) else {
                 return Err(Error::new(
                     ErrorKind::Other,

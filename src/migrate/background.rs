@@ -44,7 +44,7 @@ impl Running {
 
 impl Background {
     /// Removes from the queue what is durable on the target (I2), until it is dropped.
-    pub(super) async fn trim(&self, queue: Queue) {
+    pub(super) async fn trim(&self, queue: Queue) -> Result<()> {
         loop {
             if let Err(error) = self.trim_while_connected(&queue).await {
                 tracing::debug!(%error, "trimming the queue waits for the target");
@@ -80,7 +80,7 @@ impl Background {
     }
 
     /// Shows where the source's WAL is and how much of it our slot holds back, until it is dropped.
-    pub(super) async fn watch_source(&self) {
+    pub(super) async fn watch_source(&self) -> Result<()> {
         loop {
             if let Err(error) = self.watch_source_while_connected().await {
                 tracing::debug!(%error, "watching the source waits for a connection");
@@ -107,11 +107,19 @@ impl Background {
 /// Whatever the servers say: then the fence may still be up, and this has to be called again.
 pub(super) async fn lift_fence(config: &Config) -> Result<()> {
     let target = config.target.connect("walferry").await?;
-    if ledger::load(&target).await?.is_none() || !cutover::is_fence_left_over(&target).await? {
+    let Some(migration) = ledger::load(&target).await? else { return Ok(()) };
+    if !cutover::is_fence_left_over(&target).await? {
         return Ok(());
     }
     let source = config.source.connect("walferry").await?;
-    if cutover::lift_left_over_fence(&source, &target, config.source.database()).await? {
+    if cutover::lift_left_over_fence(
+        &source,
+        &target,
+        config.source.database(),
+        &super::application_name(&migration.id),
+    )
+    .await?
+    {
         tracing::warn!("a cutover had been cut off: the source's database is open to writers again");
     }
     Ok(())

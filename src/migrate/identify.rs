@@ -5,6 +5,7 @@ use crate::check::{self, Severity};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
+use crate::source::replication::ReplicationSession;
 use crate::state_directory::{Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
 
@@ -94,7 +95,7 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         ));
     }
     if !report.ready() {
-        eprint!("{report}");
+        eprintln!("{report}");
         let count = report.of(Severity::Blocker).count();
         return Err(Error::new(
             ErrorKind::Blocked,
@@ -117,17 +118,12 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         config.source.without_password(),
         config.target.without_password(),
     ))?;
-    let source = config.source.connect(&application_name(&id)).await?;
-    let row = source
-        .query_one(
-            "SELECT s.system_identifier::text, c.timeline_id FROM pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c",
-            &[],
-        )
-        .await
-        .context(|| "asking the source who it is".into())?;
+    let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
+    let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
+    source.close().await;
     let migration = Migration {
-        source_system: row.get(0),
-        source_timeline: row.get(1),
+        source_system: server.system_id,
+        source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
         source_database: config.source.database().to_owned(),
         slot: format!("walferry_{id}"),
         publication: format!("walferry_{id}"),

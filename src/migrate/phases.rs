@@ -32,6 +32,8 @@ const SNAPSHOT_PING: Duration = Duration::from_secs(10);
 const CATALOG_INTERVAL: Duration = Duration::from_secs(30);
 /// How often it is looked at whether a cutover could begin.
 const READINESS_INTERVAL: Duration = Duration::from_secs(1);
+/// How a blocker begins that names a change of the source's catalog.
+const CATALOG_BLOCKER: &str = "on the source, ";
 /// With more lag than this, a cutover would keep the applications waiting.
 const READY_LAG_SECONDS: f64 = 5.0;
 
@@ -125,6 +127,7 @@ impl Running {
             application_name: self.application_name.clone(),
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
             board: self.board.clone(),
+            paused: self.pause.subscribe(),
         });
         loop {
             let unfinished: Vec<LedgerTable> =
@@ -219,6 +222,7 @@ impl Running {
                 writers,
                 progress,
                 board: self.board.clone(),
+                paused: self.pause.subscribe(),
                 applied: applied.clone(),
             };
             apply.run(until).await?;
@@ -315,6 +319,7 @@ impl Running {
         applied: &watch::Receiver<Applied>,
         request: CutoverRequest,
     ) -> CutOver {
+        let blockers = self.board.snapshot().blockers;
         self.board.set_phase(ShownPhase::CuttingOver);
         self.board.event(Level::Info, "a cutover begins");
         let cutover = Cutover {
@@ -323,6 +328,8 @@ impl Running {
             application_name: &self.application_name,
             tables,
             applied: applied.clone(),
+            // What changed on the source it looks at itself, and knows what is waived.
+            blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(CATALOG_BLOCKER)).collect(),
         };
         let outcome = cutover
             .run(&request.options, |step| {
@@ -376,7 +383,7 @@ impl Running {
                     changed = now.into_iter().map(|change| (change, ())).collect();
                 }
                 let mut blockers: Vec<String> =
-                    changed.keys().map(|change| format!("on the source, {change}")).collect();
+                    changed.keys().map(|change| format!("{CATALOG_BLOCKER}{change}")).collect();
                 let lag = self.board.snapshot().lag.seconds;
                 if let Some(lag) = lag.filter(|lag| *lag > READY_LAG_SECONDS) {
                     blockers.push(format!("the target is {lag:.0} s behind"));
