@@ -10,6 +10,7 @@ use walferry::lsn::Lsn;
 use walferry::source::catalog::{ReplicaIdentity, Table};
 use walferry::source::snapshot::SnapshotData;
 use walferry::target::ledger::{self, Migration, Part, Phase, Prepared};
+use walferry::target::writer::Writer;
 
 /// A target with the ledger of a migration of one table, `public.t`, whose one part is planned.
 async fn prepared_target() -> ThrowawayServer {
@@ -70,6 +71,23 @@ fn table() -> Table {
         estimated_rows: 0.0,
         updates_and_deletes: 0,
     }
+}
+
+/// Two sessions wrote the same batch, because the first had seemed lost with its commit on the way. Without a key to refuse
+/// it, the rows were there twice.
+#[tokio::test]
+async fn a_batch_is_not_committed_again_beside_a_session_that_seemed_lost() {
+    let server = prepared_target().await;
+    let spec = ConnectionSpec::parse(&server.url()).unwrap();
+    let mut lost = Writer::open(&spec, "lost").await.unwrap();
+    let mut successor = Writer::open(&spec, "successor").await.unwrap();
+    lost.begin().await.unwrap();
+    successor.begin().await.unwrap();
+    let stood = [(0, Lsn(16)), (1, Lsn(16))];
+    lost.advance(&stood, Lsn(32)).await.unwrap();
+    lost.commit().await.unwrap();
+    let error = successor.advance(&stood, Lsn(32)).await.unwrap_err();
+    assert!(error.is_transient(), "{error}");
 }
 
 /// A part's commit was on its way when the copy was planned anew: its rows stayed, and counted as the new snapshot's.

@@ -283,7 +283,9 @@ async fn migrate(
     if code != Some(0) {
         return Err(format!("`walferry clean` ended with {code:?}: {said}"));
     }
-    nothing_is_left(&left).await
+    // `clean` ends the sessions that began behind the fence, ours among them.
+    let source = connect(&sides[0].server, DATABASE).await.map_err(sql)?;
+    nothing_is_left(&source).await
 }
 
 /// The faults, the way to following, and the cutover. Answers how often the source had crashed when the last one began.

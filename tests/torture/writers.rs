@@ -58,7 +58,9 @@ impl Writer {
                 let _ = session.batch_execute("ROLLBACK").await;
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            let rest = self.random.between(0, self.rest_ms);
+            // A machine under load has to be able to catch up at last.
+            let calm = if self.control.no_prepared.load(Ordering::Relaxed) { 60 } else { 0 };
+            let rest = calm + self.random.between(0, self.rest_ms);
             tokio::time::sleep(Duration::from_millis(rest)).await;
         }
     }
