@@ -125,7 +125,13 @@ impl Cutover<'_> {
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&source, &timer)
             .await
-            .map_err(|error| untouched(error.context("waiting until the target has caught up, before the fence")))?;
+            .map_err(|error| {
+                untouched(
+                    error
+                        .context("waiting until the target has caught up, before the fence")
+                        .hint("Nothing was touched. Try again when `walferry status` shows little lag, or give more time with --timeout."),
+                )
+            })?;
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
@@ -450,16 +456,19 @@ impl<'a> Timer<'a> {
         self.stall_began.map(|began| began.elapsed()).unwrap_or_default()
     }
 
-    /// What is left until one of the limits.
+    /// What is left until one of the limits; how long writers may wait counts only while they do.
     fn left(&self) -> Duration {
         let left = self.timeout.saturating_sub(self.began.elapsed());
-        left.min(self.stall_max.saturating_sub(self.stalled()))
+        match self.stall_began {
+            Some(began) => left.min(self.stall_max.saturating_sub(began.elapsed())),
+            None => left,
+        }
     }
 
     /// Does something within the limits.
     async fn within<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let late = |_| {
-            let waited = self.stalled() >= self.stall_max;
+            let waited = self.stall_began.is_some() && self.stalled() >= self.stall_max;
             let text = if waited {
                 "writers had to wait longer than --max-write-stall"
             } else {
