@@ -26,6 +26,8 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
                 (Some(migration), Some(identity))
                     if migration.id == identity.id && migration.consistent_point.is_none() =>
                 {
+                    // What died in the middle of it may still hold the ledger's locks (H18).
+                    super::prepare::end_sessions(&target, &application_name(&migration.id)).await?;
                     remove_unprepared(&mut target).await?;
                     None
                 }
@@ -109,7 +111,10 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
     let source = config.source.connect(&application_name(&id)).await?;
     let row = source
         .query_one(
-            "SELECT s.system_identifier::text, c.timeline_id FROM pg_catalog.pg_control_system() s, pg_catalog.pg_control_checkpoint() c",
+            // Not the control file's timeline: after a promotion that is the old one until a checkpoint.
+            "SELECT system_identifier::text, \
+                    ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4 \
+             FROM pg_catalog.pg_control_system()",
             &[],
         )
         .await
