@@ -5,10 +5,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes use cargo, which brings its own parallelism.
 .NOTPARALLEL:
-.PHONY: help setup demo test fixtures lint
+.PHONY: help setup demo test torture bench bench-quick fixtures lint
 
 help: ## Says what there is
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
 
 setup: ## Installs what is missing (PostgreSQL's programs and a few tools; touches no cluster)
 	@scripts/setup.sh
@@ -31,3 +31,14 @@ lint: ## Checks format, lints and documentation
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+torture: setup ## Migrates while everything breaks: SEED=1 MINUTES=10 (or ROUNDS=20)
+	SEED=$(SEED) MINUTES=$(MINUTES) ROUNDS=$(ROUNDS) cargo test --locked --test torture -- --ignored --exact hunt --nocapture
+
+bench: setup ## Measures walferry beside its peers on servers of its own; writes bench/results.md and .svg
+	cargo build --release --locked --bin walferry --example bench
+	target/release/examples/bench
+
+bench-quick: setup ## The same in under five minutes, with smaller sizes; writes bench/results-quick.md and .svg
+	cargo build --release --locked --bin walferry --example bench
+	target/release/examples/bench --quick

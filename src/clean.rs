@@ -9,7 +9,7 @@ use crate::migrate::application_name;
 use crate::source::slot;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::ledger::{self, Phase};
-use crate::{sql, target::schema};
+use crate::target::schema;
 
 /// Something that was removed, for people.
 pub type Removed = String;
@@ -139,14 +139,12 @@ async fn orphans(source: &Client) -> Result<Vec<String>> {
 
 /// Takes back the setting that closed the source to writers, from a cutover that went through or was cut off.
 async fn open_again(source: &Client, target: &Client, database: &str, removed: &mut Vec<Removed>) -> Result<()> {
-    let fence =
-        target.query_opt("SELECT fence->>'previous' FROM walferry.migration WHERE fence IS NOT NULL", &[]).await?;
+    let fence = target
+        .query_opt("SELECT fence->>'previous', fence->>'since' FROM walferry.migration WHERE fence IS NOT NULL", &[])
+        .await?;
     if let Some(row) = fence {
-        let previous: Option<String> = row.get(0);
-        source
-            .batch_execute(&cutover::reopen_statement(database, previous.as_deref()))
-            .await
-            .context(|| format!("opening {} to writers again", sql::identifier(database)))?;
+        let closed = cutover::Closed { previous: row.get(0), since: row.get(1) };
+        cutover::open_again(source, database, &closed, "walferry").await?;
         removed.push(format!("fence: the database {database} on the source takes writes again"));
     }
     Ok(())

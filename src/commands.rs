@@ -105,7 +105,7 @@ async fn check(options: cli::Check) -> Result<()> {
     if options.json {
         print_json(&report)?
     } else {
-        print(&report.to_string())?
+        print(&format!("{report}\n"))?
     }
     if report.ready() { Ok(()) } else { Err(blocked(&report)) }
 }
@@ -265,6 +265,7 @@ async fn verify(options: cli::Verify) -> Result<()> {
                     ErrorKind::Other,
                     format!("{} is not the state directory of a migration", directory.display()),
                 )
+                .hint("Give the --dir of the migration, or both servers: walferry verify --source … --target …")
             })?;
             let given =
                 |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);

@@ -5,10 +5,15 @@ use std::process::ExitCode;
 use clap::Parser;
 use walferry::cli::Cli;
 use walferry::commands;
+use walferry::error::{Error, ErrorKind};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match commands::run(Cli::parse()).await {
+    // As a task, not in this thread: otherwise a worker hears of each message of a server, and has to wake this thread for it.
+    let command = tokio::spawn(commands::run(Cli::parse()));
+    let outcome =
+        command.await.unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("this is a bug: {error}"))));
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

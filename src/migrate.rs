@@ -23,11 +23,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::connection::ConnectionSpec;
 use crate::control::{ControlServer, CutoverRequest};
 use crate::cutover;
 use crate::error::{Error, ErrorKind, Result};
+use crate::lsn::Lsn;
 use crate::observe::board::{Side, StatusBoard};
 use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::observe::{http, metrics};
@@ -35,7 +37,7 @@ use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{Migration, Phase};
+use crate::target::ledger::{self, Migration, Phase};
 
 /// The longest pause before the phases begin again.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -92,7 +94,7 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         } else {
             board.fail(error);
         }
-        background::lift_fence(&config).await;
+        background::lift_fence_if_possible(&config).await;
     }
     background::write_status(&shown, board);
     outcome
@@ -111,7 +113,17 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let _ticker = board.start_ticker();
     let _status = background::keep_status(directory.directory().clone(), board.clone());
 
-    let identified = identify::identify(&config, &directory, board).await?;
+    let mut backoff = Backoff::new();
+    let identified = loop {
+        match identify::identify(&config, &directory, board).await {
+            // Once begun, a server that is away for a while is waited for.
+            Err(error) if error.is_transient() && directory.directory().identity()?.is_some() => {
+                board.event(Level::Warn, format!("trying again: {error}"));
+                backoff.wait().await;
+            }
+            identified => break identified?,
+        }
+    };
     let migration =
         Running { config, board: board.clone(), directory, application_name: identified.application_name, pause };
     migration.go(identified.migration, &mut requested).await
@@ -121,19 +133,23 @@ impl Running {
     /// All that comes after the check.
     async fn go(&self, migration: Migration, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
         if migration.phase == Phase::CutOver {
-            self.board.set_phase(ShownPhase::CutOver);
-            self.board
-                .event(Level::Info, "this migration has been cut over already; `walferry clean` removes what it left");
-            return Ok(());
+            return self.is_over();
         }
-        self.end_sessions_left_behind().await?;
-        let (migration, mut held) = self.prepare(migration).await?;
+        let mut backoff = Backoff::new();
+        let taken_up = loop {
+            match self.take_up().await {
+                Err(error) if error.is_transient() => {
+                    self.board.event(Level::Warn, format!("trying again: {error}"));
+                    backoff.wait().await;
+                }
+                taken_up => break taken_up?,
+            }
+        };
+        let Some((migration, mut held, applied)) = taken_up else { return self.is_over() };
 
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         let (queue, mut appender) = queue::open(&self.directory.directory().queue(), start, self.config.queue)?;
         // What the ledger has already needs no room in the queue.
-        let applied =
-            crate::target::ledger::apply_progress(&self.config.target.connect(&self.application_name).await?).await?;
         if let Some(least) = applied.into_iter().min() {
             queue.trim(least)?;
         }
@@ -145,14 +161,49 @@ impl Running {
             source_timeline: u32::try_from(migration.source_timeline).unwrap_or_default(),
             application_name: self.application_name.clone(),
         };
-        let this = Arc::new(self.background(&migration));
-        let receiving = receive::run(&self.config.source, &subscription, &queue, &mut appender, &self.board);
-        tokio::select! {
-            outcome = receiving => outcome.and(Err(Error::new(ErrorKind::Other, "the stream from the source has ended"))),
-            () = this.trim(queue.clone()) => Ok(()),
-            () = this.watch_source() => Ok(()),
+        // Tasks of their own, so that receiving never waits for a phase; they end with this set.
+        let mut beside = JoinSet::new();
+        let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
+        beside.spawn(async move { receive::run(&source, &subscription, &to_queue, &mut appender, &board).await });
+        let background = Arc::new(self.background(&migration));
+        let (watching, to_trim) = (Arc::clone(&background), queue.clone());
+        beside.spawn(async move { background.trim(to_trim).await });
+        beside.spawn(async move { watching.watch_source().await });
+        let outcome = tokio::select! {
+            ended = beside.join_next() => match ended {
+                Some(Ok(Err(error))) => Err(error),
+                _ => Err(Error::new(ErrorKind::Other, "the stream from the source has ended")),
+            },
             outcome = self.phases_until_cutover(&queue, &mut held, requested) => outcome,
+        };
+        // The queue writes its last block before the directory's lock goes.
+        beside.shutdown().await;
+        outcome
+    }
+
+    fn is_over(&self) -> Result<()> {
+        self.board.set_phase(ShownPhase::CutOver);
+        let text = "this migration has been cut over already; `walferry clean` removes what it left";
+        self.board.event(Level::Info, text);
+        Ok(())
+    }
+
+    /// Ends what an earlier process left, prepares what is not prepared, and reads how far the apply is. May be called again
+    /// after an error: what counts is in the ledger, and is read from there.
+    ///
+    /// `None` when it has been cut over: until it ended, a session of a walferry that was killed could still commit that decision.
+    async fn take_up(&self) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
+        self.end_sessions_left_behind().await?;
+        let migration = self.load().await?;
+        if migration.phase == Phase::CutOver {
+            return Ok(None);
         }
+        let (migration, held) = self.prepare(migration).await?;
+        let target = self.target().await?;
+        let applied = ledger::apply_progress(&target).await?;
+        // The queue is trimmed by it: the target's crash must not be able to take it back (I2).
+        ledger::make_durable(&target).await?;
+        Ok(Some((migration, held, applied)))
     }
 
     /// The phases, begun again from the ledger after each transient error.
@@ -162,7 +213,7 @@ impl Running {
         held: &mut Option<prepare::Held>,
         requested: &mut mpsc::Receiver<CutoverRequest>,
     ) -> Result<()> {
-        let mut backoff = Duration::from_millis(500);
+        let mut backoff = Backoff::new();
         loop {
             let begun = std::time::Instant::now();
             match self.phases(queue, held, requested).await {
@@ -170,11 +221,13 @@ impl Running {
                     self.board.event(Level::Warn, format!("trying again: {error}"));
                     self.board.reconnected(Side::Target);
                     if begun.elapsed() > BACKOFF_MAX {
-                        backoff = Duration::from_millis(500);
+                        backoff = Backoff::new();
                     }
-                    tokio::time::sleep(backoff).await;
-                    backoff = (backoff * 2).min(BACKOFF_MAX);
-                    background::lift_fence(&self.config).await;
+                    backoff.wait().await;
+                    // What the phases had open there. If it cannot be done now, neither can the phases.
+                    if let Err(error) = self.end_sessions(&self.config.target).await {
+                        tracing::debug!(%error, "sessions that broke off could not be ended on the target");
+                    }
                 }
                 outcome => return outcome,
             }
@@ -187,7 +240,14 @@ impl Running {
         held: &mut Option<prepare::Held>,
         requested: &mut mpsc::Receiver<CutoverRequest>,
     ) -> Result<()> {
+        // Before anything else: a cutover may have been cut off, and applications wait.
+        background::lift_fence(&self.config).await?;
         let migration = self.load().await?;
+        if migration.phase == Phase::CutOver {
+            // Decided, though the answer got lost.
+            self.board.set_phase(ShownPhase::CutOver);
+            return Ok(());
+        }
         let tables = self.show_tables().await?;
         if !migration.pre_data_restored {
             self.restore_pre_data(&tables).await?;
@@ -202,6 +262,20 @@ impl Running {
             self.finish_schema().await?;
         }
         self.follow(queue, &layout, requested).await
+    }
+}
+
+/// Longer and longer pauses between attempts.
+struct Backoff(Duration);
+
+impl Backoff {
+    fn new() -> Backoff {
+        Backoff(Duration::from_millis(500))
+    }
+
+    async fn wait(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(BACKOFF_MAX);
     }
 }
 

@@ -30,7 +30,7 @@ impl Pair {
             run(&first, "CREATE DATABASE shop").await;
             run(
                 &server.connect("shop").await.unwrap(),
-                "GRANT CREATE ON DATABASE shop TO app; GRANT CREATE ON SCHEMA public TO app;",
+                "ALTER DATABASE shop OWNER TO app; GRANT pg_signal_backend TO app; GRANT CREATE ON SCHEMA public TO app;",
             )
             .await;
         }
@@ -201,6 +201,12 @@ async fn every_missing_right_is_found_and_its_fix_mends_it() {
     }
     run(&source, "ALTER ROLE app NOREPLICATION").await;
     pair.is_mended_by_its_fix(Severity::Blocker, "replication-role").await;
+
+    run(&source, "ALTER DATABASE shop OWNER TO postgres; GRANT CREATE ON DATABASE shop TO app").await;
+    pair.is_mended_by_its_fix(Severity::Blocker, "database-owner").await;
+
+    run(&source, "REVOKE pg_signal_backend FROM app").await;
+    pair.is_mended_by_its_fix(Severity::Blocker, "signal-backend").await;
 
     run(&source, "REVOKE CREATE ON DATABASE shop FROM app").await;
     pair.is_mended_by_its_fix(Severity::Blocker, "create-on-database").await;

@@ -5,12 +5,14 @@
 //! transactions of the source, as many as came meanwhile and fit. A **chunk** is what is in memory at once; a transaction
 //! larger than that is a unit of several chunks (I4, I7).
 //!
-//! Where the chunks of a unit end depends on nothing but the bytes of its transactions, so that after a crash between
-//! the sessions' commits the same unit makes the same chunks again.
+//! Where the chunks of a unit end depends on nothing but its transactions, so that after a crash between the sessions'
+//! commits the same unit makes the same chunks again. "Its transactions" is what the source would send again too: the queue
+//! may have lost its newest ones in that crash. So announcements of tables do not count (a new connection repeats them), and a
+//! unit that is made again ends where it ended even if what it ended with, the position of an idle source, does not come again.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -19,7 +21,7 @@ use super::encode::CopyRows;
 use super::layout::Layout;
 use super::net::{Effect, NeedsSerialReplay, Net, NetChanges};
 use crate::decode::{Datum, Message, Tuple, decode};
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::lsn::Lsn;
 use crate::queue::{Entry, Reader, TransactionHead};
 
@@ -29,16 +31,31 @@ pub const MARKER_PREFIX: &str = "walferry";
 /// A chunk is written once it has read this much of the queue. Part of the format: see the module's head.
 const CHUNK_BYTES: usize = 8 << 20;
 
+/// What a change costs beside its own bytes, so that a chunk of tiny rows stays small in memory too (I7).
+const CHANGE_BYTES: usize = 64;
+
+/// A unit with at most so many rows is written by one session: the others' round trips would cost more.
+const SMALL_UNIT_ROWS: usize = 200;
+
 /// How long the queue is waited for before anything else is looked at.
 const WAIT: Duration = Duration::from_millis(50);
+
+/// How long a unit gathers transactions at least, when the one before it was hardly worth its commit, and when it was not: the
+/// round trips of a unit cost the servers as much as many rows do. It is part of the lag.
+const GATHER_QUIET: Duration = Duration::from_millis(2);
+const GATHER_BUSY: Duration = Duration::from_millis(20);
+/// Changes in a unit from which on the stream counts as busy.
+const BUSY_CHANGES: u64 = 50;
 
 /// What the sessions have to write next.
 #[derive(Debug, Default)]
 pub struct Chunk {
     /// For each session, in its number's place.
     pub writes: Vec<Vec<TableWrites>>,
-    /// How many rows they write in all.
-    pub rows: u64,
+    /// The whole of a unit that one session writes for all: its writes stand in the first session's place.
+    pub small: bool,
+    /// End LSN of the last transaction that is whole in this unit so far.
+    pub complete: Lsn,
     /// Set in the last chunk of a unit.
     pub end: Option<UnitEnd>,
 }
@@ -90,31 +107,45 @@ pub struct Assembler {
     reader: Reader,
     /// Ends the unit with the transaction that ends here, and then stops.
     until: Option<Lsn>,
+    /// Whether some sessions have committed the unit already: then each change must go to the session it went to.
+    recovering: bool,
+    /// Whether a chunk of the unit has been handed over.
+    begun: bool,
     /// End LSN of the last whole transaction.
     complete: Lsn,
     tables: BTreeMap<usize, NetChanges>,
     chunk_bytes: usize,
     unit: UnitEnd,
+    /// When the unit's first transaction came.
+    unit_begun: Instant,
+    /// How long the unit waits for more, from then on.
+    gather: Duration,
     head: Option<TransactionHead>,
 }
 
 impl Assembler {
-    /// Starts a thread that sends chunks until nobody takes them, `until` is reached, or it fails.
+    /// Starts a thread that sends chunks until nobody takes them, `until` is reached, or it fails. `recovering` says that
+    /// some sessions have committed the unit up to `until`, and others have not.
     pub fn start(
         layout: Arc<Layout>,
         reader: Reader,
         after: Lsn,
         until: Option<Lsn>,
+        recovering: bool,
     ) -> Result<mpsc::Receiver<Result<Assembled>>> {
         let (sender, receiver) = mpsc::channel(1);
         let mut assembler = Assembler {
             layout,
             reader,
             until,
+            recovering,
+            begun: false,
             complete: after,
             tables: BTreeMap::new(),
             chunk_bytes: 0,
             unit: UnitEnd::default(),
+            unit_begun: Instant::now(),
+            gather: GATHER_QUIET,
             head: None,
         };
         std::thread::Builder::new().name("assemble".into()).spawn(move || {
@@ -135,9 +166,13 @@ impl Assembler {
 
     /// Takes one entry of the queue; answers whether to go on.
     fn step(&mut self, sender: &mpsc::Sender<Result<Assembled>>) -> Result<bool> {
-        // With something to write, only what is there already is taken; the target should not wait for the source.
+        // With something to write, only what comes soon is taken; the target should not wait for the source.
         let unit_is_open = self.unit.transactions > 0;
-        let wait = if unit_is_open && self.head.is_none() { Duration::ZERO } else { WAIT };
+        let wait = if unit_is_open && self.head.is_none() && self.until.is_none() {
+            self.gather.saturating_sub(self.unit_begun.elapsed())
+        } else {
+            WAIT
+        };
         let Some(entry) = self.reader.next(wait)? else {
             // A unit with a given end waits for it, even where that has to be received again first.
             let hand_over = unit_is_open && self.head.is_none() && self.until.is_none();
@@ -145,16 +180,33 @@ impl Assembler {
         };
         match entry {
             Entry::Begin(head) => {
+                if let Some(until) = self.until.filter(|until| head.commit_lsn >= *until) {
+                    // The unit ended with a position that did not come again. A session that has committed it would
+                    // take this transaction for a part of it, and leave its share out.
+                    self.complete = until;
+                    self.unit.end_lsn = until;
+                    return self.send(sender, true);
+                }
+                if !unit_is_open {
+                    self.unit_begun = Instant::now();
+                }
                 self.head = Some(head);
                 self.unit.commit_time = head.commit_time;
+                self.chunk_bytes += CHANGE_BYTES;
             }
             Entry::Data(bytes) => {
-                if self.change(&bytes)? == Err(NeedsSerialReplay) {
+                let Some(head) = self.head else { return Ok(true) };
+                let change = self.change(head, &bytes).context(|| {
+                    format!("reading transaction {} that commits at {} from the queue", head.xid, head.commit_lsn)
+                })?;
+                if change == Err(NeedsSerialReplay) {
                     // Whoever takes this starts another assembler.
                     let _ = sender.blocking_send(Ok(Assembled::Serial { complete: self.complete }));
                     return Ok(false);
                 }
-                self.chunk_bytes += bytes.len();
+                if !matches!(bytes.first(), Some(b'R' | b'Y')) {
+                    self.chunk_bytes += CHANGE_BYTES + bytes.len();
+                }
                 if self.chunk_bytes >= CHUNK_BYTES {
                     return self.send(sender, false);
                 }
@@ -186,8 +238,7 @@ impl Assembler {
         wanted || !self.unit.markers.is_empty() || self.chunk_bytes >= CHUNK_BYTES / 2
     }
 
-    fn change(&mut self, bytes: &Bytes) -> Result<Result<(), NeedsSerialReplay>> {
-        let Some(head) = self.head else { return Ok(Ok(())) };
+    fn change(&mut self, head: TransactionHead, bytes: &Bytes) -> Result<Result<(), NeedsSerialReplay>> {
         let (relid, kind) = match decode(bytes)? {
             Message::Relation(relation) => {
                 self.layout.check_relation(&relation)?;
@@ -221,6 +272,14 @@ impl Assembler {
         }
         self.unit.changes += 1;
         let table = &self.layout.tables[place].table;
+        match &kind {
+            Kind::Insert(new) => self.layout.check_row(place, *new)?,
+            Kind::Update(old, new) => {
+                self.layout.check_row(place, *new)?;
+                old.map_or(Ok(()), |old| self.layout.check_row(place, old.tuple()))?;
+            }
+            Kind::Delete(old) => self.layout.check_row(place, old.tuple())?,
+        }
         let net = self.tables.entry(place).or_insert_with(|| NetChanges::new(relid, &table.key));
         Ok(match kind {
             Kind::Insert(new) => net.insert(bytes, new),
@@ -231,17 +290,23 @@ impl Assembler {
 
     /// Hands over what there is; `last` ends the unit. Answers whether to go on.
     fn send(&mut self, sender: &mpsc::Sender<Result<Assembled>>, last: bool) -> Result<bool> {
-        let mut chunk = Chunk { writes: (0..self.layout.workers).map(|_| Vec::new()).collect(), ..Chunk::default() };
+        let mut chunk = Chunk { complete: self.complete, ..Chunk::default() };
+        let rows: usize = self.tables.values().map(NetChanges::len).sum();
+        chunk.small = last && !self.begun && !self.recovering && rows <= SMALL_UNIT_ROWS;
+        chunk.writes.resize_with(self.layout.workers, Vec::new);
         for (&place, net) in &mut self.tables {
             if !net.is_empty() {
                 spread(&self.layout, place, net.take(), &mut chunk)?;
             }
         }
         self.chunk_bytes = 0;
+        self.begun = !last;
         let mut go_on = true;
         if last {
             go_on = self.until.is_none_or(|until| self.complete < until);
-            chunk.end = Some(std::mem::take(&mut self.unit));
+            self.gather = if self.unit.changes < BUSY_CHANGES { GATHER_QUIET } else { GATHER_BUSY };
+            let next = UnitEnd { commit_time: self.unit.commit_time, ..UnitEnd::default() };
+            chunk.end = Some(std::mem::replace(&mut self.unit, next));
         }
         Ok(sender.blocking_send(Ok(Assembled::Chunk(chunk))).is_ok() && go_on)
     }
@@ -261,8 +326,7 @@ fn spread(layout: &Layout, place: usize, rows: Vec<Net>, chunk: &mut Chunk) -> R
         if net.effect == Effect::Nothing {
             continue;
         }
-        chunk.rows += 1;
-        let worker = entry.routing.worker(entry.table.relid, net.hash, layout.workers);
+        let worker = if chunk.small { 0 } else { entry.routing.worker(entry.table.relid, net.hash, layout.workers) };
         let writes = writes_to(&mut chunk.writes[worker], place, binary);
         match net.effect {
             Effect::Insert => writes.inserts.push(net.row.tuple().columns())?,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::route::Routing;
-use crate::decode::{Relation, ReplicaIdentity as WireIdentity};
+use crate::decode::{Relation, ReplicaIdentity as WireIdentity, Tuple};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
@@ -83,6 +83,24 @@ impl Layout {
         commit_lsn < self.snapshots_end && self.tables[place].snapshot.sees(xid, commit_lsn)
     }
 
+    /// A row of the stream must have the catalog's columns: what stands in another column's place would be written there.
+    ///
+    /// # Errors
+    /// `SchemaChanged` naming the table.
+    pub fn check_row(&self, place: usize, row: Tuple<'_>) -> Result<()> {
+        let table = &self.tables[place].table;
+        if row.len() == table.columns.len() {
+            return Ok(());
+        }
+        let text = format!(
+            "a row of {} has {} columns in the stream, and the table had {} when the migration began",
+            table.qualified(),
+            row.len(),
+            table.columns.len()
+        );
+        Err(Error::new(ErrorKind::SchemaChanged, text).hint("Start anew with `walferry clean` and `walferry migrate`."))
+    }
+
     /// Compares what the stream announces with the catalog (I11).
     ///
     /// # Errors
@@ -104,21 +122,37 @@ impl Layout {
         let start_over =
             "Nothing after this change has been applied. Start anew with `walferry clean` and `walferry migrate`.";
         let mut announced = relation.columns();
-        for column in &table.columns {
+        for (at, column) in table.columns.iter().enumerate() {
             match announced.next() {
-                Some(now)
-                    if now.name == column.name
-                        && now.type_oid == column.type_oid
-                        && now.type_modifier == column.type_modifier => {}
-                Some(now) => {
+                Some(now) if now.name != column.name => {
+                    return changed(
+                        format!("where column {} of {name} was, the source has {} now", column.name, now.name),
+                        start_over.into(),
+                    );
+                }
+                Some(now) if now.type_oid != column.type_oid || now.type_modifier != column.type_modifier => {
                     return changed(
                         format!(
-                            "column {} of {name} was {} and is now {} on the source",
-                            column.name, column.type_name, now.name
+                            "column {} of {name} was of type {} and has another type on the source now",
+                            column.name, column.type_name
                         ),
                         start_over.into(),
                     );
                 }
+                // Without it an update that changes this column would not say which row it was.
+                Some(now) if table.key.contains(&at) && !now.is_key => {
+                    return changed(
+                        format!(
+                            "{name} has another replica identity on the source now: column {} is no longer in it, and \
+                             changed rows could not be found by it",
+                            column.name
+                        ),
+                        format!(
+                            "Give it back the replica identity that it had. If changes have been made meanwhile: {start_over}"
+                        ),
+                    );
+                }
+                Some(_) => {}
                 None => {
                     return changed(
                         format!("column {} of {name} was dropped on the source", column.name),

@@ -39,9 +39,6 @@ use crate::pause::{self, Paused};
 use crate::queue::Queue;
 use crate::target::writer::{WriteError, Writer};
 
-/// A unit with at most so many rows is written by one session: the others' round trips would cost more.
-const SMALL_UNIT_ROWS: u64 = 200;
-
 /// How long apply sessions live (H25).
 const SESSION_AGE_MAX: Duration = Duration::from_secs(600);
 
@@ -99,14 +96,26 @@ impl Apply {
     ///
     /// # Errors
     /// `Divergence` when the target is not what the source's history says (I6), naming the transaction; `Gap` when the queue no
-    /// longer holds what the ledger needs; `Transient` when a session is lost.
+    /// longer holds what the ledger needs; `Transient` when a session is lost, or somebody else has applied meanwhile.
     pub async fn run(&mut self, until: Option<Lsn>) -> Result<()> {
+        if self.writers.len() != self.layout.workers || self.progress.len() != self.layout.workers {
+            let text = format!(
+                "{} apply sessions were opened and the ledger speaks of {}, but the changes are spread over {}",
+                self.writers.len(),
+                self.progress.len(),
+                self.layout.workers
+            );
+            return Err(Error::new(ErrorKind::Other, text)
+                .hint("Somebody changed the ledger (walferry.apply_progress). Start anew: `walferry clean`, then `walferry migrate`."));
+        }
         let mut replay_after = None;
         loop {
             let (least, most) = self.range();
             // After a crash between the commits, exactly the unit that was being committed.
-            let unit = if least < most { Some(most) } else { replay_after };
-            let assembler = Assembler::start(Arc::clone(&self.layout), self.queue.reader(least)?, least, unit)?;
+            let recovering = least < most;
+            let unit = if recovering { Some(most) } else { replay_after };
+            let reader = self.queue.reader(least)?;
+            let assembler = Assembler::start(Arc::clone(&self.layout), reader, least, unit, recovering)?;
             match self.consume(assembler, unit, until).await? {
                 Ended::Replay(through) => {
                     replay_after = None;
@@ -146,29 +155,33 @@ impl Apply {
                 Assembled::Chunk(chunk) => chunk,
                 Assembled::Serial { complete } => {
                     self.roll_back().await?;
-                    let (least, _) = self.range();
-                    return Ok(if complete <= least { Ended::Replay(None) } else { Ended::UpTo(complete) });
+                    let (least, most) = self.range();
+                    let replay_now = complete <= least || least < most;
+                    return Ok(if replay_now { Ended::Replay(None) } else { Ended::UpTo(complete) });
                 }
             };
-            if self.is_untouched() {
+            if begun.is_none() {
                 pause::apply_may_go_on(&mut self.paused).await;
             }
             let since = *begun.get_or_insert_with(Instant::now);
             let end = chunk.end.take();
             let outcome = match &end {
-                Some(end) if chunk.rows <= SMALL_UNIT_ROWS && self.is_untouched() => {
-                    self.write_small(&mut chunk, end).await
-                }
+                Some(end) if chunk.small => self.write_small(&mut chunk, end).await,
                 _ => self.write(&mut chunk, end.as_ref()).await,
             };
             match outcome {
                 Ok(()) => {}
                 Err(WriteError::Failed(error)) => return Err(error),
+                // All had written this unit before the crash, so the rows are not to blame. A replay would have less to go on:
+                // what the unit knows of TOASTed values has been moved to other sessions' rows by then.
+                Err(WriteError::Refused(error)) if self.is_recovering() && error.is_transient() => return Err(error),
                 Err(WriteError::Refused(error)) => {
                     self.board
                         .event(Level::Warn, format!("the target refused a batch; replaying it row by row: {error}"));
                     self.roll_back().await?;
-                    return Ok(Ended::Replay(end.map(|end| end.end_lsn)));
+                    let (least, _) = self.range();
+                    let complete = end.map_or(chunk.complete, |end| end.end_lsn);
+                    return Ok(Ended::Replay((complete > least).then_some(complete)));
                 }
             }
             if let Some(end) = end {
@@ -183,32 +196,39 @@ impl Apply {
         Err(Error::new(ErrorKind::Other, "the assembler has ended without saying why"))
     }
 
-    /// Whether all sessions stand at the same place with nothing uncommitted, so that any of them can write any row.
-    fn is_untouched(&self) -> bool {
+    /// Whether some sessions have committed a unit that others have not.
+    fn is_recovering(&self) -> bool {
         let (least, most) = self.range();
-        least == most && self.writers.iter().all(|writer| !writer.in_transaction())
+        least < most
+    }
+
+    /// The ledger's rows of these sessions, as they are now.
+    fn rows_of(&self, sessions: impl IntoIterator<Item = usize>) -> Vec<(i32, Lsn)> {
+        let row = |session: usize| Some((i32::try_from(session).ok()?, *self.progress.get(session)?));
+        sessions.into_iter().filter_map(row).collect()
     }
 
     /// A small unit: one session writes it, and everybody's row in the ledger, as one transaction.
     async fn write_small(&mut self, chunk: &mut Chunk, end: &UnitEnd) -> Result<(), WriteError> {
         let layout = Arc::clone(&self.layout);
+        let everybody = self.rows_of(0..self.progress.len());
         let Some(writer) = self.writers.first_mut() else { return Ok(()) };
         for writes in &mut chunk.writes {
             if !writes.is_empty() {
                 writer.write(&layout, writes).await?;
             }
         }
-        let everybody: Vec<i32> = (0..self.progress.len()).filter_map(|number| i32::try_from(number).ok()).collect();
-        writer.commit(&everybody, end.end_lsn).await?;
+        writer.advance(&everybody, end.end_lsn).await?;
+        writer.commit().await?;
         self.progress.fill(end.end_lsn);
         Ok(())
     }
 
-    /// All sessions write their share; after the last chunk of the unit all commit, each with its own row in the ledger.
+    /// All sessions write their share; with the last chunk of the unit each writes its own row in the ledger, then all commit.
     async fn write(&mut self, chunk: &mut Chunk, end: Option<&UnitEnd>) -> Result<(), WriteError> {
         let layout = &*self.layout;
         let (_, most) = self.range();
-        let recovering = self.progress.iter().any(|applied| *applied < most);
+        let recovering = self.is_recovering();
         let shares = self.writers.iter_mut().zip(&mut chunk.writes).zip(&self.progress);
         let writes = shares.filter_map(|((writer, writes), applied)| {
             // A session that had committed this unit before the crash leaves its share out.
@@ -218,17 +238,23 @@ impl Apply {
         for outcome in join_all(writes).await {
             outcome?;
         }
-        // The barrier: nobody commits before all have written.
         let Some(end) = end else { return Ok(()) };
         // The first session writes the rows of those that had nothing to do.
-        let idle: Vec<i32> = numbers(self.writers.iter().map(|writer| !writer.in_transaction()));
-        let commits = self.writers.iter_mut().zip(0..).filter_map(|(writer, number): (&mut Writer, i32)| {
-            let mut rows = vec![number];
-            if number == 0 {
-                rows.extend(&idle);
-            }
-            (number == 0 || writer.in_transaction()).then_some(async move { writer.commit(&rows, end.end_lsn).await })
-        });
+        let idle = |session: usize| session == 0 || !self.writers[session].in_transaction();
+        let (of_the_first, of_others): (Vec<usize>, Vec<usize>) = (0..self.writers.len()).partition(|&at| idle(at));
+        let mut rows = vec![Vec::new(); self.writers.len()];
+        if let Some(first) = rows.first_mut() {
+            *first = self.rows_of(of_the_first);
+        }
+        for session in of_others {
+            rows[session] = self.rows_of([session]);
+        }
+        let sessions = self.writers.iter_mut().zip(&rows).filter(|(_, rows)| !rows.is_empty());
+        for outcome in join_all(sessions.map(|(writer, rows)| writer.advance(rows, end.end_lsn))).await {
+            outcome?;
+        }
+        // The barrier: nobody commits before all have written, and nothing but the commit is left to do.
+        let commits = self.writers.iter_mut().filter(|writer| writer.in_transaction()).map(Writer::commit);
         for outcome in join_all(commits).await {
             // Whether it was committed is only in the ledger now; the caller reads it again.
             outcome.map_err(WriteError::Failed)?;
@@ -251,17 +277,8 @@ impl Apply {
         let Some(writer) = self.writers.first_mut() else { return Ok(()) };
         self.board.serial_replay();
         let (board, applied) = (&self.board, &self.applied);
-        let mut last = Lsn::ZERO;
-        let outcome = Replay { layout: &layout, writer, progress: &self.progress, board }
-            .run(reader, through, |end| {
-                last = end.end_lsn;
-                publish(applied, board, &end, Duration::ZERO);
-            })
-            .await;
-        for position in &mut self.progress {
-            *position = last.max(*position);
-        }
-        outcome
+        let mut replay = Replay { layout: &layout, writer, progress: &mut self.progress, board };
+        replay.run(reader, through, |end| publish(applied, board, &end, Duration::ZERO)).await
     }
 }
 
@@ -281,8 +298,4 @@ fn publish(applied: &watch::Sender<Applied>, board: &StatusBoard, end: &UnitEnd,
         commit_time: end.commit_time,
         elapsed,
     });
-}
-
-fn numbers(wanted: impl Iterator<Item = bool>) -> Vec<i32> {
-    (0..).zip(wanted).filter(|(_, wanted)| *wanted).map(|(number, _)| number).collect()
 }

@@ -128,6 +128,11 @@ impl NetChanges {
         std::mem::take(&mut self.rows)
     }
 
+    /// How many rows have an effect, or had one that was undone.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
     /// Whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()

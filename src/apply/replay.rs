@@ -19,8 +19,8 @@ use crate::queue::{Entry, Reader, TransactionHead};
 use crate::target::serial;
 use crate::target::writer::Writer;
 
-/// How many entries are read ahead of the target.
-const READ_AHEAD: usize = 256;
+/// How many bytes are read ahead of the target at once; an entry can be larger.
+const READ_AHEAD_BYTES: usize = 1 << 20;
 
 /// Applies one transaction, and commits it with every session's row in the ledger.
 pub struct Replay<'a> {
@@ -29,7 +29,7 @@ pub struct Replay<'a> {
     /// The session.
     pub writer: &'a mut Writer,
     /// How far each session had come: what one has committed already is left out (after a crash between the commits).
-    pub progress: &'a [Lsn],
+    pub progress: &'a mut [Lsn],
     /// Where a divergence is counted.
     pub board: &'a StatusBoard,
 }
@@ -48,9 +48,9 @@ impl Replay<'_> {
     /// # Errors
     /// `Divergence`, or what the server says, naming the transaction. Earlier transactions stay committed.
     pub async fn run(&mut self, reader: Reader, through: Option<Lsn>, mut applied: impl FnMut(UnitEnd)) -> Result<()> {
-        let mut entries = read_ahead(reader)?;
-        while let Some(entry) = entries.recv().await {
-            let end = match entry? {
+        let mut entries = Entries::read_ahead(reader)?;
+        while let Some(entry) = entries.next().await? {
+            let end = match entry {
                 Entry::Begin(head) => self.transaction(head, &mut entries).await?,
                 Entry::Position(lsn) => UnitEnd { end_lsn: lsn, ..UnitEnd::default() },
                 Entry::Data(_) | Entry::Commit { .. } => return Err(broken_queue()),
@@ -67,30 +67,36 @@ impl Replay<'_> {
         Err(broken_queue())
     }
 
-    async fn transaction(
-        &mut self,
-        head: TransactionHead,
-        entries: &mut mpsc::Receiver<Result<Entry>>,
-    ) -> Result<UnitEnd> {
+    async fn transaction(&mut self, head: TransactionHead, entries: &mut Entries) -> Result<UnitEnd> {
         let naming = || format!("applying transaction {} that commits at {}", head.xid, head.commit_lsn);
         let outcome = self.changes(head, entries).await;
         if outcome.is_err() {
-            self.writer.roll_back().await.context(naming)?;
+            // What the server said of the change says more than that it could not be taken back.
+            if let Err(error) = self.writer.roll_back().await {
+                tracing::debug!(%error, "rolling back after a failed replay");
+            }
         }
         let end = outcome.context(naming)?;
-        let sessions: Vec<i32> = (0..self.progress.len()).filter_map(|worker| i32::try_from(worker).ok()).collect();
-        self.writer.commit(&sessions, end.end_lsn).await.context(naming)?;
+        self.writer.commit().await.context(naming)?;
+        for position in self.progress.iter_mut() {
+            *position = end.end_lsn.max(*position);
+        }
         Ok(end)
     }
 
-    async fn changes(&mut self, head: TransactionHead, entries: &mut mpsc::Receiver<Result<Entry>>) -> Result<UnitEnd> {
+    /// All that is done before the commit, the ledger's rows included.
+    async fn changes(&mut self, head: TransactionHead, entries: &mut Entries) -> Result<UnitEnd> {
         self.writer.begin().await?;
         let mut end = UnitEnd { transactions: 1, commit_time: head.commit_time, ..UnitEnd::default() };
         loop {
-            match entries.recv().await.ok_or_else(broken_queue)?? {
+            match entries.next().await?.ok_or_else(broken_queue)? {
                 Entry::Data(bytes) => self.change(&head, decode(&bytes)?, &mut end).await?,
                 Entry::Commit { end_lsn } => {
                     end.end_lsn = end_lsn;
+                    let behind = |position: &Lsn| *position < end_lsn;
+                    let sessions: Vec<(i32, Lsn)> =
+                        (0..).zip(self.progress.iter().copied()).filter(|(_, position)| behind(position)).collect();
+                    self.writer.advance(&sessions, end_lsn).await?;
                     return Ok(end);
                 }
                 Entry::Begin(_) | Entry::Position(_) => return Err(broken_queue()),
@@ -135,6 +141,14 @@ impl Replay<'_> {
         }
         end.changes += 1;
         let table = &layout.tables[place].table;
+        match &change {
+            Change::Insert(new) => layout.check_row(place, *new)?,
+            Change::Update(old, new) => {
+                layout.check_row(place, *new)?;
+                old.map_or(Ok(()), |old| layout.check_row(place, old.tuple()))?;
+            }
+            Change::Delete(old) => layout.check_row(place, old.tuple())?,
+        }
         let (outcome, conflict) = match change {
             Change::Insert(new) if self.is_covered(place, new, None, head) => return Ok(()),
             Change::Insert(new) => (serial::insert(self.writer, table, new).await, ConflictKind::InsertFoundRow),
@@ -182,21 +196,59 @@ fn broken_queue() -> Error {
     Error::new(ErrorKind::Queue, "the queue ended in the middle of a transaction that it had as a whole")
 }
 
-/// Reads the queue in a thread of its own.
-fn read_ahead(mut reader: Reader) -> Result<mpsc::Receiver<Result<Entry>>> {
-    let (sender, receiver) = mpsc::channel(READ_AHEAD);
-    std::thread::Builder::new().name("replay".into()).spawn(move || {
-        while !sender.is_closed() {
-            let entry = match reader.next(Duration::from_millis(50)) {
-                Ok(None) => continue,
-                Ok(Some(entry)) => Ok(entry),
-                Err(error) => Err(error),
-            };
-            let failed = entry.is_err();
-            if sender.blocking_send(entry).is_err() || failed {
-                break;
+/// The queue's entries, read in a thread of its own.
+struct Entries {
+    batches: mpsc::Receiver<Result<Vec<Entry>>>,
+    batch: std::vec::IntoIter<Entry>,
+}
+
+impl Entries {
+    /// Begins to read.
+    fn read_ahead(mut reader: Reader) -> Result<Entries> {
+        let (sender, batches) = mpsc::channel(1);
+        std::thread::Builder::new().name("replay".into()).spawn(move || {
+            while !sender.is_closed() {
+                let batch = read_batch(&mut reader);
+                let failed = batch.is_err();
+                let nothing_came = batch.as_ref().is_ok_and(Vec::is_empty);
+                if !nothing_came && sender.blocking_send(batch).is_err() || failed {
+                    break;
+                }
+            }
+        })?;
+        Ok(Entries { batches, batch: Vec::new().into_iter() })
+    }
+
+    async fn next(&mut self) -> Result<Option<Entry>> {
+        loop {
+            if let Some(entry) = self.batch.next() {
+                return Ok(Some(entry));
+            }
+            match self.batches.recv().await {
+                Some(batch) => self.batch = batch?.into_iter(),
+                None => return Ok(None),
             }
         }
-    })?;
-    Ok(receiver)
+    }
+}
+
+/// What there is, up to so many bytes.
+fn read_batch(reader: &mut Reader) -> Result<Vec<Entry>> {
+    let (mut batch, mut bytes) = (Vec::new(), 0);
+    while bytes < READ_AHEAD_BYTES {
+        let wait = if batch.is_empty() { Duration::from_millis(50) } else { Duration::ZERO };
+        let entry = match reader.next(wait) {
+            Ok(Some(entry)) => entry,
+            Ok(None) => break,
+            // What is there before it is good; the error comes again.
+            Err(_) if !batch.is_empty() => break,
+            Err(error) => return Err(error),
+        };
+        if let Entry::Data(data) = &entry {
+            bytes += data.len();
+        }
+        bytes += size_of::<Entry>();
+        batch.push(entry);
+    }
+    Ok(batch)
 }

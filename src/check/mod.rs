@@ -170,6 +170,7 @@ async fn check_source(
     ));
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server).await?);
+    findings.extend(source::cutover(client, server).await?);
     findings.extend(objects::tables(client, tables).await?);
     findings.extend(objects::others(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);

@@ -102,6 +102,38 @@ pub(crate) fn settings(server: &Server) -> Vec<Finding> {
     findings
 }
 
+/// Rights that only the cutover needs: to close the database to writers, and to end the other sessions (H29).
+pub(crate) async fn cutover(client: &Client, server: &Server) -> Result<Vec<Finding>> {
+    let row = client
+        .query_one(
+            "SELECT pg_catalog.pg_has_role(current_user, d.datdba, 'USAGE'), \
+                    pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'USAGE') \
+             FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
+            &[],
+        )
+        .await
+        .context(|| "reading what the role may do at the cutover".into())?;
+    let (owns, signals): (bool, bool) = (row.get(0), row.get(1));
+    let (database, role) = (sql::identifier(&server.database), sql::identifier(&server.role));
+    let mut findings = Vec::new();
+    if !owns && !server.superuser {
+        let message = "The role does not own the database, and so cannot close it to writers at the cutover.";
+        findings.push(
+            finding(Severity::Blocker, "database-owner", &database, message)
+                .fix(format!("ALTER DATABASE {database} OWNER TO {role};")),
+        );
+    }
+    if !signals && !server.superuser {
+        let message = "The role may not end the sessions of other roles, which the cutover has to: a writer that waits for \
+                       its locks would otherwise write to the old server afterwards.";
+        findings.push(
+            finding(Severity::Blocker, "signal-backend", &role, message)
+                .fix(format!("GRANT pg_signal_backend TO {role};")),
+        );
+    }
+    Ok(findings)
+}
+
 /// Slots and walsenders that are left, and what an earlier walferry left behind.
 pub(crate) async fn replication(client: &Client, server: &Server, resuming: bool) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();

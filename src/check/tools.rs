@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use super::report::{Finding, Severity, Side};
 use crate::error::{Error, ErrorKind, Result};
@@ -73,7 +74,10 @@ fn find_all() -> Result<Vec<Tools>> {
             .hint(format!("set {DIRECTORY_VARIABLE} to the directory that holds both, or unset it"))),
         };
     }
-    Ok(directories().iter().filter_map(|directory| tools_in(directory)).collect())
+    // Asked several times, and a wrapper in PATH takes its time to say its version.
+    static INSTALLED: OnceLock<Vec<Tools>> = OnceLock::new();
+    let look = || directories().iter().filter_map(|directory| tools_in(directory)).collect();
+    Ok(INSTALLED.get_or_init(look).clone())
 }
 
 /// Directories to look in, each once, those of packages last.

@@ -66,26 +66,30 @@ async fn copy_rows(
 
     let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
     let mut chunk = BytesMut::with_capacity(CHUNK_BYTES * 2);
-    let mut chunk_rows = 0;
+    // A message is a row, but the last one in binary, which is the trailer: the newest is not shown until another follows.
+    let (mut earlier, mut rows_shown) = (0, 0);
+    let mut is_first = true;
     while let Some(row) = rows.try_next().await? {
-        chunk_rows += 1;
+        earlier += u64::from(!is_first);
+        is_first = false;
         chunk.extend_from_slice(&row);
         if chunk.len() >= CHUNK_BYTES {
             if let Some(progress) = &mut progress {
-                progress.add(chunk.len() as u64, chunk_rows);
+                progress.add(chunk.len() as u64, earlier - rows_shown);
             }
-            chunk_rows = 0;
+            rows_shown = earlier;
             sink.feed(chunk.split().freeze()).await?;
             chunk.reserve(CHUNK_BYTES * 2);
         }
     }
-    if let Some(progress) = &mut progress {
-        progress.add(chunk.len() as u64, chunk_rows);
-    }
+    let bytes_left = chunk.len() as u64;
     if !chunk.is_empty() {
         sink.feed(chunk.freeze()).await?;
     }
     let rows = sink.finish().await?;
+    if let Some(progress) = &mut progress {
+        progress.add(bytes_left, rows.saturating_sub(rows_shown));
+    }
     let complete = ledger::part_copied(transaction.client(), part, rows).await?;
     transaction.commit().await?;
     if let Some(progress) = progress {

@@ -1,9 +1,9 @@
 //! The cutover: from "the target follows" to "the target is the primary", all or nothing (I8).
 //!
 //! ```text
-//!   check ► fence ► marker ► drain ► close ► sequences ► last check ► marker ► drain ► switch ► release
-//!           └────────────── anything fails, or time is up: open, unlock, follow again ──────┘ │
-//!                                                                  one synchronous commit on the target
+//!   check ► fence ► marker, drain ► close ► settle (sequences, last check, second marker: at once) ► switch ► release
+//!           └─────────── anything fails, or time is up: open, unlock, follow again ──────────────┘ │
+//!                                                                       one synchronous commit on the target
 //! ```
 //!
 //! | step | what holds afterwards |
@@ -11,9 +11,7 @@
 //! | fence | our session has locked every migrated table against writes, and waited for those in flight; applications wait |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
-//! | sequences | read when nobody can call `nextval` any more (H31), and set on the target |
-//! | last check | the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27) |
-//! | second drain | no change came between the markers, so nothing slipped through the fence |
+//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); no change came between the markers, so nothing slipped through the fence |
 //! | switch | the lock session has proved that it still holds its locks; one synchronous commit on the target decides |
 //!
 //! What is done to the source stands in the ledger before it is done, so that after a crash [`lift_left_over_fence`] undoes it.
@@ -39,7 +37,8 @@ use crate::target::schema;
 use crate::{sql, verify};
 
 use fence::Fence;
-pub use fence::lift_left_over_fence;
+pub(crate) use fence::{Closed, open_again};
+pub use fence::{is_fence_left_over, lift_left_over_fence};
 
 /// How a cutover is to be done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -66,6 +65,14 @@ pub struct Cutover<'a> {
     pub applied: watch::Receiver<Applied>,
     /// What stands against it, besides what it finds itself.
     pub blockers: Vec<String>,
+}
+
+/// A cutover that did not go through.
+pub struct GivenUp {
+    /// Why; its kind is `Aborted`.
+    pub error: Error,
+    /// The source may still be closed to writers: [`lift_left_over_fence`] has to be called until it succeeds.
+    pub fence_is_left: bool,
 }
 
 /// A step that is done.
@@ -102,18 +109,33 @@ impl Cutover<'_> {
     /// # Errors
     /// `Aborted` when a precondition does not hold and nothing was touched, or with the step and the reason when it was given
     /// up: then the fence is lifted, and the migration follows as before.
-    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step)) -> Result<Outcome> {
-        let source = self.source.connect(self.application_name).await?;
-        let target = self.target.connect(self.application_name).await?;
+    pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step) + Send + Sync) -> Result<Outcome, GivenUp> {
         let mut timer = Timer::new(options, &mut step);
-        self.preconditions(&source, &target, options).await.map_err(|error| error.with_kind(ErrorKind::Aborted))?;
+        let untouched = |error: Error| GivenUp { error: error.with_kind(ErrorKind::Aborted), fence_is_left: false };
+        let begin = timer.within(async {
+            let source = self.source.connect(self.application_name).await?;
+            let target = self.target.connect(self.application_name).await?;
+            // A session of its own for the last look at the catalog, made while nobody waits.
+            let inspector = self.source.connect(self.application_name).await?;
+            let before = ledger::fingerprint(&target).await?;
+            self.preconditions(&source, &target, &before, options).await?;
+            Ok((source, target, inspector, before))
+        });
+        let (source, target, inspector, before) = begin.await.map_err(untouched)?;
+        // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
+        self.drain(&source, &timer)
+            .await
+            .map_err(|error| untouched(error.context("waiting until the target has caught up, before the fence")))?;
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
-        let outcome = self.switch(&source, &target, &mut fence, options, &mut timer).await;
+        let outcome = self.switch((&source, &inspector), &target, &mut fence, (&before, options), &mut timer).await;
         match outcome {
             Ok((cutover_lsn, sequences_synced)) => {
-                fence.release().await?;
+                // Decided: what is left to do takes nothing back.
+                if let Err(error) = fence.release().await {
+                    tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
+                }
                 timer.done("release");
                 Ok(Outcome {
                     version: 1,
@@ -127,20 +149,34 @@ impl Cutover<'_> {
             }
             Err(error) => {
                 let at = timer.current();
-                let lifted = fence.lift().await;
+                let lifted = fence.lift(self.source, self.target).await;
+                let next = error.next_step().unwrap_or("Mend the reason, then try again.").to_owned();
                 let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
-                match lifted {
-                    Ok(()) => Err(error
-                        .hint("The fence is lifted and the migration follows again. Mend the reason, then try again.")),
-                    Err(lift) => {
-                        Err(error.context(format!("the fence could not be lifted ({lift})")).hint(fence.by_hand()))
-                    }
-                }
+                Err(match lifted {
+                    Ok(()) => GivenUp {
+                        error: error.hint(format!("The fence is lifted and the migration follows again. {next}")),
+                        fence_is_left: false,
+                    },
+                    Err(lift) => GivenUp {
+                        error: error
+                            .context(format!(
+                                "the fence could not be lifted yet ({lift}); this is tried again and again"
+                            ))
+                            .hint(fence.by_hand()),
+                        fence_is_left: true,
+                    },
+                })
             }
         }
     }
 
-    async fn preconditions(&self, source: &Client, target: &Client, options: &Options) -> Result<()> {
+    async fn preconditions(
+        &self,
+        source: &Client,
+        target: &Client,
+        before: &BTreeMap<String, String>,
+        options: &Options,
+    ) -> Result<()> {
         let migration = ledger::load(target).await?;
         if migration.is_none_or(|migration| migration.phase != ledger::Phase::Following) {
             return Err(Error::new(ErrorKind::Aborted, "the migration does not follow yet")
@@ -152,17 +188,27 @@ impl Cutover<'_> {
                 format!("the migration is not ready: {}", self.blockers.join("; ")),
             ));
         }
+        self.nothing_escaped(source, before, options).await
+    }
+
+    /// What table locks do not hold back: prepared transactions (H30), and DDL (I11).
+    async fn nothing_escaped(
+        &self,
+        source: &Client,
+        before: &BTreeMap<String, String>,
+        options: &Options,
+    ) -> Result<()> {
         self.no_prepared_transactions(source).await?;
-        self.same_catalog(source, target, options).await
+        self.same_catalog(source, before, options).await
     }
 
     /// From the fence to the decision. Every error leads to the fence being lifted.
     async fn switch(
         &self,
-        source: &Client,
+        (source, inspector): (&Client, &Client),
         target: &Client,
         fence: &mut Fence<'_>,
-        options: &Options,
+        (before, options): (&BTreeMap<String, String>, &Options),
         timer: &mut Timer<'_>,
     ) -> Result<(Lsn, usize)> {
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
@@ -173,26 +219,30 @@ impl Cutover<'_> {
 
         timer.within(fence.close()).await?;
         timer.done("close");
-        let synced = timer.within(sequences::copy(source, target)).await?;
-        timer.done("sequences");
-        self.no_prepared_transactions(source).await?;
-        timer.within(self.same_catalog(source, target, options)).await?;
-        timer.within(self.insert_only_tables_are_equal()).await?;
-        timer.done("last check");
-
-        let second = self.drain(source, timer).await?;
+        // At once, because applications wait: nobody writes any more, so their order does not matter.
+        let settled = timer.within(async {
+            tokio::try_join!(
+                sequences::copy(source, target),
+                self.drain(source, timer),
+                self.nothing_escaped(inspector, before, options),
+                self.insert_only_tables_are_equal(),
+            )
+        });
+        let (synced, second, (), ()) = settled.await?;
         if second.changes != first.changes {
             let count = second.changes - first.changes;
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
                 .hint("Somebody wrote without waiting for the locks; look for sessions with special rights."));
         }
-        timer.done("second drain");
+        timer.done("settle");
 
-        fence.prove(tables.len()).await?;
+        timer.within(fence.end_sessions()).await?;
+        timer.within(fence.prove(tables.len())).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()); COMMIT",
+            fence.still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             second.lsn
         );
@@ -277,11 +327,11 @@ impl Cutover<'_> {
     }
 
     /// I11: nothing that the stream does not show has come, gone or changed.
-    async fn same_catalog(&self, source: &Client, target: &Client, options: &Options) -> Result<()> {
-        let (before, now) = (ledger::fingerprint(target).await?, catalog::fingerprint(source).await?);
-        let changed: Vec<String> = changes(&before, &now)
+    async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
+        let now = catalog::fingerprint(source).await?;
+        let changed: Vec<String> = changes(before, &now)
             .into_iter()
-            .filter(|change| !options.waive.iter().any(|waived| change.starts_with(waived.as_str())))
+            .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
             .collect();
         if changed.is_empty() {
             return Ok(());
@@ -335,6 +385,11 @@ pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>
     gone.chain(other).collect()
 }
 
+/// Whether a change is that of this object: `table public.a` is not `table public.ab`.
+fn is_waived(change: &str, waived: &str) -> bool {
+    change.strip_prefix(waived).is_some_and(|rest| matches!(rest, " is gone" | " is new" | " has changed"))
+}
+
 struct Drained {
     lsn: Lsn,
     /// Row changes that came before the marker.
@@ -349,15 +404,14 @@ struct Timer<'a> {
     timeout: Duration,
     stall_max: Duration,
     steps: Vec<Step>,
-    tell: &'a mut dyn FnMut(&Step),
+    tell: &'a mut (dyn FnMut(&Step) + Send + Sync),
 }
 
 /// The steps in order: the one after the last that is done is under way.
-const STEPS: [&str; 10] =
-    ["check", "fence", "drain", "close", "sequences", "last check", "second drain", "switch", "release", "the end"];
+const STEPS: [&str; 8] = ["check", "fence", "drain", "close", "settle", "switch", "release", "the end"];
 
 impl<'a> Timer<'a> {
-    fn new(options: &Options, tell: &'a mut dyn FnMut(&Step)) -> Timer<'a> {
+    fn new(options: &Options, tell: &'a mut (dyn FnMut(&Step) + Send + Sync)) -> Timer<'a> {
         let now = Instant::now();
         let limit = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
         Timer {
@@ -423,8 +477,8 @@ fn unique() -> String {
     format!("{}-{}", std::process::id(), now.as_nanos())
 }
 
-/// The setting that closes a database to writers; also what `clean` takes back.
-pub(crate) fn reopen_statement(database: &str, previous: Option<&str>) -> String {
+/// Takes back the setting that closes a database to writers.
+fn reopen_statement(database: &str, previous: Option<&str>) -> String {
     let database = sql::identifier(database);
     match previous {
         Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
@@ -443,6 +497,16 @@ mod tests {
         let now = map(&[("table a", "1"), ("table b", "2"), ("index d", "1")]);
         assert_eq!(changes(&before, &now), ["index c is gone", "index d is new", "table b has changed"]);
         assert!(changes(&before, &before).is_empty());
+    }
+
+    #[test]
+    fn i11_one_object_is_waived_and_not_those_whose_names_begin_alike() {
+        assert!(is_waived("table a.b is new", "table a.b"));
+        assert!(is_waived("index a.b is gone", "index a.b"));
+        for other in ["table a.b", "table a.bc is new", "column c of table a.b has changed"] {
+            assert!(!is_waived(other, "table a.b"), "{other}");
+        }
+        assert!(!is_waived("table a.b is new", ""), "nothing named is nothing waived");
     }
 
     #[tokio::test]

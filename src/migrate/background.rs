@@ -15,7 +15,7 @@ use crate::observe::board::StatusBoard;
 use crate::queue::Queue;
 use crate::source::slot;
 use crate::state_directory::StateDirectory;
-use crate::target::ledger::Migration;
+use crate::target::ledger::{self, Migration};
 
 const TRIM_INTERVAL: Duration = Duration::from_secs(2);
 const SOURCE_INTERVAL: Duration = Duration::from_secs(5);
@@ -44,7 +44,7 @@ impl Running {
 
 impl Background {
     /// Removes from the queue what is durable on the target (I2), until it is dropped.
-    pub(super) async fn trim(&self, queue: Queue) {
+    pub(super) async fn trim(&self, queue: Queue) -> Result<()> {
         loop {
             if let Err(error) = self.trim_while_connected(&queue).await {
                 tracing::debug!(%error, "trimming the queue waits for the target");
@@ -80,7 +80,7 @@ impl Background {
     }
 
     /// Shows where the source's WAL is and how much of it our slot holds back, until it is dropped.
-    pub(super) async fn watch_source(&self) {
+    pub(super) async fn watch_source(&self) -> Result<()> {
         loop {
             if let Err(error) = self.watch_source_while_connected().await {
                 tracing::debug!(%error, "watching the source waits for a connection");
@@ -101,18 +101,34 @@ impl Background {
     }
 }
 
-/// Opens the source again if a cutover was cut off before its decision. Tried again at the next start when it cannot be done now.
-pub(super) async fn lift_fence(config: &Config) {
-    let lift = async {
-        let (source, target) = (config.source.connect("walferry").await?, config.target.connect("walferry").await?);
-        if crate::target::ledger::load(&target).await?.is_none() {
-            return Ok(false);
-        }
-        cutover::lift_left_over_fence(&source, &target, config.source.database()).await
-    };
-    match tokio::time::timeout(Duration::from_secs(5), lift).await {
-        Ok(Ok(true)) => tracing::warn!("a cutover had been cut off: the source's database is open to writers again"),
-        Ok(Ok(false)) => {}
+/// Opens the source again if a cutover was cut off before its decision.
+///
+/// # Errors
+/// Whatever the servers say: then the fence may still be up, and this has to be called again.
+pub(super) async fn lift_fence(config: &Config) -> Result<()> {
+    let target = config.target.connect("walferry").await?;
+    let Some(migration) = ledger::load(&target).await? else { return Ok(()) };
+    if !cutover::is_fence_left_over(&target).await? {
+        return Ok(());
+    }
+    let source = config.source.connect("walferry").await?;
+    if cutover::lift_left_over_fence(
+        &source,
+        &target,
+        config.source.database(),
+        &super::application_name(&migration.id),
+    )
+    .await?
+    {
+        tracing::warn!("a cutover had been cut off: the source's database is open to writers again");
+    }
+    Ok(())
+}
+
+/// The same at the end of the process, when it cannot wait. Done at the next start when it cannot be done now.
+pub(super) async fn lift_fence_if_possible(config: &Config) {
+    match tokio::time::timeout(Duration::from_secs(5), lift_fence(config)).await {
+        Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "could not look for a fence that was left over"),
         Err(_) => tracing::debug!("looking for a fence that was left over took too long"),
     }

@@ -5,6 +5,7 @@ use crate::check::{self, Severity};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
+use crate::source::replication::ReplicationSession;
 use crate::state_directory::{Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
 
@@ -34,6 +35,8 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
                 (migration, _) => migration,
             }
         }
+        // Begun: what the target's ledger says decides, and nothing else may.
+        Err(error) if identity.is_some() => return Err(error.context("looking for the ledger on the target")),
         // The check says it better, together with whatever else is wrong.
         Err(_) => None,
     };
@@ -66,7 +69,12 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
             }
         }
     }
-    let resuming = recorded.is_some();
+    if let Some(migration) = recorded {
+        // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
+        board.event(Level::Info, format!("going on with migration {}", migration.id));
+        let application_name = application_name(&migration.id);
+        return Ok(Identified { migration, application_name });
+    }
     let report = check::run(&check::Inputs {
         source: &config.source,
         target: &config.target,
@@ -75,17 +83,21 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         index_jobs: config.index_jobs,
         apply_workers: config.apply_workers,
         queue_max_bytes: Some(config.queue.max_bytes),
-        resuming,
+        resuming: false,
     })
     .await?;
-    if let Some(migration) = recorded {
-        // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
-        board.event(Level::Info, format!("going on with migration {}", migration.id));
-        let application_name = application_name(&migration.id);
-        return Ok(Identified { migration, application_name });
+    if let Some(identity) = &identity
+        && (report.source.is_none() || report.target.is_none())
+    {
+        // It has passed the check once.
+        let side = if report.source.is_none() { "source" } else { "target" };
+        return Err(Error::new(
+            ErrorKind::Transient,
+            format!("the {side} of migration {} cannot be connected to", identity.id),
+        ));
     }
     if !report.ready() {
-        eprint!("{report}");
+        eprintln!("{report}");
         let count = report.of(Severity::Blocker).count();
         return Err(Error::new(
             ErrorKind::Blocked,
@@ -108,20 +120,12 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         config.source.without_password(),
         config.target.without_password(),
     ))?;
-    let source = config.source.connect(&application_name(&id)).await?;
-    let row = source
-        .query_one(
-            // Not the control file's timeline: after a promotion that is the old one until a checkpoint.
-            "SELECT system_identifier::text, \
-                    ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4 \
-             FROM pg_catalog.pg_control_system()",
-            &[],
-        )
-        .await
-        .context(|| "asking the source who it is".into())?;
+    let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
+    let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
+    source.close().await;
     let migration = Migration {
-        source_system: row.get(0),
-        source_timeline: row.get(1),
+        source_system: server.system_id,
+        source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
         source_database: config.source.database().to_owned(),
         slot: format!("walferry_{id}"),
         publication: format!("walferry_{id}"),

@@ -1,6 +1,7 @@
 //! The phases between the preparation and the cutover, each of which goes on where the ledger says.
 
 use std::collections::{BTreeMap, HashMap};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::apply::layout::Layout;
 use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
 use crate::control::{Answer, CutoverRequest};
 use crate::copy::{self, Copier};
-use crate::cutover::{self, Cutover};
+use crate::cutover::{self, Cutover, GivenUp};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::status::{Level, Phase as ShownPhase, TableState};
@@ -38,7 +39,7 @@ const CATALOG_BLOCKER: &str = "on the source, ";
 const READY_LAG_SECONDS: f64 = 5.0;
 
 impl Running {
-    async fn target(&self) -> Result<tokio_postgres::Client> {
+    pub(super) async fn target(&self) -> Result<tokio_postgres::Client> {
         self.config.target.connect(&self.application_name).await
     }
 
@@ -109,7 +110,9 @@ impl Running {
             Ok(())
         };
         tokio::try_join!(copying, indexing)?;
-        ledger::enter_phase(&self.target().await?, Phase::CatchingUp).await
+        // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
+        // committed asynchronously, and has ended it. A new session would know nothing of that.
+        ledger::enter_phase(&target, Phase::CatchingUp).await
     }
 
     async fn copy(
@@ -170,10 +173,8 @@ impl Running {
             *held = None;
             self.board.event(Level::Info, "taking a new snapshot of the source for the tables that are not complete");
             let migration = self.load().await?;
-            let server = ServerIdentity {
-                system: migration.source_system,
-                timeline: migration.source_timeline.cast_unsigned(),
-            };
+            let server =
+                ServerIdentity { system: migration.source_system, timeline: migration.source_timeline.cast_unsigned() };
             let snapshot = HeldSnapshot::take(&self.config.source, &self.application_name, &server, first.xmax).await?;
             *held = Some(Held { snapshot, is_recorded: false, was_planned: false });
         }
@@ -210,10 +211,11 @@ impl Running {
         applied: &watch::Sender<Applied>,
     ) -> Result<()> {
         loop {
-            let progress = ledger::apply_progress(&self.target().await?).await?;
+            let target = self.target().await?;
+            let progress = ledger::apply_progress(&target).await?;
             let least = progress.iter().copied().min().unwrap_or(Lsn::ZERO);
             if until.is_some_and(|until| least >= until) {
-                return Ok(());
+                return ledger::make_durable(&target).await;
             }
             self.board.resume_stream(queue.durable_end(), least);
             let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));
@@ -283,36 +285,44 @@ impl Running {
         let (applied, watching) = watch::channel(Applied::default());
         let tables: Vec<(Table, bool)> =
             self.show_tables().await?.into_iter().map(|entry| (entry.table, entry.insert_only)).collect();
-        let applying = self.apply(queue, layout, None, &applied);
-        let steering = async {
-            let watching_readiness = self.watch_readiness();
-            tokio::pin!(watching_readiness);
-            loop {
-                let request = tokio::select! {
-                    request = requested.recv() => request,
-                    error = &mut watching_readiness => return Err(error),
-                };
-                let Some(request) = request else {
-                    return Err(Error::new(ErrorKind::Other, "the control socket is gone"));
-                };
-                if self.cut_over(&tables, &watching, request).await {
-                    return Ok(());
+        let mut applying = pin!(async move {
+            let outcome = self.apply(queue, layout, None, &applied).await;
+            // Whoever waits for it, as a cutover does, sees that it has ended.
+            drop(applied);
+            outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
+        });
+        let mut watching_readiness = pin!(self.watch_readiness());
+        loop {
+            let request = tokio::select! {
+                outcome = &mut applying => return outcome,
+                error = &mut watching_readiness => return Err(error),
+                request = requested.recv() => request,
+            };
+            let request = request.ok_or_else(|| Error::new(ErrorKind::Other, "the control socket is gone"))?;
+            // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
+            let mut cutover = pin!(self.cut_over(&tables, &watching, request));
+            let (went_through, ended) = tokio::select! {
+                went_through = &mut cutover => (went_through, None),
+                outcome = &mut applying => (cutover.await, Some(outcome)),
+            };
+            match (went_through, ended) {
+                (CutOver::Done, _) => return Ok(()),
+                (CutOver::GivenUp, None) => {}
+                (CutOver::GivenUp, Some(outcome)) => return outcome,
+                (CutOver::FenceLeft, _) => {
+                    return Err(Error::new(ErrorKind::Transient, "the cutover's fence is still up on the source"));
                 }
             }
-        };
-        tokio::select! {
-            outcome = applying => outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended"))),
-            outcome = steering => outcome,
         }
     }
 
-    /// Answers whether it went through.
+    /// Does it, and tells whoever asked.
     async fn cut_over(
         &self,
         tables: &[(Table, bool)],
         applied: &watch::Receiver<Applied>,
         request: CutoverRequest,
-    ) -> bool {
+    ) -> CutOver {
         let blockers = self.board.snapshot().blockers;
         self.board.set_phase(ShownPhase::CuttingOver);
         self.board.event(Level::Info, "a cutover begins");
@@ -331,27 +341,26 @@ impl Running {
                 let _ = request.answers.send(Answer::Step(step.clone()));
             })
             .await;
-        let went_through = outcome.is_ok();
-        let answer = match outcome {
+        let (answer, became) = match outcome {
             Ok(outcome) => {
                 self.board.set_phase(ShownPhase::CutOver);
                 self.board.event(
                     Level::Info,
                     format!("cut over at {} with {:.0} ms of downtime", outcome.cutover_lsn, outcome.downtime_ms),
                 );
-                Answer::CutOver(outcome)
+                (Answer::CutOver(outcome), CutOver::Done)
             }
-            Err(error) => {
+            Err(GivenUp { error, fence_is_left }) => {
                 self.board.set_phase(ShownPhase::Following);
                 self.board.event(Level::Warn, error.to_string());
-                Answer::from(&error)
+                (Answer::from(&error), if fence_is_left { CutOver::FenceLeft } else { CutOver::GivenUp })
             }
         };
         if request.answers.send(answer).is_ok() {
             // The process may end now: not before the answer is on its way.
             let _ = tokio::time::timeout(Duration::from_secs(2), request.answers.closed()).await;
         }
-        went_through
+        became
     }
 
     /// Says what stands against a cutover, until a connection breaks.
@@ -389,6 +398,16 @@ impl Running {
         let outcome: Result<()> = watch.await;
         outcome.err().unwrap_or_else(|| Error::new(ErrorKind::Other, "nobody looks at readiness any more"))
     }
+}
+
+/// What became of a cutover.
+enum CutOver {
+    /// The target is the primary.
+    Done,
+    /// As if it had not been.
+    GivenUp,
+    /// Given up, but the source is still closed to writers.
+    FenceLeft,
 }
 
 /// Uses the snapshot now and then; answers when it is gone.

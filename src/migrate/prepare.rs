@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::Running;
 use crate::check::tools;
+use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::{self, Table};
@@ -32,11 +33,18 @@ impl Running {
     /// Ends the sessions that a dead walferry left on either server (H18): they could still hold the slot, or write.
     pub(super) async fn end_sessions_left_behind(&self) -> Result<()> {
         for spec in [&self.config.source, &self.config.target] {
-            // Another name, so that it does not end itself or what it is to end.
-            end_sessions(&spec.connect("walferry").await?, &self.application_name).await?;
+            self.end_sessions(spec).await?;
         }
-        super::background::lift_fence(&self.config).await;
-        Ok(())
+        super::background::lift_fence(&self.config).await
+    }
+
+    /// Ends every session of this migration on a server, this process's own too, and waits until they are gone.
+    ///
+    /// A connection that broke off may live on at its other end, for as long as that server's keepalive takes: with locks on
+    /// rows and tables, and perhaps with a commit that is still on its way.
+    pub(super) async fn end_sessions(&self, spec: &ConnectionSpec) -> Result<()> {
+        // Another name, so that it does not end itself or what it is to end.
+        end_sessions(&spec.connect("walferry").await?, &self.application_name).await
     }
 
     /// Makes what is missing until the copy can begin. The second answer is the slot's snapshot, if it was made just now.
@@ -125,8 +133,11 @@ pub(super) async fn end_sessions(client: &tokio_postgres::Client, application_na
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    Err(Error::new(ErrorKind::Transient, format!("sessions named {application_name} of an earlier walferry do not end"))
-        .hint("Look for them in pg_stat_activity on both servers, end them, then run the same command again."))
+    Err(Error::new(
+        ErrorKind::Transient,
+        format!("sessions named {application_name} of an earlier walferry do not end"),
+    )
+    .hint("Look for them in pg_stat_activity on both servers, end them, then run the same command again."))
 }
 
 async fn major(client: &tokio_postgres::Client) -> Result<u32> {

@@ -60,6 +60,8 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
         }
     };
     let address = listener.local_addr().context(|| format!("listening on {address} for metrics"))?;
+    // A port of 0 is chosen by the system: only this says which.
+    board.event(Level::Info, format!("metrics are at http://{address}/metrics"));
     let app = router(Served { board, metrics });
     let task = tokio::spawn(async move {
         // It accepts until it is dropped; an error of one connection does not end it.

@@ -135,6 +135,9 @@ const BINARY_SAFE_TYPES: &str = "16,17,18,19,20,21,23,25,114,600,601,602,603,604
 /// timestamptz uuid (text and varchar only under a deterministic collation).
 const BYTE_EQUAL_TYPES: &str = "16,17,19,20,21,23,25,1043,1082,1114,1184,2950";
 
+/// Types that are compared by another type's operators: varchar by text's, cidr by inet's, reg* by oid's. A key of them is a key.
+const BORROWED_EQUALITY: &str = "1043,650,24,2202,2203,2204,2205,2206,3734,3769,4089,4096,4191";
+
 /// Reads every table that holds rows, largest first.
 ///
 /// Run it inside the transaction whose snapshot the answer has to describe.
@@ -204,7 +207,7 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
                         a.atttypmod, a.attnotnull, a.attidentity = 'a', \
                         b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e', \
                         (b.oid IN ({BYTE_EQUAL_TYPES}) OR b.typtype = 'e') AND coalesce(l.collisdeterministic, true), \
-                        CASE WHEN b.typtype IN ('e', 'r', 'm', 'c') OR b.typcategory = 'A' OR b.oid = 1043 THEN 'pg_catalog' \
+                        CASE WHEN b.typtype IN ('e', 'r', 'm', 'c') OR b.typcategory = 'A' OR b.oid IN ({BORROWED_EQUALITY}) THEN 'pg_catalog' \
                              ELSE (SELECT pg_catalog.min(on_.nspname) FROM pg_catalog.pg_opclass oc \
                                    JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree' \
                                    JOIN pg_catalog.pg_amop ao ON ao.amopfamily = oc.opcfamily AND ao.amopstrategy = 3 \

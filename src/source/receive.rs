@@ -3,7 +3,7 @@
 //! ```text
 //!   START_REPLICATION at the queue's durable end
 //!        │
-//!        ▼            begin / data / commit            flush when the socket is drained
+//!        ▼            begin / data / commit            flush when the socket is drained, not too often
 //!   ReplicationStream ────────────────────► Appender ────────────────────► writer thread: write, fsync
 //!        ▲                                                                        │
 //!        └───────────────── status: flushed = durable end (I1) ◄──────────────────┘
@@ -18,6 +18,7 @@
 
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
@@ -36,6 +37,9 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// How often a keepalive's position is written to the queue.
 const POSITION_INTERVAL: Duration = Duration::from_secs(1);
+/// Complete transactions that come within so long of each other reach the queue together: a block, and an fsync, for each
+/// would cost more than the transactions themselves. What comes after a pause goes at once.
+const GATHER: Duration = Duration::from_millis(5);
 /// The longest wait between two attempts to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -187,6 +191,8 @@ impl<'a> Receiver<'a> {
         status.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
         let mut confirmed = Lsn::ZERO;
+        let mut handed_over = Instant::now();
+        let mut is_gathering = false;
         loop {
             // Back-pressure (I7): while the queue has no room, the socket is not read, and the connection is kept
             // alive by the status messages below.
@@ -203,6 +209,12 @@ impl<'a> Receiver<'a> {
                         return Err(Error::new(ErrorKind::Queue, "the queue's writer has ended"));
                     }
                     None
+                }
+                () = tokio::time::sleep_until(handed_over + GATHER), if is_gathering => {
+                    self.appender.flush()?;
+                    handed_over = Instant::now();
+                    is_gathering = false;
+                    continue;
                 }
                 _ = status.tick() => {
                     self.write_position(true)?;
@@ -223,10 +235,14 @@ impl<'a> Receiver<'a> {
             };
             if let Some(event) = event {
                 heard = Instant::now();
-                let reply_requested = self.take(event)?;
+                let reply_requested = self.take_buffered(event, stream)?;
                 if !stream.has_buffered() {
                     self.write_position(reply_requested)?;
-                    self.appender.flush()?;
+                    is_gathering = heard < handed_over + GATHER;
+                    if !is_gathering {
+                        self.appender.flush()?;
+                        handed_over = heard;
+                    }
                 }
                 if reply_requested {
                     confirmed = self.queue.durable_end();
@@ -248,6 +264,20 @@ impl<'a> Receiver<'a> {
                 });
             }
         }
+    }
+
+    /// Takes a message and those that have been read with it, as long as there is room, without waiting for anything;
+    /// answers whether the source wants to hear from us.
+    fn take_buffered(&mut self, event: StreamEvent, stream: &mut ReplicationStream) -> Result<bool> {
+        let mut reply_requested = self.take(event)?;
+        // Never more than one socket buffer, so the status messages have their turn.
+        while stream.has_buffered() {
+            let Some(ready) = self.appender.ready().now_or_never() else { break };
+            ready?;
+            let Some(event) = stream.next().now_or_never() else { break };
+            reply_requested |= self.take(event?)?;
+        }
+        Ok(reply_requested)
     }
 
     /// Takes one message; answers whether the source wants to hear from us.

@@ -13,7 +13,7 @@
 //! A function here that takes a session runs inside whatever transaction that session has open: the caller makes
 //! the row and the work one transaction.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
@@ -415,8 +415,19 @@ async fn insert_snapshot(client: &Client, id: i32, snapshot: &SnapshotData) -> R
 /// # Errors
 /// Whatever the server says; nothing is changed then.
 pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, parts: &[Part]) -> Result<()> {
-    let unfinished: Vec<LedgerTable> = tables(client).await?.into_iter().filter(|table| !table.copied).collect();
     let transaction = client.transaction().await?;
+    // A session of an earlier attempt may still have its commit on the way, though nobody hears the answer any more. This waits
+    // for it; otherwise its rows would stay beside those of the new copy, or count as rows of the new snapshot.
+    transaction
+        .batch_execute("LOCK TABLE walferry.source_table, walferry.part IN ACCESS EXCLUSIVE MODE")
+        .await
+        .context(|| "waiting for earlier copy sessions on the target".into())?;
+    let unfinished: Vec<LedgerTable> =
+        tables(transaction.client()).await?.into_iter().filter(|table| !table.copied).collect();
+    let planned: BTreeSet<u32> = parts.iter().map(|part| part.relid).collect();
+    if planned != unfinished.iter().map(|table| table.table.relid).collect() {
+        return Err(Error::new(ErrorKind::Transient, "an earlier copy session has completed a table meanwhile"));
+    }
     let id = match snapshot {
         None => 0,
         Some(snapshot) => {
@@ -563,6 +574,18 @@ pub async fn apply_progress(client: &Client) -> Result<Vec<Lsn>> {
         .await
         .context(|| "reading the apply's progress".into())?;
     Ok(rows.into_iter().map(|row| row.get::<_, PgLsn>(0).into()).collect())
+}
+
+/// Makes all that this session has seen as committed durable: our asynchronous commits among it (I2).
+///
+/// # Errors
+/// Whatever the server says. A server that crashed in between has ended the session, so this then fails.
+pub async fn make_durable(client: &Client) -> Result<()> {
+    // Commits are flushed in order: this one has to be a real one, with an xid and a record of its own.
+    client
+        .batch_execute("BEGIN; SET LOCAL synchronous_commit = on; SELECT pg_catalog.pg_current_xact_id(); COMMIT")
+        .await
+        .context(|| "making the ledger durable on the target".into())
 }
 
 /// The catalog's fingerprint as it was recorded.

@@ -159,6 +159,8 @@ impl Drop for Archive {
 
 async fn output_of(mut command: Command, program: &str) -> Result<String> {
     let output = command
+        // What it says is read below.
+        .env("LC_ALL", "C")
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
@@ -166,11 +168,33 @@ async fn output_of(mut command: Command, program: &str) -> Result<String> {
         .map_err(|error| Error::new(ErrorKind::Other, format!("{program} cannot be started: {error}")))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let kind = if said.contains("connection to server") { ErrorKind::Transient } else { ErrorKind::Other };
+        let kind = if is_transient(&said) { ErrorKind::Transient } else { ErrorKind::Other };
         return Err(Error::new(kind, format!("{program}: {}", said.trim())));
     }
     String::from_utf8(output.stdout)
         .map_err(|_| Error::new(ErrorKind::Other, format!("{program} wrote something that is not UTF-8")))
+}
+
+/// Whether what a program of PostgreSQL said on standard error can be mended by trying again: it could not connect, lost its
+/// connection, waited too long for a lock, or found the snapshot gone, whose session had broken off.
+fn is_transient(said: &str) -> bool {
+    [
+        "connection to server",
+        "server closed the connection",
+        "terminating connection",
+        "no connection to the server",
+        "could not receive data from server",
+        "could not send data to server",
+        "SSL SYSCALL error",
+        "SSL connection has been closed",
+        "the database system is ",
+        "canceling statement due to lock timeout",
+        "invalid snapshot identifier",
+        "snapshot identifier does not exist",
+        "could not import the requested snapshot",
+    ]
+    .iter()
+    .any(|text| said.contains(text))
 }
 
 /// What names an item: a line of `pg_restore --list` (`3227; 2606 16392 CONSTRAINT public a a_pkey postgres`), and the
@@ -291,6 +315,19 @@ mod tests {
 
     const LIST: &str = ";\n; Archive created\n7; 1259 100 TABLE public t me\n9; 1255 102 FUNCTION public f() me\n\
         12; 2606 103 CONSTRAINT public t t_pkey me\n13; 0 0 SCHEMA - public me\n14; 1259 101 INDEX public real_one me\n";
+
+    #[test]
+    fn a_dump_whose_connection_broke_off_is_made_again() {
+        for said in [
+            "pg_dump: error: query failed: server closed the connection unexpectedly\n\tThis probably means the server \
+             terminated abnormally\n\tbefore or while processing the request.",
+            "pg_dump: error: query failed: FATAL:  terminating connection due to administrator command",
+            "pg_dump: error: query failed: ERROR:  invalid snapshot identifier: \"00000003-0000001B-1\"",
+        ] {
+            assert!(is_transient(said), "{said}");
+        }
+        assert!(!is_transient("pg_dump: error: query failed: ERROR:  permission denied for table t"));
+    }
 
     #[test]
     fn a_script_is_cut_into_the_items_of_its_list() {

@@ -14,6 +14,10 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::{Column, Table};
 use crate::sql;
 
+/// What an operator can do about a row that is not as it should be.
+const MEND: &str = "Somebody else has changed the target. Make this row there what it was on the source before that transaction, \
+     then run the same command again: nothing of the transaction has been applied.";
+
 /// A value as it came over the wire.
 #[derive(Debug)]
 struct Parameter<'a>(Datum<'a>);
@@ -68,7 +72,11 @@ impl<'a> Query<'a> {
                 let value = self.value(column, *datum);
                 format!("{}::text IS NOT DISTINCT FROM {value}::text", sql::identifier(&column.name))
             };
-            let all: Vec<String> = table.columns.iter().zip(&values).map(same).collect();
+            let mut all: Vec<String> = table.columns.iter().zip(&values).map(same).collect();
+            if all.is_empty() {
+                // Every row of a table without columns is the same.
+                all.push("true".into());
+            }
             return format!("ctid = (SELECT ctid FROM ONLY {} WHERE {} LIMIT 1)", table.qualified(), all.join(" AND "));
         }
         let mut conditions = Vec::with_capacity(table.key.len());
@@ -81,11 +89,10 @@ impl<'a> Query<'a> {
         conditions.join(" AND ")
     }
 
-    async fn run(self, writer: &Writer) -> Result<u64> {
-        let statement = writer.client().prepare(&self.text).await?;
+    async fn run(self, writer: &mut Writer) -> Result<u64> {
         let parameters: Vec<&(dyn ToSql + Sync)> =
             self.parameters.iter().map(|parameter| parameter as &(dyn ToSql + Sync)).collect();
-        Ok(writer.client().execute(&statement, &parameters).await?)
+        writer.execute_one(self.text, &parameters).await
     }
 }
 
@@ -93,7 +100,7 @@ impl<'a> Query<'a> {
 ///
 /// # Errors
 /// `Divergence` when there is one with that key or with another unique value; else what the server says.
-pub async fn insert(writer: &Writer, table: &Table, new: Tuple<'_>) -> Result<()> {
+pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Result<()> {
     let mut query = Query::default();
     let values: Vec<String> =
         table.columns.iter().zip(new.columns()).map(|(column, datum)| query.value(column, datum)).collect();
@@ -104,7 +111,7 @@ pub async fn insert(writer: &Writer, table: &Table, new: Tuple<'_>) -> Result<()
     };
     query.run(writer).await.map(|_| ()).map_err(|error| {
         let duplicate = error.sqlstate().is_some_and(|state| state.code() == "23505" || state.code() == "23P01");
-        let error = if duplicate { error.with_kind(ErrorKind::Divergence) } else { error };
+        let error = if duplicate { error.with_kind(ErrorKind::Divergence).hint(MEND) } else { error };
         error.context(format!("inserting {} into {}", name_row(table, new), table.qualified()))
     })
 }
@@ -113,7 +120,7 @@ pub async fn insert(writer: &Writer, table: &Table, new: Tuple<'_>) -> Result<()
 ///
 /// # Errors
 /// `Divergence` when there is no such row; else what the server says.
-pub async fn update(writer: &Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<()> {
+pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<()> {
     let mut query = Query::default();
     let mut set = Vec::with_capacity(table.columns.len());
     for (column, datum) in table.columns.iter().zip(new.columns()) {
@@ -122,12 +129,13 @@ pub async fn update(writer: &Writer, table: &Table, old: Option<OldTuple<'_>>, n
             set.push(format!("{} = {value}", sql::identifier(&column.name)));
         }
     }
+    if set.is_empty() {
+        // Nothing but TOASTed keys, all unchanged: the row must be there all the same.
+        set.extend(table.columns.first().map(|column| format!("{0} = {0}", sql::identifier(&column.name))));
+    }
     let found_by = old.map_or(new, |old| old.tuple());
     let row = query.row(table, found_by);
     query.text = format!("UPDATE ONLY {} SET {} WHERE {row}", table.qualified(), set.join(", "));
-    if set.is_empty() {
-        return Ok(());
-    }
     let met = query.run(writer).await;
     expect_one(met, "updating", table, found_by)
 }
@@ -136,7 +144,7 @@ pub async fn update(writer: &Writer, table: &Table, old: Option<OldTuple<'_>>, n
 ///
 /// # Errors
 /// `Divergence` when there is no such row; else what the server says.
-pub async fn delete(writer: &Writer, table: &Table, old: OldTuple<'_>) -> Result<()> {
+pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Result<()> {
     let mut query = Query::default();
     let row = query.row(table, old.tuple());
     query.text = format!("DELETE FROM ONLY {} WHERE {row}", table.qualified());
@@ -160,7 +168,7 @@ fn expect_one(met: Result<u64>, doing: &str, table: &Table, row: Tuple<'_>) -> R
     let name = || format!("{doing} {} of {}", name_row(table, row), table.qualified());
     match met.context(name)? {
         1 => Ok(()),
-        met => Err(Error::new(ErrorKind::Divergence, format!("{}: the target has {met} such rows", name()))),
+        met => Err(Error::new(ErrorKind::Divergence, format!("{}: the target has {met} such rows", name())).hint(MEND)),
     }
 }
 

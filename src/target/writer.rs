@@ -19,7 +19,8 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::SinkExt;
-use tokio_postgres::types::PgLsn;
+use futures_util::future::try_join;
+use tokio_postgres::types::{PgLsn, ToSql};
 use tokio_postgres::{Client, Statement};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -40,6 +41,17 @@ const SETTINGS: &str = "SET session_replication_role = replica; SET synchronous_
      SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off; \
      SET enable_material = off; SET jit = off; SET max_parallel_workers_per_gather = 0";
 
+/// The rows must be where their sessions left them; a row that another transaction is moving is waited for, and then looked at anew.
+const ADVANCE: &str = "UPDATE walferry.apply_progress p SET applied = $3 FROM unnest($1::int4[], $2::pg_lsn[]) s(worker, applied) \
+     WHERE p.worker = s.worker AND p.applied = s.applied";
+
+/// Each commit locks and empties every temporary table of the session; with more of them, all go, so that a source of
+/// thousands of tables does not fill the target's lock table (H10).
+const STAGING_TABLES_MAX: usize = 64;
+
+/// Prepared statements of the serial way that a session keeps: one for each table, operation and set of columns.
+const SERIAL_STATEMENTS_MAX: usize = 256;
+
 /// Why a unit could not be written as a set.
 #[derive(Debug)]
 pub enum WriteError {
@@ -52,9 +64,10 @@ pub enum WriteError {
 impl From<Error> for WriteError {
     fn from(error: Error) -> WriteError {
         let refused = error.sqlstate().is_some_and(|state| {
-            // Constraint violations, wrong data, deadlocks and lock timeouts; not a server that goes away or is full.
-            matches!(&state.code()[..2], "22" | "23" | "40" | "42" | "44" | "54" | "P0" | "XX")
-                || state.code() == "55P03"
+            // Whatever the server holds against the rows, deadlocks and lock timeouts; not a server that goes away, is full
+            // or was told to stop (57).
+            let contends = state.code().starts_with("40") || state.code() == "55P03";
+            contends || (!error.is_transient() && !state.code().starts_with("57"))
         });
         if refused { WriteError::Refused(error) } else { WriteError::Failed(error) }
     }
@@ -71,6 +84,12 @@ pub struct Writer {
     client: Client,
     in_transaction: bool,
     statements: HashMap<(usize, What), Statement>,
+    /// Statements of the serial way, by their text.
+    serial: HashMap<String, Statement>,
+    /// The statement that moves the ledger's rows on.
+    advance: Statement,
+    /// How many temporary tables there are.
+    staging_tables: usize,
     /// Temporary tables that this transaction has filled.
     staged: HashSet<(usize, Staging)>,
     opened: Instant,
@@ -92,11 +111,16 @@ impl Writer {
     /// Whatever the server says.
     pub async fn open(target: &ConnectionSpec, application_name: &str) -> Result<Writer> {
         let client = target.connect(application_name).await?;
-        client.batch_execute(SETTINGS).await.context(|| "preparing an apply session on the target".into())?;
+        let preparing = || "preparing an apply session on the target".into();
+        client.batch_execute(SETTINGS).await.context(preparing)?;
+        let advance = client.prepare(ADVANCE).await.context(preparing)?;
         Ok(Writer {
             client,
             in_transaction: false,
             statements: HashMap::new(),
+            serial: HashMap::new(),
+            advance,
+            staging_tables: 0,
             staged: HashSet::new(),
             opened: Instant::now(),
         })
@@ -108,7 +132,7 @@ impl Writer {
     }
 
     /// The session, for statements of its own transaction.
-    pub fn client(&self) -> &Client {
+    pub(super) fn client(&self) -> &Client {
         &self.client
     }
 
@@ -139,28 +163,57 @@ impl Writer {
     /// Whatever the server says.
     pub async fn begin(&mut self) -> Result<()> {
         if !self.in_transaction {
+            if self.staging_tables > STAGING_TABLES_MAX {
+                self.client.batch_execute("DISCARD TEMP").await?;
+                self.staging_tables = 0;
+                self.statements.clear();
+            }
             self.client.batch_execute("BEGIN").await?;
             self.in_transaction = true;
         }
         Ok(())
     }
 
-    /// Writes how far these sessions have come, and commits both together (I2).
+    /// Writes into the ledger how far sessions have come, each with where it stood before: the last thing before the commit
+    /// (I2). Deferred constraints are checked here too, because after the barrier it is too late to refuse.
+    ///
+    /// # Errors
+    /// `Transient` when the ledger has another position: somebody else has applied meanwhile, such as a session of ours whose
+    /// connection was lost and whose commit went through all the same. Committing would apply the unit twice.
+    /// Otherwise whatever the server says.
+    pub async fn advance(&mut self, sessions: &[(i32, Lsn)], applied: Lsn) -> Result<()> {
+        self.begin().await?;
+        let (numbers, before): (Vec<i32>, Vec<PgLsn>) =
+            sessions.iter().map(|(number, before)| (*number, PgLsn::from(*before))).unzip();
+        let applied = PgLsn::from(applied);
+        let parameters: [&(dyn ToSql + Sync); 3] = [&numbers, &before, &applied];
+        let (advanced, ()) = try_join(
+            self.client.execute(&self.advance, &parameters),
+            self.client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE"),
+        )
+        .await
+        .context(|| "writing the apply's progress into the ledger".into())?;
+        if advanced != sessions.len() as u64 {
+            let text = "the ledger's progress is not where this apply left it: another session has applied meanwhile";
+            return Err(Error::new(ErrorKind::Transient, text)
+                .hint("It is read again. If this repeats, a second walferry works on the same target: stop one."));
+        }
+        Ok(())
+    }
+
+    /// Commits, after [`Writer::advance`].
     ///
     /// # Errors
     /// Whatever the server says. Whether it was committed is then in the ledger, and only there.
-    pub async fn commit(&mut self, sessions: &[i32], applied: Lsn) -> Result<()> {
-        self.begin().await?;
-        self.client
-            .execute(
-                "UPDATE walferry.apply_progress SET applied = $2 WHERE worker = ANY ($1) AND applied < $2",
-                &[&sessions, &PgLsn::from(applied)],
-            )
-            .await
-            .context(|| "writing the apply's progress into the ledger".into())?;
+    pub async fn commit(&mut self) -> Result<()> {
         self.in_transaction = false;
         self.staged.clear();
-        self.client.batch_execute("COMMIT").await.context(|| "committing a batch on the target".into())
+        let committed = self.client.batch_execute("COMMIT").await;
+        if committed.is_err() {
+            // Temporary tables made in that transaction are gone with it.
+            self.statements.clear();
+        }
+        committed.context(|| "committing a batch on the target".into())
     }
 
     /// Takes back what is not committed.
@@ -176,6 +229,22 @@ impl Writer {
             self.statements.clear();
         }
         Ok(())
+    }
+
+    /// Runs a statement of the serial way, prepared once.
+    pub(super) async fn execute_one(&mut self, text: String, parameters: &[&(dyn ToSql + Sync)]) -> Result<u64> {
+        let statement = match self.serial.get(&text) {
+            Some(statement) => statement.clone(),
+            None => {
+                if self.serial.len() >= SERIAL_STATEMENTS_MAX {
+                    self.serial.clear();
+                }
+                let statement = self.client.prepare(&text).await?;
+                self.serial.insert(text, statement.clone());
+                statement
+            }
+        };
+        Ok(self.client.execute(&statement, parameters).await?)
     }
 
     async fn write_table(&mut self, layout: &Layout, writes: &mut TableWrites) -> Result<(), WriteError> {
@@ -236,6 +305,7 @@ impl Writer {
         let table = &layout.tables[place].table;
         if let What::Stage(staging) = &what {
             self.client.batch_execute(&staging.create(table)).await?;
+            self.staging_tables += 1;
         }
         let statement = self.client.prepare(&text(table, &what, layout.binary)).await?;
         self.statements.insert((place, what), statement.clone());

@@ -1,0 +1,11 @@
+//! Whole migrations, run by the real program between real servers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+mod clean;
+mod cutover;
+mod flow;
+mod killed;
+mod refused;

@@ -1,0 +1,105 @@
+//! The torture test: whole migrations while everything breaks, and then every row compared by SQL of the test's own.
+//!
+//! ```text
+//!   writers ──► source ◄── proxy ◄── walferry ──► proxy ──► target
+//!                 ▲          ▲           ▲          ▲          ▲
+//!                 └──────────┴── faults, from the seed ────────┘
+//! ```
+//!
+//! From one seed come the schema, what each writer decides, and the faults; the interleaving is the machine's, so a seed that
+//! failed may have to be run more than once. `make torture SEED=7 MINUTES=30` runs seed after seed from 7 on.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod compare;
+mod faults;
+mod process;
+mod proxy;
+mod random;
+mod regression;
+mod round;
+mod schema;
+mod writers;
+
+use std::time::{Duration, Instant};
+
+use round::{Size, Summary};
+
+/// Of the fixed seeds: as much as a test run can bear.
+const SMALL: Size = Size { fault_time: Duration::from_secs(15), huge_rows: 60_000 };
+const LARGE: Size = Size { fault_time: Duration::from_secs(30), huge_rows: 500_000 };
+
+fn one(seed: u64, size: Size) -> Result<Summary, String> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let outcome = runtime.block_on(round::run(seed, size));
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    outcome
+}
+
+fn fixed(seed: u64) {
+    match one(seed, SMALL) {
+        Ok(summary) => println!("{summary}"),
+        Err(failure) => panic!("{failure}"),
+    }
+}
+
+#[test]
+fn nothing_is_lost_or_doubled_with_seed_1() {
+    fixed(1);
+}
+
+#[test]
+fn nothing_is_lost_or_doubled_with_seed_2() {
+    fixed(2);
+}
+
+#[test]
+fn nothing_is_lost_or_doubled_with_seed_3() {
+    fixed(3);
+}
+
+/// `make torture`: seeds from SEED on, for MINUTES or ROUNDS, and a summary of all.
+#[test]
+#[ignore = "runs for as long as it is told to: make torture SEED=1 MINUTES=10"]
+fn hunt() {
+    let number =
+        |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty()).map(|text| text.parse::<u64>().unwrap());
+    let first = number("SEED").unwrap_or_else(|| u64::from(std::process::id()));
+    let minutes = number("MINUTES");
+    let rounds = number("ROUNDS").unwrap_or(if minutes.is_some() { u64::MAX } else { 1 });
+    let end = minutes.map(|minutes| Instant::now() + Duration::from_secs(minutes * 60));
+    let size = Size {
+        fault_time: number("FAULT_SECONDS").map_or(LARGE.fault_time, Duration::from_secs),
+        huge_rows: number("HUGE_ROWS").unwrap_or(LARGE.huge_rows),
+    };
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
+    for seed in first..first.saturating_add(rounds) {
+        if end.is_some_and(|end| Instant::now() > end) {
+            break;
+        }
+        match one(seed, size) {
+            Ok(summary) => {
+                println!("{summary}");
+                done.push(summary);
+            }
+            Err(failure) => {
+                println!("seed {seed} FAILED: {failure}\n");
+                failed.push(seed);
+            }
+        }
+    }
+    let sum = |of: fn(&Summary) -> u64| done.iter().map(of).sum::<u64>();
+    println!(
+        "{} seeds passed ({first}..); {} kills, {} stops, {} server crashes, {} server restarts, {} sessions ended, {} connection faults, \
+         {} transactions; failed seeds: {failed:?}",
+        done.len(),
+        sum(|summary| summary.kills),
+        sum(|summary| summary.stops),
+        sum(|summary| summary.faults.server_crashes),
+        sum(|summary| summary.faults.server_restarts),
+        sum(|summary| summary.faults.terminated),
+        sum(|summary| summary.faults.connection_faults),
+        sum(|summary| summary.committed),
+    );
+    assert!(failed.is_empty(), "failed seeds: {failed:?}");
+}

@@ -1,0 +1,413 @@
+//! One round: a whole migration under fire, from an empty target to the comparison after the cutover.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+use tokio_postgres::{Client, NoTls};
+use walferry::demo::server::{ServerPrograms, ThrowawayServer};
+
+use super::compare;
+use super::faults::{Counts, Faults, Log, Side};
+use super::process::{Walferry, tail};
+use super::proxy::Proxy;
+use super::random::Random;
+use super::schema::Schema;
+use super::writers::{Control, Writer};
+
+/// How long walferry may take, without any fault, until it follows.
+const CATCH_UP_MAX: Duration = Duration::from_secs(240);
+/// How long the cutover may be tried.
+const CUTOVER_MAX: Duration = Duration::from_secs(120);
+const DATABASE: &str = "der Laden";
+
+/// What a round did.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    pub seed: u64,
+    pub seconds: f64,
+    pub faults: Counts,
+    pub kills: u64,
+    pub stops: u64,
+    pub committed: u64,
+    pub aborted: u64,
+    pub prepared: u64,
+    pub truncated: u64,
+    pub unasked: Vec<String>,
+    pub cutovers: u64,
+    pub tables: usize,
+    pub replays: usize,
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "seed {}: {:.0} s, {} tables, {} kills, {} stops, {:?}, {} committed, {} aborted, {} prepared, {} truncated, \
+             {} cutovers tried, {} replays, {} ends by itself",
+            self.seed,
+            self.seconds,
+            self.tables,
+            self.kills,
+            self.stops,
+            self.faults,
+            self.committed,
+            self.aborted,
+            self.prepared,
+            self.truncated,
+            self.cutovers,
+            self.replays,
+            self.unasked.len()
+        )
+    }
+}
+
+/// What the seed decides besides the schema.
+struct Plan {
+    arguments: Vec<String>,
+    source_settings: Vec<(&'static str, &'static str)>,
+    target_settings: Vec<(&'static str, &'static str)>,
+    writers: u64,
+    rest_ms: u64,
+    huge_rows: u64,
+    fault_time: Duration,
+    pause_ms_max: u64,
+    cutover_under_fire: bool,
+}
+
+impl Plan {
+    fn random(random: &mut Random, size: Size) -> Plan {
+        let quota = *random.pick(&["2MiB", "16MiB", "1GiB"]);
+        let split = *random.pick(&["256KiB", "1MiB", "1GiB"]);
+        let arguments = [
+            ("--copy-jobs", random.between(1, 4).to_string()),
+            ("--index-jobs", random.between(1, 3).to_string()),
+            ("--apply-workers", random.between(1, 5).to_string()),
+            ("--split-above", split.to_owned()),
+            ("--queue-max-bytes", quota.to_owned()),
+            ("--queue-keep", (*random.pick(&["0s", "5s", "1h"])).to_owned()),
+            ("--http-addr", "off".to_owned()),
+        ];
+        let mut source_settings = vec![
+            ("wal_level", "logical"),
+            ("max_prepared_transactions", "50"),
+            ("max_wal_senders", "20"),
+            ("max_replication_slots", "20"),
+            ("fsync", "off"),
+            ("log_min_messages", "warning"),
+            ("log_min_error_statement", "panic"),
+        ];
+        if random.chance(50) {
+            source_settings.push(("logical_decoding_work_mem", "64kB"));
+        }
+        if random.chance(30) {
+            source_settings.push(("wal_sender_timeout", "5s"));
+        }
+        let mut target_settings =
+            vec![("fsync", "off"), ("log_min_messages", "warning"), ("max_prepared_transactions", "0")];
+        if random.chance(50) {
+            // The newest asynchronous commits are lost in a crash for longer.
+            target_settings.push(("wal_writer_delay", "10s"));
+        }
+        let huge = size.huge_rows > 0 && random.chance(35);
+        Plan {
+            arguments: arguments.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect(),
+            source_settings,
+            target_settings,
+            writers: random.between(2, 6),
+            rest_ms: *random.pick(&[5, 20, 60]),
+            huge_rows: if huge { random.between(size.huge_rows / 4, size.huge_rows) } else { 0 },
+            fault_time: size.fault_time,
+            pause_ms_max: *random.pick(&[800, 2000, 5000]),
+            cutover_under_fire: random.chance(50),
+        }
+    }
+}
+
+/// How much a round does.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    pub fault_time: Duration,
+    pub huge_rows: u64,
+}
+
+/// Runs a round. The error is everything that is needed to find out why.
+pub async fn run(seed: u64, size: Size) -> Result<Summary, String> {
+    let mut random = Random::for_purpose(seed, "plan");
+    let plan = Plan::random(&mut random, size);
+    let schema = Arc::new(Schema::random(&mut Random::for_purpose(seed, "schema")));
+    let log = Log::new();
+    log.add(format!("seed {seed}: {}", plan.arguments.join(" ")));
+    let programs = ServerPrograms::find(None).map_err(|error| error.to_string())?;
+    let names = (format!("torture-source-{seed}"), format!("torture-target-{seed}"));
+    let (source, target) = tokio::try_join!(
+        ThrowawayServer::start(&programs, &names.0, &plan.source_settings),
+        ThrowawayServer::start(&programs, &names.1, &plan.target_settings)
+    )
+    .map_err(|error| error.to_string())?;
+    let state = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let mut sides = [
+        Side {
+            name: "source",
+            proxy: Proxy::to(source.port()).await.map_err(|error| error.to_string())?,
+            server: source,
+        },
+        Side {
+            name: "target",
+            proxy: Proxy::to(target.port()).await.map_err(|error| error.to_string())?,
+            server: target,
+        },
+    ];
+    let mut arguments = vec!["migrate".to_owned()];
+    for (option, side) in [("--source", &sides[0]), ("--target", &sides[1])] {
+        arguments.push(option.to_owned());
+        arguments.push(format!("postgres://postgres@127.0.0.1:{}/{}", side.proxy.port, DATABASE.replace(' ', "%20")));
+    }
+    let directory = state.path().join("state");
+    arguments.extend(["--dir".to_owned(), directory.to_string_lossy().into_owned()]);
+    arguments.extend(plan.arguments.clone());
+    let mut walferry = Walferry::new(arguments, directory, state.path().join("walferry.log"));
+    let control = Arc::new(Control::default());
+    let mut summary = Summary { seed, tables: schema.tables.len(), ..Summary::default() };
+    let begun = Instant::now();
+    let outcome = migrate(seed, &plan, &schema, &mut sides, &mut walferry, &control, &log, &mut summary).await;
+    control.stop.store(true, Ordering::Relaxed);
+    walferry.kill().await;
+    summary.seconds = begun.elapsed().as_secs_f64();
+    summary.unasked.clone_from(&walferry.unasked);
+    summary.stops = walferry.stops;
+    summary.committed = control.committed.load(Ordering::Relaxed);
+    summary.aborted = control.aborted.load(Ordering::Relaxed);
+    summary.prepared = control.prepared.load(Ordering::Relaxed);
+    summary.truncated = control.truncated.load(Ordering::Relaxed);
+    summary.replays = walferry.logged("replaying it row by row");
+    outcome.map(|()| summary.clone()).map_err(|error| {
+        format!(
+            "{error}\n\n=== repeat with: make torture SEED={seed} ROUNDS=1\n{summary}\n=== command\nwalferry {}\n=== schema\n{};\n=== faults\n{}\n\
+             === walferry\n{}\n=== source's log\n{}\n=== target's log\n{}",
+            walferry.arguments.join(" "),
+            schema.statements().join(";\n"),
+            log.text(),
+            walferry.tail(120),
+            tail(&sides[0].server.log(), 25),
+            tail(&sides[1].server.log(), 25),
+        )
+    })
+}
+
+#[allow(clippy::too_many_arguments)] // One place calls it; a struct of them would say no more.
+async fn migrate(
+    seed: u64,
+    plan: &Plan,
+    schema: &Arc<Schema>,
+    sides: &mut [Side; 2],
+    walferry: &mut Walferry,
+    control: &Arc<Control>,
+    log: &Log,
+    summary: &mut Summary,
+) -> Result<(), String> {
+    let sql = |error: tokio_postgres::Error| format!("the test's own SQL failed: {error:?}");
+    for side in sides.iter() {
+        let client = connect(&side.server, "postgres").await.map_err(sql)?;
+        client.batch_execute(&format!("CREATE DATABASE \"{DATABASE}\"")).await.map_err(sql)?;
+    }
+    let source = connect(&sides[0].server, DATABASE).await.map_err(sql)?;
+    let mut filling = Random::for_purpose(seed, "rows");
+    for statement in schema.statements().iter().chain(&schema.fill(&mut filling)) {
+        source.batch_execute(statement).await.map_err(|error| format!("{statement}: {error:?}"))?;
+    }
+    source.batch_execute("ANALYZE").await.map_err(sql)?;
+    drop(source);
+
+    let mut writers = tokio::task::JoinSet::new();
+    for number in 0..plan.writers {
+        let writer = Writer {
+            number,
+            url: sides[0].server.url_for(DATABASE),
+            schema: Arc::clone(schema),
+            control: Arc::clone(control),
+            random: Random::for_purpose(seed, &format!("writer {number}")),
+            rest_ms: plan.rest_ms,
+            huge_rows: plan.huge_rows,
+            huge_left: if number == 0 && plan.huge_rows > 0 { 2 } else { 0 },
+        };
+        writers.spawn(writer.run());
+    }
+    sleep(Duration::from_millis(300)).await;
+    log.add("walferry begins");
+    walferry.start().map_err(|error| error.to_string())?;
+
+    let mut faults = Faults {
+        sides,
+        walferry,
+        random: Random::for_purpose(seed, "faults"),
+        log: log.clone(),
+        counts: Counts::default(),
+        pause_ms_max: plan.pause_ms_max,
+    };
+    let outcome = under_fire(plan, &mut faults, control, summary).await;
+    summary.faults = faults.counts;
+    summary.kills = faults.walferry.kills;
+    let exact_sequences = match outcome {
+        Ok(crashes) => crashes == faults.counts.source_crashes,
+        Err(error) => {
+            // What is different by then, once nobody writes, tells much about why.
+            control.stop.store(true, Ordering::Relaxed);
+            while writers.join_next().await.is_some() {}
+            sleep(Duration::from_secs(5)).await;
+            let (left, right) =
+                tokio::try_join!(connect(&sides[0].server, DATABASE), connect(&sides[1].server, DATABASE))
+                    .map_err(sql)?;
+            let different = compare::differences(&left, &right, false).await.map_err(sql)?;
+            return Err(format!("{error}\nby then, the target differed from the source:\n{}", different.join("\n")));
+        }
+    };
+
+    control.stop.store(true, Ordering::Relaxed);
+    while writers.join_next().await.is_some() {}
+    log.add("the writers have ended");
+    let (left, right) =
+        tokio::try_join!(connect(&sides[0].server, DATABASE), connect(&sides[1].server, DATABASE)).map_err(sql)?;
+    let different = compare::differences(&left, &right, exact_sequences).await.map_err(sql)?;
+    if !different.is_empty() {
+        return Err(format!("the target differs from the source:\n{}", different.join("\n")));
+    }
+    log.add("both sides are equal");
+    if let Some(end) = walferry.unasked.first() {
+        return Err(format!("walferry gave up by itself {} times; first: {end}", walferry.unasked.len()));
+    }
+    let servers: Vec<&str> = walferry.arguments[1..5].iter().map(String::as_str).collect();
+    let (code, said) = walferry.command(&[&["clean"], servers.as_slice()].concat()).await;
+    if code != Some(0) {
+        return Err(format!("`walferry clean` ended with {code:?}: {said}"));
+    }
+    nothing_is_left(&left).await
+}
+
+/// The faults, the way to following, and the cutover. Answers how often the source had crashed when the last one began.
+async fn under_fire(
+    plan: &Plan,
+    faults: &mut Faults<'_>,
+    control: &Control,
+    summary: &mut Summary,
+) -> Result<u64, String> {
+    faults.run(plan.fault_time).await?;
+    faults.log.add("no more faults");
+    until_following(faults).await?;
+    control.no_prepared.store(true, Ordering::Relaxed);
+    let mut crashes = 0;
+    if plan.cutover_under_fire {
+        faults.log.add("a cutover under fire");
+        faults.pause_ms_max = faults.pause_ms_max.min(1500);
+        for _ in 0..3 {
+            // The asking process does not outlive its answer by much, so the faults may meet it anywhere.
+            crashes = faults.counts.source_crashes;
+            let asked = ask_for_cutover(faults.walferry);
+            faults.run(Duration::from_secs(3)).await?;
+            summary.cutovers += 1;
+            if let Ok(Ok((code, said))) = tokio::time::timeout(Duration::from_secs(60), asked).await {
+                faults.log.add(format!("the cutover under fire ended with {code:?}: {}", last_line(&said)));
+            }
+            if faults.walferry.done {
+                break;
+            }
+        }
+        faults.heal();
+    }
+    let deadline = Instant::now() + CUTOVER_MAX;
+    let mut last = String::new();
+    loop {
+        faults.look()?;
+        if faults.walferry.done {
+            faults.log.add("walferry has ended: cut over");
+            return Ok(crashes);
+        }
+        if Instant::now() > deadline {
+            return Err(format!("no cutover within {CUTOVER_MAX:?}; last: {last}"));
+        }
+        until_following(faults).await?;
+        if faults.walferry.done {
+            continue;
+        }
+        summary.cutovers += 1;
+        crashes = faults.counts.source_crashes;
+        let (code, said) = ask_for_cutover(faults.walferry).await.map_err(|error| error.to_string())?;
+        last = format!("{code:?}: {}", last_line(&said));
+        faults.log.add(format!("the cutover ended with {last}"));
+        match code {
+            Some(0) => {
+                let ended = Instant::now() + Duration::from_secs(20);
+                while faults.walferry.look() {
+                    if Instant::now() > ended {
+                        return Err("20 s after the cutover `walferry migrate` is still there".into());
+                    }
+                    sleep(Duration::from_millis(50)).await;
+                }
+                if !faults.walferry.done {
+                    return Err("after the cutover `walferry migrate` did not end with 0".into());
+                }
+            }
+            Some(5) => sleep(Duration::from_millis(500)).await,
+            // It had not come back yet.
+            Some(1) if said.contains("not running") || said.contains("does not run") => {
+                sleep(Duration::from_millis(500)).await
+            }
+            _ => return Err(format!("without any fault, the cutover ended with {code:?}: {said}")),
+        }
+    }
+}
+
+fn last_line(text: &str) -> &str {
+    text.trim().lines().last().unwrap_or_default()
+}
+
+/// Asks in a process of its own.
+fn ask_for_cutover(walferry: &Walferry) -> tokio::task::JoinHandle<(Option<i32>, String)> {
+    let asking = Walferry::new(Vec::new(), walferry.directory.clone(), Default::default());
+    tokio::spawn(
+        async move { asking.command(&["cutover", "--yes", "--timeout", "20s", "--max-write-stall", "15s"]).await },
+    )
+}
+
+async fn until_following(faults: &mut Faults<'_>) -> Result<(), String> {
+    let deadline = Instant::now() + CATCH_UP_MAX;
+    loop {
+        faults.look()?;
+        if faults.walferry.done {
+            return Ok(());
+        }
+        let phase = faults.walferry.phase().await;
+        if phase == "following" {
+            faults.log.add("following");
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(format!("{CATCH_UP_MAX:?} after the last fault walferry does not follow, it is {phase}"));
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+async fn nothing_is_left(source: &Client) -> Result<(), String> {
+    let row = source
+        .query_one(
+            "SELECT (SELECT count(*) FROM pg_replication_slots), (SELECT count(*) FROM pg_publication), \
+                    (SELECT count(*) FROM pg_namespace WHERE nspname = 'walferry')",
+            &[],
+        )
+        .await
+        .map_err(|error| error.to_string())?;
+    match (row.get::<_, i64>(0), row.get::<_, i64>(1), row.get::<_, i64>(2)) {
+        (0, 0, 0) => Ok(()),
+        left => Err(format!("`walferry clean` left on the source (slots, publications, schemas): {left:?}")),
+    }
+}
+
+async fn connect(server: &ThrowawayServer, database: &str) -> Result<Client, tokio_postgres::Error> {
+    let (client, connection) = tokio_postgres::connect(&server.url_for(database), NoTls).await?;
+    tokio::spawn(async move { drop(connection.await) });
+    // After the cutover the source is closed to writers; the test only reads there.
+    Ok(client)
+}
