@@ -120,11 +120,15 @@ impl Job {
     async fn run(self) -> Result<()> {
         let Some(mut next) = self.next() else { return Ok(()) };
         let copier = &self.copier;
-        let source = copier.source.connect(&copier.application_name).await?;
+        let mut source = copier.source.connect(&copier.application_name).await?;
         let mut target = copier.target.connect(&copier.application_name).await?;
         let mut paused = copier.paused.clone();
         loop {
             pause::copy_may_go_on(&mut paused).await;
+            if source.is_closed() {
+                // It made way, perhaps only while the target committed the part.
+                source = copier.source.connect(&copier.application_name).await?;
+            }
             let Some(table) = copier.tables.get(&next.relid) else {
                 return Err(Error::new(
                     ErrorKind::Other,

@@ -30,12 +30,14 @@ pub(super) async fn copy(
     // Ends the transaction on the source, and with it the lock (H9), whatever happened. When the session is gone, so is
     // the lock.
     let ended = source.batch_execute("ROLLBACK").await;
-    let outcome = match outcome {
-        Err(error) if error.sqlstate() == Some(&SqlState::QUERY_CANCELED) => return Ok(Outcome::MadeWay),
-        outcome => outcome.context(|| format!("copying {} from page {}", table.qualified(), part.first_page))?,
-    };
-    ended?;
-    Ok(outcome)
+    match outcome {
+        // The watchdog ended the session. If it was an outage instead, the next connection or the import of the snapshot says so.
+        Err(error) if ended.is_err() && source.is_closed() => {
+            tracing::debug!(%error, "the copy's session on the source is gone");
+            Ok(Outcome::MadeWay)
+        }
+        outcome => outcome.context(|| format!("copying {} from page {}", table.qualified(), part.first_page)),
+    }
 }
 
 async fn copy_rows(

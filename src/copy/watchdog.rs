@@ -2,6 +2,10 @@
 //!
 //! A copy holds ACCESS SHARE until its transaction ends. A statement that wants more (ALTER TABLE, TRUNCATE, VACUUM FULL)
 //! waits for it, and every writer then waits behind that statement.
+//!
+//! The session is ended, not its statement: a backend that hangs in sending to us because the target takes nothing, or
+//! that is idle in its transaction because the target is slow to commit, does not hear that its statement is cancelled.
+//! Only waits for a table's lock count. CREATE INDEX CONCURRENTLY waits for our snapshot, and for that long is in nobody's way.
 
 use std::time::Duration;
 
@@ -26,11 +30,12 @@ async fn watch(source: &ConnectionSpec, application_name: &str, board: &StatusBo
     let client = source.connect(application_name).await?;
     let statement = client
         .prepare(
-            "SELECT pg_catalog.pg_cancel_backend(ours.pid) FROM ( \
+            "SELECT pg_catalog.pg_terminate_backend(ours.pid) FROM ( \
                  SELECT DISTINCT b.pid FROM pg_catalog.pg_stat_activity w, \
                         LATERAL unnest(pg_catalog.pg_blocking_pids(w.pid)) blocker(pid) \
                  JOIN pg_catalog.pg_stat_activity b ON b.pid = blocker.pid \
-                 WHERE w.wait_event_type = 'Lock' AND b.application_name = $1 AND w.application_name <> $1) ours",
+                 WHERE w.wait_event_type = 'Lock' AND w.wait_event = 'relation' \
+                   AND b.application_name = $1 AND w.application_name <> $1) ours",
         )
         .await?;
     loop {

@@ -27,6 +27,8 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
                 (Some(migration), Some(identity))
                     if migration.id == identity.id && migration.consistent_point.is_none() =>
                 {
+                    // What died in the middle of it may still hold the ledger's locks (H18).
+                    super::prepare::end_sessions(&target, &application_name(&migration.id)).await?;
                     remove_unprepared(&mut target).await?;
                     None
                 }

@@ -20,6 +20,7 @@ use crate::lsn::Lsn;
 use crate::observe::status::{Level, Phase as ShownPhase, TableState};
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
+use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
 use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
@@ -171,7 +172,10 @@ impl Running {
                 .ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no snapshot of the slot"))?;
             *held = None;
             self.board.event(Level::Info, "taking a new snapshot of the source for the tables that are not complete");
-            let snapshot = HeldSnapshot::take(&self.config.source, &self.application_name, first.xmax).await?;
+            let migration = self.load().await?;
+            let server =
+                ServerIdentity { system: migration.source_system, timeline: migration.source_timeline.cast_unsigned() };
+            let snapshot = HeldSnapshot::take(&self.config.source, &self.application_name, &server, first.xmax).await?;
             *held = Some(Held { snapshot, is_recorded: false, was_planned: false });
         }
         let held = held.as_mut().ok_or_else(|| Error::new(ErrorKind::Other, "there is no snapshot"))?;

@@ -44,21 +44,7 @@ impl Running {
     /// rows and tables, and perhaps with a commit that is still on its way.
     pub(super) async fn end_sessions(&self, spec: &ConnectionSpec) -> Result<()> {
         // Another name, so that it does not end itself or what it is to end.
-        let client = spec.connect("walferry").await?;
-        for _ in 0..100 {
-            let left = client
-                .query(
-                    "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE application_name = $1",
-                    &[&self.application_name],
-                )
-                .await
-                .context(|| "ending sessions of an earlier walferry".into())?;
-            if left.is_empty() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
+        end_sessions(&spec.connect("walferry").await?, &self.application_name).await
     }
 
     /// Makes what is missing until the copy can begin. The second answer is the slot's snapshot, if it was made just now.
@@ -130,6 +116,28 @@ impl Running {
         );
         Ok(Some(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false }))
     }
+}
+
+/// Ends the sessions of a name, and returns when they are gone: they could still commit what they have begun.
+pub(super) async fn end_sessions(client: &tokio_postgres::Client, application_name: &str) -> Result<()> {
+    for _ in 0..200 {
+        let left = client
+            .query(
+                "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE application_name = $1",
+                &[&application_name],
+            )
+            .await
+            .context(|| "ending sessions of an earlier walferry".into())?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Err(Error::new(
+        ErrorKind::Transient,
+        format!("sessions named {application_name} of an earlier walferry do not end"),
+    )
+    .hint("Look for them in pg_stat_activity on both servers, end them, then run the same command again."))
 }
 
 async fn major(client: &tokio_postgres::Client) -> Result<u32> {

@@ -308,6 +308,10 @@ fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) 
 ///
 /// The key reads as an operator would name the object: `table "public"."orders"`, `column … of table …`.
 ///
+/// A column's hash has the transaction that last wrote its row of the catalog (`xmin`): `ALTER … TYPE integer USING v + 1` of
+/// an integer column rewrites every value, shows none of them in the stream, and leaves a definition that reads as before (H4).
+/// The table's file alone would not tell, since TRUNCATE and VACUUM FULL change it too and lose nothing.
+///
 /// # Errors
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
@@ -328,7 +332,7 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                  WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} \
                  UNION ALL \
                  SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), \
-                        md5(concat_ws('/', a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
+                        md5(concat_ws('/', a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
                             a.attidentity, a.attgenerated, a.attcollation, \
                             a.atthasmissing, a.attmissingval::text, pg_catalog.pg_get_expr(d.adbin, d.adrelid))) \
                  FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \

@@ -22,6 +22,7 @@ use futures_util::FutureExt;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
+use super::slot::ServerIdentity;
 use crate::connection::ConnectionSpec;
 use crate::decode::{self, Message};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -119,25 +120,9 @@ async fn receive(
 async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscription, from: Lsn) -> Result<()> {
     let gap = |text: String, hint: &str| Err(Error::new(ErrorKind::Gap, text).hint(hint));
     let identity = session.identify_system().await?;
-    if identity.system_id != subscription.source_system {
-        return gap(
-            format!(
-                "this is another server: its system identifier is {}, the migration's source has {}",
-                identity.system_id, subscription.source_system
-            ),
-            "Check --source: walferry has to connect to the server (or its promoted standby) that the migration began on.",
-        );
-    }
-    if identity.timeline != subscription.source_timeline {
-        return gap(
-            format!(
-                "the source is on timeline {} and was on {} when the migration began: it has failed over or was restored, and \
-                 changes up to {from} may be missing on it or here",
-                identity.timeline, subscription.source_timeline
-            ),
-            "Start the migration anew: `walferry clean`, then `walferry migrate`.",
-        );
-    }
+    let expected =
+        ServerIdentity { system: subscription.source_system.clone(), timeline: subscription.source_timeline };
+    expected.prove(&ServerIdentity { system: identity.system_id, timeline: identity.timeline })?;
     let statement = format!(
         "SELECT confirmed_flush_lsn, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = {} AND slot_type = 'logical'",
         crate::sql::literal(&subscription.slot)

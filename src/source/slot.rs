@@ -118,10 +118,55 @@ async fn create_without_snapshot(source: &ConnectionSpec, application_name: &str
     let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing')", sql::identifier(slot));
     let made = session.simple_query(&command).await.context(|| format!("creating the slot {slot} on the source"))?;
     let consistent_point = lsn_at(&made, 1)?;
-    let after = session.simple_query("SELECT pg_catalog.pg_current_snapshot()::text").await?;
-    let after = SnapshotData::parse(text_at(&after, 0)?, consistent_point)?;
-    let snapshot = HeldSnapshot::take(source, application_name, after.xmax).await?;
+    // Whatever began before now has a smaller xid than this one. The xmax of a snapshot would not do: it is the xid after the
+    // last that has ended, and the commit that hangs after its record is in the WAL can be newer.
+    let assigned = session.simple_query("SELECT pg_catalog.pg_current_xact_id()::text").await?;
+    let text = text_at(&assigned, 0)?;
+    let next = text.parse().map_err(|_| Error::new(ErrorKind::Other, format!("{text} is not a transaction's id")))?;
+    let identity = session.identify_system().await?;
+    let server = ServerIdentity { system: identity.system_id, timeline: identity.timeline };
+    let snapshot = HeldSnapshot::take(source, application_name, &server, next).await?;
     Ok(NewSlot { consistent_point, snapshot })
+}
+
+/// Which server it is that the migration began on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerIdentity {
+    /// The system identifier.
+    pub system: String,
+    /// The timeline.
+    pub timeline: u32,
+}
+
+impl ServerIdentity {
+    /// Compares the server at the other end with the one that the migration began on (H15): a name can lead to another one from
+    /// one connection to the next.
+    ///
+    /// # Errors
+    /// `Gap` when it is another, or has failed over.
+    pub fn prove(&self, found: &ServerIdentity) -> Result<()> {
+        let gap = |text: String, hint: &str| Err(Error::new(ErrorKind::Gap, text).hint(hint));
+        if found.system != self.system {
+            return gap(
+                format!(
+                    "this is another server: its system identifier is {}, the migration's source has {}",
+                    found.system, self.system
+                ),
+                "Check --source: walferry has to connect to the server that the migration began on.",
+            );
+        }
+        if found.timeline != self.timeline {
+            return gap(
+                format!(
+                    "the source is on timeline {} and was on {} when the migration began: it has failed over or was restored, \
+                     and changes may be missing on it or here",
+                    found.timeline, self.timeline
+                ),
+                "Start the migration anew: `walferry clean`, then `walferry migrate`.",
+            );
+        }
+        Ok(())
+    }
 }
 
 /// How the slot stands; `None` when there is none of that name.

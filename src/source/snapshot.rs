@@ -19,6 +19,7 @@ use std::time::Duration;
 use tokio_postgres::Client;
 
 use super::replication::ReplicationSession;
+use super::slot::ServerIdentity;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -95,9 +96,26 @@ impl HeldSnapshot {
     /// (H1): it waits until every transaction that could be missing from stream and snapshot alike has ended.
     ///
     /// # Errors
-    /// Whatever the server says.
-    pub async fn take(source: &ConnectionSpec, application_name: &str, xmin_at_least: u64) -> Result<HeldSnapshot> {
+    /// `Gap` when this is not the server that has the slot; else whatever the server says.
+    pub async fn take(
+        source: &ConnectionSpec,
+        application_name: &str,
+        server: &ServerIdentity,
+        xmin_at_least: u64,
+    ) -> Result<HeldSnapshot> {
         let client = source.connect(application_name).await?;
+        // The control file shows a new timeline only after a checkpoint; the name of a WAL file shows it at once.
+        let found = client
+            .query_one(
+                "SELECT system_identifier::text, \
+                        ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4 \
+                 FROM pg_catalog.pg_control_system()",
+                &[],
+            )
+            .await
+            .context(|| "asking the source who it is".into())?;
+        let timeline = found.get::<_, i32>(1).cast_unsigned();
+        server.prove(&ServerIdentity { system: found.get(0), timeline })?;
         let mut told = false;
         loop {
             client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
