@@ -114,7 +114,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let _status = background::keep_status(directory.directory().clone(), board.clone());
 
     let mut backoff = Backoff::new();
-    let identified = loop {
+    let application_name = loop {
         match identify::identify(&config, &directory, board).await {
             // Once begun, a server that is away for a while is waited for.
             Err(error) if error.is_transient() && directory.directory().identity()?.is_some() => {
@@ -124,17 +124,13 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
             identified => break identified?,
         }
     };
-    let migration =
-        Running { config, board: board.clone(), directory, application_name: identified.application_name, pause };
-    migration.go(identified.migration, &mut requested).await
+    let migration = Running { config, board: board.clone(), directory, application_name, pause };
+    migration.go(&mut requested).await
 }
 
 impl Running {
     /// All that comes after the check.
-    async fn go(&self, migration: Migration, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
-        if migration.phase == Phase::CutOver {
-            return self.is_over();
-        }
+    async fn go(&self, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
         let mut backoff = Backoff::new();
         let taken_up = loop {
             match self.take_up().await {

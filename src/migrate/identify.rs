@@ -9,15 +9,9 @@ use crate::source::replication::ReplicationSession;
 use crate::state_directory::{Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
 
-/// A migration that may begin or go on.
-pub(super) struct Identified {
-    pub(super) migration: Migration,
-    pub(super) application_name: String,
-}
-
 /// Compares the state directory with the target's ledger, and checks both servers. Only when nothing stands against it is
-/// anything written: first the directory, then the ledger.
-pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board: &StatusBoard) -> Result<Identified> {
+/// anything written: first the directory, then the ledger. Answers what the migration's sessions call themselves.
+pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board: &StatusBoard) -> Result<String> {
     let identity = directory.directory().identity()?;
     let recorded = match config.target.connect("walferry").await {
         Ok(mut target) => {
@@ -72,8 +66,7 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
     if let Some(migration) = recorded {
         // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
         board.event(Level::Info, format!("going on with migration {}", migration.id));
-        let application_name = application_name(&migration.id);
-        return Ok(Identified { migration, application_name });
+        return Ok(application_name(&migration.id));
     }
     let report = check::run(&check::Inputs {
         source: &config.source,
@@ -108,12 +101,11 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
     for finding in report.of(Severity::Warning) {
         board.event(Level::Warn, format!("{}: {}", finding.object, finding.message));
     }
-    let migration = write_down(config, directory, identity).await?;
-    let application_name = application_name(&migration.id);
-    Ok(Identified { migration, application_name })
+    let id = write_down(config, directory, identity).await?;
+    Ok(application_name(&id))
 }
 
-async fn write_down(config: &Config, directory: &LockedDirectory, identity: Option<Identity>) -> Result<Migration> {
+async fn write_down(config: &Config, directory: &LockedDirectory, identity: Option<Identity>) -> Result<String> {
     let id = identity.map_or_else(new_id, |identity| identity.id);
     directory.identify(&Identity::new(
         id.clone(),
@@ -140,7 +132,7 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
     };
     let mut target = config.target.connect(&application_name(&migration.id)).await?;
     ledger::create(&mut target, &migration).await?;
-    Ok(migration)
+    Ok(migration.id)
 }
 
 async fn remove_unprepared(target: &mut tokio_postgres::Client) -> Result<()> {
