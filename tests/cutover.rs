@@ -73,7 +73,7 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
     assert_eq!(shown(&pooled, "default_transaction_read_only").await, "on");
     let refused = cutover.wait().await;
     println!("{}", refused.stderr);
-    refused.assert_refused(5, &["during sequences", "follows again"]);
+    refused.assert_refused(5, &["during settle", "follows again"]);
     until("the session from behind the fence is ended", || async { pooled.is_closed().then_some(()) }).await;
     assert_eq!(shown(&migration.source().await, "default_transaction_read_only").await, "off");
     holder.batch_execute("ROLLBACK").await.unwrap();
