@@ -318,7 +318,7 @@ pub(crate) async fn open_again(source: &Client, database: &str, closed: &Closed,
 /// Opens the source again when a walferry died between closing it and deciding. After the decision it stays closed.
 ///
 /// The ledger's row is locked meanwhile: a session of the dead walferry that is about to decide comes first, and then the fence
-/// stays, or comes later, and then it finds its fence gone ([`Fence::still_up`]). Never both.
+/// stays, or comes later, and then it finds its fence gone (`Fence::still_up`). Never both.
 ///
 /// # Errors
 /// Whatever the servers say.
