@@ -80,12 +80,6 @@ impl StateDirectory {
         }
     }
 
-    /// Whether a process has the directory now.
-    pub fn is_in_use(&self) -> bool {
-        File::open(self.path.join("lock"))
-            .is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
-    }
-
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

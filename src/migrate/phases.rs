@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
+use tokio_postgres::error::SqlState;
 
 use super::Running;
 use super::prepare::Held;
@@ -253,7 +254,8 @@ impl Running {
             .context(|| "writing into the ledger that the schema is complete".into())
     }
 
-    /// Those that have rows on the source, in the order in which `pg_dump` made them, which is that of their dependencies.
+    /// Those that have rows on the source, the older first. One that reads from another that is not refreshed yet is refused
+    /// by the server, and comes after it.
     async fn refresh_materialized_views(&self, target: &tokio_postgres::Client) -> Result<()> {
         let source = self.config.source.connect(&self.application_name).await?;
         let views = source
@@ -264,12 +266,23 @@ impl Running {
             )
             .await
             .context(|| "listing the source's materialized views".into())?;
-        for view in views {
-            let name = sql::qualified(view.get(0), view.get(1));
-            target
-                .batch_execute(&format!("REFRESH MATERIALIZED VIEW {name}"))
-                .await
-                .context(|| format!("refreshing the materialized view {name}"))?;
+        let mut waiting: Vec<String> = views.iter().map(|view| sql::qualified(view.get(0), view.get(1))).collect();
+        while !waiting.is_empty() {
+            let mut too_early = Vec::new();
+            let mut refused = None;
+            for name in &waiting {
+                match target.batch_execute(&format!("REFRESH MATERIALIZED VIEW {name}")).await {
+                    Err(error) if error.code() == Some(&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE) => {
+                        too_early.push(name.clone());
+                        refused = Some((error, name.clone()));
+                    }
+                    outcome => outcome.context(|| format!("refreshing the materialized view {name}"))?,
+                }
+            }
+            if let Some((error, name)) = refused.filter(|_| too_early.len() == waiting.len()) {
+                return Err(error).context(|| format!("refreshing the materialized view {name}"));
+            }
+            waiting = too_early;
         }
         Ok(())
     }

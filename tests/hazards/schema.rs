@@ -126,3 +126,22 @@ async fn h24_foreign_keys_and_materialized_views_come_after_every_tables_snapsho
     assert_eq!(pair.same("SELECT id FROM parent").await, ["9"]);
     assert!(pair.same("SELECT * FROM child").await.is_empty());
 }
+
+/// An older materialized view reads from a younger one, through a view that was replaced: refreshed by age, it would end the
+/// migration.
+#[tokio::test]
+async fn h24_a_materialized_view_is_refreshed_after_what_it_reads_from() {
+    let pair = Pair::start().await;
+    pair.on_source(
+        "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1), (2); \
+         CREATE VIEW in_between AS SELECT count(*) FROM t; \
+         CREATE MATERIALIZED VIEW older AS SELECT * FROM in_between; \
+         CREATE MATERIALIZED VIEW younger AS SELECT count(*) FROM t; \
+         CREATE OR REPLACE VIEW in_between AS SELECT count FROM younger",
+    )
+    .await;
+    let _walferry = pair.run(pair.migrate());
+    pair.following().await;
+    assert_eq!(pair.same("SELECT * FROM older").await, ["2"]);
+    pair.same("SELECT relname, relispopulated FROM pg_class WHERE relkind = 'm' ORDER BY 1").await;
+}
