@@ -16,11 +16,16 @@ async fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            eprintln!("error: {}", for_terminal(&error.to_string()));
             if let Some(next) = error.next_step() {
-                eprintln!(" next: {next}");
+                eprintln!(" next: {}", for_terminal(next));
             }
             ExitCode::from(error.kind().exit_code())
         }
     }
+}
+
+/// A name in an error may hold escape sequences; line breaks are ours too.
+fn for_terminal(text: &str) -> String {
+    text.split('\n').map(walferry::observe::format::printable).collect::<Vec<_>>().join("\n")
 }

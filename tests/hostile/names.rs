@@ -251,7 +251,7 @@ async fn migrate(migration: &Migration, in_binary: bool) {
     let source = migration.source().await;
     let mut running = migration.migrate(&[]);
     migration.wait_for_phase(&mut running, "following").await;
-    let binary = migration.ledger("SELECT binary FROM walferry.migration").await[0].get::<_, bool>(0);
+    let binary = migration.ledger("SELECT \"binary\" FROM walferry.migration").await[0].get::<_, bool>(0);
     assert_eq!(binary, in_binary);
     for round in 0..3 {
         for of in 0..NAMES.len() {
