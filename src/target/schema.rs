@@ -17,7 +17,7 @@ use tokio_postgres::Client;
 
 use super::ledger::{self, SchemaItem, Section};
 use crate::check::tools::Tools;
-use crate::connection::ConnectionSpec;
+use crate::connection::{ConnectionSpec, without_secrets};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
@@ -60,6 +60,7 @@ pub async fn dump(
                 .arg("--no-tablespaces")
                 .args(arguments)
                 .arg(&archive.0);
+            without_secrets(&mut command);
             command
         };
         let list = output_of(restore(&["--list"]), "pg_restore").await?;
