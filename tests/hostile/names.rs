@@ -251,7 +251,7 @@ async fn migrate(migration: &Migration, in_binary: bool) {
     let source = migration.source().await;
     let mut running = migration.migrate(&[]);
     migration.wait_for_phase(&mut running, "following").await;
-    let binary = migration.ledger("SELECT \"binary\" FROM walferry.migration").await[0].get::<_, bool>(0);
+    let binary = migration.ledger("SELECT binary_format FROM walferry.migration").await[0].get::<_, bool>(0);
     assert_eq!(binary, in_binary);
     for round in 0..3 {
         for of in 0..NAMES.len() {
@@ -289,7 +289,7 @@ async fn every_name_and_every_value_arrives_by_copy_and_by_stream_in_text_and_in
     )
     .await;
     for (migration, in_binary) in [(&text, false), (&binary, true)] {
-        let check = migration.with_servers("check", &[]).await;
+        let check = migration.with_servers("check", &["--queue-max-bytes", "1GiB"]).await;
         assert_eq!(check.code, Some(0), "{}\n{}", check.stdout, check.stderr);
         migrate(migration, in_binary).await;
     }

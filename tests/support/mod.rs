@@ -111,6 +111,10 @@ impl Migration {
         if !arguments.contains(&"--http-addr") {
             all.extend(["--http-addr", "off"]);
         }
+        // The default is more than a test machine's disk may have free.
+        if !arguments.contains(&"--queue-max-bytes") {
+            all.extend(["--queue-max-bytes", "4GiB"]);
+        }
         all.extend(arguments);
         Running::start(&all, &self.files(), &self.environment)
     }

@@ -46,10 +46,20 @@ pub struct Running {
 
 impl Running {
     pub fn start(arguments: &[&str], files: &Path, environment: &[(String, String)]) -> Running {
+        Running::start_program(Path::new(env!("CARGO_BIN_EXE_walferry")), arguments, files, environment)
+    }
+
+    /// Another program that becomes walferry.
+    pub fn start_program(
+        program: &Path,
+        arguments: &[&str],
+        files: &Path,
+        environment: &[(String, String)],
+    ) -> Running {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let (stdout, stderr) = (files.join(format!("{number}.out")), files.join(format!("{number}.err")));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
+        let mut command = Command::new(program);
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
             if (name.starts_with("PG") || name.starts_with("WALFERRY_")) && name != "WALFERRY_PG_BIN" {
@@ -66,6 +76,10 @@ impl Running {
             .spawn()
             .unwrap();
         Running { child, stdout, stderr }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id().expect("it runs")
     }
 
     pub fn is_alive(&mut self) -> bool {
