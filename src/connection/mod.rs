@@ -14,6 +14,8 @@
 mod certificate;
 mod child;
 mod environment;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod keywords;
 mod login;
 mod parse;

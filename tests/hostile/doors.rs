@@ -60,8 +60,7 @@ async fn what_a_migration_writes_is_for_its_user_alone_and_http_only_reads() {
 
     // Every method on every path: nothing but GET and HEAD is known, and nothing happens.
     let port = http_port(&running);
-    let before =
-        migration.ledger("SELECT m::text FROM walferry.migration m").await[0].get::<_, String>(0);
+    let before = migration.ledger("SELECT m::text FROM walferry.migration m").await[0].get::<_, String>(0);
     for path in [
         "/",
         "/status",
@@ -100,8 +99,7 @@ async fn what_a_migration_writes_is_for_its_user_alone_and_http_only_reads() {
     assert!(files < 60, "{files} open files");
     migration.source().await.batch_execute("UPDATE item SET name = 'changed'").await.unwrap();
     migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
-    let after =
-        migration.ledger("SELECT m::text FROM walferry.migration m").await[0].get::<_, String>(0);
+    let after = migration.ledger("SELECT m::text FROM walferry.migration m").await[0].get::<_, String>(0);
     assert_eq!(after, before);
     migration.cut_over(running).await;
     migration.assert_equal().await;

@@ -78,6 +78,7 @@ impl Running {
         Running { child, stdout, stderr }
     }
 
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id().expect("it runs")
     }
@@ -98,7 +99,7 @@ impl Running {
 
     /// Ends with the process, and with the most memory that it has had, in bytes (`VmHWM`).
     pub fn watch_memory(&self) -> tokio::task::JoinHandle<u64> {
-        let path = format!("/proc/{}/status", self.child.id().expect("it runs"));
+        let path = format!("/proc/{}/status", self.id());
         tokio::spawn(async move {
             let mut peak_kib = 0;
             // A process that has ended has no such line any more, even while nobody has waited for it.
