@@ -7,3 +7,5 @@ mod support;
 
 mod doors;
 mod names;
+mod passwords;
+mod secrets;
