@@ -6,8 +6,10 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use walferry::demo::server::{StopMode, ThrowawayServer};
+use walferry::source::slot::ServerIdentity;
+use walferry::source::snapshot::HeldSnapshot;
 
-use crate::support::{Pair, until, value};
+use crate::support::{Pair, Walferry, until, value};
 
 /// Keeps a copy of a server as it is now: what a standby that falls behind from here on would have.
 async fn keep_a_standby(server: &mut ThrowawayServer) {
@@ -111,4 +113,60 @@ async fn h16_a_source_that_failed_over_stops_the_migration_and_a_resync_heals_it
     assert_eq!(value(&target, "SELECT source_timeline FROM walferry.migration").await, "2");
     let (code, said) = pair.cutover().await;
     assert_eq!(code, 0, "{said}");
+}
+
+#[tokio::test]
+async fn h05_no_snapshot_is_taken_of_a_standby() {
+    let mut pair = Pair::start().await;
+    pair.on_source("CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t SELECT i, i FROM generate_series(1, 50) i").await;
+    // Stopped while it copies, so that it needs another snapshot when it goes on.
+    let holder = pair.target.connect("postgres").await.unwrap();
+    let (walferry, transaction) = pair.run_waiting(pair.migrate()).await;
+    transaction.batch_execute("COMMIT").await.unwrap();
+    until("SELECT to_regclass('t') IS NOT NULL", &pair.target).await;
+    holder.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+    walferry.kill();
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    let copied = "SELECT count(*) FROM walferry.source_table WHERE copied";
+    assert_eq!(value(&holder, copied).await, "0", "the copy was to be interrupted");
+
+    // The address leads to a standby for a while, as in the middle of a failover.
+    become_a_standby(&mut pair.source, true).await;
+    let server = ServerIdentity { system: "irrelevant".into(), timeline: 1 };
+    let taken = HeldSnapshot::take(&pair.source_spec(), "test", &server, 0).await;
+    let refused = taken.err().expect("a standby's snapshot was taken");
+    assert!(refused.is_transient() && refused.to_string().contains("is a standby"), "{refused}");
+    let walferry = pair.run(pair.migrate());
+    until_said(&walferry, "the source is a standby").await;
+    assert_eq!(value(&holder, copied).await, "0");
+
+    become_a_standby(&mut pair.source, false).await;
+    pair.on_source("UPDATE t SET v = -v WHERE id % 2 = 0").await;
+    pair.following().await;
+    pair.caught_up().await;
+    pair.same(ROWS).await;
+    walferry.kill();
+}
+
+async fn become_a_standby(server: &mut ThrowawayServer, standby: bool) {
+    server.stop(StopMode::Fast).await.unwrap();
+    let signal = server.data_directory().join("standby.signal");
+    if standby {
+        let owner = std::fs::metadata(server.data_directory()).unwrap();
+        std::fs::write(&signal, "").unwrap();
+        chown(&signal, Some(owner.uid()), Some(owner.gid())).unwrap();
+    } else {
+        std::fs::remove_file(&signal).unwrap();
+    }
+    server.restart().await.unwrap();
+}
+
+async fn until_said(walferry: &Walferry, words: &str) {
+    for _ in 0..600 {
+        if walferry.said().contains(words) {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    panic!("walferry never said {words:?}:\n{}", walferry.said());
 }
