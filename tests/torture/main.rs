@@ -12,6 +12,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod compare;
+mod damage;
+mod disk;
 mod faults;
 mod process;
 mod proxy;
@@ -23,6 +25,7 @@ mod writers;
 
 use std::time::{Duration, Instant};
 
+use faults::Counts;
 use round::{Size, Summary};
 
 /// Of the fixed seeds: as much as a test run can bear.
@@ -64,6 +67,7 @@ fn nothing_is_lost_or_doubled_with_seed_3() {
 fn hunt() {
     let number =
         |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty()).map(|text| text.parse::<u64>().unwrap());
+    let begun = Instant::now();
     let first = number("SEED").unwrap_or_else(|| u64::from(std::process::id()));
     let minutes = number("MINUTES");
     let rounds = number("ROUNDS").unwrap_or(if minutes.is_some() { u64::MAX } else { 1 });
@@ -89,16 +93,15 @@ fn hunt() {
         }
     }
     let sum = |of: fn(&Summary) -> u64| done.iter().map(of).sum::<u64>();
+    let mut faults = Counts::default();
+    done.iter().for_each(|summary| faults.merge(&summary.faults));
     println!(
-        "{} seeds passed ({first}..); {} kills, {} stops, {} server crashes, {} server restarts, {} sessions ended, {} connection faults, \
-         {} transactions; failed seeds: {failed:?}",
+        "{} seeds passed ({first}..) in {:.0} s: {} kills, {} SIGTERMs, {faults}, {} disk calls spoilt, {} transactions; failed seeds: {failed:?}",
         done.len(),
+        begun.elapsed().as_secs_f64(),
         sum(|summary| summary.kills),
         sum(|summary| summary.stops),
-        sum(|summary| summary.faults.server_crashes),
-        sum(|summary| summary.faults.server_restarts),
-        sum(|summary| summary.faults.terminated),
-        sum(|summary| summary.faults.connection_faults),
+        sum(|summary| summary.disk_hits),
         sum(|summary| summary.committed),
     );
     assert!(failed.is_empty(), "failed seeds: {failed:?}");
