@@ -17,10 +17,14 @@ mod disk;
 mod faults;
 mod process;
 mod proxy;
+mod queue_disk;
 mod random;
 mod regression;
 mod round;
 mod schema;
+#[allow(dead_code)] // Shared with other tests, which use more of it.
+#[path = "../support/mod.rs"]
+mod support;
 mod writers;
 
 use std::time::{Duration, Instant};
@@ -30,7 +34,7 @@ use round::{Size, Summary};
 
 /// Of the fixed seeds: as much as a test run can bear.
 const SMALL: Size = Size { fault_time: Duration::from_secs(15), huge_rows: 60_000 };
-const LARGE: Size = Size { fault_time: Duration::from_secs(30), huge_rows: 500_000 };
+const LARGE: Size = Size { fault_time: Duration::from_secs(45), huge_rows: 500_000 };
 
 fn one(seed: u64, size: Size) -> Result<Summary, String> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
