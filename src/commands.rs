@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
+use indicatif::MultiProgress;
 use serde_json::json;
 use tracing::warn;
 
@@ -13,8 +14,9 @@ use crate::control::{Answer, Conversation, Request};
 use crate::cutover;
 use crate::demo::{self, DemoOptions};
 use crate::error::{Error, ErrorKind, Result};
-use crate::migrate::{self, Config};
+use crate::migrate::{self, Config, Heal};
 use crate::observe::board::StatusBoard;
+use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
@@ -35,14 +37,10 @@ pub async fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
-            let board = StatusBoard::new();
-            let mode = ProgressMode::detect(log_format, bars, options.parallelism.copy_jobs);
-            let shown = progress::start(board.clone(), mode);
-            let outcome = migrate(&options, &board).await;
-            drop(shown);
-            outcome?;
-            migrated(&options, &board)
+            let heal = if options.recopy.is_empty() { Heal::Nothing } else { Heal::Tables(options.recopy) };
+            migrate(&options.migrate, heal, log_format, bars).await
         }
+        Command::Resync(options) => migrate(&options, Heal::Everything, log_format, bars).await,
         Command::Status(options) => status(options).await,
         Command::Cutover(options) => cutover(options).await,
         Command::Pause(options) => pause(options, What::Apply, true).await,
@@ -115,7 +113,7 @@ fn blocked(report: &Report) -> Error {
     Error::new(ErrorKind::Blocked, format!("{count} findings stand against the migration"))
 }
 
-async fn migrate(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
+async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
     let (source, target) = both(&options.servers)?;
     let config = Config {
         source,
@@ -131,8 +129,15 @@ async fn migrate(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
             ..queue::Options::default()
         },
         http_address: options.http_addr.0,
+        heal,
     };
-    migrate::run(config, board).await
+    let board = StatusBoard::new();
+    let mode = ProgressMode::detect(log_format, bars, config.copy_jobs);
+    let shown = progress::start(board.clone(), mode);
+    let outcome = migrate::run(config, &board).await;
+    drop(shown);
+    outcome?;
+    migrated(options, &board)
 }
 
 fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {

@@ -96,7 +96,8 @@ pub(super) fn corrupt(path: &Path, offset: u64, after: Lsn, up_to: Lsn, what: &s
         path.display()
     );
     Error::new(ErrorKind::Queue, text).hint(
-        "restore the file if there is a copy; else the migration has to start anew (walferry clean, then migrate)",
+        "Restore the file if there is a copy. Else `walferry resync` with the options of `migrate` makes a new slot, compares every \
+         table and copies only what differs; then the migration goes on.",
     )
 }
 

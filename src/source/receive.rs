@@ -22,7 +22,7 @@ use futures_util::FutureExt;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
-use super::slot::ServerIdentity;
+use super::slot::{RESYNC, ServerIdentity};
 use crate::connection::ConnectionSpec;
 use crate::decode::{self, Message};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -143,7 +143,7 @@ async fn receive(
 /// H15: START_REPLICATION silently skips forward when it is asked for a position before the slot's confirmed one, and
 /// another server can have a slot of the same name. So both are compared at every connect.
 async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscription, from: Lsn) -> Result<()> {
-    let gap = |text: String, hint: &str| Err(Error::new(ErrorKind::Gap, text).hint(hint));
+    let gap = |text: String, hint: String| Err(Error::new(ErrorKind::Gap, text).hint(hint));
     let identity = session.identify_system().await?;
     let expected =
         ServerIdentity { system: subscription.source_system.clone(), timeline: subscription.source_timeline };
@@ -159,7 +159,7 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
                 "the slot {} is gone from the source: changes after {from} can no longer be read",
                 subscription.slot
             ),
-            "Start the migration anew: `walferry clean`, then `walferry migrate`.",
+            RESYNC.to_owned(),
         );
     };
     let field = |column: usize| row.get(column).and_then(Option::as_deref);
@@ -169,7 +169,7 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
                 "the source has removed WAL that the slot {} still needed (wal_status is lost): changes after {from} are gone",
                 subscription.slot
             ),
-            "Raise max_slot_wal_keep_size on the source, then start anew: `walferry clean`, then `walferry migrate`.",
+            format!("Raise max_slot_wal_keep_size on the source. {RESYNC}"),
         );
     }
     let confirmed: Lsn = field(0).and_then(|text| text.parse().ok()).unwrap_or(Lsn::ZERO);
@@ -179,7 +179,7 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
                 "the slot {} has been moved on to {confirmed}, but the queue ends at {from}: the changes between are lost",
                 subscription.slot
             ),
-            "Use the state directory that this migration was begun with; if it is lost, start anew: `walferry clean`, then `walferry migrate`.",
+            format!("Use the state directory that this migration was begun with. If it or its queue is lost: {RESYNC}"),
         );
     }
     Ok(())
