@@ -83,7 +83,7 @@ pub(super) fn sequence_of(name: &str) -> Option<u64> {
 
 /// An error of the disk.
 pub(super) fn disk_error(error: io::Error, doing: String) -> Error {
-    Error::new(ErrorKind::Queue, error.to_string())
+    Error::new(ErrorKind::Disk, error.to_string())
         .context(doing)
         .hint("look at the disk that holds the state directory (space, permissions, the kernel's log)")
 }

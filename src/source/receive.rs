@@ -40,6 +40,9 @@ const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 /// Complete transactions that come within so long of each other reach the queue together: a block, and an fsync, for each
 /// would cost more than the transactions themselves. What comes after a pause goes at once.
 const GATHER: Duration = Duration::from_millis(5);
+/// How long the queue's disk may refuse everything. A path that fails over or a volume that is extended is waited for, since the
+/// apply goes on meanwhile; a disk that is gone needs somebody, who hears of it by the end of the process.
+const DISK_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest wait between two attempts to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -63,8 +66,8 @@ pub struct Subscription {
 /// Receives until it is dropped, or until something happens that no new attempt can mend.
 ///
 /// # Errors
-/// `Gap` when the stream cannot go on where the queue ends; `Queue` when the queue is corrupt; otherwise an error that
-/// is not transient, such as a password that is no longer accepted.
+/// `Gap` when the stream cannot go on where the queue ends; `Queue` when the queue is corrupt; `Disk` when its disk has refused
+/// everything for a minute; otherwise an error that is not transient, such as a password that is no longer accepted.
 pub async fn run(
     source: &ConnectionSpec,
     subscription: &Subscription,
@@ -73,12 +76,23 @@ pub async fn run(
     board: &StatusBoard,
 ) -> Result<()> {
     let mut backoff = Duration::from_millis(200);
+    // Since when the disk has refused, and what was durable then.
+    let mut refused: Option<(Instant, Lsn)> = None;
     loop {
         let connected = Instant::now();
         let outcome = receive(source, subscription, queue, appender, board).await;
         board.set_connected(false);
         let Err(error) = outcome else { continue };
-        if !error.is_transient() {
+        if error.kind() == ErrorKind::Disk {
+            // H17: what is not durable is given up, and comes again from the source.
+            let durable = queue.durable_end();
+            let since = refused.filter(|(_, end)| *end == durable).map_or_else(Instant::now, |(since, _)| since);
+            if since.elapsed() > DISK_PATIENCE {
+                return Err(error);
+            }
+            refused = Some((since, durable));
+            show(queue, board);
+        } else if !error.is_transient() {
             return Err(error);
         }
         if connected.elapsed() > BACKOFF_MAX {
@@ -89,6 +103,17 @@ pub async fn run(
         backoff = (backoff * 2).min(BACKOFF_MAX);
         board.reconnected(Side::Source);
     }
+}
+
+fn show(queue: &Queue, board: &StatusBoard) {
+    let now = *queue.subscribe().borrow();
+    board.set_queue(QueueStatus {
+        bytes: now.bytes_on_disk,
+        limit_bytes: queue.max_bytes(),
+        full: now.full,
+        durable_lsn: now.durable_end,
+        written_lsn: now.written_end,
+    });
 }
 
 /// One connection's life. Never returns `Ok` but when the source ended the stream in good order.
@@ -260,14 +285,8 @@ impl<'a> Receiver<'a> {
                     confirmed = durable;
                     stream.send_status(confirmed, false).await?;
                 }
-                let now = *progress.borrow_and_update();
-                self.board.set_queue(QueueStatus {
-                    bytes: now.bytes_on_disk,
-                    limit_bytes: self.queue.max_bytes(),
-                    full: now.full,
-                    durable_lsn: now.durable_end,
-                    written_lsn: now.written_end,
-                });
+                progress.mark_unchanged();
+                show(self.queue, self.board);
             }
         }
     }
