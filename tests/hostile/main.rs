@@ -9,3 +9,4 @@ mod doors;
 mod names;
 mod passwords;
 mod secrets;
+mod waiting;
