@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio_postgres::Client;
 use walferry::demo::server::StopMode;
 
 use crate::support::process::Running;
-use crate::support::{Migration, Servers, connect, hold_pg_dump, programs, until, until_true};
+use crate::support::{Migration, Servers, connect, hold_pg_dump, is_blocked, programs, until, until_true};
 
 const TABLES: &str = "CREATE TABLE item (id int PRIMARY KEY, v text); INSERT INTO item SELECT i, 'old' FROM generate_series(1, 1000) i; \
      CREATE TABLE other (id int PRIMARY KEY, v text); INSERT INTO other SELECT i, 'old' FROM generate_series(1, 1000) i";
@@ -262,4 +263,77 @@ async fn a_target_whose_disk_is_really_full_is_waited_for() {
 fn free_bytes(path: &Path) -> u64 {
     let disk = rustix::fs::statvfs(path).unwrap();
     disk.f_bavail * disk.f_frsize
+}
+
+/// What the documentation of SIGTERM promises.
+const WITHIN: Duration = Duration::from_secs(5);
+
+async fn terminate(running: Running, phase: &str) {
+    let sent = Instant::now();
+    let ended = running.terminate().await;
+    assert!(sent.elapsed() < WITHIN, "{phase}: it took {:?}", sent.elapsed());
+    ended.assert_refused(130, &["Run the same command again"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sigterm_ends_it_within_seconds_also_while_a_child_hangs_or_an_index_or_the_apply_waits() {
+    let servers = Servers::start().await;
+    let mut migration = servers.migration("shop").await;
+    let source = migration.source().await;
+    run(&source, TABLES).await;
+
+    // Its own child hangs, and goes with it.
+    let pid = migration.files().join("pid");
+    let command = format!("echo $$ > '{}'; sleep 1000", pid.display());
+    let running = migration.migrate(&["--target-password-command", &command]);
+    let hanging =
+        until("the command hangs", || async { std::fs::read_to_string(&pid).ok().filter(|text| text.ends_with('\n')) })
+            .await;
+    terminate(running, "a password command hangs").await;
+    is_gone(hanging.trim()).await;
+    let dump = hold_pg_dump(&mut migration);
+    let running = migration.migrate(&[]);
+    dump.is_reached().await;
+    terminate(running, "pg_dump hangs").await;
+
+    // An index waits for a lock.
+    let mut running = migration.migrate(&[]);
+    dump.is_reached().await;
+    migration.with_directory("pause", &["copy"]).await;
+    dump.release();
+    let (target, holder) = (migration.target().await, migration.target().await);
+    let copying = "SELECT to_regclass('public.other') IS NOT NULL AND phase = 'copying' FROM walferry.migration";
+    until_true(&target, copying).await;
+    run(&holder, "BEGIN; LOCK TABLE other IN ROW EXCLUSIVE MODE").await;
+    migration.with_directory("resume", &["copy"]).await;
+    is_blocked(&target, "other_pkey").await;
+    migration.wait_for_phase(&mut running, "indexing").await;
+    terminate(running, "indexing").await;
+
+    // The apply waits for a row while it catches up.
+    run(&source, "UPDATE item SET v = 'new'").await;
+    let mut running = migration.migrate(&[]);
+    is_blocked(&target, "other_pkey").await;
+    until_true(&target, "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = 'item_pkey')").await;
+    let second = migration.target().await;
+    run(&second, "BEGIN; LOCK TABLE item IN SHARE MODE").await;
+    run(&holder, "ROLLBACK").await;
+    migration.wait_for_phase(&mut running, "catching_up").await;
+    is_blocked(&target, "item").await;
+    terminate(running, "catching up").await;
+    run(&second, "ROLLBACK").await;
+
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
+}
+
+async fn is_gone(pid: &str) {
+    until(&format!("the process {pid} is gone"), || async {
+        // Dead, and perhaps not yet waited for by whoever inherited it.
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        (stat.is_empty() || stat.contains(") Z ")).then_some(())
+    })
+    .await;
 }
