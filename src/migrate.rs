@@ -252,10 +252,12 @@ impl Running {
             self.copy_and_index(held).await?;
         }
         *held = None;
-        let layout = self.layout(&migration).await?;
+        let mut layout = self.layout(&migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;
             self.finish_schema().await?;
+            // The source may have changed tables meanwhile.
+            layout = self.layout(&migration).await?;
         }
         self.follow(queue, &layout, requested).await
     }

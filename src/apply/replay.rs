@@ -3,29 +3,36 @@
 //! It is the judge (I5): what it can apply is right, whatever the set-based way said; what it cannot apply stops the
 //! migration with the transaction, the table and the key.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
 use super::assemble::{MARKER_PREFIX, UnitEnd};
+use super::change::{Adoption, Announced, Change as TableChange};
 use super::layout::Layout;
 use super::net::hash_key;
-use crate::decode::{Datum, Message, OldTuple, Tuple, decode};
+use crate::decode::{Datum, Message, OldTuple, Relation, Tuple, decode};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::StatusBoard;
 use crate::observe::status::ConflictKind;
 use crate::queue::{Entry, Reader, TransactionHead};
-use crate::target::serial;
+use crate::source::catalog::Table;
 use crate::target::writer::Writer;
+use crate::target::{adopt, serial};
 
 /// How many bytes are read ahead of the target at once; an entry can be larger.
 const READ_AHEAD_BYTES: usize = 1 << 20;
 
 /// Applies one transaction, and commits it with every session's row in the ledger.
 pub struct Replay<'a> {
-    /// The tables.
-    pub layout: &'a Layout,
+    /// The tables; what is adopted on the way is in it afterwards.
+    pub layout: Arc<Layout>,
+    /// Changes of tables that the target has been found to fit.
+    pub adoptions: &'a [Adoption],
+    /// The change of a table that it stopped at.
+    pub change: Option<TableChange>,
     /// The session.
     pub writer: &'a mut Writer,
     /// How far each session had come: what one has committed already is left out (after a crash between the commits).
@@ -35,6 +42,7 @@ pub struct Replay<'a> {
 }
 
 /// What happened to a row.
+#[derive(Clone, Copy)]
 enum Change<'a> {
     Insert(Tuple<'a>),
     Update(Option<OldTuple<'a>>, Tuple<'a>),
@@ -69,8 +77,13 @@ impl Replay<'_> {
 
     async fn transaction(&mut self, head: TransactionHead, entries: &mut Entries) -> Result<UnitEnd> {
         let naming = || format!("applying transaction {} that commits at {}", head.xid, head.commit_lsn);
+        let before = Arc::clone(&self.layout);
+        for adoption in self.adoptions.iter().filter(|adoption| adoption.change.head == head) {
+            Arc::make_mut(&mut self.layout).foresee(adoption);
+        }
         let outcome = self.changes(head, entries).await;
         if outcome.is_err() {
+            self.layout = before;
             // What the server said of the change says more than that it could not be taken back.
             if let Err(error) = self.writer.roll_back().await {
                 tracing::debug!(%error, "rolling back after a failed replay");
@@ -87,11 +100,18 @@ impl Replay<'_> {
     /// All that is done before the commit, the ledger's rows included.
     async fn changes(&mut self, head: TransactionHead, entries: &mut Entries) -> Result<UnitEnd> {
         self.writer.begin().await?;
+        let mut adopted: Vec<Adoption> = Vec::new();
         let mut end = UnitEnd { transactions: 1, commit_time: head.commit_time, ..UnitEnd::default() };
         loop {
             match entries.next().await?.ok_or_else(broken_queue)? {
-                Entry::Data(bytes) => self.change(&head, decode(&bytes)?, &mut end).await?,
+                Entry::Data(bytes) => match decode(&bytes)? {
+                    Message::Relation(relation) => adopted.extend(self.relation(&head, &relation)?),
+                    message => self.change(&head, message, &mut end).await?,
+                },
                 Entry::Commit { end_lsn } => {
+                    for adoption in &adopted {
+                        adopt::record(self.writer, adoption).await?;
+                    }
                     end.end_lsn = end_lsn;
                     let behind = |position: &Lsn| *position < end_lsn;
                     let sessions: Vec<(i32, Lsn)> =
@@ -104,10 +124,21 @@ impl Replay<'_> {
         }
     }
 
+    /// What the stream announces of a table: what it was, or a change that the target has been found to fit.
+    fn relation(&mut self, head: &TransactionHead, relation: &Relation<'_>) -> Result<Option<Adoption>> {
+        let Err(error) = self.layout.check_relation(relation, head.xid, head.commit_lsn) else { return Ok(None) };
+        let change = TableChange { head: *head, announced: Announced::of(relation) };
+        let Some(adoption) = self.adoptions.iter().find(|adoption| adoption.change == change) else {
+            self.change = Some(change);
+            return Err(error);
+        };
+        Arc::make_mut(&mut self.layout).adopt(adoption);
+        Ok(Some(adoption.clone()))
+    }
+
     async fn change(&mut self, head: &TransactionHead, message: Message<'_>, end: &mut UnitEnd) -> Result<()> {
-        let layout = self.layout;
+        let layout = Arc::clone(&self.layout);
         match message {
-            Message::Relation(relation) => return layout.check_relation(&relation),
             Message::Logical { prefix, content, .. } if prefix == MARKER_PREFIX => {
                 end.markers.push(String::from_utf8_lossy(content).into_owned());
             }
@@ -121,7 +152,7 @@ impl Replay<'_> {
                 }
                 if !places.is_empty() {
                     end.changes += 1;
-                    serial::truncate(self.writer, layout, &places, restart_identity).await?;
+                    serial::truncate(self.writer, &layout, &places, restart_identity).await?;
                 }
             }
             Message::Insert { relid, new } => self.row(head, relid, Change::Insert(new), end).await?,
@@ -134,13 +165,12 @@ impl Replay<'_> {
 
     /// One change of a row.
     async fn row(&mut self, head: &TransactionHead, relid: u32, change: Change<'_>, end: &mut UnitEnd) -> Result<()> {
-        let layout = self.layout;
+        let layout = Arc::clone(&self.layout);
         let place = layout.place(relid)?;
         if layout.copy_has_seen(place, head.xid, head.commit_lsn) {
             return Ok(());
         }
         end.changes += 1;
-        let table = &layout.tables[place].table;
         match &change {
             Change::Insert(new) => layout.check_row(place, *new)?,
             Change::Update(old, new) => {
@@ -149,32 +179,59 @@ impl Replay<'_> {
             }
             Change::Delete(old) => layout.check_row(place, old.tuple())?,
         }
-        let (outcome, conflict) = match change {
-            Change::Insert(new) if self.is_covered(place, new, None, head) => return Ok(()),
-            Change::Insert(new) => (serial::insert(self.writer, table, new).await, ConflictKind::InsertFoundRow),
-            Change::Delete(old) if self.is_covered(place, old.tuple(), None, head) => return Ok(()),
-            Change::Delete(old) => (serial::delete(self.writer, table, old).await, ConflictKind::DeleteFoundNone),
+        let entry = &layout.tables[place];
+        let Some(change) = self.not_covered(place, change, head)? else { return Ok(()) };
+        match &entry.view {
+            None => self.write(&entry.table, change).await,
+            Some(view) => match change {
+                Change::Insert(new) => {
+                    let new = view.project_insert(new);
+                    self.write(&view.table_for_inserts, Change::Insert(new.tuple())).await
+                }
+                Change::Update(old, new) => {
+                    let old = old.map(|old| (old, view.project(old.tuple())));
+                    let old = old.as_ref().map(|(like, row)| row.old(*like));
+                    self.write(&view.table, Change::Update(old, view.project(new).tuple())).await
+                }
+                Change::Delete(old) => {
+                    self.write(&view.table, Change::Delete(view.project(old.tuple()).old(old))).await
+                }
+            },
+        }
+    }
+
+    /// What is left of a change, when the sessions that had committed this transaction before a crash leave their share out.
+    fn not_covered<'a>(&self, place: usize, change: Change<'a>, head: &TransactionHead) -> Result<Option<Change<'a>>> {
+        let covered = |row, before| self.is_covered(place, row, before, head);
+        Ok(match change {
+            Change::Insert(new) => (!covered(new, None)).then_some(change),
+            Change::Delete(old) => (!covered(old.tuple(), None)).then_some(change),
             Change::Update(old, new) => {
                 let before = old.map(|old| old.tuple());
-                let old_is_done = self.is_covered(place, before.unwrap_or(new), None, head);
-                let new_is_done = self.is_covered(place, new, before, head);
-                let outcome = match (old_is_done, new_is_done, old) {
-                    (true, true, _) => return Ok(()),
-                    (false, false, _) => serial::update(self.writer, table, old, new).await,
-                    // A changed key, of which one session had committed its half before a crash.
-                    (false, true, Some(old)) => serial::delete(self.writer, table, old).await,
-                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => {
-                        serial::insert(self.writer, table, new).await
+                match (covered(before.unwrap_or(new), None), covered(new, before), old) {
+                    (true, true, _) => None,
+                    (false, false, _) => Some(change),
+                    // A changed key, of which one session had committed its half.
+                    (false, true, Some(old)) => Some(Change::Delete(old)),
+                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => Some(Change::Insert(new)),
+                    _ => {
+                        let table = self.layout.tables[place].table.qualified();
+                        let text =
+                            format!("a row of {table} whose key changed lost an unchanged TOASTed value in a crash");
+                        return Err(Error::new(ErrorKind::Divergence, text));
                     }
-                    _ => Err(Error::new(
-                        ErrorKind::Divergence,
-                        format!(
-                            "a row of {} whose key changed lost an unchanged TOASTed value in a crash",
-                            table.qualified()
-                        ),
-                    )),
-                };
-                (outcome, ConflictKind::UpdateFoundNone)
+                }
+            }
+        })
+    }
+
+    /// Writes a change, as the target's table is.
+    async fn write(&mut self, table: &Table, change: Change<'_>) -> Result<()> {
+        let (outcome, conflict) = match change {
+            Change::Insert(new) => (serial::insert(self.writer, table, new).await, ConflictKind::InsertFoundRow),
+            Change::Delete(old) => (serial::delete(self.writer, table, old).await, ConflictKind::DeleteFoundNone),
+            Change::Update(old, new) => {
+                (serial::update(self.writer, table, old, new).await, ConflictKind::UpdateFoundNone)
             }
         };
         if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
