@@ -9,3 +9,4 @@ mod cutover;
 mod flow;
 mod killed;
 mod refused;
+mod schema_change;
