@@ -44,7 +44,14 @@ pub enum Command {
         after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
         Ctrl-C stops it; the same command goes on. Exit codes: 0 cut over, 3 blocked, 130 interrupted"
     )]
-    Migrate(Migrate),
+    Migrate(MigrateAgain),
+    /// Go on after a loss: a new slot, every table compared, and only what differs copied again
+    #[command(
+        after_help = "Example: walferry resync --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
+        For a slot that is lost, a queue or state directory that is lost or corrupt, and servers that have failed over.\n\
+        It then goes on like `migrate`, and `migrate` goes on from it. Exit codes: 0 cut over, 3 blocked, 130 interrupted"
+    )]
+    Resync(Migrate),
     /// Show how a migration is
     #[command(after_help = "Example: walferry status --dir ./shop --watch")]
     Status(Status),
@@ -101,9 +108,10 @@ pub struct Parallelism {
     /// Sessions that apply changes; fixed when the migration begins
     #[arg(long, default_value_t = 4, value_parser = at_least_one)]
     pub apply_workers: usize,
-    /// The queue on disk takes at most this much; then the source is not read until there is room
-    #[arg(long, default_value = "64GiB", value_parser = parse_bytes, value_name = "SIZE")]
-    pub queue_max_bytes: u64,
+    /// The queue on disk takes at most this much; then the source is not read until there is room [default: 64GiB, or four
+    /// fifths of the free disk where that is less]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub queue_max_bytes: Option<u64>,
 }
 
 /// Where the state directory is.
@@ -132,6 +140,17 @@ pub struct Check {
 }
 
 /// `walferry migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateAgain {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub migrate: Migrate,
+    /// Compare these tables (schema.name, separated by commas) with the source again before going on, and copy what differs
+    #[arg(long, value_name = "TABLE", value_delimiter = ',', num_args = 1..)]
+    pub recopy: Vec<String>,
+}
+
+/// `walferry migrate` and `walferry resync`.
 #[derive(Debug, Args)]
 pub struct Migrate {
     #[command(flatten)]

@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
+use indicatif::MultiProgress;
 use serde_json::json;
 use tracing::warn;
 
@@ -13,8 +14,9 @@ use crate::control::{Answer, Conversation, Request};
 use crate::cutover;
 use crate::demo::{self, DemoOptions};
 use crate::error::{Error, ErrorKind, Result};
-use crate::migrate::{self, Config};
+use crate::migrate::{self, Config, Heal};
 use crate::observe::board::StatusBoard;
+use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
@@ -35,14 +37,10 @@ pub async fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
-            let board = StatusBoard::new();
-            let mode = ProgressMode::detect(log_format, bars, options.parallelism.copy_jobs);
-            let shown = progress::start(board.clone(), mode);
-            let outcome = migrate(&options, &board).await;
-            drop(shown);
-            outcome?;
-            migrated(&options, &board)
+            let heal = if options.recopy.is_empty() { Heal::Nothing } else { Heal::Tables(options.recopy) };
+            migrate(&options.migrate, heal, log_format, bars).await
         }
+        Command::Resync(options) => migrate(&options, Heal::Everything, log_format, bars).await,
         Command::Status(options) => status(options).await,
         Command::Cutover(options) => cutover(options).await,
         Command::Pause(options) => pause(options, What::Apply, true).await,
@@ -98,7 +96,7 @@ async fn check(options: cli::Check) -> Result<()> {
         copy_jobs: options.parallelism.copy_jobs,
         index_jobs: options.parallelism.index_jobs,
         apply_workers: options.parallelism.apply_workers,
-        queue_max_bytes: Some(options.parallelism.queue_max_bytes),
+        queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming: false,
     })
     .await?;
@@ -115,7 +113,14 @@ fn blocked(report: &Report) -> Error {
     Error::new(ErrorKind::Blocked, format!("{count} findings stand against the migration"))
 }
 
-async fn migrate(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
+/// As much as the queue takes unless it is said: not so much that the disk is full before the queue stops taking changes.
+fn default_quota(directory: &std::path::Path) -> u64 {
+    let default = queue::Options::default().max_bytes;
+    let room = StateDirectory::at(directory).room_for_queues();
+    room.map_or(default, |room| default.min(room / 5 * 4))
+}
+
+async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
     let (source, target) = both(&options.servers)?;
     let config = Config {
         source,
@@ -126,13 +131,20 @@ async fn migrate(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
         index_jobs: options.parallelism.index_jobs,
         apply_workers: options.parallelism.apply_workers,
         queue: queue::Options {
-            max_bytes: options.parallelism.queue_max_bytes,
+            max_bytes: options.parallelism.queue_max_bytes.unwrap_or_else(|| default_quota(&options.directory.dir)),
             keep: options.queue_keep,
             ..queue::Options::default()
         },
         http_address: options.http_addr.0,
+        heal,
     };
-    migrate::run(config, board).await
+    let board = StatusBoard::new();
+    let mode = ProgressMode::detect(log_format, bars, config.copy_jobs);
+    let shown = progress::start(board.clone(), mode);
+    let outcome = migrate::run(config, &board).await;
+    drop(shown);
+    outcome?;
+    migrated(options, &board)
 }
 
 fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {

@@ -28,8 +28,10 @@ pub enum ErrorKind {
     SchemaChanged,
     /// The stream cannot be continued without a gap: a lost slot, another server, a queue that is not ours.
     Gap,
-    /// The queue's disk refused a write, or what it holds is corrupt.
+    /// What the queue holds is corrupt, or not what this walferry can go on with.
     Queue,
+    /// The queue's disk refused a call. What was durable before is not harmed, and the rest comes again from the source.
+    Disk,
     /// The two sides differ.
     Different,
     /// A cutover was given up before its last step; the migration follows again.

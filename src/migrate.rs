@@ -11,6 +11,7 @@
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
 mod background;
+mod heal;
 mod identify;
 mod phases;
 mod prepare;
@@ -63,6 +64,19 @@ pub struct Config {
     pub queue: queue::Options,
     /// Where metrics are served; `None` for nowhere.
     pub http_address: Option<SocketAddr>,
+    /// What is brought right before it goes on.
+    pub heal: Heal,
+}
+
+/// What is compared with the source again, and copied again where it differs, before a migration goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heal {
+    /// Nothing: it goes on where the ledger says.
+    Nothing,
+    /// These tables (`--recopy`), while the stream goes on where it is.
+    Tables(Vec<String>),
+    /// Every table (`walferry resync`), with a new slot.
+    Everything,
 }
 
 /// A migration at work.
@@ -132,8 +146,9 @@ impl Running {
     /// All that comes after the check.
     async fn go(&self, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
         let mut backoff = Backoff::new();
+        let mut heal = self.config.heal.clone();
         let taken_up = loop {
-            match self.take_up().await {
+            match self.take_up(&mut heal).await {
                 Err(error) if error.is_transient() => {
                     self.board.event(Level::Warn, format!("trying again: {error}"));
                     backoff.wait().await;
@@ -144,7 +159,9 @@ impl Running {
         let Some((migration, mut held, applied)) = taken_up else { return self.is_over() };
 
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
-        let (queue, mut appender) = queue::open(&self.directory.directory().queue(), start, self.config.queue)?;
+        self.directory.discard_queues(Some(&migration.queue))?;
+        let directory = self.directory.directory().queue(&migration.queue);
+        let (queue, mut appender) = queue::open(&directory, start, self.config.queue)?;
         // What the ledger has already needs no room in the queue.
         if let Some(least) = applied.into_iter().min() {
             queue.trim(least)?;
@@ -188,13 +205,17 @@ impl Running {
     /// after an error: what counts is in the ledger, and is read from there.
     ///
     /// `None` when it has been cut over: until it ended, a session of a walferry that was killed could still commit that decision.
-    async fn take_up(&self) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
+    async fn take_up(&self, heal: &mut Heal) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
         self.end_sessions_left_behind().await?;
         let migration = self.load().await?;
         if migration.phase == Phase::CutOver {
             return Ok(None);
         }
-        let (migration, held) = self.prepare(migration).await?;
+        let (migration, held) = match self.prepare(migration).await? {
+            (migration, None) => self.heal(migration, heal).await?,
+            // Its snapshot is that of a new slot: nothing can be wrong yet.
+            prepared => prepared,
+        };
         let target = self.target().await?;
         let applied = ledger::apply_progress(&target).await?;
         // The queue is trimmed by it: the target's crash must not be able to take it back (I2).

@@ -13,6 +13,9 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// The version of `migration.json` (H18).
 const FORMAT: u32 = 1;
 
+/// The directory of a migration's first queue; those of slots that came later begin with it.
+pub const FIRST_QUEUE: &str = "queue";
+
 /// Who the migration is that this directory belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
@@ -85,9 +88,23 @@ impl StateDirectory {
         &self.path
     }
 
-    /// Where the queue is.
-    pub fn queue(&self) -> PathBuf {
-        self.path.join("queue")
+    /// Where a queue is, by the name that the ledger has for it.
+    pub fn queue(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// How many bytes queues can take on this disk: what is free, and what they have. `None` where the disk does not say.
+    pub fn room_for_queues(&self) -> Option<u64> {
+        let absolute = std::path::absolute(&self.path).ok()?;
+        let disk = absolute.ancestors().find_map(|ancestor| rustix::fs::statvfs(ancestor).ok())?;
+        let bytes = |directory: PathBuf| -> u64 {
+            let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+        };
+        let queues = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let queues = queues.filter(|entry| entry.file_name().to_string_lossy().starts_with(FIRST_QUEUE));
+        let taken: u64 = queues.map(|queue| bytes(queue.path())).sum();
+        Some(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_add(taken))
     }
 
     /// Where the control socket is.
@@ -147,18 +164,22 @@ impl LockedDirectory {
         crashsafe::replace(&self.directory.identity_file(), &content)
     }
 
-    /// Throws the queue away: nothing of it has been applied or can be.
+    /// Throws away every queue but one: nothing of them can be applied any more.
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn discard_queue(&self) -> Result<()> {
-        let path = self.directory.queue();
-        match std::fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).context(|| format!("removing {}", path.display()))
+    pub fn discard_queues(&self, but: Option<&str>) -> Result<()> {
+        let path = self.directory.path();
+        let reading = || format!("looking for queues in {}", path.display());
+        for entry in std::fs::read_dir(path).context(reading)? {
+            let entry = entry.context(reading)?;
+            let name = entry.file_name();
+            let is_queue = name.to_str().is_some_and(|name| name.starts_with(FIRST_QUEUE) && Some(name) != but);
+            if is_queue && entry.file_type().context(reading)?.is_dir() {
+                std::fs::remove_dir_all(entry.path()).context(|| format!("removing {}", entry.path().display()))?;
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// Removes the directory and everything that walferry put into it. Files of others stay, and with them the directory.
@@ -166,7 +187,7 @@ impl LockedDirectory {
     /// # Errors
     /// When the disk refuses.
     pub fn remove(self) -> Result<()> {
-        self.discard_queue()?;
+        self.discard_queues(None)?;
         let path = self.directory.path().to_owned();
         for file in [
             "control.sock",

@@ -7,6 +7,7 @@ mod support;
 mod clean;
 mod cutover;
 mod flow;
+mod heal;
 mod killed;
 mod refused;
 mod schema_change;

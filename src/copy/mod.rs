@@ -11,8 +11,11 @@
 //! under another (H3), and [`SnapshotData::sees`](crate::source::snapshot::SnapshotData::sees) tells the apply which changes
 //! the rows hold already (I3).
 //!
+//! A table that the target has rows of already is compared with the snapshot instead (`exchange`).
+//!
 //! Care for the source: a transaction is as short as one part, and is ended when anybody waits behind its lock (H9).
 
+mod exchange;
 mod part;
 mod plan;
 mod watchdog;
@@ -105,6 +108,49 @@ impl Copier {
         }
         let stale = stale.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(stale.clone())
+    }
+}
+
+impl Copier {
+    /// Compares tables that the target has already with a snapshot, one after the other, and copies what differs. Sends the
+    /// relid of each that is done; answers with those that this snapshot cannot serve (H4).
+    ///
+    /// # Errors
+    /// The first error; the tables that were committed stay.
+    pub async fn compare(
+        &self,
+        snapshot: &str,
+        parts: &[Part],
+        jobs: usize,
+        completed: &mpsc::UnboundedSender<u32>,
+    ) -> Result<BTreeSet<u32>> {
+        let all = async {
+            let mut stale = BTreeSet::new();
+            let mut pairs = Vec::new();
+            let mut paused = self.paused.clone();
+            for part in parts {
+                loop {
+                    pause::copy_may_go_on(&mut paused).await;
+                    match exchange::exchange(self, snapshot, part, jobs, &mut pairs).await? {
+                        Outcome::Copied(_) => {
+                            // The receiver outlives the copy; if it is gone, so is the migration.
+                            let _ = completed.send(part.relid);
+                        }
+                        Outcome::Stale => drop(stale.insert(part.relid)),
+                        Outcome::MadeWay => {
+                            tokio::time::sleep(WAIT_AFTER_MAKING_WAY).await;
+                            continue;
+                        }
+                    }
+                    break;
+                }
+            }
+            Ok(stale)
+        };
+        tokio::select! {
+            outcome = all => outcome,
+            () = watchdog::run(&self.source, &self.application_name, &self.board) => Ok(BTreeSet::new()),
+        }
     }
 }
 

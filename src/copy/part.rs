@@ -10,6 +10,7 @@ use tokio_postgres::error::SqlState;
 use super::Outcome;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
+use crate::observe::table_progress::PartProgress;
 use crate::source::catalog::{Column, Table};
 use crate::source::snapshot;
 use crate::target::ledger::{self, Part};
@@ -57,14 +58,36 @@ async fn copy_rows(
     transaction
         .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
         .await?;
-    let format = if table.binary_safe() { "binary" } else { "text" };
-    let rows = source.copy_out(&copy_out_statement(table, part, format)).await?;
+    let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
+    let statement = copy_out_statement(table, part, format_of(table));
+    let rows = send_rows(source, &statement, transaction.client(), table, progress.as_mut()).await?;
+    let complete = ledger::part_copied(transaction.client(), part, rows).await?;
+    transaction.commit().await?;
+    if let Some(progress) = progress {
+        progress.committed();
+    }
+    Ok(Outcome::Copied(complete))
+}
+
+/// What COPY sends for a table.
+pub(super) fn format_of(table: &Table) -> &'static str {
+    if table.binary_safe() { "binary" } else { "text" }
+}
+
+/// Sends what a COPY statement on the source gives to a table of the target; answers the number of rows.
+pub(super) async fn send_rows(
+    source: &Client,
+    copy_out: &str,
+    target: &Client,
+    table: &Table,
+    mut progress: Option<&mut PartProgress>,
+) -> Result<u64> {
+    let rows = source.copy_out(copy_out).await?;
     let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
-    let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {format})", table.qualified());
-    let sink = transaction.copy_in::<_, Bytes>(&statement).await?;
+    let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {})", table.qualified(), format_of(table));
+    let sink = target.copy_in::<_, Bytes>(&statement).await?;
     let (mut rows, mut sink) = (pin!(rows), pin!(sink));
 
-    let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
     let mut chunk = BytesMut::with_capacity(CHUNK_BYTES * 2);
     // A message is a row, but the last one in binary, which is the trailer: the newest is not shown until another follows.
     let (mut earlier, mut rows_shown) = (0, 0);
@@ -74,7 +97,7 @@ async fn copy_rows(
         is_first = false;
         chunk.extend_from_slice(&row);
         if chunk.len() >= CHUNK_BYTES {
-            if let Some(progress) = &mut progress {
+            if let Some(progress) = progress.as_deref_mut() {
                 progress.add(chunk.len() as u64, earlier - rows_shown);
             }
             rows_shown = earlier;
@@ -87,22 +110,17 @@ async fn copy_rows(
         sink.feed(chunk.freeze()).await?;
     }
     let rows = sink.finish().await?;
-    if let Some(progress) = &mut progress {
+    if let Some(progress) = progress {
         progress.add(bytes_left, rows.saturating_sub(rows_shown));
     }
-    let complete = ledger::part_copied(transaction.client(), part, rows).await?;
-    transaction.commit().await?;
-    if let Some(progress) = progress {
-        progress.committed();
-    }
-    Ok(Outcome::Copied(complete))
+    Ok(rows)
 }
 
 /// Locks the table, and answers whether the snapshot still shows its rows (H4).
 ///
 /// TRUNCATE and a rewriting ALTER TABLE put a new file in the place of the old one at once, whatever older snapshots see: under
 /// them the table reads as empty. From the lock on, the file stays.
-async fn is_same_file(source: &Client, table: &Table) -> Result<bool> {
+pub(super) async fn is_same_file(source: &Client, table: &Table) -> Result<bool> {
     let locked = source.batch_execute(&format!("LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.qualified())).await;
     let gone = |error: &tokio_postgres::Error| matches!(error.code(), Some(code) if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME);
     let changed = || {
@@ -110,7 +128,7 @@ async fn is_same_file(source: &Client, table: &Table) -> Result<bool> {
             ErrorKind::SchemaChanged,
             format!("the table {} was dropped or renamed on the source", table.qualified()),
         )
-        .hint("Start the migration anew: `walferry clean`, then `walferry migrate`.")
+        .hint("Give the table its name again, or start the migration anew: `walferry clean`, then `walferry migrate`.")
     };
     match locked {
         Err(error) if gone(&error) => return Err(changed()),

@@ -1,13 +1,16 @@
 //! Which migration this is: a new one, or one that goes on.
 
-use super::Config;
+use super::{Config, Heal};
 use crate::check::{self, Severity};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
 use crate::source::replication::ReplicationSession;
-use crate::state_directory::{Identity, LockedDirectory};
+use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
+
+/// How long the sessions of a process that died may take to end.
+const ALONE_WITHIN_SECONDS: u32 = 15;
 
 /// Compares the state directory with the target's ledger, and checks both servers. Only when nothing stands against it is
 /// anything written: first the directory, then the ledger. Answers what the migration's sessions call themselves.
@@ -34,6 +37,9 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         // The check says it better, together with whatever else is wrong.
         Err(_) => None,
     };
+    if config.heal == Heal::Everything {
+        return adopt(config, directory, identity, recorded).await;
+    }
     if let Some(migration) = &recorded
         && identity.as_ref().is_none_or(|identity| identity.id != migration.id)
     {
@@ -46,7 +52,10 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
                 directory.directory().path().display()
             ),
         )
-        .hint("Go on with that migration's --dir. If it is lost or no longer wanted: `walferry clean --source … --target …` removes what it left."));
+        .hint(
+            "Go on with that migration's --dir. If it is lost: `walferry resync` with the same options goes on in this one, \
+             with a new slot. If it is no longer wanted: `walferry clean --source … --target …` removes what it left.",
+        ));
     }
     if let Some(identity) = &identity {
         for (side, given, known) in
@@ -58,7 +67,8 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
                     format!("{} belongs to a migration with another {side}", directory.directory().path().display()),
                 )
                 .hint(
-                    "Give the connection string that the migration began with, or another --dir for another migration.",
+                    "Give the connection string that the migration began with, or another --dir for another migration. \
+                     If it has failed over to another address: `walferry resync` with the same options goes on there.",
                 ));
             }
         }
@@ -105,6 +115,69 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
     Ok(application_name(&id))
 }
 
+/// Takes up the migration that the target's ledger speaks of, whatever became of its state directory or its servers' addresses.
+async fn adopt(
+    config: &Config,
+    directory: &LockedDirectory,
+    identity: Option<Identity>,
+    recorded: Option<Migration>,
+) -> Result<String> {
+    let Some(migration) = recorded else {
+        let text = format!("there is no migration to resync: the target {} has no ledger", config.target.describe());
+        return Err(Error::new(ErrorKind::Blocked, text)
+            .hint("Look at --target. A migration begins with `walferry migrate`."));
+    };
+    if let Some(identity) = &identity
+        && identity.id != migration.id
+    {
+        let text = format!(
+            "{} belongs to migration {}, and the target holds the ledger of {}",
+            directory.directory().path().display(),
+            identity.id,
+            migration.id
+        );
+        return Err(Error::new(ErrorKind::Blocked, text).hint("Give that migration's --dir; if it is lost, an empty one."));
+    }
+    if migration.source_database != config.source.database() {
+        let text = format!(
+            "migration {} moves the database {}, not {}",
+            migration.id,
+            migration.source_database,
+            config.source.database()
+        );
+        return Err(Error::new(ErrorKind::Blocked, text).hint("Look at --source."));
+    }
+    let name = application_name(&migration.id);
+    if identity.is_none() {
+        // The lock of the lost directory cannot be asked whether its process lives.
+        wait_until_alone(config, &name).await?;
+    }
+    let (source, target) = (config.source.without_password(), config.target.without_password());
+    directory.identify(&Identity::new(migration.id, source, target))?;
+    Ok(name)
+}
+
+/// Waits until no session of a migration is left on the target: those of a process that died end soon by themselves.
+///
+/// # Errors
+/// `Blocked` when they do not.
+async fn wait_until_alone(config: &Config, application_name: &str) -> Result<()> {
+    let target = config.target.connect("walferry").await?;
+    for _ in 0..ALONE_WITHIN_SECONDS {
+        let sessions = target
+            .query_one("SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE application_name = $1", &[&application_name])
+            .await
+            .context(|| "looking for another walferry on the target".into())?;
+        if sessions.get::<_, i64>(0) == 0 {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    }
+    let text = format!("another walferry is at work on this migration: the target has sessions named {application_name}");
+    Err(Error::new(ErrorKind::Blocked, text)
+        .hint("Stop that process first; it has the state directory that you look for. If it runs on a host that is lost, end its sessions with pg_terminate_backend."))
+}
+
 async fn write_down(config: &Config, directory: &LockedDirectory, identity: Option<Identity>) -> Result<String> {
     let id = identity.map_or_else(new_id, |identity| identity.id);
     directory.identify(&Identity::new(
@@ -128,6 +201,8 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         consistent_point: None,
         pre_data_restored: false,
         post_data_restored: false,
+        snapshot_floor: 0,
+        queue: FIRST_QUEUE.to_owned(),
         id,
     };
     let mut target = config.target.connect(&application_name(&migration.id)).await?;

@@ -115,7 +115,9 @@ impl Running {
         tokio::try_join!(copying, indexing)?;
         // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
         // committed asynchronously, and has ended it. A new session would know nothing of that.
-        ledger::enter_phase(&target, Phase::CatchingUp).await
+        // With a schema that is complete, tables were only compared again.
+        let complete = self.load().await?.post_data_restored;
+        ledger::enter_phase(&target, if complete { Phase::Following } else { Phase::CatchingUp }).await
     }
 
     async fn copy(
@@ -139,9 +141,12 @@ impl Running {
             if unfinished.is_empty() {
                 return Ok(());
             }
-            let parts = copy::plan(unfinished.iter().map(|entry| &entry.table), self.config.split_above_bytes);
-            let held = self.living_snapshot(target, held).await?;
+            let (compared, copied_anew): (Vec<&LedgerTable>, Vec<_>) = unfinished.iter().partition(|entry| entry.compared);
+            let to_compare = copy::plan(compared.iter().map(|entry| &entry.table), u64::MAX);
+            let to_copy = copy::plan(copied_anew.iter().map(|entry| &entry.table), self.config.split_above_bytes);
+            let held = self.living_snapshot(held).await?;
             let snapshot = (!held.is_recorded).then_some(&held.snapshot.data);
+            let parts = [to_compare.as_slice(), to_copy.as_slice()].concat();
             ledger::plan_copy(target, snapshot, &parts).await?;
             held.is_recorded = true;
             for entry in &unfinished {
@@ -151,8 +156,12 @@ impl Running {
             }
             let name = held.snapshot.name.clone();
             // Tables that this snapshot could not serve (H4) are in the next round, under another.
+            let both = async {
+                copier.compare(&name, &to_compare, self.config.copy_jobs, copied).await?;
+                copier.run(&name, to_copy, self.config.copy_jobs, copied).await
+            };
             tokio::select! {
-                stale = copier.run(&name, parts, self.config.copy_jobs, copied) => drop(stale?),
+                stale = both => drop(stale?),
                 error = keep_alive(&mut held.snapshot) => return Err(error),
             }
         }
@@ -161,7 +170,6 @@ impl Running {
     /// The snapshot at hand if it can serve; otherwise a new one that misses nothing (H1).
     async fn living_snapshot<'a>(
         &self,
-        target: &tokio_postgres::Client,
         held: &'a mut Option<Held>,
     ) -> Result<&'a mut Held> {
         let usable = match held {
@@ -169,16 +177,13 @@ impl Running {
             _ => false,
         };
         if !usable {
-            let snapshots = ledger::snapshots(target).await?;
-            let first = snapshots
-                .get(&0)
-                .ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no snapshot of the slot"))?;
             *held = None;
             self.board.event(Level::Info, "taking a new snapshot of the source for the tables that are not complete");
             let migration = self.load().await?;
             let server =
                 ServerIdentity { system: migration.source_system, timeline: migration.source_timeline.cast_unsigned() };
-            let snapshot = HeldSnapshot::take(&self.config.source, &self.application_name, &server, first.xmax).await?;
+            let floor = migration.snapshot_floor;
+            let snapshot = HeldSnapshot::take(&self.config.source, &self.application_name, &server, floor).await?;
             *held = Some(Held { snapshot, is_recorded: false, was_planned: false });
         }
         let held = held.as_mut().ok_or_else(|| Error::new(ErrorKind::Other, "there is no snapshot"))?;

@@ -52,7 +52,7 @@ impl Running {
         if migration.consistent_point.is_some() {
             return Ok((migration, None));
         }
-        self.directory.discard_queue()?;
+        self.directory.discard_queues(None)?;
         for _ in 0..ATTEMPTS {
             if let Some(held) = self.try_to_prepare(&migration).await? {
                 return Ok((self.load().await?, Some(held)));
@@ -147,7 +147,7 @@ async fn major(client: &tokio_postgres::Client) -> Result<u32> {
 }
 
 /// What decides how a table is published and read.
-fn identities(tables: &[Table]) -> BTreeMap<u32, (String, bool, Vec<catalog::Column>)> {
+pub(super) fn identities(tables: &[Table]) -> BTreeMap<u32, (String, bool, Vec<catalog::Column>)> {
     tables
         .iter()
         .map(|table| (table.relid, (table.qualified(), table.has_usable_identity(), table.columns.clone())))

@@ -386,6 +386,7 @@ pub fn kind_name(kind: ErrorKind) -> &'static str {
         ErrorKind::SchemaChanged => "schema_changed",
         ErrorKind::Gap => "gap",
         ErrorKind::Queue => "queue",
+        ErrorKind::Disk => "disk",
         ErrorKind::Different => "different",
         ErrorKind::Aborted => "aborted",
         ErrorKind::Interrupted => "interrupted",

@@ -88,7 +88,7 @@ impl Appender {
     /// Can be cancelled without loss.
     ///
     /// # Errors
-    /// [`ErrorKind::Queue`] when a write or an fsync has failed; [`rewind`](Appender::rewind) is the way back.
+    /// [`ErrorKind::Disk`] when a write or an fsync has failed; [`rewind`](Appender::rewind) is the way back.
     pub async fn ready(&mut self) -> Result<()> {
         loop {
             let room = {
@@ -250,7 +250,7 @@ impl Appender {
     /// Cancelled, it has to be called again before anything else.
     ///
     /// # Errors
-    /// [`ErrorKind::Queue`] when the disk does not allow it; it can be called again.
+    /// [`ErrorKind::Disk`] when the disk does not allow it; it can be called again.
     pub async fn rewind(&mut self) -> Result<Lsn> {
         self.flush()?;
         self.must_rewind = true;

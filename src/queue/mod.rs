@@ -146,8 +146,8 @@ pub struct Queue {
 /// the directory, until queue, appender and readers are dropped.
 ///
 /// # Errors
-/// [`ErrorKind::Queue`](crate::error::ErrorKind::Queue) when the disk refuses, a newer walferry has written there (H18), a segment is missing among the
-/// others or shorter than it was, or the last one is corrupt before what a crash can have torn.
+/// [`ErrorKind::Disk`](crate::error::ErrorKind::Disk) when the disk refuses; [`ErrorKind::Queue`](crate::error::ErrorKind::Queue) when a newer walferry has
+/// written there (H18), a segment is missing among the others or shorter than it was, or the last one is corrupt before what a crash can have torn.
 pub fn open(directory: &Path, start: Lsn, options: Options) -> Result<(Queue, Appender)> {
     open_on(Arc::new(RealFileSystem), directory, start, options)
 }
@@ -216,7 +216,7 @@ impl Queue {
     /// warning. A position older than one said before changes nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Queue`](crate::error::ErrorKind::Queue) when a file cannot be removed; nothing else is harmed.
+    /// [`ErrorKind::Disk`](crate::error::ErrorKind::Disk) when a file cannot be removed; nothing else is harmed.
     pub fn trim(&self, applied: Lsn) -> Result<()> {
         self.shared.trim(applied)
     }

@@ -184,7 +184,7 @@ impl World {
                     self.next = items_until(end);
                     return self.observe();
                 }
-                Err(error) => assert_eq!(error.kind(), ErrorKind::Queue, "{error}"),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Disk, "{error}"),
             }
         }
         // The disk stays as bad as it is, with no room for a segment's header, say.

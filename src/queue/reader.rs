@@ -92,7 +92,7 @@ impl Reader {
     /// there without waiting.
     ///
     /// # Errors
-    /// [`ErrorKind::Queue`] when the next block is corrupt or cannot be read: nothing of it is handed out.
+    /// [`ErrorKind::Queue`] when the next block is corrupt, [`ErrorKind::Disk`] when it cannot be read: nothing of it is handed out.
     /// [`ErrorKind::Transient`] when the rest of a transaction was taken back by a failed fsync: open a new reader at the
     /// ledger's position. [`ErrorKind::Gap`] when `trim` was told of more than this reader has handed out, and it is gone.
     pub fn next(&mut self, wait: Duration) -> Result<Option<Entry>> {
@@ -259,7 +259,16 @@ impl Reader {
     }
 
     fn name(&self, fault: BlockFault, place: Place, chain: Lsn) -> Error {
-        let up_to = self.shared.lock().written_end;
+        let (up_to, durable) = {
+            let state = self.shared.lock();
+            (state.written_end, state.durable)
+        };
+        if place >= durable {
+            // Between an fsync that fails and the writer's hearing of it, the kernel may have dropped what was written:
+            // nothing acknowledged is harmed. If the fsync succeeds after all, the next try names the corruption.
+            let text = format!("what was written after {chain} cannot be read back, and is not durable yet");
+            return Error::new(ErrorKind::Transient, text);
+        }
         fault.into_error(&self.path(place.sequence), place.offset, chain, up_to)
     }
 

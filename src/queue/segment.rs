@@ -83,7 +83,7 @@ pub(super) fn sequence_of(name: &str) -> Option<u64> {
 
 /// An error of the disk.
 pub(super) fn disk_error(error: io::Error, doing: String) -> Error {
-    Error::new(ErrorKind::Queue, error.to_string())
+    Error::new(ErrorKind::Disk, error.to_string())
         .context(doing)
         .hint("look at the disk that holds the state directory (space, permissions, the kernel's log)")
 }
@@ -96,7 +96,8 @@ pub(super) fn corrupt(path: &Path, offset: u64, after: Lsn, up_to: Lsn, what: &s
         path.display()
     );
     Error::new(ErrorKind::Queue, text).hint(
-        "restore the file if there is a copy; else the migration has to start anew (walferry clean, then migrate)",
+        "Restore the file if there is a copy. Else `walferry resync` with the options of `migrate` makes a new slot, compares every \
+         table and copies only what differs; then the migration goes on.",
     )
 }
 

@@ -52,7 +52,7 @@ pub(super) struct State {
     /// The disk has refused a write for want of room and has not taken one since.
     pub disk_full: bool,
     /// Why the writer drops everything until a rewind.
-    pub failure: Option<String>,
+    pub failure: Option<(ErrorKind, String)>,
     /// A rewind is under way: a writer that waits for room gives up waiting.
     pub rewinding: bool,
     /// The appender is gone: as above.
@@ -209,9 +209,9 @@ impl State {
 
     /// The failure as an error, if the writer has failed.
     pub fn failed(&self) -> Option<Error> {
-        let failure = self.failure.as_ref()?;
+        let (kind, text) = self.failure.as_ref()?;
         Some(
-            Error::new(ErrorKind::Queue, failure.clone())
+            Error::new(*kind, text.clone())
                 .hint("nothing acknowledged is lost; look at the disk that holds the state directory"),
         )
     }

@@ -143,7 +143,7 @@ fn h17_after_a_failed_fsync_the_segment_is_never_trusted() {
         }
         std::thread::yield_now();
     };
-    assert_eq!(error.kind(), ErrorKind::Queue);
+    assert_eq!(error.kind(), ErrorKind::Disk);
     assert_eq!((queue.durable_end(), queue.written_end()), (end_of(1), end_of(1)));
     // Another fsync would succeed and prove nothing.
     assert_eq!(block_on(appender.rewind()).unwrap(), end_of(1));

@@ -303,7 +303,7 @@ impl Writer {
         self.dropping = true;
         {
             let mut state = self.shared.lock();
-            state.failure = Some(error.to_string());
+            state.failure = Some((error.kind(), error.to_string()));
             if state.written != state.durable {
                 state.written = state.durable;
                 state.written_end = state.durable_end;
@@ -455,7 +455,7 @@ impl Drop for Writer {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         if state.failure.is_none() {
-            state.failure = Some("the queue's writer has ended".into());
+            state.failure = Some((ErrorKind::Queue, "the queue's writer has ended".into()));
         }
         self.shared.publish(&state);
     }

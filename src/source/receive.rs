@@ -22,7 +22,7 @@ use futures_util::FutureExt;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
-use super::slot::ServerIdentity;
+use super::slot::{RESYNC, ServerIdentity};
 use crate::connection::ConnectionSpec;
 use crate::decode::{self, Message};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -40,6 +40,9 @@ const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 /// Complete transactions that come within so long of each other reach the queue together: a block, and an fsync, for each
 /// would cost more than the transactions themselves. What comes after a pause goes at once.
 const GATHER: Duration = Duration::from_millis(5);
+/// How long the queue's disk may refuse everything. A path that fails over or a volume that is extended is waited for, since the
+/// apply goes on meanwhile; a disk that is gone needs somebody, who hears of it by the end of the process.
+const DISK_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest wait between two attempts to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -63,8 +66,8 @@ pub struct Subscription {
 /// Receives until it is dropped, or until something happens that no new attempt can mend.
 ///
 /// # Errors
-/// `Gap` when the stream cannot go on where the queue ends; `Queue` when the queue is corrupt; otherwise an error that
-/// is not transient, such as a password that is no longer accepted.
+/// `Gap` when the stream cannot go on where the queue ends; `Queue` when the queue is corrupt; `Disk` when its disk has refused
+/// everything for a minute; otherwise an error that is not transient, such as a password that is no longer accepted.
 pub async fn run(
     source: &ConnectionSpec,
     subscription: &Subscription,
@@ -73,12 +76,23 @@ pub async fn run(
     board: &StatusBoard,
 ) -> Result<()> {
     let mut backoff = Duration::from_millis(200);
+    // Since when the disk has refused, and what was durable then.
+    let mut refused: Option<(Instant, Lsn)> = None;
     loop {
         let connected = Instant::now();
         let outcome = receive(source, subscription, queue, appender, board).await;
         board.set_connected(false);
         let Err(error) = outcome else { continue };
-        if !error.is_transient() {
+        if error.kind() == ErrorKind::Disk {
+            // H17: what is not durable is given up, and comes again from the source.
+            let durable = queue.durable_end();
+            let since = refused.filter(|(_, end)| *end == durable).map_or_else(Instant::now, |(since, _)| since);
+            if since.elapsed() > DISK_PATIENCE {
+                return Err(error);
+            }
+            refused = Some((since, durable));
+            show(queue, board);
+        } else if !error.is_transient() {
             return Err(error);
         }
         if connected.elapsed() > BACKOFF_MAX {
@@ -89,6 +103,17 @@ pub async fn run(
         backoff = (backoff * 2).min(BACKOFF_MAX);
         board.reconnected(Side::Source);
     }
+}
+
+fn show(queue: &Queue, board: &StatusBoard) {
+    let now = *queue.subscribe().borrow();
+    board.set_queue(QueueStatus {
+        bytes: now.bytes_on_disk,
+        limit_bytes: queue.max_bytes(),
+        full: now.full,
+        durable_lsn: now.durable_end,
+        written_lsn: now.written_end,
+    });
 }
 
 /// One connection's life. Never returns `Ok` but when the source ended the stream in good order.
@@ -118,23 +143,29 @@ async fn receive(
 /// H15: START_REPLICATION silently skips forward when it is asked for a position before the slot's confirmed one, and
 /// another server can have a slot of the same name. So both are compared at every connect.
 async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscription, from: Lsn) -> Result<()> {
-    let gap = |text: String, hint: &str| Err(Error::new(ErrorKind::Gap, text).hint(hint));
+    let gap = |text: String, hint: String| Err(Error::new(ErrorKind::Gap, text).hint(hint));
     let identity = session.identify_system().await?;
     let expected =
         ServerIdentity { system: subscription.source_system.clone(), timeline: subscription.source_timeline };
     expected.prove(&ServerIdentity { system: identity.system_id, timeline: identity.timeline })?;
     let statement = format!(
-        "SELECT confirmed_flush_lsn, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = {} AND slot_type = 'logical'",
+        "SELECT confirmed_flush_lsn, wal_status FROM pg_catalog.pg_replication_slots \
+         WHERE slot_name = {} AND slot_type = 'logical' AND NOT pg_catalog.pg_is_in_recovery()",
         crate::sql::literal(&subscription.slot)
     );
     let rows = session.simple_query(&statement).await?;
     let Some(row) = rows.first() else {
+        let recovery = session.simple_query("SELECT pg_catalog.pg_is_in_recovery()").await?;
+        if recovery.first().and_then(|row| row.first()).and_then(Option::as_deref) == Some("t") {
+            return Err(Error::new(ErrorKind::Transient, "the source is a standby, which has no slot to read from")
+                .hint("Walferry waits until --source leads to the primary again."));
+        }
         return gap(
             format!(
                 "the slot {} is gone from the source: changes after {from} can no longer be read",
                 subscription.slot
             ),
-            "Start the migration anew: `walferry clean`, then `walferry migrate`.",
+            RESYNC.to_owned(),
         );
     };
     let field = |column: usize| row.get(column).and_then(Option::as_deref);
@@ -144,7 +175,7 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
                 "the source has removed WAL that the slot {} still needed (wal_status is lost): changes after {from} are gone",
                 subscription.slot
             ),
-            "Raise max_slot_wal_keep_size on the source, then start anew: `walferry clean`, then `walferry migrate`.",
+            format!("Raise max_slot_wal_keep_size on the source. {RESYNC}"),
         );
     }
     let confirmed: Lsn = field(0).and_then(|text| text.parse().ok()).unwrap_or(Lsn::ZERO);
@@ -154,7 +185,7 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
                 "the slot {} has been moved on to {confirmed}, but the queue ends at {from}: the changes between are lost",
                 subscription.slot
             ),
-            "Use the state directory that this migration was begun with; if it is lost, start anew: `walferry clean`, then `walferry migrate`.",
+            format!("Use the state directory that this migration was begun with. If it or its queue is lost: {RESYNC}"),
         );
     }
     Ok(())
@@ -254,14 +285,8 @@ impl<'a> Receiver<'a> {
                     confirmed = durable;
                     stream.send_status(confirmed, false).await?;
                 }
-                let now = *progress.borrow_and_update();
-                self.board.set_queue(QueueStatus {
-                    bytes: now.bytes_on_disk,
-                    limit_bytes: self.queue.max_bytes(),
-                    full: now.full,
-                    durable_lsn: now.durable_end,
-                    written_lsn: now.written_end,
-                });
+                progress.mark_unchanged();
+                show(self.queue, self.board);
             }
         }
     }

@@ -16,6 +16,10 @@ use crate::sql;
 /// How often the slot is asked for again when its snapshot is too large (H7).
 const ATTEMPTS_WITH_SNAPSHOT: usize = 3;
 
+/// What to do when the stream cannot go on where it was.
+pub const RESYNC: &str = "`walferry resync` with the options of `migrate` makes a new slot, compares every table and copies only what \
+    differs; then the migration goes on.";
+
 /// A new slot and the snapshot that fits it.
 pub struct NewSlot {
     /// Every transaction that commits at or after it comes over the stream.
@@ -152,7 +156,8 @@ impl ServerIdentity {
                     "this is another server: its system identifier is {}, the migration's source has {}",
                     found.system, self.system
                 ),
-                "Check --source: walferry has to connect to the server that the migration began on.",
+                "Check --source: walferry has to connect to the server that the migration began on, or after `walferry resync` to a \
+                 physical copy of it such as a promoted standby.",
             );
         }
         if found.timeline != self.timeline {
@@ -162,7 +167,7 @@ impl ServerIdentity {
                      and changes may be missing on it or here",
                     found.timeline, self.timeline
                 ),
-                "Start the migration anew: `walferry clean`, then `walferry migrate`.",
+                RESYNC,
             );
         }
         Ok(())

@@ -13,7 +13,9 @@
 //! A function here that takes a session runs inside whatever transaction that session has open: the caller makes
 //! the row and the work one transaction.
 
+mod heal;
 mod schema_item;
+mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,10 +29,14 @@ use crate::lsn::Lsn;
 use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
 
+pub use heal::{Resynced, compare_again, record_resynced};
 pub use schema_item::{SchemaItem, Section, item_done, pending_items};
 
 /// The version of the ledger's tables that this walferry writes (H18).
-pub const FORMAT: i32 = 1;
+///
+/// - 1: the first.
+/// - 2: `migration.snapshot_floor`, `migration.queue` and `source_table.compared`.
+pub const FORMAT: i32 = 2;
 
 const TABLES: &str = "
 CREATE SCHEMA walferry;
@@ -51,6 +57,8 @@ CREATE TABLE walferry.migration (
     consistent_point pg_lsn,
     pre_data_restored boolean NOT NULL DEFAULT false,
     post_data_restored boolean NOT NULL DEFAULT false,
+    snapshot_floor bigint NOT NULL DEFAULT 0,
+    queue text NOT NULL DEFAULT 'queue',
     fence jsonb,
     cutover jsonb,
     started_at timestamptz NOT NULL DEFAULT now()
@@ -69,6 +77,7 @@ CREATE TABLE walferry.source_table (
     routing text NOT NULL,
     snapshot integer REFERENCES walferry.snapshot,
     copied boolean NOT NULL DEFAULT false,
+    compared boolean NOT NULL DEFAULT false,
     rows_copied bigint NOT NULL DEFAULT 0
 );
 CREATE TABLE walferry.part (
@@ -125,7 +134,13 @@ pub struct Migration {
     pub pre_data_restored: bool,
     /// Whether all of the schema is there.
     pub post_data_restored: bool,
+    /// No snapshot with a smaller xmin may serve a table (H1).
+    pub snapshot_floor: u64,
+    /// The queue's directory in the state directory: another for each slot, so that what one slot sent is never taken for
+    /// what another did.
+    pub queue: String,
 }
+
 
 /// The phases of a migration, as the ledger knows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -176,6 +191,8 @@ pub struct LedgerTable {
     pub snapshot: Option<i32>,
     /// Every part is on the target.
     pub copied: bool,
+    /// The target has rows of it, which are compared with the snapshot instead of being copied once more.
+    pub compared: bool,
     /// Rows that the finished parts held.
     pub rows_copied: i64,
 }
@@ -245,6 +262,10 @@ pub async fn load(client: &Client) -> Result<Option<Migration>> {
         )
         .hint("Go on with the newer walferry that began this migration."));
     }
+    if format < FORMAT {
+        upgrade::from_first(client).await?;
+        return Box::pin(load(client)).await;
+    }
     Ok(Some(Migration {
         id: row.get("id"),
         source_system: row.get("source_system"),
@@ -259,6 +280,8 @@ pub async fn load(client: &Client) -> Result<Option<Migration>> {
         consistent_point: row.get::<_, Option<PgLsn>>("consistent_point").map(Lsn::from),
         pre_data_restored: row.get("pre_data_restored"),
         post_data_restored: row.get("post_data_restored"),
+        snapshot_floor: row.get::<_, i64>("snapshot_floor").cast_unsigned(),
+        queue: row.get("queue"),
     }))
 }
 
@@ -336,8 +359,8 @@ pub async fn record_prepared(client: &mut Client, migration: &Migration, prepare
         .await?;
     transaction
         .execute(
-            "UPDATE walferry.migration SET consistent_point = $1, binary_format = $2, phase = 'copying'",
-            &[&PgLsn::from(prepared.consistent_point), &prepared.binary],
+            "UPDATE walferry.migration SET consistent_point = $1, binary_format = $2, snapshot_floor = $3, phase = 'copying'",
+            &[&PgLsn::from(prepared.consistent_point), &prepared.binary, &prepared.snapshot.xmax.cast_signed()],
         )
         .await?;
     transaction.commit().await.context(|| "recording the slot, its snapshot and the schema in the ledger".into())
@@ -350,7 +373,7 @@ pub async fn record_prepared(client: &mut Client, migration: &Migration, prepare
 pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
     let rows = client
         .query(
-            "SELECT definition::text, insert_only, snapshot, copied, rows_copied, routing FROM walferry.source_table \
+            "SELECT definition::text, insert_only, snapshot, copied, rows_copied, routing, compared FROM walferry.source_table \
              ORDER BY (definition->>'bytes')::int8 DESC, relid",
             &[],
         )
@@ -364,6 +387,7 @@ pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
                 snapshot: row.get(2),
                 copied: row.get(3),
                 rows_copied: row.get(4),
+                compared: row.get(6),
                 routing: Routing::parse(row.get(5)).ok_or_else(|| {
                     Error::new(ErrorKind::Other, "the ledger has a routing that this version does not know")
                 })?,
@@ -393,6 +417,12 @@ pub async fn snapshots(client: &Client) -> Result<BTreeMap<i32, SnapshotData>> {
         .collect())
 }
 
+/// With the number after the newest's.
+pub(super) async fn insert_next_snapshot(client: &Client, snapshot: &SnapshotData) -> Result<()> {
+    let next: i32 = client.query_one("SELECT max(id) + 1 FROM walferry.snapshot", &[]).await?.get(0);
+    insert_snapshot(client, next, snapshot).await
+}
+
 async fn insert_snapshot(client: &Client, id: i32, snapshot: &SnapshotData) -> Result<()> {
     let running: Vec<i64> = snapshot.running.iter().map(|xid| xid.cast_signed()).collect();
     client
@@ -412,9 +442,10 @@ async fn insert_snapshot(client: &Client, id: i32, snapshot: &SnapshotData) -> R
 }
 
 /// Gives every table that is not complete a new copy under one snapshot (H3): what a dead copy left in it is thrown
-/// away in the same transaction, because ranges of two snapshots would miss rows that moved between them.
+/// away in the same transaction, because ranges of two snapshots would miss rows that moved between them. A table whose rows
+/// are to be compared keeps them.
 ///
-/// `snapshot` is `None` when the slot's own snapshot, already recorded as number 0, is still alive.
+/// `snapshot` is `None` when the slot's own snapshot, which is recorded already as the newest, is still alive.
 ///
 /// # Errors
 /// Whatever the server says; nothing is changed then.
@@ -432,17 +463,15 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
     if planned != unfinished.iter().map(|table| table.table.relid).collect() {
         return Err(Error::new(ErrorKind::Transient, "an earlier copy session has completed a table meanwhile"));
     }
-    let id = match snapshot {
-        None => 0,
-        Some(snapshot) => {
-            let next: i32 = transaction.query_one("SELECT max(id) + 1 FROM walferry.snapshot", &[]).await?.get(0);
-            insert_snapshot(transaction.client(), next, snapshot).await?;
-            next
-        }
-    };
+    if let Some(snapshot) = snapshot {
+        insert_next_snapshot(transaction.client(), snapshot).await?;
+    }
+    let id: i32 = transaction.query_one("SELECT max(id) FROM walferry.snapshot", &[]).await?.get(0);
     let relids: Vec<i64> = unfinished.iter().map(|table| i64::from(table.table.relid)).collect();
+    let copied_anew: Vec<i64> =
+        unfinished.iter().filter(|table| !table.compared).map(|table| i64::from(table.table.relid)).collect();
     let begun: Vec<i64> = transaction
-        .query("SELECT DISTINCT relid FROM walferry.part WHERE relid = ANY ($1) AND copied", &[&relids])
+        .query("SELECT DISTINCT relid FROM walferry.part WHERE relid = ANY ($1) AND copied", &[&copied_anew])
         .await?
         .iter()
         .map(|row| row.get(0))
@@ -498,7 +527,9 @@ pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool
         .await?
         .get(0);
     if complete {
-        client.execute("UPDATE walferry.source_table SET copied = true WHERE relid = $1", &[&relid]).await?;
+        client
+            .execute("UPDATE walferry.source_table SET copied = true, compared = false WHERE relid = $1", &[&relid])
+            .await?;
     }
     Ok(complete)
 }

@@ -44,7 +44,7 @@ pub(super) struct Pair {
 }
 
 /// A pair on loan; it goes back when this is dropped.
-pub(super) struct Lent<'a> {
+pub struct Lent<'a> {
     pair: Option<Pair>,
     sessions: &'a Sessions,
     _permit: SemaphorePermit<'a>,
@@ -76,7 +76,11 @@ impl Sessions {
         self.pairs.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    async fn lend(&self) -> Result<Lent<'_>> {
+    /// Lends a pair, as soon as one is free.
+    ///
+    /// # Errors
+    /// When the sessions are gone.
+    pub async fn lend(&self) -> Result<Lent<'_>> {
         let closed = || Error::new(ErrorKind::Other, "the sessions of the comparison are gone");
         let permit = self.free.acquire().await.map_err(|_| closed())?;
         let pair = self.pairs().pop().ok_or_else(closed)?;
@@ -85,6 +89,22 @@ impl Sessions {
 }
 
 impl Lent<'_> {
+    /// Its session on the source.
+    ///
+    /// # Errors
+    /// None while it is on loan.
+    pub fn source(&self) -> Result<&Client> {
+        Ok(&self.pair()?.source)
+    }
+
+    /// Its session on the target.
+    ///
+    /// # Errors
+    /// None while it is on loan.
+    pub fn target(&self) -> Result<&Client> {
+        Ok(&self.pair()?.target)
+    }
+
     fn pair(&self) -> Result<&Pair> {
         self.pair.as_ref().ok_or_else(|| Error::new(ErrorKind::Other, "a session was used after it was given back"))
     }
@@ -117,7 +137,7 @@ where
     SF: Future<Output = Result<Client>>,
     TF: Future<Output = Result<Client>>,
 {
-    let tables = chosen(tables, options.tables.as_deref())?;
+    let tables = choose(tables, options.tables.as_deref())?;
     let mut pairs = Vec::new();
     for _ in 0..options.jobs.max(1) {
         pairs.push(tokio::try_join!(source(), target())?);
@@ -156,8 +176,11 @@ async fn in_parallel<'a>(jobs: usize, count: usize, work: &(dyn Fn(usize) -> Wor
     Ok(())
 }
 
-/// The tables that were asked for, by `schema.name` or `"schema"."name"`.
-fn chosen<'a>(tables: &'a [Table], wanted: Option<&[String]>) -> Result<Vec<&'a Table>> {
+/// The tables that were asked for, by `schema.name` or `"schema"."name"`; all where none was asked for.
+///
+/// # Errors
+/// `Usage` for a name that is not among them.
+pub fn choose<'a>(tables: &'a [Table], wanted: Option<&[String]>) -> Result<Vec<&'a Table>> {
     let Some(wanted) = wanted else { return Ok(tables.iter().collect()) };
     let mut chosen: Vec<&Table> = Vec::new();
     for name in wanted {
@@ -186,8 +209,7 @@ pub async fn compare_table(
     let mut report = TableReport { table: table.qualified(), differences_complete: true, ..TableReport::default() };
     let lent = sessions.lend().await?;
     let pair = lent.pair()?;
-    let (source, target) =
-        tokio::try_join!(layout::read(&pair.source, table, "source"), layout::read(&pair.target, table, "target"))?;
+    let (source, target) = layouts(table, pair).await?;
     let (Some(source), Some(target)) = (&source, &target) else {
         report.missing_on_source = source.is_none();
         report.missing_on_target = target.is_none();
@@ -200,8 +222,7 @@ pub async fn compare_table(
         }
         return Ok(report);
     };
-    let key: Vec<&str> = table.key_columns().map(|column| column.name.as_str()).collect();
-    let shared = layout::shared(source, target, &key);
+    let shared = shared(table, source, target);
     let plan = plan::plan(&pair.source, source, target, &shared, options.range_rows).await?;
     drop(lent);
 
@@ -234,6 +255,82 @@ pub async fn compare_table(
         rows_fetched: found.rows_fetched,
         ..report.clone()
     })
+}
+
+/// Where two sides of a table differ.
+#[derive(Clone, Debug)]
+pub struct Mismatch {
+    /// Rows counted on the source.
+    pub rows_source: i64,
+    /// Rows counted on the target.
+    pub rows_target: i64,
+    /// Rows in the places that differ, on whichever side has more of them.
+    pub rows_suspect: i64,
+    /// What to read the source's rows from: the name, with its `ONLY` where there is one to say.
+    pub source: String,
+    /// The same of the target.
+    pub target: String,
+    /// Conditions on the alias `t`, which no row fulfils twice. A row that is not exactly the same on both sides fulfils one
+    /// of them; and those of both sides that fulfil one can be exchanged for each other, because each condition cuts
+    /// the same piece out of both.
+    pub conditions: Vec<String>,
+}
+
+/// Finds where two sides differ, in whole cells of the hash of the key: not more than that is needed to make them equal, and it
+/// holds for tables without a key, keys that are there twice and any collation.
+///
+/// # Errors
+/// `SchemaChanged` when a side lacks the table or a column; else whatever a server says.
+pub async fn mismatch(
+    table: &Table,
+    sessions: &Sessions,
+    options: &Options,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<Mismatch> {
+    let name = table.qualified();
+    let lent = sessions.lend().await?;
+    let pair = lent.pair()?;
+    let (Some(source), Some(target)) = layouts(table, pair).await? else {
+        return Err(Error::new(ErrorKind::SchemaChanged, format!("the table {name} is not there on both sides")));
+    };
+    let shared = shared(table, &source, &target);
+    let only_here: Vec<String> = [("source", &shared.missing_on_target), ("target", &shared.extra_on_target)]
+        .iter()
+        .flat_map(|(side, columns)| columns.iter().map(move |column| format!("{column} (only on the {side})")))
+        .collect();
+    if !only_here.is_empty() {
+        let text = format!("the table {name} has other columns on the target: {}", only_here.join(", "));
+        return Err(Error::new(ErrorKind::SchemaChanged, text)
+            .hint("Give the table on the target the columns that it has on the source, then run the same command again."));
+    }
+    let plan = plan::plan(&pair.source, &source, &target, &shared, options.range_rows).await?;
+    drop(lent);
+    let statements = Statements::new(sessions.function, &shared);
+    let comparison =
+        Comparison { table: &name, statements, source: &source.from, target: &target.from, shared: &shared };
+    let pass = comparison.first_pass(&plan, sessions, progress).await?;
+    let lent = sessions.lend().await?;
+    let pieces = narrow::refine(&comparison, lent.pair()?, pass.suspects).await?;
+    Ok(Mismatch {
+        rows_source: pass.rows_source,
+        rows_target: pass.rows_target,
+        rows_suspect: pieces.iter().map(|piece| piece.rows).sum(),
+        conditions: pieces
+            .iter()
+            .map(|piece| comparison.statements.condition(&piece.range.condition(), &piece.cells))
+            .collect(),
+        source: source.from.clone(),
+        target: target.from.clone(),
+    })
+}
+
+async fn layouts(table: &Table, pair: &Pair) -> Result<(Option<layout::Layout>, Option<layout::Layout>)> {
+    tokio::try_join!(layout::read(&pair.source, table, "source"), layout::read(&pair.target, table, "target"))
+}
+
+fn shared(table: &Table, source: &layout::Layout, target: &layout::Layout) -> Shared {
+    let key: Vec<&str> = table.key_columns().map(|column| column.name.as_str()).collect();
+    layout::shared(source, target, &key)
 }
 
 async fn count(client: &Client, from: &str) -> Result<i64> {
@@ -391,11 +488,11 @@ mod tests {
         let tables = [table("public", "a"), table("My Schema", "B")];
         let names = |wanted: &[&str]| {
             let wanted: Vec<String> = wanted.iter().map(|name| (*name).to_owned()).collect();
-            chosen(&tables, Some(&wanted)).map(|chosen| chosen.iter().map(|t| t.name.clone()).collect::<Vec<_>>())
+            choose(&tables, Some(&wanted)).map(|chosen| chosen.iter().map(|t| t.name.clone()).collect::<Vec<_>>())
         };
         assert_eq!(names(&["My Schema.B", "\"public\".\"a\"", "public.a"]).unwrap(), ["B", "a"]);
         assert_eq!(names(&["public.b"]).unwrap_err().kind(), ErrorKind::Usage);
-        assert_eq!(chosen(&tables, None).unwrap().len(), 2);
+        assert_eq!(choose(&tables, None).unwrap().len(), 2);
     }
 
     #[test]

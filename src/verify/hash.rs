@@ -125,6 +125,11 @@ impl Statements {
         format!("{range} AND ({} & {}) = ANY ('{{{cells}}}'::int8[])", self.key_hash(), mask(within.bits))
     }
 
+    /// The rows of a range that are in these cells.
+    pub(super) fn condition(&self, range: &str, cells: &Cells) -> String {
+        self.filter(range, (cells.bits > 0).then_some(cells))
+    }
+
     /// `cell int8, rows int8, sum of first halves text, sum of second halves text`, one row per cell that has rows.
     ///
     /// OFFSET 0 keeps the planner from merging the two queries and computing the digest twice.

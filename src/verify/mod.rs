@@ -29,7 +29,7 @@ mod plan;
 pub mod report;
 pub mod sequences;
 
-pub use compare::{Sessions, compare, compare_table};
+pub use compare::{Lent, Mismatch, Sessions, choose, compare, compare_table, mismatch};
 pub use report::{Difference, DifferenceKind, Report, TableReport};
 
 /// What to compare, and how much of a difference to show.

@@ -1,12 +1,17 @@
 //! What goes wrong, and when: decided by the seed, done to the real thing.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
-use tokio_postgres::NoTls;
+use tokio_postgres::types::PgLsn;
+use tokio_postgres::{Client, NoTls};
 use walferry::demo::server::{StopMode, ThrowawayServer};
 
+use super::damage::{self, Damage, Kept};
+use super::disk::{DiskFault, FaultyDisk};
 use super::process::Walferry;
 use super::proxy::{End, Proxy};
 use super::random::Random;
@@ -40,15 +45,48 @@ pub struct Side {
     pub proxy: Proxy,
 }
 
-/// How often something was done.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
-    pub server_crashes: u64,
-    /// Those of them that were the source's.
-    pub source_crashes: u64,
-    pub server_restarts: u64,
-    pub terminated: u64,
-    pub connection_faults: u64,
+/// How often each thing was done. What met nothing, such as a cut without a connection, does not count.
+#[derive(Clone, Debug, Default)]
+pub struct Counts(BTreeMap<&'static str, u64>);
+
+/// Those that are faults of connections.
+const CONNECTION_FAULTS: [&str; 9] = [
+    "all connections cut",
+    "some connections cut",
+    "half open, walferry not told",
+    "half open, server not told",
+    "all stalled",
+    "stalled one way",
+    "some stalled",
+    "slow network",
+    "refused",
+];
+
+impl Counts {
+    pub fn add(&mut self, what: &'static str, times: u64) {
+        *self.0.entry(what).or_default() += times;
+    }
+
+    pub fn of(&self, what: &str) -> u64 {
+        self.0.get(what).copied().unwrap_or_default()
+    }
+
+    pub fn connection_faults(&self) -> u64 {
+        CONNECTION_FAULTS.iter().map(|what| self.of(what)).sum()
+    }
+
+    pub fn merge(&mut self, other: &Counts) {
+        for (what, times) in &other.0 {
+            self.add(what, *times);
+        }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} connection faults", self.connection_faults())?;
+        self.0.iter().try_for_each(|(what, times)| write!(f, ", {times} {what}"))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,24 +105,37 @@ enum Fault {
     FreezeSome,
     Slow,
     Refuse,
+    Disk,
+    Tear,
+    Corrupt,
 }
 
 /// Makes faults until the time is over, then leaves everything healed and running.
 pub struct Faults<'a> {
     pub sides: &'a mut [Side; 2],
     pub walferry: &'a mut Walferry,
+    pub disk: Option<&'a FaultyDisk>,
+    /// The database that is moved, for looking at the ledger.
+    pub database: &'static str,
     pub random: Random,
     pub log: Log,
     pub counts: Counts,
     /// The longest pause between two faults. Some pauses are short, so that faults meet each other's consequences.
     pub pause_ms_max: u64,
+    /// Until when the disk fails.
+    pub disk_until: Option<Instant>,
+    /// Damage to the queue that walferry has to stop at is made so often at most: it takes long.
+    pub corruptions_left: u64,
 }
+
+/// How long walferry may take to meet damage, which may be only when the copy is done.
+const DAMAGE_MET_MAX: Duration = Duration::from_secs(180);
 
 impl Faults<'_> {
     pub async fn run(&mut self, time: Duration) -> Result<(), String> {
         let end = Instant::now() + time;
         while Instant::now() < end {
-            let pause = if self.random.chance(40) { 400 } else { self.pause_ms_max };
+            let pause = if self.random.chance(40) { 300 } else { self.pause_ms_max };
             let pause = Duration::from_millis(self.random.between(0, pause));
             sleep(pause.min(end.saturating_duration_since(Instant::now()))).await;
             self.look()?;
@@ -92,20 +143,23 @@ impl Faults<'_> {
                 break;
             }
             let fault = self.random.weighted(&[
-                (22, Fault::Kill),
+                (24, Fault::Kill),
                 (4, Fault::Stop),
                 (5, Fault::Crash),
                 (3, Fault::Restart),
                 (14, Fault::Terminate),
-                (8, Fault::CutAll),
-                (12, Fault::CutSome),
-                (6, Fault::ServerToldOnly),
-                (6, Fault::ClientToldOnly),
+                (10, Fault::CutAll),
+                (28, Fault::CutSome),
+                (8, Fault::ServerToldOnly),
+                (8, Fault::ClientToldOnly),
                 (5, Fault::Freeze),
                 (4, Fault::FreezeOneWay),
                 (5, Fault::FreezeSome),
                 (3, Fault::Slow),
                 (3, Fault::Refuse),
+                (14, Fault::Disk),
+                (8, Fault::Tear),
+                (6, Fault::Corrupt),
             ]);
             self.make(fault).await?;
         }
@@ -114,44 +168,59 @@ impl Faults<'_> {
     }
 
     /// As it should be: what is half open is closed, or it would break off later.
-    pub fn heal(&self) {
+    pub fn heal(&mut self) {
         for side in self.sides.iter() {
             side.proxy.heal();
+        }
+        self.disk_until = None;
+        self.heal_disk();
+    }
+
+    fn heal_disk(&mut self) {
+        if let Some(disk) = self.disk
+            && self.disk_until.is_none_or(|until| until < Instant::now())
+        {
+            disk.set(None);
+            self.disk_until = None;
         }
     }
 
     /// Starts what has ended by itself again; it notes that.
     pub fn look(&mut self) -> Result<(), String> {
+        self.heal_disk();
         if !self.walferry.look() && !self.walferry.done {
             if let Some(last) = self.walferry.unasked.last() {
                 self.log.add(format!("walferry is started again; before: {last}"));
             }
-            self.walferry.start().map_err(|error| error.to_string())?;
+            self.start()?;
         }
         Ok(())
     }
 
+    fn start(&mut self) -> Result<(), String> {
+        // What the process before met is forgiven; what this one may meet is not over yet.
+        self.walferry.disk_refuses = self.disk_until.is_some();
+        self.walferry.start().map_err(|error| error.to_string())
+    }
+
     async fn make(&mut self, fault: Fault) -> Result<(), String> {
+        match fault {
+            Fault::Kill => return self.kill().await,
+            Fault::Stop => {
+                self.log.add("SIGTERM to walferry");
+                self.walferry.stop().await?;
+                return self.start();
+            }
+            Fault::Disk => return self.spoil_disk(),
+            Fault::Tear => return self.damage_queue(false).await,
+            Fault::Corrupt => return self.damage_queue(true).await,
+            _ => {}
+        }
         let random = &mut self.random;
         let place = random.between(0, 1) as usize;
         let side = &mut self.sides[place];
         let doing = |what: &str| format!("{what} ({})", side.name);
         match fault {
-            Fault::Kill => {
-                self.log.add("kill -9 of walferry");
-                self.walferry.kill().await;
-                if random.chance(30) {
-                    sleep(Duration::from_millis(random.between(0, 1500))).await;
-                }
-                self.walferry.start().map_err(|error| error.to_string())?;
-                return Ok(());
-            }
-            Fault::Stop => {
-                self.log.add("SIGTERM to walferry");
-                self.walferry.stop().await?;
-                self.walferry.start().map_err(|error| error.to_string())?;
-                return Ok(());
-            }
             Fault::Crash | Fault::Restart => {
                 let mode = if matches!(fault, Fault::Crash) { StopMode::Immediate } else { StopMode::Fast };
                 self.log.add(doing(&format!("{mode:?} stop and start")));
@@ -160,29 +229,34 @@ impl Faults<'_> {
                     sleep(Duration::from_millis(random.between(0, 2500))).await;
                 }
                 side.server.restart().await.map_err(|error| format!("the test cannot start a server: {error}"))?;
-                match mode {
-                    StopMode::Immediate => {
-                        self.counts.server_crashes += 1;
-                        self.counts.source_crashes += u64::from(place == 0);
-                    }
-                    StopMode::Fast => self.counts.server_restarts += 1,
-                }
+                let what = match (mode, place) {
+                    (StopMode::Immediate, 0) => "source crashes",
+                    (StopMode::Immediate, _) => "target crashes",
+                    (StopMode::Fast, 0) => "source restarts",
+                    (StopMode::Fast, _) => "target restarts",
+                };
+                self.counts.add(what, 1);
                 self.log.add(format!("{} is back", side.name));
-                return Ok(());
             }
             Fault::Terminate => {
-                let count = terminate(&side.server, random.next()).await;
-                self.counts.terminated += count;
-                self.log.add(doing(&format!("pg_terminate_backend of {count} sessions")));
-                return Ok(());
+                let (walsenders, others) = terminate(&side.server, random.next()).await;
+                self.counts.add("walsenders terminated", walsenders);
+                self.counts.add("other backends terminated", others);
+                self.log.add(doing(&format!("pg_terminate_backend of {others} sessions and {walsenders} walsenders")));
             }
             Fault::CutAll => {
                 let count = side.proxy.end(End::Cut, 1, |_| true);
+                self.counts.add("all connections cut", count.min(1) as u64);
                 self.log.add(doing(&format!("all {count} connections cut")));
             }
             Fault::CutSome => {
-                let count = side.proxy.end(End::Cut, 3, |one_in| random.next().is_multiple_of(one_in));
-                self.log.add(doing(&format!("{count} connections cut")));
+                // Again and again, while it comes back.
+                for _ in 0..random.between(1, 5) {
+                    let count = side.proxy.end(End::Cut, 3, |one_in| random.next().is_multiple_of(one_in));
+                    self.counts.add("some connections cut", count.min(1) as u64);
+                    self.log.add(doing(&format!("{count} connections cut")));
+                    sleep(Duration::from_millis(random.between(20, 700))).await;
+                }
             }
             Fault::ServerToldOnly | Fault::ClientToldOnly => {
                 let time = Duration::from_millis(random.between(500, 8000));
@@ -192,13 +266,16 @@ impl Faults<'_> {
                 };
                 let one_in = random.between(1, 3);
                 let count = side.proxy.end(end, one_in, |one_in| random.next().is_multiple_of(one_in));
+                self.counts.add(what, count.min(1) as u64);
                 self.log.add(doing(&format!("{count} connections {what} for {time:?}")));
             }
             Fault::Freeze | Fault::FreezeOneWay => {
                 let both = matches!(fault, Fault::Freeze);
                 let to_server = both || random.chance(50);
                 side.proxy.freeze(to_server, both || !to_server);
-                let time = random.between(200, 5000);
+                let met = side.proxy.connections().min(1) as u64;
+                self.counts.add(if both { "all stalled" } else { "stalled one way" }, met);
+                let time = random.between(200, 4000);
                 self.log.add(doing(&format!(
                     "frozen for {time} ms, to server {to_server}, to walferry {}",
                     both || !to_server
@@ -212,7 +289,8 @@ impl Faults<'_> {
             }
             Fault::FreezeSome => {
                 let count = side.proxy.freeze_present(true, || random.chance(40));
-                let time = random.between(500, 6000);
+                let time = random.between(500, 5000);
+                self.counts.add("some stalled", count.min(1) as u64);
                 self.log.add(doing(&format!("{count} connections frozen for {time} ms, others may come")));
                 sleep(Duration::from_millis(time)).await;
                 side.proxy.freeze_present(false, || true);
@@ -220,6 +298,7 @@ impl Faults<'_> {
             Fault::Slow => {
                 side.proxy.slow(true);
                 let time = random.between(500, 4000);
+                self.counts.add("slow network", side.proxy.connections().min(1) as u64);
                 self.log.add(doing(&format!("slow for {time} ms")));
                 sleep(Duration::from_millis(time)).await;
                 side.proxy.slow(false);
@@ -228,29 +307,158 @@ impl Faults<'_> {
                 side.proxy.refuse(true);
                 side.proxy.end(End::Cut, 1, |_| true);
                 let time = random.between(200, 3000);
+                self.counts.add("refused", 1);
                 self.log.add(doing(&format!("cut, and no new connections for {time} ms")));
                 sleep(Duration::from_millis(time)).await;
                 side.proxy.refuse(false);
             }
+            Fault::Kill | Fault::Stop | Fault::Disk | Fault::Tear | Fault::Corrupt => {}
         }
-        self.counts.connection_faults += 1;
+        Ok(())
+    }
+
+    /// Kills it, and what comes after it, at any moment of their first second and a half.
+    async fn kill(&mut self) -> Result<(), String> {
+        let times = self.random.weighted(&[(3, 1), (3, 3), (2, 6), (1, 12)]);
+        self.log.add(format!("kill -9 of walferry, {times} times"));
+        for time in 0..times {
+            if time > 0 {
+                let longest = *self.random.pick(&[200, 600, 1500]);
+                sleep(Duration::from_millis(self.random.between(50, longest))).await;
+            }
+            self.walferry.kill().await;
+            if self.walferry.done {
+                return Ok(());
+            }
+            if self.random.chance(15) {
+                sleep(Duration::from_millis(self.random.between(0, 1200))).await;
+            }
+            self.start()?;
+        }
+        Ok(())
+    }
+
+    /// The disk fails for a while; other faults come meanwhile.
+    fn spoil_disk(&mut self) -> Result<(), String> {
+        let (Some(disk), None) = (self.disk, self.disk_until) else { return Ok(()) };
+        let fault = *self.random.pick(&DiskFault::ALL);
+        let time = Duration::from_millis(self.random.between(300, 5000));
+        self.log.add(format!("{} for {time:?}", fault.name()));
+        self.counts.add(fault.name(), 1);
+        self.disk_until = Some(Instant::now() + time);
+        self.walferry.disk_refuses |= fault.refuses();
+        disk.set(Some(fault));
+        Ok(())
+    }
+
+    /// Kills it and damages the queue's files; what was acknowledged only where asked.
+    async fn damage_queue(&mut self, acknowledged: bool) -> Result<(), String> {
+        if acknowledged && self.corruptions_left == 0 {
+            return Ok(());
+        }
+        self.walferry.kill().await;
+        if self.walferry.done {
+            return Ok(());
+        }
+        let queue = self.walferry.directory.join("queue");
+        let kept = queue.exists().then(|| Kept::of(&queue));
+        let damage = match (&kept, self.positions().await) {
+            (Some(_), Some((confirmed, applied))) => match acknowledged {
+                true => damage::corrupt(&queue, confirmed, applied, &mut self.random),
+                false => damage::tear(&queue, confirmed, &mut self.random),
+            },
+            _ => None,
+        };
+        let (Some(kept), Some(damage)) = (kept, damage) else { return self.start() };
+        self.log.add(format!("killed, and {}", damage.text));
+        if damage.stops_at.is_none() {
+            self.counts.add("torn tails", 1);
+            return self.start();
+        }
+        self.corruptions_left -= 1;
+        self.counts.add("damaged segments", 1);
+        self.heal();
+        self.start()?;
+        let what = damage.text.clone();
+        self.stops_at(damage).await.map_err(|error| format!("{what}: {error}"))?;
+        self.log.add("it has stopped there");
+        self.heal_queue(&kept)?;
+        self.start()
+    }
+
+    /// What the source was told to forget, and the most that the target has; `None` before the apply can begin.
+    async fn positions(&self) -> Option<(walferry::lsn::Lsn, walferry::lsn::Lsn)> {
+        let source = connect(&self.sides[0].server, self.database).await.ok()?;
+        let target = connect(&self.sides[1].server, self.database).await.ok()?;
+        let applied = "SELECT max(applied) FROM walferry.apply_progress";
+        let applied: PgLsn = target.query_one(applied, &[]).await.ok()?.try_get(0).ok()?;
+        let slot = "SELECT confirmed_flush_lsn, active FROM pg_replication_slots";
+        for _ in 0..100 {
+            let row = source.query_opt(slot, &[]).await.ok()??;
+            // What the walsender still has from walferry may be a confirmation.
+            if !row.get::<_, bool>(1) {
+                let confirmed: PgLsn = row.try_get(0).ok()?;
+                return Some((confirmed.into(), applied.into()));
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        None
+    }
+
+    /// walferry meets the damage: it says where, ends with 1, and has applied nothing past it.
+    async fn stops_at(&mut self, damage: Damage) -> Result<(), String> {
+        let Some(block) = damage.stops_at else { return Ok(()) };
+        let Some((code, said)) = self.walferry.wait_for_end(DAMAGE_MET_MAX).await else {
+            return Err(format!("walferry did not stop within {DAMAGE_MET_MAX:?}"));
+        };
+        if code != Some(1) {
+            return Err(format!("walferry ended with {code:?}: {said}"));
+        }
+        let name = block.segment.file_name().unwrap().to_string_lossy().into_owned();
+        // A last block cannot be told from a torn one; then the slot shows that it was acknowledged.
+        let named = said.contains("is corrupt at offset") && said.contains("in danger are the transactions");
+        let gap = said.contains("has been moved on to") && said.contains("torn tail");
+        if !(named || gap) || !said.contains(&name) {
+            return Err(format!("walferry did not say where: {said}"));
+        }
+        let target = connect(&self.sides[1].server, self.database).await.map_err(|error| error.to_string())?;
+        let row = target
+            .query_one("SELECT max(applied) FROM walferry.apply_progress", &[])
+            .await
+            .map_err(|error| error.to_string())?;
+        let applied: walferry::lsn::Lsn = row.get::<_, PgLsn>(0).into();
+        if applied > block.first_lsn {
+            return Err(format!("applied up to {applied}, past the damage after {}", block.first_lsn));
+        }
+        Ok(())
+    }
+
+    /// What an operator does about it.
+    fn heal_queue(&mut self, kept: &Kept) -> Result<(), String> {
+        kept.put_back(&self.walferry.directory.join("queue"));
         Ok(())
     }
 }
 
-/// Ends about half of walferry's sessions. Answers how many.
-async fn terminate(server: &ThrowawayServer, seed: u64) -> u64 {
+async fn connect(server: &ThrowawayServer, database: &str) -> Result<Client, tokio_postgres::Error> {
+    let (client, connection) = tokio_postgres::connect(&server.url_for(database), NoTls).await?;
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(client)
+}
+
+/// Ends about half of walferry's sessions. Answers how many walsenders and how many others.
+async fn terminate(server: &ThrowawayServer, seed: u64) -> (u64, u64) {
     let ended = async {
-        let (client, connection) = tokio_postgres::connect(&server.url(), NoTls).await?;
-        tokio::spawn(async move { drop(connection.await) });
+        let client = connect(server, "postgres").await?;
         client
             .query_one(
-                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
-                 WHERE application_name LIKE 'walferry%' AND hashint8extended(pid, $1) % 2 = 0",
+                "SELECT count(*) FILTER (WHERE backend_type = 'walsender'), count(*) FILTER (WHERE backend_type <> 'walsender') \
+                 FROM pg_stat_activity \
+                 WHERE application_name LIKE 'walferry%' AND hashint8extended(pid, $1) % 2 = 0 AND pg_terminate_backend(pid)",
                 &[&seed.cast_signed()],
             )
             .await
-            .map(|row| row.get::<_, i64>(0))
     };
-    ended.await.unwrap_or(0).cast_unsigned()
+    let count = |row: &tokio_postgres::Row, column| row.get::<_, i64>(column).cast_unsigned();
+    ended.await.map_or((0, 0), |row| (count(&row, 0), count(&row, 1)))
 }

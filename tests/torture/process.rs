@@ -12,12 +12,20 @@ pub struct Walferry {
     pub arguments: Vec<String>,
     pub directory: PathBuf,
     log: PathBuf,
+    /// Where in the log the present process began.
+    log_begins: usize,
     child: Option<Child>,
+    /// Variables that it gets besides its usual ones.
+    pub environment: Vec<(String, String)>,
     pub kills: u64,
     pub stops: u64,
     pub starts: u64,
     /// It ended by itself, though nobody asked.
     pub unasked: Vec<String>,
+    /// The queue's disk refuses, or did in the life of this process: opening the queue may fail then.
+    pub disk_refuses: bool,
+    /// How often that has ended it.
+    pub refused: u64,
     /// It said that it is done.
     pub done: bool,
 }
@@ -28,11 +36,15 @@ impl Walferry {
             arguments,
             directory,
             log,
+            log_begins: 0,
             child: None,
+            environment: Vec::new(),
             kills: 0,
             stops: 0,
             starts: 0,
             unasked: Vec::new(),
+            disk_refuses: false,
+            refused: 0,
             done: false,
         }
     }
@@ -42,8 +54,9 @@ impl Walferry {
             return Ok(());
         }
         let log: File = OpenOptions::new().create(true).append(true).open(&self.log)?;
+        self.log_begins = usize::try_from(log.metadata()?.len()).unwrap_or_default();
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
-        command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
+        command.args(&self.arguments).envs(self.environment.iter().cloned()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
         self.child = Some(command.spawn()?);
         self.starts += 1;
         Ok(())
@@ -51,9 +64,10 @@ impl Walferry {
 
     pub async fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
+            // One that has ended by itself is not killed any more.
+            self.kills += u64::from(matches!(child.try_wait(), Ok(None)));
             let _ = child.start_kill();
             let status = child.wait().await;
-            self.kills += 1;
             self.note_end(status.ok());
         }
     }
@@ -87,11 +101,22 @@ impl Walferry {
             Some(1 | 3) if !self.directory.join("migration.json").exists() => {}
             // The preparation had been cut off, and the next one begins with the check: prepared transactions block it.
             Some(3) if tail(&self.log, 3).contains("findings of the check") => {}
+            Some(1) if self.disk_refuses && tail(&self.log, 3).contains("look at the disk that holds the state") => {
+                self.refused += 1;
+            }
             Some(code) => {
                 self.unasked.push(format!("exit code {code} at start {}: {}", self.starts, tail(&self.log, 3).trim()));
             }
             None => {}
         }
+    }
+
+    /// Waits for an end that has to come. Answers the exit code and what it said in this life; `None` when it does not come.
+    pub async fn wait_for_end(&mut self, time: Duration) -> Option<(Option<i32>, String)> {
+        let mut child = self.child.take()?;
+        let status = tokio::time::timeout(time, child.wait()).await.ok()?.ok()?;
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        Some((status.code(), log.get(self.log_begins..).unwrap_or_default().to_owned()))
     }
 
     /// Looks whether it still runs; one that ended by itself is started again. Answers whether it ran.

@@ -75,6 +75,11 @@ impl Proxy {
         these.len()
     }
 
+    /// How many there are.
+    pub fn connections(&self) -> usize {
+        self.shared.links.lock().unwrap().len()
+    }
+
     /// Holds all bytes of a direction back, or lets them go on.
     pub fn freeze(&self, to_server: bool, to_client: bool) {
         self.shared.weather.to_server_frozen.store(to_server, Ordering::Relaxed);

@@ -10,6 +10,7 @@ use tokio_postgres::{Client, NoTls};
 use walferry::demo::server::{ServerPrograms, ThrowawayServer};
 
 use super::compare;
+use super::disk::FaultyDisk;
 use super::faults::{Counts, Faults, Log, Side};
 use super::process::{Walferry, tail};
 use super::proxy::Proxy;
@@ -22,6 +23,17 @@ const CATCH_UP_MAX: Duration = Duration::from_secs(240);
 /// How long the cutover may be tried.
 const CUTOVER_MAX: Duration = Duration::from_secs(120);
 const DATABASE: &str = "der Laden";
+/// Who migrates, and whose everything is, where it is no superuser.
+const ROLE: &str = "ferryman";
+const SOURCE_CRASHES: &str = "source crashes";
+
+/// What the check asks for.
+fn rights() -> String {
+    format!(
+        "ALTER DATABASE \"{DATABASE}\" OWNER TO {ROLE}; GRANT pg_signal_backend TO {ROLE}; GRANT CREATE ON SCHEMA public TO {ROLE}; \
+         GRANT SET ON PARAMETER session_replication_role TO {ROLE}"
+    )
+}
 
 /// What a round did.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +43,13 @@ pub struct Summary {
     pub faults: Counts,
     pub kills: u64,
     pub stops: u64,
+    pub disk_hits: u64,
+    /// How often walferry could not open its queue, for the disk.
+    pub refused: u64,
+    /// Whether walferry's roles are no superusers.
+    pub ordinary_role: bool,
+    pub huge: u64,
+    pub huge_rows: u64,
     pub committed: u64,
     pub aborted: u64,
     pub prepared: u64,
@@ -45,15 +64,20 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "seed {}: {:.0} s, {} tables, {} kills, {} stops, {:?}, {} committed, {} aborted, {} prepared, {} truncated, \
-             {} cutovers tried, {} replays, {} ends by itself",
+            "seed {}: {:.0} s, {} tables, {}, {} kills, {} SIGTERMs, {}, {} disk calls spoilt, {} starts refused by the disk, \
+             {} committed ({} of {} rows), {} aborted, {} prepared, {} truncated, {} cutovers tried, {} replays, {} ends by itself",
             self.seed,
             self.seconds,
             self.tables,
+            if self.ordinary_role { "ordinary roles" } else { "superusers" },
             self.kills,
             self.stops,
             self.faults,
+            self.disk_hits,
+            self.refused,
             self.committed,
+            self.huge,
+            self.huge_rows,
             self.aborted,
             self.prepared,
             self.truncated,
@@ -74,6 +98,7 @@ struct Plan {
     huge_rows: u64,
     fault_time: Duration,
     pause_ms_max: u64,
+    ordinary_role: bool,
     cutover_under_fire: bool,
 }
 
@@ -120,7 +145,8 @@ impl Plan {
             rest_ms: *random.pick(&[5, 20, 60]),
             huge_rows: if huge { random.between(size.huge_rows / 4, size.huge_rows) } else { 0 },
             fault_time: size.fault_time,
-            pause_ms_max: *random.pick(&[800, 2000, 5000]),
+            pause_ms_max: *random.pick(&[500, 1000, 2500]),
+            ordinary_role: random.chance(40),
             cutover_under_fire: random.chance(50),
         }
     }
@@ -161,20 +187,32 @@ pub async fn run(seed: u64, size: Size) -> Result<Summary, String> {
         },
     ];
     let mut arguments = vec!["migrate".to_owned()];
+    let role = if plan.ordinary_role { ROLE } else { "postgres" };
     for (option, side) in [("--source", &sides[0]), ("--target", &sides[1])] {
         arguments.push(option.to_owned());
-        arguments.push(format!("postgres://postgres@127.0.0.1:{}/{}", side.proxy.port, DATABASE.replace(' ', "%20")));
+        arguments.push(format!("postgres://{role}@127.0.0.1:{}/{}", side.proxy.port, DATABASE.replace(' ', "%20")));
     }
     let directory = state.path().join("state");
     arguments.extend(["--dir".to_owned(), directory.to_string_lossy().into_owned()]);
     arguments.extend(plan.arguments.clone());
+    let disk = FaultyDisk::build(state.path(), &directory.join("queue"));
     let mut walferry = Walferry::new(arguments, directory, state.path().join("walferry.log"));
+    walferry.environment = disk.as_ref().map_or_else(Vec::new, |disk| disk.environment().to_vec());
     let control = Arc::new(Control::default());
-    let mut summary = Summary { seed, tables: schema.tables.len(), ..Summary::default() };
+    let mut summary = Summary {
+        seed,
+        tables: schema.tables.len(),
+        ordinary_role: plan.ordinary_role,
+        huge_rows: plan.huge_rows,
+        ..Summary::default()
+    };
     let begun = Instant::now();
-    let outcome = migrate(seed, &plan, &schema, &mut sides, &mut walferry, &control, &log, &mut summary).await;
+    let outcome = migrate(seed, &plan, &schema, &mut sides, &mut walferry, disk.as_ref(), &control, &log, &mut summary).await;
     control.stop.store(true, Ordering::Relaxed);
     walferry.kill().await;
+    summary.disk_hits = disk.as_ref().map_or(0, FaultyDisk::hits);
+    summary.refused = walferry.refused;
+    summary.huge = control.huge.load(Ordering::Relaxed);
     summary.seconds = begun.elapsed().as_secs_f64();
     summary.unasked.clone_from(&walferry.unasked);
     summary.stops = walferry.stops;
@@ -204,6 +242,7 @@ async fn migrate(
     schema: &Arc<Schema>,
     sides: &mut [Side; 2],
     walferry: &mut Walferry,
+    disk: Option<&FaultyDisk>,
     control: &Arc<Control>,
     log: &Log,
     summary: &mut Summary,
@@ -212,8 +251,20 @@ async fn migrate(
     for side in sides.iter() {
         let client = connect(&side.server, "postgres").await.map_err(sql)?;
         client.batch_execute(&format!("CREATE DATABASE \"{DATABASE}\"")).await.map_err(sql)?;
+        if plan.ordinary_role {
+            let replication = if side.name == "source" { " REPLICATION" } else { "" };
+            client.batch_execute(&format!("CREATE ROLE {ROLE} LOGIN{replication}")).await.map_err(sql)?;
+            let client = connect(&side.server, DATABASE).await.map_err(sql)?;
+            client.batch_execute(&rights()).await.map_err(sql)?;
+        }
     }
-    let source = connect(&sides[0].server, DATABASE).await.map_err(sql)?;
+    let source_url = match plan.ordinary_role {
+        true => sides[0].server.url_for(DATABASE).replace("//postgres@", &format!("//{ROLE}@")),
+        false => sides[0].server.url_for(DATABASE),
+    };
+    // What the application makes belongs to its role.
+    let (source, connection) = tokio_postgres::connect(&source_url, NoTls).await.map_err(sql)?;
+    tokio::spawn(async move { drop(connection.await) });
     let mut filling = Random::for_purpose(seed, "rows");
     for statement in schema.statements().iter().chain(&schema.fill(&mut filling)) {
         source.batch_execute(statement).await.map_err(|error| format!("{statement}: {error:?}"))?;
@@ -225,7 +276,7 @@ async fn migrate(
     for number in 0..plan.writers {
         let writer = Writer {
             number,
-            url: sides[0].server.url_for(DATABASE),
+            url: source_url.clone(),
             schema: Arc::clone(schema),
             control: Arc::clone(control),
             random: Random::for_purpose(seed, &format!("writer {number}")),
@@ -242,16 +293,20 @@ async fn migrate(
     let mut faults = Faults {
         sides,
         walferry,
+        disk,
+        database: DATABASE,
         random: Random::for_purpose(seed, "faults"),
         log: log.clone(),
         counts: Counts::default(),
         pause_ms_max: plan.pause_ms_max,
+        disk_until: None,
+        corruptions_left: 2,
     };
     let outcome = under_fire(plan, &mut faults, control, summary).await;
-    summary.faults = faults.counts;
+    summary.faults = faults.counts.clone();
     summary.kills = faults.walferry.kills;
     let exact_sequences = match outcome {
-        Ok(crashes) => crashes == faults.counts.source_crashes,
+        Ok(crashes) => crashes == faults.counts.of(SOURCE_CRASHES),
         Err(error) => {
             // What is different by then, once nobody writes, tells much about why.
             control.stop.store(true, Ordering::Relaxed);
@@ -295,9 +350,12 @@ async fn under_fire(
     control: &Control,
     summary: &mut Summary,
 ) -> Result<u64, String> {
-    faults.run(plan.fault_time).await?;
-    faults.log.add("no more faults");
-    until_following(faults).await?;
+    // Half of them from the first moment on, the other half while it follows.
+    for _ in 0..2 {
+        faults.run(plan.fault_time / 2).await?;
+        faults.log.add("no more faults");
+        until_following(faults).await?;
+    }
     control.no_prepared.store(true, Ordering::Relaxed);
     let mut crashes = 0;
     if plan.cutover_under_fire {
@@ -305,7 +363,7 @@ async fn under_fire(
         faults.pause_ms_max = faults.pause_ms_max.min(1500);
         for _ in 0..3 {
             // The asking process does not outlive its answer by much, so the faults may meet it anywhere.
-            crashes = faults.counts.source_crashes;
+            crashes = faults.counts.of(SOURCE_CRASHES);
             let asked = ask_for_cutover(faults.walferry);
             faults.run(Duration::from_secs(3)).await?;
             summary.cutovers += 1;
@@ -334,7 +392,7 @@ async fn under_fire(
             continue;
         }
         summary.cutovers += 1;
-        crashes = faults.counts.source_crashes;
+        crashes = faults.counts.of(SOURCE_CRASHES);
         let (code, said) = ask_for_cutover(faults.walferry).await.map_err(|error| error.to_string())?;
         last = format!("{code:?}: {}", last_line(&said));
         faults.log.add(format!("the cutover ended with {last}"));

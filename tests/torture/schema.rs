@@ -234,6 +234,8 @@ pub enum Trait {
     Logged,
     /// A stored generated column.
     Generated,
+    /// Inherits from another table: what is written to that one by its name is written here too.
+    Heir,
 }
 
 /// A table.
@@ -399,6 +401,11 @@ impl Maker<'_> {
         }
         if self.random.chance(60) {
             self.table("public.child", &[Int], Trait::Child);
+        }
+        if let Some(parent) = self.tables.iter().find(|table| table.name == "public.plain" && self.random.chance(60)) {
+            let create = format!("CREATE TABLE public.heirs (extra text, PRIMARY KEY (\"Id\")) INHERITS ({})", parent.name);
+            let heir = Table { name: "public.heirs".into(), is: Trait::Heir, create: vec![create], ..parent.clone() };
+            self.tables.push(Table { span: 500, initial_rows: 300, ..heir });
         }
         // Large enough for several parts.
         let big = (self.random.next() % self.tables.len() as u64) as usize;

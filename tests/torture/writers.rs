@@ -19,6 +19,8 @@ pub struct Control {
     pub aborted: AtomicU64,
     pub prepared: AtomicU64,
     pub truncated: AtomicU64,
+    /// Transactions of very many rows.
+    pub huge: AtomicU64,
 }
 
 /// One session's life, through restarts of the server, until it is told to stop.
@@ -177,6 +179,7 @@ impl Writer {
             _ => self.insert_many(table, from, from + rows - 1),
         };
         client.batch_execute(&statement).await?;
+        self.control.huge.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 

@@ -1,0 +1,93 @@
+//! Tables that are brought right again, after the stream or the target has lost something.
+//!
+//! Their rows on the target stay where they are; the copy then compares them with a new snapshot and replaces only what differs.
+
+use tokio_postgres::Client;
+use tokio_postgres::types::PgLsn;
+
+use super::insert_next_snapshot;
+use crate::error::{Context, Result};
+use crate::lsn::Lsn;
+use crate::source::snapshot::SnapshotData;
+
+/// Back to the copy, wherever a migration was after it.
+const BACK_TO_COPYING: &str =
+    "phase = CASE WHEN phase IN ('catching_up', 'following') THEN 'copying' ELSE phase END";
+
+/// Waits for what sessions of an earlier process may still commit, which would otherwise come on top of what is written now.
+async fn lock(client: &Client) -> Result<()> {
+    client
+        .batch_execute(
+            "SET LOCAL synchronous_commit = on; \
+             LOCK TABLE walferry.source_table, walferry.part, walferry.apply_progress IN ACCESS EXCLUSIVE MODE",
+        )
+        .await
+        .context(|| "waiting for earlier sessions on the target".into())
+}
+
+/// Has tables compared again under a snapshot whose xmin is at least `snapshot_floor`; one transaction. The stream goes on
+/// where it is: a snapshot past everything that was applied says which of the changes to come each table has seen (I3, H1).
+///
+/// # Errors
+/// Whatever the server says; nothing is changed then.
+pub async fn compare_again(client: &mut Client, relids: &[u32], snapshot_floor: u64) -> Result<()> {
+    let relids: Vec<i64> = relids.iter().copied().map(i64::from).collect();
+    let transaction = client.transaction().await?;
+    lock(transaction.client()).await?;
+    transaction
+        .execute(
+            "UPDATE walferry.source_table SET compared = copied OR compared, copied = false, rows_copied = 0 \
+             WHERE relid = ANY ($1)",
+            &[&relids],
+        )
+        .await?;
+    transaction
+        .execute(
+            &format!(
+                "UPDATE walferry.migration SET snapshot_floor = greatest(snapshot_floor, $1), {BACK_TO_COPYING}"
+            ),
+            &[&snapshot_floor.cast_signed()],
+        )
+        .await?;
+    transaction.commit().await.context(|| "recording in the ledger which tables are compared again".into())
+}
+
+/// A new slot in the place of one that can no longer be followed.
+pub struct Resynced<'a> {
+    /// The new slot's consistent point: every change before it is forgotten, every one from it on comes.
+    pub consistent_point: Lsn,
+    /// Its snapshot.
+    pub snapshot: &'a SnapshotData,
+    /// The source's timeline now.
+    pub source_timeline: i32,
+    /// The directory of the queue that it fills.
+    pub queue: &'a str,
+}
+
+/// Records a new slot, and has every table compared again; one transaction. What was copied so far is what is compared; what was
+/// not is copied under the new snapshot.
+///
+/// # Errors
+/// Whatever the server says; nothing is changed then.
+pub async fn record_resynced(client: &mut Client, resynced: &Resynced<'_>) -> Result<()> {
+    let transaction = client.transaction().await?;
+    lock(transaction.client()).await?;
+    insert_next_snapshot(transaction.client(), resynced.snapshot).await?;
+    transaction
+        .batch_execute(
+            "UPDATE walferry.source_table SET compared = copied OR compared, copied = false, rows_copied = 0",
+        )
+        .await?;
+    let begins = PgLsn::from(resynced.consistent_point);
+    transaction.execute("UPDATE walferry.apply_progress SET applied = $1", &[&begins]).await?;
+    transaction
+        .execute(
+            &format!(
+                "UPDATE walferry.migration SET consistent_point = $1, source_timeline = $2, snapshot_floor = $3, queue = $4, \
+                     {BACK_TO_COPYING}"
+            ),
+            &[&begins, &resynced.source_timeline, &resynced.snapshot.xmax.cast_signed(), &resynced.queue],
+        )
+        .await?;
+    transaction.commit().await.context(|| "recording the new slot in the ledger".into())
+}
