@@ -375,6 +375,8 @@ async fn record(
         consistent_point: None,
         pre_data_restored: false,
         post_data_restored: false,
+        snapshot_floor: 0,
+        queue: "queue".into(),
     };
     ledger::create(target, &migration).await.unwrap();
     let entries: Vec<(Table, bool)> =
