@@ -16,6 +16,7 @@
 
 pub mod assemble;
 pub mod change;
+pub mod conflict;
 pub mod encode;
 pub mod layout;
 pub mod net;
@@ -23,6 +24,7 @@ pub mod reconcile;
 pub mod replay;
 pub mod route;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +33,7 @@ use tokio::sync::{mpsc, watch};
 
 use assemble::{Assembled, Assembler, Chunk, UnitEnd};
 use change::{Adoption, Change};
+use conflict::OnConflict;
 use layout::Layout;
 use replay::Replay;
 
@@ -80,6 +83,8 @@ pub struct Apply {
     pub writers: Vec<Writer>,
     /// How far each session has come, as the ledger says.
     pub progress: Vec<Lsn>,
+    /// Who wins when somebody else has written to the target.
+    pub on_conflict: OnConflict,
     /// Where it is shown.
     pub board: StatusBoard,
     /// Whether it is to rest; it does so between units.
@@ -293,6 +298,8 @@ impl Apply {
             change: None,
             writer,
             progress: &mut self.progress,
+            on_conflict: self.on_conflict,
+            conflicts: BTreeMap::new(),
             board,
         };
         let outcome = replay.run(reader, through, |end| publish(applied, board, &end, Duration::ZERO)).await;

@@ -3,13 +3,15 @@
 //! It is the judge (I5): what it can apply is right, whatever the set-based way said; what it cannot apply stops the
 //! migration with the transaction, the table and the key.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
 use super::assemble::{MARKER_PREFIX, UnitEnd};
-use super::change::{Adoption, Announced, Change as TableChange};
+use super::change::{Adoption, Announced, Change};
+use super::conflict::{self, OnConflict};
 use super::layout::Layout;
 use super::net::hash_key;
 use crate::decode::{Datum, Message, OldTuple, Relation, Tuple, decode};
@@ -32,20 +34,28 @@ pub struct Replay<'a> {
     /// Changes of tables that the target has been found to fit.
     pub adoptions: &'a [Adoption],
     /// The change of a table that it stopped at.
-    pub change: Option<TableChange>,
+    pub change: Option<Change>,
     /// The session.
     pub writer: &'a mut Writer,
     /// How far each session had come: what one has committed already is left out (after a crash between the commits).
     pub progress: &'a mut [Lsn],
-    /// Where a divergence is counted.
+    /// Who wins when a change does not meet what it should.
+    pub on_conflict: OnConflict,
+    /// The conflicts of the transaction at work, by schema, table and kind: counted when it is over, because one that is given up
+    /// for another reason comes again.
+    pub conflicts: BTreeMap<(String, String, ConflictKind), u64>,
+    /// Where conflicts are counted.
     pub board: &'a StatusBoard,
 }
 
 /// What happened to a row.
 #[derive(Clone, Copy)]
-enum Change<'a> {
+pub enum RowChange<'a> {
+    /// It came.
     Insert(Tuple<'a>),
+    /// It became another; what it was found by, if that is not in the new one.
     Update(Option<OldTuple<'a>>, Tuple<'a>),
+    /// It went.
     Delete(OldTuple<'a>),
 }
 
@@ -81,7 +91,11 @@ impl Replay<'_> {
         for adoption in self.adoptions.iter().filter(|adoption| adoption.change.head == head) {
             Arc::make_mut(&mut self.layout).foresee(adoption);
         }
+        self.conflicts.clear();
         let outcome = self.changes(head, entries).await;
+        if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
+            self.count_conflicts();
+        }
         if outcome.is_err() {
             self.layout = before;
             // What the server said of the change says more than that it could not be taken back.
@@ -91,10 +105,17 @@ impl Replay<'_> {
         }
         let end = outcome.context(naming)?;
         self.writer.commit().await.context(naming)?;
+        self.count_conflicts();
         for position in self.progress.iter_mut() {
             *position = end.end_lsn.max(*position);
         }
         Ok(end)
+    }
+
+    fn count_conflicts(&mut self) {
+        for ((schema, table, kind), changes) in std::mem::take(&mut self.conflicts) {
+            self.board.conflicts(&schema, &table, kind, changes);
+        }
     }
 
     /// All that is done before the commit, the ledger's rows included.
@@ -127,7 +148,7 @@ impl Replay<'_> {
     /// What the stream announces of a table: what it was, or a change that the target has been found to fit.
     fn relation(&mut self, head: &TransactionHead, relation: &Relation<'_>) -> Result<Option<Adoption>> {
         let Err(error) = self.layout.check_relation(relation, head.xid, head.commit_lsn) else { return Ok(None) };
-        let change = TableChange { head: *head, announced: Announced::of(relation) };
+        let change = Change { head: *head, announced: Announced::of(relation) };
         let Some(adoption) = self.adoptions.iter().find(|adoption| adoption.change == change) else {
             self.change = Some(change);
             return Err(error);
@@ -155,16 +176,22 @@ impl Replay<'_> {
                     serial::truncate(self.writer, &layout, &places, restart_identity).await?;
                 }
             }
-            Message::Insert { relid, new } => self.row(head, relid, Change::Insert(new), end).await?,
-            Message::Update { relid, old, new } => self.row(head, relid, Change::Update(old, new), end).await?,
-            Message::Delete { relid, old } => self.row(head, relid, Change::Delete(old), end).await?,
+            Message::Insert { relid, new } => self.row(head, relid, RowChange::Insert(new), end).await?,
+            Message::Update { relid, old, new } => self.row(head, relid, RowChange::Update(old, new), end).await?,
+            Message::Delete { relid, old } => self.row(head, relid, RowChange::Delete(old), end).await?,
             _ => {}
         }
         Ok(())
     }
 
     /// One change of a row.
-    async fn row(&mut self, head: &TransactionHead, relid: u32, change: Change<'_>, end: &mut UnitEnd) -> Result<()> {
+    async fn row(
+        &mut self,
+        head: &TransactionHead,
+        relid: u32,
+        change: RowChange<'_>,
+        end: &mut UnitEnd,
+    ) -> Result<()> {
         let layout = Arc::clone(&self.layout);
         let place = layout.place(relid)?;
         if layout.copy_has_seen(place, head.xid, head.commit_lsn) {
@@ -172,48 +199,53 @@ impl Replay<'_> {
         }
         end.changes += 1;
         match &change {
-            Change::Insert(new) => layout.check_row(place, *new)?,
-            Change::Update(old, new) => {
+            RowChange::Insert(new) => layout.check_row(place, *new)?,
+            RowChange::Update(old, new) => {
                 layout.check_row(place, *new)?;
                 old.map_or(Ok(()), |old| layout.check_row(place, old.tuple()))?;
             }
-            Change::Delete(old) => layout.check_row(place, old.tuple())?,
+            RowChange::Delete(old) => layout.check_row(place, old.tuple())?,
         }
         let entry = &layout.tables[place];
         let Some(change) = self.not_covered(place, change, head)? else { return Ok(()) };
         match &entry.view {
             None => self.write(&entry.table, change).await,
             Some(view) => match change {
-                Change::Insert(new) => {
+                RowChange::Insert(new) => {
                     let new = view.project_insert(new);
-                    self.write(&view.table_for_inserts, Change::Insert(new.tuple())).await
+                    self.write(&view.table_for_inserts, RowChange::Insert(new.tuple())).await
                 }
-                Change::Update(old, new) => {
+                RowChange::Update(old, new) => {
                     let old = old.map(|old| (old, view.project(old.tuple())));
                     let old = old.as_ref().map(|(like, row)| row.old(*like));
-                    self.write(&view.table, Change::Update(old, view.project(new).tuple())).await
+                    self.write(&view.table, RowChange::Update(old, view.project(new).tuple())).await
                 }
-                Change::Delete(old) => {
-                    self.write(&view.table, Change::Delete(view.project(old.tuple()).old(old))).await
+                RowChange::Delete(old) => {
+                    self.write(&view.table, RowChange::Delete(view.project(old.tuple()).old(old))).await
                 }
             },
         }
     }
 
     /// What is left of a change, when the sessions that had committed this transaction before a crash leave their share out.
-    fn not_covered<'a>(&self, place: usize, change: Change<'a>, head: &TransactionHead) -> Result<Option<Change<'a>>> {
+    fn not_covered<'a>(
+        &self,
+        place: usize,
+        change: RowChange<'a>,
+        head: &TransactionHead,
+    ) -> Result<Option<RowChange<'a>>> {
         let covered = |row, before| self.is_covered(place, row, before, head);
         Ok(match change {
-            Change::Insert(new) => (!covered(new, None)).then_some(change),
-            Change::Delete(old) => (!covered(old.tuple(), None)).then_some(change),
-            Change::Update(old, new) => {
+            RowChange::Insert(new) => (!covered(new, None)).then_some(change),
+            RowChange::Delete(old) => (!covered(old.tuple(), None)).then_some(change),
+            RowChange::Update(old, new) => {
                 let before = old.map(|old| old.tuple());
                 match (covered(before.unwrap_or(new), None), covered(new, before), old) {
                     (true, true, _) => None,
                     (false, false, _) => Some(change),
                     // A changed key, of which one session had committed its half.
-                    (false, true, Some(old)) => Some(Change::Delete(old)),
-                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => Some(Change::Insert(new)),
+                    (false, true, Some(old)) => Some(RowChange::Delete(old)),
+                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => Some(RowChange::Insert(new)),
                     _ => {
                         let table = self.layout.tables[place].table.qualified();
                         let text =
@@ -226,18 +258,10 @@ impl Replay<'_> {
     }
 
     /// Writes a change, as the target's table is.
-    async fn write(&mut self, table: &Table, change: Change<'_>) -> Result<()> {
-        let (outcome, conflict) = match change {
-            Change::Insert(new) => (serial::insert(self.writer, table, new).await, ConflictKind::InsertFoundRow),
-            Change::Delete(old) => (serial::delete(self.writer, table, old).await, ConflictKind::DeleteFoundNone),
-            Change::Update(old, new) => {
-                (serial::update(self.writer, table, old, new).await, ConflictKind::UpdateFoundNone)
-            }
-        };
-        if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
-            self.board.conflicts(conflict, 1);
-        }
-        outcome
+    async fn write(&mut self, table: &Table, change: RowChange<'_>) -> Result<()> {
+        let conflicts = &mut self.conflicts;
+        let mut met = |kind| *conflicts.entry((table.schema.clone(), table.name.clone(), kind)).or_insert(0) += 1;
+        conflict::write(self.writer, table, change, self.on_conflict, &mut met).await
     }
 
     /// Whether the session that this row is routed to has committed the transaction already.

@@ -237,6 +237,7 @@ impl Running {
                 queue: queue.clone(),
                 writers,
                 progress,
+                on_conflict: self.config.on_conflict,
                 board: self.board.clone(),
                 paused: self.pause.subscribe(),
                 applied: applied.clone(),

@@ -10,6 +10,7 @@ use tokio::sync::{Mutex, watch};
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
+use walferry::apply::conflict::OnConflict;
 use walferry::apply::layout::Layout;
 use walferry::apply::reconcile::reconcile;
 use walferry::apply::{Applied, Apply};
@@ -42,6 +43,7 @@ pub struct Bed {
     pub source_database: String,
     pub target_database: String,
     pub workers: usize,
+    pub on_conflict: OnConflict,
     pub board: StatusBoard,
     pub queue: Queue,
     /// What the queue was fed with, to feed it again.
@@ -141,6 +143,7 @@ impl Bed {
             source_database,
             target_database,
             workers,
+            on_conflict: OnConflict::Stop,
             board: StatusBoard::new(),
             queue,
             history: Vec::new(),
@@ -248,6 +251,7 @@ impl Bed {
             queue: self.queue.clone(),
             writers: self.writers().await?,
             progress,
+            on_conflict: self.on_conflict,
             board: self.board.clone(),
             applied: watch::channel(Applied::default()).0,
         })
