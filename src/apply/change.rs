@@ -65,6 +65,25 @@ impl Announced {
     }
 }
 
+impl Announced {
+    /// What the stream would announce of a table as the catalog has it.
+    pub fn of_table(table: &Table) -> Announced {
+        let column = |(at, column): (usize, &crate::source::catalog::Column)| AnnouncedColumn {
+            name: column.name.clone(),
+            type_oid: column.type_oid,
+            type_modifier: column.type_modifier,
+            is_key: table.identity == ReplicaIdentity::Full || table.key.contains(&at),
+        };
+        Announced {
+            relid: table.relid,
+            schema: table.schema.clone(),
+            name: table.name.clone(),
+            identity: table.identity,
+            columns: table.columns.iter().enumerate().map(column).collect(),
+        }
+    }
+}
+
 /// Where the apply met a table that is not what it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {

@@ -53,7 +53,7 @@ pub async fn reconcile(source: &Client, target: &Client, layout: &Layout, change
         plan.compare(&columns, on_source.as_ref(), on_target, &root);
     }
     let key = plan.key(&columns, current.as_ref(), on_target.as_ref());
-    plan.finish(change)?;
+    plan.finish(&format!("transaction {} that commits at {} finds ", change.head.xid, change.head.commit_lsn))?;
 
     let is_current = current.as_ref().is_some_and(|current| is_as_announced(current, announced));
     let table = Table {
@@ -73,13 +73,59 @@ pub async fn reconcile(source: &Client, target: &Client, layout: &Layout, change
         fact.and_then(|fact| Some((column.number, fact.missing.clone()?)))
     };
     let missing = table.columns.iter().filter(is_added).filter_map(missing_of).collect();
-    let fingerprint = fingerprint::dealt_with(source, target, before, &table).await?;
+    let catalogs = fingerprint::Catalogs::read(source, target).await?;
+    let fingerprint = catalogs.dealt_with(source, target, before, &table, false).await?;
     Ok(Adoption { change: change.clone(), table, routing, missing, fingerprint })
 }
 
 fn is_as_announced(table: &Table, announced: &Announced) -> bool {
     let ours = table.columns.iter().map(|column| (&column.name, column.type_oid, column.type_modifier));
     ours.eq(announced.columns.iter().map(|column| (&column.name, column.type_oid, column.type_modifier)))
+}
+
+/// A table that is compared with the source again, as the source has it now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Redefinition {
+    /// The table.
+    pub table: Table,
+    /// How its changes are spread.
+    pub routing: Routing,
+    /// As in [`Adoption::fingerprint`]: what rows were rewritten without being streamed is dealt with too.
+    pub fingerprint: Vec<(String, Option<String>)>,
+}
+
+/// The same for tables whose rows will be compared with the source again: then names are enough, whatever became of the values.
+/// The copy makes sure that its snapshot shows the same columns.
+///
+/// # Errors
+/// As [`reconcile`].
+pub async fn redefine(source: &Client, target: &Client, tables: &[&Table], binary: bool) -> Result<Vec<Redefinition>> {
+    let current = catalog::tables(source).await?;
+    let catalogs = fingerprint::Catalogs::read(source, target).await?;
+    let mut redefined = Vec::with_capacity(tables.len());
+    for &before in tables {
+        let Some(table) = current.iter().find(|table| table.relid == before.relid) else {
+            let text = format!("{} is gone from the source, and cannot be compared again", before.qualified());
+            return Err(Error::new(ErrorKind::SchemaChanged, text)
+                .hint("Start anew without it: `walferry clean`, then `walferry migrate`."));
+        };
+        let announced = Announced::of_table(table);
+        let mut plan = Plan::new(before, &announced);
+        if binary {
+            plan.all_are_binary_safe(&table.columns);
+        }
+        let on_source = side::by_relid(source, table.relid).await?;
+        let root = side::root(source, table.relid).await?.unwrap_or_else(|| before.qualified());
+        let on_target = plan.find_table(target).await?;
+        if let Some(on_target) = &on_target {
+            plan.compare_names(table, on_source.as_ref(), on_target, &root);
+        }
+        plan.key(&table.columns, Some(table), on_target.as_ref());
+        plan.finish("comparing again: ")?;
+        let fingerprint = catalogs.dealt_with(source, target, before, table, true).await?;
+        redefined.push(Redefinition { routing: Routing::of(table), table: table.clone(), fingerprint });
+    }
+    Ok(redefined)
 }
 
 /// What is different, and what has to be done about it.
@@ -265,6 +311,51 @@ impl<'a> Plan<'a> {
         }
     }
 
+    /// The target has every column of the source by its name and type; what is in the rows is no matter.
+    fn compare_names(&mut self, table: &Table, on_source: Option<&Side>, on_target: &Side, root: &str) {
+        for column in &table.columns {
+            let name = sql::identifier(&column.name);
+            match on_target.fact(&column.name) {
+                Some(there) if there.is_generated => {
+                    self.obstacles.push(format!("column {name} is generated on the target, and cannot be written to"));
+                }
+                Some(there) if there.type_name != column.type_name => {
+                    let to = &column.type_name;
+                    self.differences.push(format!("column {name} is now of type {to} instead of {}", there.type_name));
+                    self.statements.push(format!("ALTER TABLE {root} ALTER COLUMN {name} TYPE {to}"));
+                }
+                Some(_) => {}
+                None => {
+                    self.differences.push(format!("column {name} {} was added", column.type_name));
+                    self.statements.push(format!("ALTER TABLE {root} ADD COLUMN {name} {}", column.type_name));
+                    let default = on_source.and_then(|side| side.fact(&column.name)?.default.as_ref());
+                    match default {
+                        Some(default) if !default.contains("nextval(") => self
+                            .statements
+                            .push(format!("ALTER TABLE {root} ALTER COLUMN {name} SET DEFAULT {default}")),
+                        Some(default) => self.notes.push(format!("On the source its default is {default}")),
+                        None => {}
+                    }
+                }
+            }
+        }
+        for extra in &on_target.facts {
+            let name = sql::identifier(&extra.name);
+            let had = self.before.columns.iter().any(|column| column.name == extra.name);
+            if table.columns.iter().any(|column| column.name == extra.name) || extra.is_generated {
+                continue;
+            }
+            if had {
+                self.differences.push(format!("column {name} was dropped"));
+                self.statements.push(format!("ALTER TABLE {root} DROP COLUMN {name}"));
+            } else if extra.not_null && extra.default.is_none() && !extra.is_identity {
+                self.obstacles.push(format!(
+                    "the target has a column {name} that the source does not have, which must not be null and has no default"
+                ));
+            }
+        }
+    }
+
     /// A column that was added: the rows that were there have its default as a missing value, and were not streamed.
     fn added(&mut self, column: &Column, on_source: Option<&Fact>, there: Option<&Fact>, root: &str) {
         let name = sql::identifier(&column.name);
@@ -349,18 +440,13 @@ impl<'a> Plan<'a> {
     }
 
     /// Nothing left to do, or the error that says what.
-    fn finish(self, change: &Change) -> Result<()> {
+    fn finish(self, whoever: &str) -> Result<()> {
         if self.statements.is_empty() && self.obstacles.is_empty() {
             return Ok(());
         }
         let what = if self.differences.is_empty() { "it has changed".to_owned() } else { self.differences.join(", ") };
-        let text = format!(
-            "transaction {} that commits at {} finds {} changed on the source: {what}",
-            change.head.xid,
-            change.head.commit_lsn,
-            self.before.qualified()
-        );
-        let mut hint = "Everything before that transaction is on the target, and nothing of it.".to_owned();
+        let text = format!("{whoever}{} changed on the source: {what}", self.before.qualified());
+        let mut hint = "Everything before the change is on the target, and nothing of it.".to_owned();
         for obstacle in &self.obstacles {
             hint.push_str(&format!(" No statement mends this: {obstacle}."));
         }

@@ -12,6 +12,7 @@
 
 use super::prepare::{Held, identities};
 use super::{Heal, Running};
+use crate::apply::reconcile;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::status::Level;
@@ -29,7 +30,7 @@ impl Running {
         let held = match heal {
             Heal::Nothing => return Ok((migration, None)),
             Heal::Tables(names) => {
-                self.compare_tables_again(names).await?;
+                self.compare_tables_again(names, migration.binary).await?;
                 None
             }
             Heal::Everything => Some(self.resync(&migration).await?),
@@ -38,10 +39,9 @@ impl Running {
         Ok((self.load().await?, held))
     }
 
-    async fn compare_tables_again(&self, names: &[String]) -> Result<()> {
+    async fn compare_tables_again(&self, names: &[String], binary: bool) -> Result<()> {
         let mut target = self.target().await?;
         let tables: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
-        let relids: Vec<u32> = verify::choose(&tables, Some(names))?.iter().map(|table| table.relid).collect();
         // Whatever was applied is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let source = self.config.source.connect(&self.application_name).await?;
         let assigned: String = source
@@ -52,7 +52,9 @@ impl Running {
         let floor = assigned
             .parse()
             .map_err(|_| Error::new(ErrorKind::Other, format!("{assigned} is not a transaction's id")))?;
-        ledger::compare_again(&mut target, &relids, floor).await?;
+        let chosen = verify::choose(&tables, Some(names))?;
+        let tables = reconcile::redefine(&source, &target, &chosen, binary).await?;
+        ledger::compare_again(&mut target, &tables, floor).await?;
         self.board.event(Level::Info, format!("comparing with the source again: {}", names.join(", ")));
         Ok(())
     }

@@ -6,9 +6,11 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::insert_next_snapshot;
+use crate::apply::reconcile::Redefinition;
 use crate::error::{Context, Result};
 use crate::lsn::Lsn;
 use crate::source::snapshot::SnapshotData;
+use crate::target::adopt;
 
 /// Back to the copy, wherever a migration was after it.
 const BACK_TO_COPYING: &str =
@@ -27,13 +29,17 @@ async fn lock(client: &Client) -> Result<()> {
 
 /// Has tables compared again under a snapshot whose xmin is at least `snapshot_floor`; one transaction. The stream goes on
 /// where it is: a snapshot past everything that was applied says which of the changes to come each table has seen (I3, H1).
+/// From that snapshot on, the tables are what the source has now.
 ///
 /// # Errors
 /// Whatever the server says; nothing is changed then.
-pub async fn compare_again(client: &mut Client, relids: &[u32], snapshot_floor: u64) -> Result<()> {
-    let relids: Vec<i64> = relids.iter().copied().map(i64::from).collect();
+pub async fn compare_again(client: &mut Client, tables: &[Redefinition], snapshot_floor: u64) -> Result<()> {
+    let relids: Vec<i64> = tables.iter().map(|table| i64::from(table.table.relid)).collect();
     let transaction = client.transaction().await?;
     lock(transaction.client()).await?;
+    for now in tables {
+        adopt::redefine(transaction.client(), &now.table, now.routing, &now.fingerprint).await?;
+    }
     transaction
         .execute(
             "UPDATE walferry.source_table SET compared = copied OR compared, copied = false, rows_copied = 0 \
