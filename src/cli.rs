@@ -146,8 +146,8 @@ pub struct MigrateAgain {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub migrate: Migrate,
-    /// Compare these tables (schema.name, separated by commas) with the source again before going on, and copy what differs
-    #[arg(long, value_name = "TABLE", value_delimiter = ',', num_args = 1..)]
+    /// Compare these tables (schema.name) with the source again before going on, and copy what differs
+    #[arg(long, value_name = "TABLE", num_args = 1..)]
     pub recopy: Vec<String>,
 }
 

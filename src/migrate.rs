@@ -164,7 +164,10 @@ impl Running {
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         self.directory.discard_queues(Some(&migration.queue))?;
         let directory = self.directory.directory().queue(&migration.queue);
-        let (queue, mut appender) = queue::open(&directory, start, self.config.queue)?;
+        let (queue, mut appender) = match queue::open(&directory, start, self.config.queue) {
+            Err(error) => return Err(self.explain(error).await),
+            opened => opened?,
+        };
         // What the ledger has already needs no room in the queue.
         if let Some(least) = applied.into_iter().min() {
             queue.trim(least)?;
@@ -194,7 +197,10 @@ impl Running {
         };
         // The queue writes its last block before the directory's lock goes.
         beside.shutdown().await;
-        outcome
+        match outcome {
+            Err(error) => Err(self.explain(error).await),
+            outcome => outcome,
+        }
     }
 
     fn is_over(&self) -> Result<()> {

@@ -29,7 +29,7 @@ use crate::lsn::Lsn;
 use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
 
-pub use heal::{Resynced, compare_again, record_resynced};
+pub use heal::{Resynced, ThrownAway, compare_again, record_resynced};
 pub use schema_item::{SchemaItem, Section, item_done, pending_items};
 
 /// The version of the ledger's tables that this walferry writes (H18).
@@ -140,7 +140,6 @@ pub struct Migration {
     /// what another did.
     pub queue: String,
 }
-
 
 /// The phases of a migration, as the ledger knows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

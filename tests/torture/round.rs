@@ -207,7 +207,8 @@ pub async fn run(seed: u64, size: Size) -> Result<Summary, String> {
         ..Summary::default()
     };
     let begun = Instant::now();
-    let outcome = migrate(seed, &plan, &schema, &mut sides, &mut walferry, disk.as_ref(), &control, &log, &mut summary).await;
+    let outcome =
+        migrate(seed, &plan, &schema, &mut sides, &mut walferry, disk.as_ref(), &control, &log, &mut summary).await;
     control.stop.store(true, Ordering::Relaxed);
     walferry.kill().await;
     summary.disk_hits = disk.as_ref().map_or(0, FaultyDisk::hits);
