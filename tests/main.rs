@@ -5,6 +5,7 @@
 mod support;
 
 mod clean;
+mod conflict;
 mod cutover;
 mod flow;
 mod heal;
