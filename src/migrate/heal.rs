@@ -16,6 +16,7 @@ use tokio_postgres::Client;
 
 use super::prepare::{Held, identities};
 use super::{Heal, Running};
+use crate::apply::reconcile;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::status::Level;
@@ -83,11 +84,11 @@ impl Running {
             .map_err(|_| Error::new(ErrorKind::Other, format!("{assigned} is not a transaction's id")))?;
         let queue = up_to.map(queue_name);
         let thrown_away = up_to.zip(queue.as_deref()).map(|(up_to, queue)| ThrownAway { up_to, queue });
-        let relids: Vec<u32> = chosen.iter().map(|table| table.relid).collect();
+        let tables = reconcile::redefine(&source, &target, &chosen, migration.binary).await?;
         if let Some(thrown_away) = &thrown_away {
             self.make_way_for_queue(thrown_away.queue, migration)?;
         }
-        ledger::compare_again(&mut target, &relids, floor, thrown_away.as_ref()).await?;
+        ledger::compare_again(&mut target, &tables, floor, thrown_away.as_ref()).await?;
         self.board.event(Level::Info, format!("comparing with the source again: {}", names.join(", ")));
         if let Some(up_to) = up_to {
             let text = format!("the damaged queue is thrown away up to {up_to}; the source sends the rest again");

@@ -6,9 +6,11 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::insert_next_snapshot;
+use crate::apply::reconcile::Redefinition;
 use crate::error::{Context, Result};
 use crate::lsn::Lsn;
 use crate::source::snapshot::SnapshotData;
+use crate::target::adopt;
 
 /// Back to the copy, wherever a migration was after it.
 const BACK_TO_COPYING: &str = "phase = CASE WHEN phase IN ('catching_up', 'following') THEN 'copying' ELSE phase END";
@@ -33,7 +35,8 @@ pub struct ThrownAway<'a> {
 }
 
 /// Has tables compared again under a snapshot whose xmin is at least `snapshot_floor`; one transaction. A snapshot past everything
-/// that was applied or thrown away says which of the changes to come each table has seen (I3, H1).
+/// that was applied or thrown away says which of the changes to come each table has seen (I3, H1). From that snapshot on, the tables
+/// are what the source has now.
 ///
 /// Where nothing is thrown away the stream goes on where it is. Else the tables have to be all that the piece had changes of.
 ///
@@ -41,13 +44,16 @@ pub struct ThrownAway<'a> {
 /// Whatever the server says; nothing is changed then.
 pub async fn compare_again(
     client: &mut Client,
-    relids: &[u32],
+    tables: &[Redefinition],
     snapshot_floor: u64,
     thrown_away: Option<&ThrownAway<'_>>,
 ) -> Result<()> {
-    let relids: Vec<i64> = relids.iter().copied().map(i64::from).collect();
+    let relids: Vec<i64> = tables.iter().map(|table| i64::from(table.table.relid)).collect();
     let transaction = client.transaction().await?;
     lock(transaction.client()).await?;
+    for now in tables {
+        adopt::redefine(transaction.client(), &now.table, now.routing, &now.fingerprint).await?;
+    }
     transaction
         .execute(
             "UPDATE walferry.source_table SET compared = copied OR compared, copied = false, rows_copied = 0 \
