@@ -40,7 +40,8 @@ static ssize_t real_pwrite(int fd, const void *bytes, size_t count, off_t at) {
 static int is_below(const char *path) {
     const char *directory = getenv("FAULTY_DISK_DIRECTORY");
     size_t length = directory ? strlen(directory) : 0;
-    return length && strncmp(path, directory, length) == 0 && (path[length] == '/' || path[length] == 0);
+    // The queue of a later slot has a name of its own, which begins like that of the first.
+    return length && strncmp(path, directory, length) == 0 && strchr("/-", path[length]);
 }
 
 static int is_ours(int fd) {
