@@ -32,7 +32,13 @@ type Pairs = Vec<(Client, Client)>;
 
 /// Compares one table, and exchanges what differs. The sessions come back without a transaction, unless one of them broke: then
 /// there are none.
-pub(super) async fn exchange(copier: &Copier, snapshot: &str, part: &Part, jobs: usize, pairs: &mut Pairs) -> Result<Outcome> {
+pub(super) async fn exchange(
+    copier: &Copier,
+    snapshot: &str,
+    part: &Part,
+    jobs: usize,
+    pairs: &mut Pairs,
+) -> Result<Outcome> {
     let Some(table) = copier.tables.get(&part.relid) else {
         return Err(Error::new(ErrorKind::Other, format!("the ledger has a part of an unknown table {}", part.relid)));
     };

@@ -68,8 +68,9 @@ impl Running {
                 "this is another server: its system identifier is {}, the migration's source has {}",
                 server.system_id, migration.source_system
             );
-            return Err(Error::new(ErrorKind::Gap, text)
-                .hint("Give a --source that is the migration's own, or a physical copy of it such as a promoted standby."));
+            return Err(Error::new(ErrorKind::Gap, text).hint(
+                "Give a --source that is the migration's own, or a physical copy of it such as a promoted standby.",
+            ));
         }
         let recorded: Vec<Table> =
             ledger::tables(&self.target().await?).await?.into_iter().map(|entry| entry.table).collect();
@@ -124,7 +125,8 @@ fn still_there(recorded: &[Table], now: Vec<Table>) -> Result<Vec<Table>> {
     if changed.is_empty() {
         return Ok(now.into_iter().filter(|table| before.contains_key(&table.relid)).collect());
     }
-    let text = format!("these tables were dropped or changed on the source since they were recorded: {}", changed.join(", "));
+    let text =
+        format!("these tables were dropped or changed on the source since they were recorded: {}", changed.join(", "));
     Err(Error::new(ErrorKind::SchemaChanged, text).hint(
         "Undo the change on the source, then run the same command again; or start the migration anew: `walferry clean`, then `walferry migrate`.",
     ))

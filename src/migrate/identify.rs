@@ -124,8 +124,9 @@ async fn adopt(
 ) -> Result<String> {
     let Some(migration) = recorded else {
         let text = format!("there is no migration to resync: the target {} has no ledger", config.target.describe());
-        return Err(Error::new(ErrorKind::Blocked, text)
-            .hint("Look at --target. A migration begins with `walferry migrate`."));
+        return Err(
+            Error::new(ErrorKind::Blocked, text).hint("Look at --target. A migration begins with `walferry migrate`.")
+        );
     };
     if let Some(identity) = &identity
         && identity.id != migration.id
@@ -136,7 +137,9 @@ async fn adopt(
             identity.id,
             migration.id
         );
-        return Err(Error::new(ErrorKind::Blocked, text).hint("Give that migration's --dir; if it is lost, an empty one."));
+        return Err(
+            Error::new(ErrorKind::Blocked, text).hint("Give that migration's --dir; if it is lost, an empty one.")
+        );
     }
     if migration.source_database != config.source.database() {
         let text = format!(
@@ -165,7 +168,10 @@ async fn wait_until_alone(config: &Config, application_name: &str) -> Result<()>
     let target = config.target.connect("walferry").await?;
     for _ in 0..ALONE_WITHIN_SECONDS {
         let sessions = target
-            .query_one("SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE application_name = $1", &[&application_name])
+            .query_one(
+                "SELECT count(*) FROM pg_catalog.pg_stat_activity WHERE application_name = $1",
+                &[&application_name],
+            )
             .await
             .context(|| "looking for another walferry on the target".into())?;
         if sessions.get::<_, i64>(0) == 0 {
@@ -173,7 +179,8 @@ async fn wait_until_alone(config: &Config, application_name: &str) -> Result<()>
         }
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     }
-    let text = format!("another walferry is at work on this migration: the target has sessions named {application_name}");
+    let text =
+        format!("another walferry is at work on this migration: the target has sessions named {application_name}");
     Err(Error::new(ErrorKind::Blocked, text)
         .hint("Stop that process first; it has the state directory that you look for. If it runs on a host that is lost, end its sessions with pg_terminate_backend."))
 }

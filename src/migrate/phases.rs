@@ -139,7 +139,8 @@ impl Running {
             if unfinished.is_empty() {
                 return Ok(());
             }
-            let (compared, copied_anew): (Vec<&LedgerTable>, Vec<_>) = unfinished.iter().partition(|entry| entry.compared);
+            let (compared, copied_anew): (Vec<&LedgerTable>, Vec<_>) =
+                unfinished.iter().partition(|entry| entry.compared);
             let to_compare = copy::plan(compared.iter().map(|entry| &entry.table), u64::MAX);
             let to_copy = copy::plan(copied_anew.iter().map(|entry| &entry.table), self.config.split_above_bytes);
             let held = self.living_snapshot(held).await?;
@@ -166,10 +167,7 @@ impl Running {
     }
 
     /// The snapshot at hand if it can serve; otherwise a new one that misses nothing (H1).
-    async fn living_snapshot<'a>(
-        &self,
-        held: &'a mut Option<Held>,
-    ) -> Result<&'a mut Held> {
+    async fn living_snapshot<'a>(&self, held: &'a mut Option<Held>) -> Result<&'a mut Held> {
         let usable = match held {
             Some(held) if !held.was_planned => held.snapshot.ping().await.is_ok(),
             _ => false,

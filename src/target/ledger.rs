@@ -141,7 +141,6 @@ pub struct Migration {
     pub queue: String,
 }
 
-
 /// The phases of a migration, as the ledger knows them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -300,8 +300,9 @@ pub async fn mismatch(
         .collect();
     if !only_here.is_empty() {
         let text = format!("the table {name} has other columns on the target: {}", only_here.join(", "));
-        return Err(Error::new(ErrorKind::SchemaChanged, text)
-            .hint("Give the table on the target the columns that it has on the source, then run the same command again."));
+        return Err(Error::new(ErrorKind::SchemaChanged, text).hint(
+            "Give the table on the target the columns that it has on the source, then run the same command again.",
+        ));
     }
     let plan = plan::plan(&pair.source, &source, &target, &shared, options.range_rows).await?;
     drop(lent);

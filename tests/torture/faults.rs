@@ -262,17 +262,20 @@ impl Faults<'_> {
                 self.log.add(doing(&format!("pg_terminate_backend of {others} sessions and {walsenders} walsenders")));
             }
             Fault::CutAll => {
-                let count = side.proxy.end(End::Cut, 1, |_| true);
-                self.counts.add("all connections cut", count.min(1) as u64);
-                self.log.add(doing(&format!("all {count} connections cut")));
+                for _ in 0..random.between(1, 3) {
+                    let count = side.proxy.end(End::Cut, 1, |_| true);
+                    self.counts.add("all connections cut", count.min(1) as u64);
+                    self.log.add(doing(&format!("all {count} connections cut")));
+                    sleep(Duration::from_millis(random.between(0, 1000))).await;
+                }
             }
             Fault::CutSome => {
                 // Again and again, while it comes back.
-                for _ in 0..random.between(1, 5) {
+                for _ in 0..random.between(2, 8) {
                     let count = side.proxy.end(End::Cut, 3, |one_in| random.next().is_multiple_of(one_in));
                     self.counts.add("some connections cut", count.min(1) as u64);
                     self.log.add(doing(&format!("{count} connections cut")));
-                    sleep(Duration::from_millis(random.between(20, 700))).await;
+                    sleep(Duration::from_millis(random.between(20, 500))).await;
                 }
             }
             Fault::ServerToldOnly | Fault::ClientToldOnly => {
@@ -281,10 +284,13 @@ impl Faults<'_> {
                     Fault::ServerToldOnly => (End::ServerToldOnly(time), "half open, walferry not told"),
                     _ => (End::ClientToldOnly(time), "half open, server not told"),
                 };
-                let one_in = random.between(1, 3);
-                let count = side.proxy.end(end, one_in, |one_in| random.next().is_multiple_of(one_in));
-                self.counts.add(what, count.min(1) as u64);
-                self.log.add(doing(&format!("{count} connections {what} for {time:?}")));
+                for _ in 0..random.between(1, 3) {
+                    let one_in = random.between(1, 3);
+                    let count = side.proxy.end(end, one_in, |one_in| random.next().is_multiple_of(one_in));
+                    self.counts.add(what, count.min(1) as u64);
+                    self.log.add(doing(&format!("{count} connections {what} for {time:?}")));
+                    sleep(Duration::from_millis(random.between(0, 800))).await;
+                }
             }
             Fault::Freeze | Fault::FreezeOneWay => {
                 let both = matches!(fault, Fault::Freeze);
@@ -292,7 +298,7 @@ impl Faults<'_> {
                 side.proxy.freeze(to_server, both || !to_server);
                 let met = side.proxy.connections().min(1) as u64;
                 self.counts.add(if both { "all stalled" } else { "stalled one way" }, met);
-                let time = random.between(200, 4000);
+                let time = random.between(200, 2500);
                 self.log.add(doing(&format!(
                     "frozen for {time} ms, to server {to_server}, to walferry {}",
                     both || !to_server
@@ -306,7 +312,7 @@ impl Faults<'_> {
             }
             Fault::FreezeSome => {
                 let count = side.proxy.freeze_present(true, || random.chance(40));
-                let time = random.between(500, 5000);
+                let time = random.between(500, 3500);
                 self.counts.add("some stalled", count.min(1) as u64);
                 self.log.add(doing(&format!("{count} connections frozen for {time} ms, others may come")));
                 sleep(Duration::from_millis(time)).await;
@@ -336,7 +342,7 @@ impl Faults<'_> {
 
     /// Kills it, and what comes after it, at any moment of their first second and a half.
     async fn kill(&mut self) -> Result<(), String> {
-        let times = self.random.weighted(&[(3, 1), (3, 3), (2, 6), (1, 12)]);
+        let times = self.random.weighted(&[(3, 1), (3, 4), (3, 8), (1, 14)]);
         self.log.add(format!("kill -9 of walferry, {times} times"));
         for time in 0..times {
             if time > 0 {

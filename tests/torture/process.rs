@@ -59,7 +59,14 @@ impl Walferry {
         let log: File = OpenOptions::new().create(true).append(true).open(&self.log)?;
         self.log_begins = usize::try_from(log.metadata()?.len()).unwrap_or_default();
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
-        command.arg(self.verb).args(&self.arguments[1..]).envs(self.environment.iter().cloned()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).kill_on_drop(true);
+        command
+            .arg(self.verb)
+            .args(&self.arguments[1..])
+            .envs(self.environment.iter().cloned())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .kill_on_drop(true);
         self.child = Some(command.spawn()?);
         self.starts += 1;
         Ok(())

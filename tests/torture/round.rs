@@ -137,7 +137,8 @@ impl Plan {
             target_settings.push(("wal_writer_delay", "10s"));
         }
         let huge = size.huge_rows > 0 && random.chance(50);
-        let huge_rows = if random.chance(50) { size.huge_rows } else { random.between(size.huge_rows / 4, size.huge_rows) };
+        let huge_rows =
+            if random.chance(50) { size.huge_rows } else { random.between(size.huge_rows / 4, size.huge_rows) };
         Plan {
             arguments: arguments.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect(),
             source_settings,
@@ -208,7 +209,8 @@ pub async fn run(seed: u64, size: Size) -> Result<Summary, String> {
         ..Summary::default()
     };
     let begun = Instant::now();
-    let outcome = migrate(seed, &plan, &schema, &mut sides, &mut walferry, disk.as_ref(), &control, &log, &mut summary).await;
+    let outcome =
+        migrate(seed, &plan, &schema, &mut sides, &mut walferry, disk.as_ref(), &control, &log, &mut summary).await;
     control.stop.store(true, Ordering::Relaxed);
     walferry.kill().await;
     summary.disk_hits = disk.as_ref().map_or(0, FaultyDisk::hits);

@@ -403,7 +403,8 @@ impl Maker<'_> {
             self.table("public.child", &[Int], Trait::Child);
         }
         if let Some(parent) = self.tables.iter().find(|table| table.name == "public.plain" && self.random.chance(60)) {
-            let create = format!("CREATE TABLE public.heirs (extra text, PRIMARY KEY (\"Id\")) INHERITS ({})", parent.name);
+            let create =
+                format!("CREATE TABLE public.heirs (extra text, PRIMARY KEY (\"Id\")) INHERITS ({})", parent.name);
             let heir = Table { name: "public.heirs".into(), is: Trait::Heir, create: vec![create], ..parent.clone() };
             self.tables.push(Table { span: 500, initial_rows: 300, ..heir });
         }

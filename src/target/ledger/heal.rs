@@ -11,8 +11,7 @@ use crate::lsn::Lsn;
 use crate::source::snapshot::SnapshotData;
 
 /// Back to the copy, wherever a migration was after it.
-const BACK_TO_COPYING: &str =
-    "phase = CASE WHEN phase IN ('catching_up', 'following') THEN 'copying' ELSE phase END";
+const BACK_TO_COPYING: &str = "phase = CASE WHEN phase IN ('catching_up', 'following') THEN 'copying' ELSE phase END";
 
 /// Waits for what sessions of an earlier process may still commit, which would otherwise come on top of what is written now.
 async fn lock(client: &Client) -> Result<()> {
@@ -43,9 +42,7 @@ pub async fn compare_again(client: &mut Client, relids: &[u32], snapshot_floor: 
         .await?;
     transaction
         .execute(
-            &format!(
-                "UPDATE walferry.migration SET snapshot_floor = greatest(snapshot_floor, $1), {BACK_TO_COPYING}"
-            ),
+            &format!("UPDATE walferry.migration SET snapshot_floor = greatest(snapshot_floor, $1), {BACK_TO_COPYING}"),
             &[&snapshot_floor.cast_signed()],
         )
         .await?;
