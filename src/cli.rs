@@ -108,9 +108,10 @@ pub struct Parallelism {
     /// Sessions that apply changes; fixed when the migration begins
     #[arg(long, default_value_t = 4, value_parser = at_least_one)]
     pub apply_workers: usize,
-    /// The queue on disk takes at most this much; then the source is not read until there is room
-    #[arg(long, default_value = "64GiB", value_parser = parse_bytes, value_name = "SIZE")]
-    pub queue_max_bytes: u64,
+    /// The queue on disk takes at most this much; then the source is not read until there is room [default: 64GiB, or four
+    /// fifths of the free disk where that is less]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub queue_max_bytes: Option<u64>,
 }
 
 /// Where the state directory is.

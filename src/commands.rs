@@ -96,7 +96,7 @@ async fn check(options: cli::Check) -> Result<()> {
         copy_jobs: options.parallelism.copy_jobs,
         index_jobs: options.parallelism.index_jobs,
         apply_workers: options.parallelism.apply_workers,
-        queue_max_bytes: Some(options.parallelism.queue_max_bytes),
+        queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming: false,
     })
     .await?;
@@ -113,6 +113,13 @@ fn blocked(report: &Report) -> Error {
     Error::new(ErrorKind::Blocked, format!("{count} findings stand against the migration"))
 }
 
+/// As much as the queue takes unless it is said: not so much that the disk is full before the queue stops taking changes.
+fn default_quota(directory: &std::path::Path) -> u64 {
+    let default = queue::Options::default().max_bytes;
+    let room = StateDirectory::at(directory).room_for_queues();
+    room.map_or(default, |room| default.min(room / 5 * 4))
+}
+
 async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
     let (source, target) = both(&options.servers)?;
     let config = Config {
@@ -124,7 +131,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         index_jobs: options.parallelism.index_jobs,
         apply_workers: options.parallelism.apply_workers,
         queue: queue::Options {
-            max_bytes: options.parallelism.queue_max_bytes,
+            max_bytes: options.parallelism.queue_max_bytes.unwrap_or_else(|| default_quota(&options.directory.dir)),
             keep: options.queue_keep,
             ..queue::Options::default()
         },

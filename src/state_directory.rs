@@ -93,6 +93,20 @@ impl StateDirectory {
         self.path.join(name)
     }
 
+    /// How many bytes queues can take on this disk: what is free, and what they have. `None` where the disk does not say.
+    pub fn room_for_queues(&self) -> Option<u64> {
+        let absolute = std::path::absolute(&self.path).ok()?;
+        let disk = absolute.ancestors().find_map(|ancestor| rustix::fs::statvfs(ancestor).ok())?;
+        let bytes = |directory: PathBuf| -> u64 {
+            let files = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
+        };
+        let queues = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let queues = queues.filter(|entry| entry.file_name().to_string_lossy().starts_with(FIRST_QUEUE));
+        let taken: u64 = queues.map(|queue| bytes(queue.path())).sum();
+        Some(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_add(taken))
+    }
+
     /// Where the control socket is.
     pub fn socket(&self) -> PathBuf {
         self.path.join("control.sock")

@@ -7,5 +7,6 @@ mod support;
 mod clean;
 mod cutover;
 mod flow;
+mod heal;
 mod killed;
 mod refused;

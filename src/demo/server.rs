@@ -304,12 +304,13 @@ impl ThrowawayServer {
         }
     }
 
-    /// Whether `postmaster.pid` names our process in line 1 and `ready` in line 8 (pidfile.h of PostgreSQL).
+    /// Whether `postmaster.pid` names our process in line 1 and `ready` in line 8, or for a standby that takes sessions
+    /// `standby` (pidfile.h of PostgreSQL).
     fn lock_file_says_ready(&self) -> bool {
         let Ok(text) = fs::read_to_string(self.data_directory.join("postmaster.pid")) else { return false };
         let mut lines = text.lines();
         lines.next().is_some_and(|pid| pid == self.pid.to_string())
-            && lines.nth(6).is_some_and(|status| status.trim() == "ready")
+            && lines.nth(6).is_some_and(|status| matches!(status.trim(), "ready" | "standby"))
     }
 
     fn port_was_taken(&self) -> bool {

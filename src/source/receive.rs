@@ -149,11 +149,17 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
         ServerIdentity { system: subscription.source_system.clone(), timeline: subscription.source_timeline };
     expected.prove(&ServerIdentity { system: identity.system_id, timeline: identity.timeline })?;
     let statement = format!(
-        "SELECT confirmed_flush_lsn, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = {} AND slot_type = 'logical'",
+        "SELECT confirmed_flush_lsn, wal_status FROM pg_catalog.pg_replication_slots \
+         WHERE slot_name = {} AND slot_type = 'logical' AND NOT pg_catalog.pg_is_in_recovery()",
         crate::sql::literal(&subscription.slot)
     );
     let rows = session.simple_query(&statement).await?;
     let Some(row) = rows.first() else {
+        let recovery = session.simple_query("SELECT pg_catalog.pg_is_in_recovery()").await?;
+        if recovery.first().and_then(|row| row.first()).and_then(Option::as_deref) == Some("t") {
+            return Err(Error::new(ErrorKind::Transient, "the source is a standby, which has no slot to read from")
+                .hint("Walferry waits until --source leads to the primary again."));
+        }
         return gap(
             format!(
                 "the slot {} is gone from the source: changes after {from} can no longer be read",

@@ -96,7 +96,7 @@ impl HeldSnapshot {
     /// (H1): it waits until every transaction that could be missing from stream and snapshot alike has ended.
     ///
     /// # Errors
-    /// `Gap` when this is not the server that has the slot; else whatever the server says.
+    /// `Gap` when this is not the server that has the slot; `Transient` when it is a standby (H5); else whatever the server says.
     pub async fn take(
         source: &ConnectionSpec,
         application_name: &str,
@@ -104,6 +104,12 @@ impl HeldSnapshot {
         xmin_at_least: u64,
     ) -> Result<HeldSnapshot> {
         let client = source.connect(application_name).await?;
+        let standby: bool = client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?.get(0);
+        if standby {
+            // H5: its snapshots show transactions that still run on the primary as finished.
+            return Err(Error::new(ErrorKind::Transient, "the source is a standby, whose snapshots cannot be trusted")
+                .hint("Walferry waits until --source leads to the primary again."));
+        }
         // The control file shows a new timeline only after a checkpoint; the name of a WAL file shows it at once.
         let found = client
             .query_one(

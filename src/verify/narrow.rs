@@ -29,9 +29,9 @@ const SPLIT_BITS_MAX: u32 = 10;
 /// Rows that are together in a cell of so many bits are copies of one row; splitting further is useless.
 const BITS_MAX: u32 = 40;
 /// A cell of at most so many rows is exchanged whole.
-const CELL_ROWS_FINE: i64 = 200;
-/// Bits that cells are split to at most before they are exchanged: the cells of a statement are kept in memory.
-const BITS_FINE_MAX: u32 = 18;
+const CELL_ROWS_FINE: i64 = 8;
+/// Cells that one split makes at most, as bits: they are kept in memory.
+const FINE_CELLS_BITS_MAX: u32 = 18;
 /// Characters of a value that are shown.
 const VALUE_LENGTH: usize = 200;
 
@@ -104,16 +104,17 @@ pub(super) async fn refine(comparison: &Comparison<'_>, pair: &Pair, suspects: V
     let mut pieces = Vec::new();
     let mut waiting = suspects;
     while let Some(Suspects { range, bits, cells }) = waiting.pop() {
+        let room = FINE_CELLS_BITS_MAX.saturating_sub(bits_for(cells.len() as i64, FINE_CELLS_BITS_MAX));
         let (coarse, fine): (Vec<_>, Vec<_>) =
-            cells.into_iter().partition(|cell| cell.1 > CELL_ROWS_FINE && bits < BITS_FINE_MAX);
+            cells.into_iter().partition(|cell| cell.1 > CELL_ROWS_FINE && bits < BITS_MAX && room > 0);
         if !fine.is_empty() {
             let rows = fine.iter().map(|cell| cell.1).sum();
             let cells = Cells { bits, cells: fine.into_iter().map(|cell| cell.0).collect() };
             pieces.push(Piece { range: range.clone(), cells, rows });
         }
         let Some(largest) = coarse.iter().map(|cell| cell.1).max() else { continue };
-        let more = bits_for(largest / (CELL_ROWS_FINE / 2), SPLIT_BITS_MAX).max(1);
-        let finer = (bits + more).min(BITS_FINE_MAX);
+        let more = bits_for(largest / (CELL_ROWS_FINE / 2), SPLIT_BITS_MAX.min(room)).max(1);
+        let finer = (bits + more).min(BITS_MAX);
         let cells = Cells { bits, cells: coarse.into_iter().map(|cell| cell.0).collect() };
         let (source, target) = tokio::try_join!(
             comparison.digests(&pair.source, comparison.source, Some(&range), Some(&cells), finer),

@@ -6,6 +6,7 @@
 
 mod apply;
 mod copy;
+mod failover;
 mod resume;
 mod schema;
 mod snapshot;

@@ -58,6 +58,30 @@ async fn h01_a_new_snapshot_waits_for_commits_that_the_slot_takes_for_done_and_t
 }
 
 #[tokio::test]
+async fn h01_a_table_that_is_compared_again_waits_for_commits_that_were_applied_and_are_not_visible() {
+    let pair = Pair::start_with(&DEAD_STANDBY).await;
+    pair.on_source("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let walferry = pair.run(pair.migrate());
+    pair.following().await;
+    // In the WAL, and so on the target; but not yet in any snapshot of the source.
+    let hanging = hanging_commit(&pair, "INSERT INTO t VALUES (2)").await;
+    until("SELECT EXISTS (SELECT FROM t WHERE id = 2)", &pair.target).await;
+    walferry.kill();
+
+    let mut again = pair.migrate();
+    again.args(["--recopy", "public.t"]);
+    let _walferry = pair.run(again);
+    until("SELECT NOT copied FROM walferry.source_table", &pair.target).await;
+    // Time enough for a snapshot that does not wait to be used: the row would go, and never come again.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    pair.on_source(END_THE_WAIT).await;
+    hanging.await.unwrap();
+    until("SELECT copied FROM walferry.source_table", &pair.target).await;
+    pair.following().await;
+    assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["1", "2"]);
+}
+
+#[tokio::test]
 async fn h01_a_slot_whose_snapshot_is_not_in_the_ledger_is_made_again() {
     let pair = Pair::start().await;
     pair.on_source("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;

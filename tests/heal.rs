@@ -1,0 +1,237 @@
+//! A slot, a queue, a state directory or rows of the target are lost: what stops at once, and how it goes on without starting over.
+
+use std::path::Path;
+
+use tokio_postgres::Client;
+
+use crate::support::load::{self, Application};
+use crate::support::process::Running;
+use crate::support::{Migration, Servers, is_blocked, until, until_true};
+
+const ROWS: u32 = 20_000;
+
+/// A migration that follows an application, and was then killed while the application went on.
+async fn interrupted(servers: &Servers) -> (Migration, Application) {
+    let migration = servers.migration("shop").await;
+    load::fill(&migration.source().await, ROWS).await;
+    let application = Application::start(&migration.source_url, 2);
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    application.goes_on(20).await;
+    running.kill().await;
+    application.goes_on(50).await;
+    (migration, application)
+}
+
+async fn ready(migration: &Migration, running: &mut Running) {
+    migration.wait_for_status(running, "ready_to_cutover", |status| status["ready_to_cutover"] == true).await;
+}
+
+fn resync(migration: &Migration) -> Running {
+    resync_in(migration, &migration.directory())
+}
+
+fn resync_in(migration: &Migration, directory: &Path) -> Running {
+    Running::start(
+        &[
+            "resync",
+            "--source",
+            &migration.source_url,
+            "--target",
+            &migration.target_url,
+            "--http-addr",
+            "off",
+            "--dir",
+            directory.to_str().unwrap(),
+        ],
+        &migration.files(),
+        &migration.environment,
+    )
+}
+
+/// Goes on to the cutover, and compares.
+async fn finish(migration: &Migration, mut running: Running, application: Application) {
+    ready(migration, &mut running).await;
+    application.goes_on(30).await;
+    migration.cut_over(running).await;
+    application.stop().await;
+    migration.assert_equal().await;
+}
+
+async fn number(client: &Client, query: &str) -> i64 {
+    client.query_one(query, &[]).await.unwrap().get(0)
+}
+
+/// Nobody reads from the slot any more.
+async fn slot_is_free(migration: &Migration) {
+    until_true(&migration.source().await, "SELECT NOT bool_or(active) FROM pg_replication_slots").await;
+}
+
+async fn copied_again(migration: &Migration) -> i64 {
+    number(&migration.target().await, "SELECT sum(rows_copied)::int8 FROM walferry.source_table").await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_lost_slot_a_resync_copies_only_what_differs() {
+    let servers = Servers::start().await;
+    let (migration, application) = interrupted(&servers).await;
+    slot_is_free(&migration).await;
+    let source = migration.source().await;
+    source.batch_execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots").await.unwrap();
+    // What the stream will never tell: each kind of change, to tables with a key and without, in ranges and whole.
+    source
+        .batch_execute(
+            "DELETE FROM app.big WHERE id % 997 = 5;
+             UPDATE app.big SET amount = -amount, tags = NULL WHERE id % 1009 = 7;
+             UPDATE app.event SET at = at + 400 WHERE id % 300 = 1;
+             UPDATE app.heavy SET n = n + 1 WHERE id % 9 = 0;
+             UPDATE app.\"Weird \"\"Name\" SET \"the key\" = -\"the key\" WHERE \"the key\" % 50 = 3;
+             INSERT INTO app.keyless SELECT 1, 'line 1' FROM generate_series(1, 3)",
+        )
+        .await
+        .unwrap();
+    application.stop().await;
+    let applied = "SELECT min(applied)::text FROM walferry.apply_progress";
+    let before: String = migration.target().await.query_one(applied, &[]).await.unwrap().get(0);
+    let refused = migration.migrate(&[]).wait().await;
+    refused.assert_refused(1, &["is gone from the source", "walferry resync"]);
+    let after: String = migration.target().await.query_one(applied, &[]).await.unwrap().get(0);
+    assert_eq!(before, after, "something was applied past the gap");
+
+    let mut running = resync(&migration);
+    ready(&migration, &mut running).await;
+    let again = copied_again(&migration).await;
+    assert!(again > 20, "all that differed was to be copied, not {again} rows");
+    assert!(again < i64::from(ROWS) / 3, "{again} rows were copied again, of {ROWS} and more");
+    let application = Application::start(&migration.source_url, 2);
+    finish(&migration, running, application).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_state_directory_is_made_again_by_a_resync_but_not_while_its_process_lives() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    load::fill(&migration.source().await, 2000).await;
+    let application = Application::start(&migration.source_url, 2);
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    let elsewhere = migration.files().join("elsewhere");
+    resync_in(&migration, &elsewhere).wait().await.assert_refused(3, &["another walferry is at work"]);
+    assert!(running.is_alive(), "the process that works was disturbed:\n{}", running.log());
+    running.kill().await;
+    std::fs::remove_dir_all(migration.directory()).unwrap();
+
+    application.goes_on(30).await;
+    migration.migrate(&[]).wait().await.assert_refused(3, &["whose state directory is not", "walferry resync"]);
+    finish(&migration, resync(&migration), application).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_somebody_changed_on_the_target_are_healed_by_recopy() {
+    let servers = Servers::start().await;
+    let (migration, application) = interrupted(&servers).await;
+    let target = migration.target().await;
+    target
+        .batch_execute(
+            "SET session_replication_role = replica;
+             DELETE FROM app.big WHERE id % 500 = 3;
+             UPDATE app.big SET body = 'changed' WHERE id % 500 = 4;
+             DELETE FROM app.keyless WHERE n % 100 = 0;
+             INSERT INTO app.keyless VALUES (-1, NULL), (-1, NULL)",
+        )
+        .await
+        .unwrap();
+    migration.migrate(&["--recopy", "app.nothing"]).wait().await.assert_refused(2, &["there is no table app.nothing"]);
+
+    let mut running = migration.migrate(&["--recopy", "app.big,app.keyless"]);
+    ready(&migration, &mut running).await;
+    let untouched = number(
+        &target,
+        "SELECT count(*) FROM walferry.source_table WHERE snapshot = 0 AND definition->>'name' NOT IN ('big', 'keyless')",
+    )
+    .await;
+    assert!(untouched >= 4, "only {untouched} of the other tables still have their first copy");
+    assert!(copied_again(&migration).await < i64::from(ROWS), "all rows were copied again");
+    finish(&migration, running, application).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_corrupt_queue_stops_with_its_place_and_a_resync_heals_it() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    load::fill(&migration.source().await, 2000).await;
+    let application = Application::start(&migration.source_url, 2);
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    assert_eq!(migration.with_directory("pause", &["apply"]).await.code, Some(0));
+    let paused = migration.target().await;
+    let applied = "SELECT min(applied)::text FROM walferry.apply_progress";
+    application.goes_on(100).await;
+    let acknowledged = "SELECT confirmed_flush_lsn > $1::text::pg_lsn FROM pg_replication_slots";
+    let (source, at) = (migration.source().await, paused.query_one(applied, &[]).await.unwrap().get::<_, String>(0));
+    until("the queue has acknowledged more", || async {
+        source.query_one(acknowledged, &[&at]).await.unwrap().get::<_, bool>(0).then_some(())
+    })
+    .await;
+    running.kill().await;
+
+    // A byte in the middle of what is acknowledged and not applied: in the last quarter, but not in the tail.
+    let segment = std::fs::read_dir(migration.directory().join("queue")).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let place = bytes.len() * 9 / 10;
+    bytes[place] ^= 0x40;
+    std::fs::write(&segment, bytes).unwrap();
+    let refused = migration.migrate(&[]).wait().await;
+    refused.assert_refused(1, &["is corrupt at offset", "the transactions from", "walferry resync"]);
+
+    let mut running = resync(&migration);
+    migration.wait_for_phase(&mut running, "following").await;
+    assert_eq!(migration.with_directory("resume", &[]).await.code, Some(0));
+    finish(&migration, running, application).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resync_that_is_killed_anywhere_is_gone_on_with() {
+    let servers = Servers::start().await;
+    let (migration, application) = interrupted(&servers).await;
+    slot_is_free(&migration).await;
+    let source = migration.source().await;
+    source.batch_execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots").await.unwrap();
+    source.batch_execute("UPDATE app.big SET amount = amount + 1 WHERE id % 100 = 7").await.unwrap();
+    let (holder, observer) = (migration.target().await, migration.target().await);
+
+    // The slot is made, and the ledger does not know it.
+    holder.batch_execute("BEGIN; LOCK TABLE walferry.apply_progress").await.unwrap();
+    let running = resync(&migration);
+    is_blocked(&observer, "LOCK TABLE walferry.source_table").await;
+    running.kill().await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    slot_is_free(&migration).await;
+    migration.migrate(&[]).wait().await.assert_refused(1, &["has been moved on to", "walferry resync"]);
+
+    // A table is being exchanged: half of the new rows are there, and not committed.
+    holder.batch_execute("BEGIN; LOCK TABLE walferry.part IN SHARE MODE; SELECT").await.unwrap();
+    let running = resync(&migration);
+    is_blocked(&observer, "LOCK TABLE walferry.source_table").await;
+    holder.batch_execute("ROLLBACK; BEGIN; SELECT FROM app.heavy; LOCK TABLE app.big IN SHARE MODE").await.unwrap();
+    is_blocked(&observer, "DELETE FROM").await;
+    running.kill().await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+
+    // Recorded: it is a migration like any other, and `migrate` goes on with it.
+    finish(&migration, migration.migrate(&[]), application).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resync_without_a_migration_or_of_another_one_is_refused() {
+    let servers = Servers::start().await;
+    let mut migration = servers.migration("shop").await;
+    migration.source().await.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
+    resync(&migration).wait().await.assert_refused(3, &["no migration to resync"]);
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    running.terminate().await;
+    let other = servers.migration("other").await;
+    migration.source_url.clone_from(&other.source_url);
+    resync(&migration).wait().await.assert_refused(3, &["moves the database shop, not other"]);
+}
