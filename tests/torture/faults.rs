@@ -150,18 +150,18 @@ impl Faults<'_> {
                 break;
             }
             let fault = self.random.weighted(&[
-                (24, Fault::Kill),
+                (16, Fault::Kill),
                 (4, Fault::Stop),
                 (5, Fault::Crash),
                 (3, Fault::Restart),
                 (14, Fault::Terminate),
                 (10, Fault::CutAll),
-                (28, Fault::CutSome),
-                (8, Fault::ServerToldOnly),
-                (8, Fault::ClientToldOnly),
+                (40, Fault::CutSome),
+                (12, Fault::ServerToldOnly),
+                (12, Fault::ClientToldOnly),
                 (5, Fault::Freeze),
                 (4, Fault::FreezeOneWay),
-                (5, Fault::FreezeSome),
+                (7, Fault::FreezeSome),
                 (3, Fault::Slow),
                 (3, Fault::Refuse),
                 (14, Fault::Disk),
