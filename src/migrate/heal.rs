@@ -165,14 +165,11 @@ impl Running {
         let recorded: Vec<Table> =
             ledger::tables(&self.target().await?).await?.into_iter().map(|entry| entry.table).collect();
         let published = still_there(&recorded, catalog::tables(&source).await?)?;
-        self.board.event(
-            Level::Info,
-            "making a new slot; this waits for every transaction that is open on the source, then every table is compared",
-        );
+        self.board.event(Level::Info, "a new slot is made, then every table is compared");
         slot::drop(&source, &migration.slot).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
-        let new = slot::create(&self.config.source, &self.application_name, &migration.slot).await?;
+        let new = self.make_slot(&source, &migration.slot).await?;
         snapshot::import(&source, &new.snapshot.name).await?;
         still_there(&recorded, catalog::tables(&source).await?)?;
         source.batch_execute("COMMIT").await?;
