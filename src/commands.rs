@@ -165,6 +165,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         },
         http_address: options.http_addr.0,
         heal,
+        on_conflict: options.on_conflict,
     };
     let board = StatusBoard::new();
     let mode = ProgressMode::detect(log_format, bars, config.copy_jobs);

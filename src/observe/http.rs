@@ -209,6 +209,7 @@ mod tests {
 
     use super::*;
     use crate::observe::metrics::tests::{assert_every_metric_is_in, parse};
+    use crate::observe::status::ConflictKind;
     use crate::observe::status::Status;
 
     async fn start(board: &StatusBoard) -> HttpServer {
@@ -232,6 +233,7 @@ mod tests {
     async fn a_scrape_of_a_running_server_has_every_metric_and_parses() {
         let board = StatusBoard::new();
         board.add_table(1, "public", "a \"quoted\\name\"\nof two lines", 100);
+        board.conflicts("public", "a \"quoted\\name\"\nof two lines", ConflictKind::InsertFoundRow, 1);
         let server = start(&board).await;
         let (code, head, body) = request(&server, "GET", "/metrics").await;
         assert_eq!(code, 200);

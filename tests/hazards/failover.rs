@@ -9,7 +9,7 @@ use walferry::demo::server::{StopMode, ThrowawayServer};
 use walferry::source::slot::ServerIdentity;
 use walferry::source::snapshot::HeldSnapshot;
 
-use crate::support::{Pair, Walferry, until, value};
+use crate::support::{Gate, Pair, Walferry, until, value};
 
 /// Keeps a copy of a server as it is now: what a standby that falls behind from here on would have.
 async fn keep_a_standby(server: &mut ThrowawayServer) {
@@ -135,11 +135,11 @@ async fn h05_no_snapshot_is_taken_of_a_standby() {
     // Stopped while it copies, so that it needs another snapshot when it goes on.
     let holder = pair.target.connect("postgres").await.unwrap();
     let (walferry, transaction) = pair.run_waiting(pair.migrate()).await;
+    let copying = Gate::close(&pair, 1, "UPDATE", "part", "NEW.copied").await;
     transaction.batch_execute("COMMIT").await.unwrap();
-    until("SELECT to_regclass('t') IS NOT NULL", &pair.target).await;
-    holder.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+    copying.reached(&pair).await;
     walferry.kill();
-    holder.batch_execute("ROLLBACK").await.unwrap();
+    copying.open().await;
     let copied = "SELECT count(*) FROM walferry.source_table WHERE copied";
     assert_eq!(value(&holder, copied).await, "0", "the copy was to be interrupted");
 

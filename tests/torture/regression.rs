@@ -32,6 +32,8 @@ async fn prepared_target() -> ThrowawayServer {
         consistent_point: None,
         pre_data_restored: false,
         post_data_restored: false,
+        snapshot_floor: 0,
+        queue: "queue".into(),
     };
     ledger::create(&mut client, &migration).await.unwrap();
     let prepared = Prepared {
