@@ -2,7 +2,8 @@
 //! any combination, tears writes, fails an fsync and then pretends, runs full, and flips bits.
 
 // For tests and for the fuzz target, which needs the disk and not the faults.
-#![cfg_attr(not(test), allow(dead_code, clippy::unwrap_used))]
+#![cfg_attr(not(test), allow(dead_code))]
+#![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
