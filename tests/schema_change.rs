@@ -99,7 +99,7 @@ async fn i11_a_changed_table_is_mended_as_told_and_the_migration_goes_on_to_its_
         if number % 2 == 0 {
             let killed = migration.migrate(&[]);
             tokio::time::sleep(Duration::from_millis(150 * number as u64)).await;
-            drop(killed);
+            killed.kill_if_alive().await;
             assert_eq!(told(&migration.migrate(&[]).wait().await, statement), statements);
         }
         target.batch_execute(&statements).await.unwrap();
