@@ -22,6 +22,7 @@ mod random;
 mod regression;
 mod round;
 mod schema;
+mod stalled;
 #[allow(dead_code)] // Shared with other tests, which use more of it.
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,0 +1,49 @@
+//! Connections that stay open and say nothing any more, for good: the server answers everybody else.
+
+use walferry::demo::server::ThrowawayServer;
+
+use super::proxy::Proxy;
+use super::support::process::Running;
+use super::support::{Migration, Servers, connect, until_true};
+
+/// A migration that follows, through a proxy before one of its servers.
+async fn following(servers: &Servers, before: impl Fn(&Servers) -> &ThrowawayServer) -> (Migration, Proxy, Running) {
+    let mut migration = servers.migration("shop").await;
+    let table = "CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY)";
+    migration.source().await.batch_execute(table).await.unwrap();
+    let port = before(servers).port();
+    let proxy = Proxy::to(port).await.unwrap();
+    for url in [&mut migration.source_url, &mut migration.target_url] {
+        *url = url.replace(&format!(":{port}/"), &format!(":{}/", proxy.port));
+    }
+    let mut running = migration.migrate(&["--queue-max-bytes", "1GiB"]);
+    migration.wait_for_phase(&mut running, "following").await;
+    (migration, proxy, running)
+}
+
+async fn goes_on_after_a_stall(before: impl Fn(&Servers) -> &ThrowawayServer) {
+    let servers = Servers::start().await;
+    let (migration, proxy, mut running) = following(&servers, before).await;
+    let source = connect(&servers.source.url_for("shop")).await;
+    let target = connect(&servers.target.url_for("shop")).await;
+    source.batch_execute("INSERT INTO t DEFAULT VALUES").await.unwrap();
+    until_true(&target, "SELECT count(*) = 1 FROM t").await;
+
+    assert!(proxy.freeze_present(true, || true) > 0);
+    source.batch_execute("INSERT INTO t DEFAULT VALUES").await.unwrap();
+    until_true(&target, "SELECT count(*) = 2 FROM t").await;
+    assert!(running.is_alive(), "{}", running.log());
+    println!("{}", running.log());
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
+}
+
+#[tokio::test]
+async fn a_source_that_goes_silent_is_left_and_asked_anew() {
+    goes_on_after_a_stall(|servers| &servers.source).await;
+}
+
+#[tokio::test]
+async fn a_target_that_goes_silent_is_left_and_asked_anew() {
+    goes_on_after_a_stall(|servers| &servers.target).await;
+}
