@@ -22,7 +22,8 @@ async fn following(servers: &Servers, before: impl Fn(&Servers) -> &ThrowawaySer
 }
 
 async fn goes_on_after_a_stall(before: impl Fn(&Servers) -> &ThrowawayServer) {
-    let servers = Servers::start().await;
+    // The source does not find out by itself that nobody is there any more.
+    let servers = Servers::with(&[("wal_sender_timeout", "0")], &[]).await;
     let (migration, proxy, mut running) = following(&servers, before).await;
     let source = connect(&servers.source.url_for("shop")).await;
     let target = connect(&servers.target.url_for("shop")).await;
