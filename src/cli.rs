@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::apply::conflict::OnConflict;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
 
@@ -145,8 +146,8 @@ pub struct MigrateAgain {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub migrate: Migrate,
-    /// Compare these tables (schema.name, separated by commas) with the source again before going on, and copy what differs
-    #[arg(long, value_name = "TABLE", value_delimiter = ',', num_args = 1..)]
+    /// Compare these tables (schema.name) with the source again before going on, and copy what differs
+    #[arg(long, value_name = "TABLE", num_args = 1..)]
     pub recopy: Vec<String>,
 }
 
@@ -168,6 +169,9 @@ pub struct Migrate {
     /// How long applied changes are kept in the queue, for a target that fails over and loses its newest commits
     #[arg(long, default_value = "1h", value_parser = parse_duration, value_name = "DURATION")]
     pub queue_keep: std::time::Duration,
+    /// Who wins where somebody else has written to the target: nobody, and the migration stops; the source's row; or the target's
+    #[arg(long, value_enum, default_value_t, value_name = "WHO")]
+    pub on_conflict: OnConflict,
     /// Where metrics, health and status are served, for reading only; `off` for nowhere
     #[arg(long, default_value = "127.0.0.1:9617", value_parser = parse_http_address, value_name = "ADDRESS")]
     pub http_addr: HttpAddress,

@@ -27,6 +27,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use crate::apply::conflict::OnConflict;
 use crate::connection::ConnectionSpec;
 use crate::control::{ControlServer, CutoverRequest};
 use crate::cutover;
@@ -67,6 +68,8 @@ pub struct Config {
     pub http_address: Option<SocketAddr>,
     /// What is brought right before it goes on.
     pub heal: Heal,
+    /// Who wins when somebody else has written to the target.
+    pub on_conflict: OnConflict,
 }
 
 /// What is compared with the source again, and copied again where it differs, before a migration goes on.
@@ -162,7 +165,10 @@ impl Running {
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         self.directory.discard_queues(Some(&migration.queue))?;
         let directory = self.directory.directory().queue(&migration.queue);
-        let (queue, mut appender) = queue::open(&directory, start, self.config.queue)?;
+        let (queue, mut appender) = match queue::open(&directory, start, self.config.queue) {
+            Err(error) => return Err(self.explain(error).await),
+            opened => opened?,
+        };
         // What the ledger has already needs no room in the queue.
         if let Some(least) = applied.into_iter().min() {
             queue.trim(least)?;
@@ -192,7 +198,10 @@ impl Running {
         };
         // The queue writes its last block before the directory's lock goes.
         beside.shutdown().await;
-        outcome
+        match outcome {
+            Err(error) => Err(self.explain(error).await),
+            outcome => outcome,
+        }
     }
 
     fn is_over(&self) -> Result<()> {
@@ -282,10 +291,12 @@ impl Running {
             self.copy_and_index(held).await?;
         }
         *held = None;
-        let layout = self.layout(&migration).await?;
+        let mut layout = self.layout(&migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;
             self.finish_schema().await?;
+            // The source may have changed tables meanwhile.
+            layout = self.layout(&migration).await?;
         }
         self.follow(queue, &layout, requested).await
     }

@@ -308,9 +308,10 @@ async fn transactions_that_the_slot_would_wait_for_are_named_without_their_state
     pair.as_app("CREATE TABLE t (id int PRIMARY KEY);").await;
     run(&source, "BEGIN; INSERT INTO t VALUES (4711); PREPARE TRANSACTION 'it''s'").await;
     let report = pair.check().await;
-    assert_eq!(codes(&report, Severity::Blocker), ["prepared-transactions"], "{report}");
+    assert!(codes(&report, Severity::Warning).contains(&"prepared-transactions"), "{report}");
+    assert!(report.ready(), "it is waited for: {report}");
     assert!(!report.to_string().contains("4711"));
-    pair.is_mended_by_its_fix(Severity::Blocker, "prepared-transactions").await;
+    pair.is_mended_by_its_fix(Severity::Warning, "prepared-transactions").await;
     // app sees no other role's sessions, and says so.
     pair.is_mended_by_its_fix(Severity::Info, "sessions-hidden").await;
 }

@@ -143,7 +143,7 @@ async fn rows_that_somebody_changed_on_the_target_are_healed_by_recopy() {
         .unwrap();
     migration.migrate(&["--recopy", "app.nothing"]).wait().await.assert_refused(2, &["there is no table app.nothing"]);
 
-    let mut running = migration.migrate(&["--recopy", "app.big,app.keyless"]);
+    let mut running = migration.migrate(&["--recopy", "app.big", "app.keyless"]);
     ready(&migration, &mut running).await;
     let untouched = number(
         &target,
@@ -155,39 +155,97 @@ async fn rows_that_somebody_changed_on_the_target_are_healed_by_recopy() {
     finish(&migration, running, application).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_corrupt_queue_stops_with_its_place_and_a_resync_heals_it() {
-    let servers = Servers::start().await;
+/// A migration whose apply was held while the queue acknowledged more, and that was then killed.
+async fn with_a_full_queue(servers: &Servers) -> (Migration, Application) {
     let migration = servers.migration("shop").await;
     load::fill(&migration.source().await, 2000).await;
+    migration.source().await.batch_execute("CREATE TABLE app.quiet (id int PRIMARY KEY)").await.unwrap();
     let application = Application::start(&migration.source_url, 2);
     let mut running = migration.migrate(&[]);
     ready(&migration, &mut running).await;
     assert_eq!(migration.with_directory("pause", &["apply"]).await.code, Some(0));
-    let paused = migration.target().await;
-    let applied = "SELECT min(applied)::text FROM walferry.apply_progress";
     application.goes_on(100).await;
+    let (source, target) = (migration.source().await, migration.target().await);
+    let position: String = source.query_one("SELECT pg_current_wal_lsn()::text", &[]).await.unwrap().get(0);
     let acknowledged = "SELECT confirmed_flush_lsn > $1::text::pg_lsn FROM pg_replication_slots";
-    let (source, at) = (migration.source().await, paused.query_one(applied, &[]).await.unwrap().get::<_, String>(0));
-    until("the queue has acknowledged more", || async {
-        source.query_one(acknowledged, &[&at]).await.unwrap().get::<_, bool>(0).then_some(())
+    until("the queue has acknowledged them", || async {
+        source.query_one(acknowledged, &[&position]).await.unwrap().get::<_, bool>(0).then_some(())
     })
     .await;
+    let applied = "SELECT max(applied) < $1::text::pg_lsn FROM walferry.apply_progress";
+    assert!(target.query_one(applied, &[&position]).await.unwrap().get::<_, bool>(0), "the apply was to be held");
     running.kill().await;
+    application.goes_on(30).await;
+    (migration, application)
+}
 
-    // A byte in the middle of what is acknowledged and not applied: in the last quarter, but not in the tail.
-    let segment = std::fs::read_dir(migration.directory().join("queue")).unwrap().next().unwrap().unwrap().path();
+/// Damages the queue's one segment.
+fn damage(migration: &Migration, how: impl Fn(&mut Vec<u8>)) {
+    let queue = std::fs::read_dir(migration.directory().join("queue")).unwrap();
+    let segment = queue.map(|entry| entry.unwrap().path()).max().unwrap();
     let mut bytes = std::fs::read(&segment).unwrap();
-    let place = bytes.len() * 9 / 10;
-    bytes[place] ^= 0x40;
+    how(&mut bytes);
     std::fs::write(&segment, bytes).unwrap();
-    let refused = migration.migrate(&[]).wait().await;
-    refused.assert_refused(1, &["is corrupt at offset", "the transactions from", "walferry resync"]);
+}
 
-    let mut running = resync(&migration);
+async fn goes_on_and_finishes(migration: &Migration, mut running: Running, application: Application) {
     migration.wait_for_phase(&mut running, "following").await;
     assert_eq!(migration.with_directory("resume", &[]).await.code, Some(0));
-    finish(&migration, running, application).await;
+    finish(migration, running, application).await;
+}
+
+/// The blocks of a segment: where each begins, and its bytes with header (format.rs of the queue).
+fn blocks(segment: &[u8]) -> Vec<(usize, usize)> {
+    let number = |at: usize| u32::from_le_bytes(segment[at..at + 4].try_into().unwrap()) as usize;
+    let mut blocks = Vec::new();
+    let mut at = 64;
+    while at + 64 <= segment.len() {
+        let labels = usize::from(u16::from_le_bytes([segment[at + 6], segment[at + 7]]));
+        let bytes = 64 + if labels > 0 { labels * 4 + 4 } else { 0 } + number(at + 8);
+        blocks.push((at, bytes));
+        at += bytes;
+    }
+    blocks
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_corrupt_queue_stops_with_its_place_and_the_tables_that_heal_it() {
+    let servers = Servers::start().await;
+    let (migration, application) = with_a_full_queue(&servers).await;
+    // The last byte of a block in the last tenth: acknowledged, not applied, and not the tail.
+    damage(&migration, |bytes| {
+        let blocks = blocks(bytes);
+        let (at, length) = blocks[blocks.len() * 9 / 10];
+        bytes[at + length - 1] ^= 0x40;
+    });
+    let refused = migration.migrate(&[]).wait().await;
+    refused.assert_refused(1, &["is corrupt at offset", "the transactions from", "`--recopy '"]);
+    let names = refused.stderr.split("`--recopy '").nth(1).unwrap().split("'`").next().unwrap();
+    let names: Vec<&str> = names.split("' '").collect();
+    assert!(names.contains(&"app.big") && !names.contains(&"app.quiet"), "what was written to, and no more: {names:?}");
+
+    let too_few = migration.migrate(&["--recopy", "app.big"]).wait().await;
+    too_few.assert_refused(3, &["changed other tables too", "'app.big'"]);
+    let running = migration.migrate(&[&["--recopy"][..], &names].concat());
+    goes_on_and_finishes(&migration, running, application).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_of_which_nobody_can_say_what_is_lost_is_healed_by_a_resync() {
+    let servers = Servers::start().await;
+    let (migration, application) = with_a_full_queue(&servers).await;
+    damage(&migration, |bytes| {
+        // Cut at a block, so that nothing looks torn: what is missing shows only in what the source was told.
+        let blocks = blocks(bytes);
+        bytes.truncate(blocks[blocks.len() * 9 / 10].0);
+    });
+    migration.migrate(&[]).wait().await.assert_refused(1, &["has been moved on to", "walferry resync"]);
+    migration
+        .migrate(&["--recopy", "app.big"])
+        .wait()
+        .await
+        .assert_refused(1, &["can no longer be told", "walferry resync"]);
+    goes_on_and_finishes(&migration, resync(&migration), application).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

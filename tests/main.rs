@@ -5,8 +5,10 @@
 mod support;
 
 mod clean;
+mod conflict;
 mod cutover;
 mod flow;
 mod heal;
 mod killed;
 mod refused;
+mod schema_change;

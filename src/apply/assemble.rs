@@ -93,7 +93,8 @@ pub struct TableWrites {
 pub enum Assembled {
     /// To be written.
     Chunk(Chunk),
-    /// The transaction that begins after `complete` cannot be merged (a TRUNCATE, or a history that only a replay can tell):
+    /// The transaction that begins after `complete` cannot be merged (a TRUNCATE, a table that changed, or a history that only a
+    /// replay can tell):
     /// what the unit has before it is to be applied up to `complete`, then that one transaction row by row.
     Serial {
         /// End LSN of the last transaction before it.
@@ -241,8 +242,9 @@ impl Assembler {
     fn change(&mut self, head: TransactionHead, bytes: &Bytes) -> Result<Result<(), NeedsSerialReplay>> {
         let (relid, kind) = match decode(bytes)? {
             Message::Relation(relation) => {
-                self.layout.check_relation(&relation)?;
-                return Ok(Ok(()));
+                // A table that is not what it was: everything before this transaction first; the replay judges it (I11).
+                let expected = self.layout.check_relation(&relation, head.xid, head.commit_lsn);
+                return Ok(expected.map_err(|_| NeedsSerialReplay));
             }
             Message::Logical { prefix, content, .. } => {
                 if prefix == MARKER_PREFIX {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use super::change::{Adoption, View};
 use super::route::Routing;
 use crate::decode::{Relation, ReplicaIdentity as WireIdentity, Tuple};
 use crate::error::{Error, ErrorKind, Result};
@@ -11,7 +12,7 @@ use crate::source::snapshot::SnapshotData;
 use crate::target::ledger::LedgerTable;
 
 /// Every migrated table, by its place in `tables`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Layout {
     /// The tables.
     pub tables: Vec<TableLayout>,
@@ -25,12 +26,15 @@ pub struct Layout {
 }
 
 /// One table.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct TableLayout {
     /// As the catalog had it; its columns are the stream's.
     pub table: Table,
     /// How its changes are spread.
     pub routing: Routing,
+    /// How its rows are written, where the target has the shape already that the stream announces later in the transaction
+    /// that is being replayed.
+    pub view: Option<View>,
     snapshot: SnapshotData,
 }
 
@@ -52,7 +56,12 @@ impl Layout {
                 let text = format!("{} is not copied yet, and cannot be applied to", entry.table.qualified());
                 return Err(Error::new(ErrorKind::Other, text));
             };
-            layouts.push(TableLayout { routing: entry.routing, snapshot: snapshot.clone(), table: entry.table });
+            layouts.push(TableLayout {
+                routing: entry.routing,
+                snapshot: snapshot.clone(),
+                table: entry.table,
+                view: None,
+            });
         }
         let by_relid = layouts.iter().enumerate().map(|(at, layout)| (layout.table.relid, at)).collect();
         let snapshots_end = layouts.iter().map(|layout| layout.snapshot.insert_lsn).max().unwrap_or(Lsn::ZERO);
@@ -101,77 +110,97 @@ impl Layout {
         Err(Error::new(ErrorKind::SchemaChanged, text).hint("Start anew with `walferry clean` and `walferry migrate`."))
     }
 
-    /// Compares what the stream announces with the catalog (I11).
+    /// Compares what the stream announces with what the table is (I11). What the table's copy has seen is history: the table
+    /// is since then what it was when it was copied, and the copy made sure that this is what the ledger has.
     ///
     /// # Errors
     /// `SchemaChanged` naming the table and what is different.
-    pub fn check_relation(&self, relation: &Relation<'_>) -> Result<()> {
+    pub fn check_relation(&self, relation: &Relation<'_>, xid: u32, commit_lsn: Lsn) -> Result<()> {
         let Some(&place) = self.by_relid.get(&relation.relid) else { return Ok(()) };
-        let table = &self.tables[place].table;
-        let name = table.qualified();
-        let changed = |what: String, hint: String| Err(Error::new(ErrorKind::SchemaChanged, what).hint(hint));
-        if (relation.schema, relation.name) != (table.schema.as_str(), table.name.as_str()) {
-            return changed(
-                format!(
-                    "the table {name} is now {} on the source",
-                    crate::sql::qualified(relation.schema, relation.name)
-                ),
-                "Rename it back on the source.".into(),
-            );
+        if self.copy_has_seen(place, xid, commit_lsn) {
+            return Ok(());
         }
-        let start_over =
-            "Nothing after this change has been applied. Start anew with `walferry clean` and `walferry migrate`.";
-        let mut announced = relation.columns();
-        for (at, column) in table.columns.iter().enumerate() {
-            match announced.next() {
-                Some(now) if now.name != column.name => {
-                    return changed(
-                        format!("where column {} of {name} was, the source has {} now", column.name, now.name),
-                        start_over.into(),
-                    );
-                }
-                Some(now) if now.type_oid != column.type_oid || now.type_modifier != column.type_modifier => {
-                    return changed(
-                        format!(
-                            "column {} of {name} was of type {} and has another type on the source now",
-                            column.name, column.type_name
-                        ),
-                        start_over.into(),
-                    );
-                }
-                // Without it an update that changes this column would not say which row it was.
-                Some(now) if table.key.contains(&at) && !now.is_key => {
-                    return changed(
-                        format!(
-                            "{name} has another replica identity on the source now: column {} is no longer in it, and \
-                             changed rows could not be found by it",
-                            column.name
-                        ),
-                        format!(
-                            "Give it back the replica identity that it had. If changes have been made meanwhile: {start_over}"
-                        ),
-                    );
-                }
-                Some(_) => {}
-                None => {
-                    return changed(
-                        format!("column {} of {name} was dropped on the source", column.name),
-                        start_over.into(),
-                    );
-                }
-            }
+        match difference(&self.tables[place].table, relation) {
+            None => Ok(()),
+            Some(what) => Err(Error::new(ErrorKind::SchemaChanged, what).hint(
+                "Nothing of this transaction has been applied. Make the same change on the target, then run the same command again.",
+            )),
         }
-        if let Some(added) = announced.next() {
-            return changed(format!("column {} was added to {name} on the source", added.name), start_over.into());
-        }
-        if relation.identity == WireIdentity::Nothing && table.has_usable_identity() {
-            return changed(
-                format!(
-                    "{name} no longer has a replica identity on the source: its updates and deletes would not be in the stream"
-                ),
-                format!("ALTER TABLE {name} REPLICA IDENTITY DEFAULT"),
-            );
-        }
-        Ok(())
     }
+
+    /// From here on, a table is what was adopted.
+    pub fn adopt(&mut self, adoption: &Adoption) {
+        let relid = adoption.change.announced.relid;
+        if let Some(&place) = self.by_relid.get(&relid) {
+            let entry = &mut self.tables[place];
+            entry.table = adoption.table.clone();
+            entry.routing = adoption.routing;
+            entry.view = None;
+        }
+    }
+
+    /// The target has the shape already that a table gets in this transaction.
+    pub fn foresee(&mut self, adoption: &Adoption) {
+        if let Some(&place) = self.by_relid.get(&adoption.change.announced.relid) {
+            let entry = &mut self.tables[place];
+            entry.view = Some(View::new(&entry.table, adoption));
+        }
+    }
+}
+
+/// What is different in an announcement, in words.
+fn difference(table: &Table, relation: &Relation<'_>) -> Option<String> {
+    let name = table.qualified();
+    if (relation.schema, relation.name) != (table.schema.as_str(), table.name.as_str()) {
+        let now = crate::sql::qualified(relation.schema, relation.name);
+        return Some(format!("the table {name} is now {now} on the source"));
+    }
+    let mut announced = relation.columns();
+    for column in &table.columns {
+        match announced.next() {
+            Some(now) if now.name != column.name => {
+                return Some(format!("where column {} of {name} was, the source has {} now", column.name, now.name));
+            }
+            Some(now) if now.type_oid != column.type_oid || now.type_modifier != column.type_modifier => {
+                return Some(format!(
+                    "column {} of {name} was of type {} and has another type on the source now",
+                    column.name, column.type_name
+                ));
+            }
+            Some(_) => {}
+            None => return Some(format!("column {} of {name} was dropped on the source", column.name)),
+        }
+    }
+    if let Some(added) = announced.next() {
+        return Some(format!("column {} was added to {name} on the source", added.name));
+    }
+    difference_of_identity(table, relation)
+}
+
+/// Without its key's columns a changed row could not be found; by other columns than those of the identity it could be the wrong one.
+fn difference_of_identity(table: &Table, relation: &Relation<'_>) -> Option<String> {
+    let name = table.qualified();
+    if relation.identity == WireIdentity::Nothing {
+        return table.has_usable_identity().then(|| {
+            format!("{name} no longer has a replica identity on the source: its updates and deletes would not be in the stream")
+        });
+    }
+    for (at, (column, now)) in table.columns.iter().zip(relation.columns()).enumerate() {
+        let was_key = table.key.contains(&at);
+        if was_key && !now.is_key {
+            return Some(format!(
+                "{name} has another replica identity on the source now: column {} is no longer in it, and changed rows \
+                 could not be found by it",
+                column.name
+            ));
+        }
+        // Under FULL every column is.
+        if now.is_key && !was_key && relation.identity != WireIdentity::Full {
+            return Some(format!(
+                "{name} has another replica identity on the source now: column {} has come into it",
+                column.name
+            ));
+        }
+    }
+    None
 }

@@ -15,12 +15,16 @@
 //! says so. A target that crashes takes back rows and ledger together; the queue still has the transactions (I2).
 
 pub mod assemble;
+pub mod change;
+pub mod conflict;
 pub mod encode;
 pub mod layout;
 pub mod net;
+pub mod reconcile;
 pub mod replay;
 pub mod route;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +32,8 @@ use futures_util::future::join_all;
 use tokio::sync::{mpsc, watch};
 
 use assemble::{Assembled, Assembler, Chunk, UnitEnd};
+use change::{Adoption, Change};
+use conflict::OnConflict;
 use layout::Layout;
 use replay::Replay;
 
@@ -64,14 +70,21 @@ pub struct Marker {
 
 /// The apply: its sessions are given, it opens none.
 pub struct Apply {
-    /// The tables.
+    /// The tables. What is adopted becomes part of it; then the sessions are to be renewed, because they have prepared for the
+    /// tables as they were.
     pub layout: Arc<Layout>,
+    /// Changes of tables that the target has been found to fit.
+    pub adoptions: Vec<Adoption>,
+    /// Set when a run stops at a table that is not what it was, and that is in none of the adoptions.
+    pub change: Option<Change>,
     /// Where the transactions come from.
     pub queue: Queue,
     /// One session for each place in `progress`.
     pub writers: Vec<Writer>,
     /// How far each session has come, as the ledger says.
     pub progress: Vec<Lsn>,
+    /// Who wins when somebody else has written to the target.
+    pub on_conflict: OnConflict,
     /// Where it is shown.
     pub board: StatusBoard,
     /// Whether it is to rest; it does so between units.
@@ -95,7 +108,8 @@ impl Apply {
     /// Applies until everything up to `until` is committed, or its sessions are to be renewed.
     ///
     /// # Errors
-    /// `Divergence` when the target is not what the source's history says (I6), naming the transaction; `Gap` when the queue no
+    /// `SchemaChanged` when the stream announces a table otherwise than it was: [`Apply::change`] says how, and everything before
+    /// that transaction is on the target. `Divergence` when the target is not what the source's history says (I6), naming the transaction; `Gap` when the queue no
     /// longer holds what the ledger needs; `Transient` when a session is lost, or somebody else has applied meanwhile.
     pub async fn run(&mut self, until: Option<Lsn>) -> Result<()> {
         if self.writers.len() != self.layout.workers || self.progress.len() != self.layout.workers {
@@ -109,6 +123,7 @@ impl Apply {
                 .hint("Somebody changed the ledger (walferry.apply_progress). Start anew: `walferry clean`, then `walferry migrate`."));
         }
         let mut replay_after = None;
+        let begun_with = Arc::clone(&self.layout);
         loop {
             let (least, most) = self.range();
             // After a crash between the commits, exactly the unit that was being committed.
@@ -127,7 +142,8 @@ impl Apply {
             }
             let (least, most) = self.range();
             let reached = until.is_some_and(|until| least >= until);
-            if least == most && replay_after.is_none() && (reached || self.sessions_are_old()) {
+            let renew = self.sessions_are_old() || !Arc::ptr_eq(&begun_with, &self.layout);
+            if least == most && replay_after.is_none() && (reached || renew) {
                 return Ok(());
             }
         }
@@ -273,12 +289,22 @@ impl Apply {
     async fn replay(&mut self, through: Option<Lsn>) -> Result<()> {
         let (least, _) = self.range();
         let reader = self.queue.reader(least)?;
-        let layout = Arc::clone(&self.layout);
         let Some(writer) = self.writers.first_mut() else { return Ok(()) };
         self.board.serial_replay();
         let (board, applied) = (&self.board, &self.applied);
-        let mut replay = Replay { layout: &layout, writer, progress: &mut self.progress, board };
-        replay.run(reader, through, |end| publish(applied, board, &end, Duration::ZERO)).await
+        let mut replay = Replay {
+            layout: Arc::clone(&self.layout),
+            adoptions: &self.adoptions,
+            change: None,
+            writer,
+            progress: &mut self.progress,
+            on_conflict: self.on_conflict,
+            conflicts: BTreeMap::new(),
+            board,
+        };
+        let outcome = replay.run(reader, through, |end| publish(applied, board, &end, Duration::ZERO)).await;
+        (self.layout, self.change) = (replay.layout, replay.change);
+        outcome
     }
 }
 

@@ -57,14 +57,19 @@ impl Row {
         let mut columns = BytesMut::with_capacity(self.columns.len() + earlier.columns.len());
         for (at, (own, before)) in self.tuple().columns().zip(earlier.tuple().columns()).enumerate() {
             let take = own == Datum::Unchanged && only.is_none_or(|only| only.contains(&at));
-            match if take { before } else { own } {
-                Datum::Null => columns.put_u8(b'n'),
-                Datum::Unchanged => columns.put_u8(b'u'),
-                Datum::Text(value) => put(&mut columns, b't', value),
-                Datum::Binary(value) => put(&mut columns, b'b', value),
-            }
+            put_datum(&mut columns, if take { before } else { own });
         }
         Row { count: self.count, columns: columns.freeze() }
+    }
+}
+
+/// A column as it is on the wire.
+pub(super) fn put_datum(columns: &mut BytesMut, datum: Datum<'_>) {
+    match datum {
+        Datum::Null => columns.put_u8(b'n'),
+        Datum::Unchanged => columns.put_u8(b'u'),
+        Datum::Text(value) => put(columns, b't', value),
+        Datum::Binary(value) => put(columns, b'b', value),
     }
 }
 

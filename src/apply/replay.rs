@@ -3,41 +3,59 @@
 //! It is the judge (I5): what it can apply is right, whatever the set-based way said; what it cannot apply stops the
 //! migration with the transaction, the table and the key.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
 use super::assemble::{MARKER_PREFIX, UnitEnd};
+use super::change::{Adoption, Announced, Change};
+use super::conflict::{self, OnConflict};
 use super::layout::Layout;
 use super::net::hash_key;
-use crate::decode::{Datum, Message, OldTuple, Tuple, decode};
+use crate::decode::{Datum, Message, OldTuple, Relation, Tuple, decode};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::StatusBoard;
 use crate::observe::status::ConflictKind;
 use crate::queue::{Entry, Reader, TransactionHead};
-use crate::target::serial;
+use crate::source::catalog::Table;
 use crate::target::writer::Writer;
+use crate::target::{adopt, serial};
 
 /// How many bytes are read ahead of the target at once; an entry can be larger.
 const READ_AHEAD_BYTES: usize = 1 << 20;
 
 /// Applies one transaction, and commits it with every session's row in the ledger.
 pub struct Replay<'a> {
-    /// The tables.
-    pub layout: &'a Layout,
+    /// The tables; what is adopted on the way is in it afterwards.
+    pub layout: Arc<Layout>,
+    /// Changes of tables that the target has been found to fit.
+    pub adoptions: &'a [Adoption],
+    /// The change of a table that it stopped at.
+    pub change: Option<Change>,
     /// The session.
     pub writer: &'a mut Writer,
     /// How far each session had come: what one has committed already is left out (after a crash between the commits).
     pub progress: &'a mut [Lsn],
-    /// Where a divergence is counted.
+    /// Who wins when a change does not meet what it should.
+    pub on_conflict: OnConflict,
+    /// The conflicts of the transaction at work, by schema, table and kind: counted when it is over, because one that is given up
+    /// for another reason comes again.
+    pub conflicts: BTreeMap<(String, String, ConflictKind), u64>,
+    /// Where conflicts are counted.
     pub board: &'a StatusBoard,
 }
 
 /// What happened to a row.
-enum Change<'a> {
+#[derive(Clone, Copy)]
+pub enum RowChange<'a> {
+    /// It came.
     Insert(Tuple<'a>),
+    /// It became another; what it was found by, if that is not in the new one.
     Update(Option<OldTuple<'a>>, Tuple<'a>),
+    /// It went.
     Delete(OldTuple<'a>),
 }
 
@@ -69,8 +87,17 @@ impl Replay<'_> {
 
     async fn transaction(&mut self, head: TransactionHead, entries: &mut Entries) -> Result<UnitEnd> {
         let naming = || format!("applying transaction {} that commits at {}", head.xid, head.commit_lsn);
+        let before = Arc::clone(&self.layout);
+        for adoption in self.adoptions.iter().filter(|adoption| adoption.change.head == head) {
+            Arc::make_mut(&mut self.layout).foresee(adoption);
+        }
+        self.conflicts.clear();
         let outcome = self.changes(head, entries).await;
+        if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
+            self.count_conflicts();
+        }
         if outcome.is_err() {
+            self.layout = before;
             // What the server said of the change says more than that it could not be taken back.
             if let Err(error) = self.writer.roll_back().await {
                 tracing::debug!(%error, "rolling back after a failed replay");
@@ -78,20 +105,34 @@ impl Replay<'_> {
         }
         let end = outcome.context(naming)?;
         self.writer.commit().await.context(naming)?;
+        self.count_conflicts();
         for position in self.progress.iter_mut() {
             *position = end.end_lsn.max(*position);
         }
         Ok(end)
     }
 
+    fn count_conflicts(&mut self) {
+        for ((schema, table, kind), changes) in std::mem::take(&mut self.conflicts) {
+            self.board.conflicts(&schema, &table, kind, changes);
+        }
+    }
+
     /// All that is done before the commit, the ledger's rows included.
     async fn changes(&mut self, head: TransactionHead, entries: &mut Entries) -> Result<UnitEnd> {
         self.writer.begin().await?;
+        let mut adopted: Vec<Adoption> = Vec::new();
         let mut end = UnitEnd { transactions: 1, commit_time: head.commit_time, ..UnitEnd::default() };
         loop {
             match entries.next().await?.ok_or_else(broken_queue)? {
-                Entry::Data(bytes) => self.change(&head, decode(&bytes)?, &mut end).await?,
+                Entry::Data(bytes) => match decode(&bytes)? {
+                    Message::Relation(relation) => adopted.extend(self.relation(&head, &relation)?),
+                    message => self.change(&head, message, &mut end).await?,
+                },
                 Entry::Commit { end_lsn } => {
+                    for adoption in &adopted {
+                        adopt::record(self.writer, adoption).await?;
+                    }
                     end.end_lsn = end_lsn;
                     let behind = |position: &Lsn| *position < end_lsn;
                     let sessions: Vec<(i32, Lsn)> =
@@ -104,10 +145,21 @@ impl Replay<'_> {
         }
     }
 
+    /// What the stream announces of a table: what it was, or a change that the target has been found to fit.
+    fn relation(&mut self, head: &TransactionHead, relation: &Relation<'_>) -> Result<Option<Adoption>> {
+        let Err(error) = self.layout.check_relation(relation, head.xid, head.commit_lsn) else { return Ok(None) };
+        let change = Change { head: *head, announced: Announced::of(relation) };
+        let Some(adoption) = self.adoptions.iter().find(|adoption| adoption.change == change) else {
+            self.change = Some(change);
+            return Err(error);
+        };
+        Arc::make_mut(&mut self.layout).adopt(adoption);
+        Ok(Some(adoption.clone()))
+    }
+
     async fn change(&mut self, head: &TransactionHead, message: Message<'_>, end: &mut UnitEnd) -> Result<()> {
-        let layout = self.layout;
+        let layout = Arc::clone(&self.layout);
         match message {
-            Message::Relation(relation) => return layout.check_relation(&relation),
             Message::Logical { prefix, content, .. } if prefix == MARKER_PREFIX => {
                 end.markers.push(String::from_utf8_lossy(content).into_owned());
             }
@@ -121,66 +173,95 @@ impl Replay<'_> {
                 }
                 if !places.is_empty() {
                     end.changes += 1;
-                    serial::truncate(self.writer, layout, &places, restart_identity).await?;
+                    serial::truncate(self.writer, &layout, &places, restart_identity).await?;
                 }
             }
-            Message::Insert { relid, new } => self.row(head, relid, Change::Insert(new), end).await?,
-            Message::Update { relid, old, new } => self.row(head, relid, Change::Update(old, new), end).await?,
-            Message::Delete { relid, old } => self.row(head, relid, Change::Delete(old), end).await?,
+            Message::Insert { relid, new } => self.row(head, relid, RowChange::Insert(new), end).await?,
+            Message::Update { relid, old, new } => self.row(head, relid, RowChange::Update(old, new), end).await?,
+            Message::Delete { relid, old } => self.row(head, relid, RowChange::Delete(old), end).await?,
             _ => {}
         }
         Ok(())
     }
 
     /// One change of a row.
-    async fn row(&mut self, head: &TransactionHead, relid: u32, change: Change<'_>, end: &mut UnitEnd) -> Result<()> {
-        let layout = self.layout;
+    async fn row(
+        &mut self,
+        head: &TransactionHead,
+        relid: u32,
+        change: RowChange<'_>,
+        end: &mut UnitEnd,
+    ) -> Result<()> {
+        let layout = Arc::clone(&self.layout);
         let place = layout.place(relid)?;
         if layout.copy_has_seen(place, head.xid, head.commit_lsn) {
             return Ok(());
         }
         end.changes += 1;
-        let table = &layout.tables[place].table;
         match &change {
-            Change::Insert(new) => layout.check_row(place, *new)?,
-            Change::Update(old, new) => {
+            RowChange::Insert(new) => layout.check_row(place, *new)?,
+            RowChange::Update(old, new) => {
                 layout.check_row(place, *new)?;
                 old.map_or(Ok(()), |old| layout.check_row(place, old.tuple()))?;
             }
-            Change::Delete(old) => layout.check_row(place, old.tuple())?,
+            RowChange::Delete(old) => layout.check_row(place, old.tuple())?,
         }
-        let (outcome, conflict) = match change {
-            Change::Insert(new) if self.is_covered(place, new, None, head) => return Ok(()),
-            Change::Insert(new) => (serial::insert(self.writer, table, new).await, ConflictKind::InsertFoundRow),
-            Change::Delete(old) if self.is_covered(place, old.tuple(), None, head) => return Ok(()),
-            Change::Delete(old) => (serial::delete(self.writer, table, old).await, ConflictKind::DeleteFoundNone),
-            Change::Update(old, new) => {
+        let entry = &layout.tables[place];
+        let Some(change) = self.not_covered(place, change, head)? else { return Ok(()) };
+        match &entry.view {
+            None => self.write(&entry.table, change).await,
+            Some(view) => match change {
+                RowChange::Insert(new) => {
+                    let new = view.project_insert(new);
+                    self.write(&view.table_for_inserts, RowChange::Insert(new.tuple())).await
+                }
+                RowChange::Update(old, new) => {
+                    let old = old.map(|old| (old, view.project(old.tuple())));
+                    let old = old.as_ref().map(|(like, row)| row.old(*like));
+                    self.write(&view.table, RowChange::Update(old, view.project(new).tuple())).await
+                }
+                RowChange::Delete(old) => {
+                    self.write(&view.table, RowChange::Delete(view.project(old.tuple()).old(old))).await
+                }
+            },
+        }
+    }
+
+    /// What is left of a change, when the sessions that had committed this transaction before a crash leave their share out.
+    fn not_covered<'a>(
+        &self,
+        place: usize,
+        change: RowChange<'a>,
+        head: &TransactionHead,
+    ) -> Result<Option<RowChange<'a>>> {
+        let covered = |row, before| self.is_covered(place, row, before, head);
+        Ok(match change {
+            RowChange::Insert(new) => (!covered(new, None)).then_some(change),
+            RowChange::Delete(old) => (!covered(old.tuple(), None)).then_some(change),
+            RowChange::Update(old, new) => {
                 let before = old.map(|old| old.tuple());
-                let old_is_done = self.is_covered(place, before.unwrap_or(new), None, head);
-                let new_is_done = self.is_covered(place, new, before, head);
-                let outcome = match (old_is_done, new_is_done, old) {
-                    (true, true, _) => return Ok(()),
-                    (false, false, _) => serial::update(self.writer, table, old, new).await,
-                    // A changed key, of which one session had committed its half before a crash.
-                    (false, true, Some(old)) => serial::delete(self.writer, table, old).await,
-                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => {
-                        serial::insert(self.writer, table, new).await
+                match (covered(before.unwrap_or(new), None), covered(new, before), old) {
+                    (true, true, _) => None,
+                    (false, false, _) => Some(change),
+                    // A changed key, of which one session had committed its half.
+                    (false, true, Some(old)) => Some(RowChange::Delete(old)),
+                    _ if new.columns().all(|datum| datum != Datum::Unchanged) => Some(RowChange::Insert(new)),
+                    _ => {
+                        let table = self.layout.tables[place].table.qualified();
+                        let text =
+                            format!("a row of {table} whose key changed lost an unchanged TOASTed value in a crash");
+                        return Err(Error::new(ErrorKind::Divergence, text));
                     }
-                    _ => Err(Error::new(
-                        ErrorKind::Divergence,
-                        format!(
-                            "a row of {} whose key changed lost an unchanged TOASTed value in a crash",
-                            table.qualified()
-                        ),
-                    )),
-                };
-                (outcome, ConflictKind::UpdateFoundNone)
+                }
             }
-        };
-        if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
-            self.board.conflicts(conflict, 1);
-        }
-        outcome
+        })
+    }
+
+    /// Writes a change, as the target's table is.
+    async fn write(&mut self, table: &Table, change: RowChange<'_>) -> Result<()> {
+        let conflicts = &mut self.conflicts;
+        let mut met = |kind| *conflicts.entry((table.schema.clone(), table.name.clone(), kind)).or_insert(0) += 1;
+        conflict::write(self.writer, table, change, self.on_conflict, &mut met).await
     }
 
     /// Whether the session that this row is routed to has committed the transaction already.

@@ -11,7 +11,7 @@ use super::Outcome;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::table_progress::PartProgress;
-use crate::source::catalog::Table;
+use crate::source::catalog::{Column, Table};
 use crate::source::snapshot;
 use crate::target::ledger::{self, Part};
 
@@ -136,7 +136,10 @@ pub(super) async fn is_same_file(source: &Client, table: &Table) -> Result<bool>
     }
     let row = source
         .query_one(
-            "SELECT c.relfilenode, pg_catalog.pg_relation_filenode($2::text::regclass), $2::text::regclass::oid \
+            "SELECT c.relfilenode, pg_catalog.pg_relation_filenode($2::text::regclass), $2::text::regclass::oid, \
+                    (SELECT array_agg(concat_ws(' ', a.atttypid, a.atttypmod, a.attname) ORDER BY a.attnum) \
+                     FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                       AND a.attgenerated = '') \
              FROM pg_catalog.pg_class c WHERE c.oid = $1",
             &[&table.relid, &table.qualified()],
         )
@@ -144,6 +147,14 @@ pub(super) async fn is_same_file(source: &Client, table: &Table) -> Result<bool>
     let (in_snapshot, now, relid): (u32, Option<u32>, u32) = (row.get(0), row.get(1), row.get(2));
     if relid != table.relid {
         return Err(changed());
+    }
+    // Under this snapshot it must have the columns that the ledger has: from the snapshot on, its rows in the stream are read by them.
+    let columns: Vec<String> = row.get::<_, Option<_>>(3).unwrap_or_default();
+    let known = |column: &Column| format!("{} {} {}", column.type_oid, column.type_modifier, column.name);
+    if columns != table.columns.iter().map(known).collect::<Vec<String>>() {
+        let text = format!("the columns of {} have changed on the source before it was copied", table.qualified());
+        return Err(Error::new(ErrorKind::SchemaChanged, text)
+            .hint("Undo the change on the source and run the same command again, or start anew: `walferry clean`, then `walferry migrate`."));
     }
     Ok(now == Some(in_snapshot))
 }

@@ -56,6 +56,20 @@ pub use tuple::{Datum, OldTuple, Tuple, TupleColumns};
 use error::{Found, Mismatch};
 use reader::Reader;
 
+/// Calls `each` with the OID of every table whose rows a message changes, without decoding the rows; not at all for a message
+/// that changes none, or is no message.
+pub fn for_each_changed_relation(bytes: &[u8], mut each: impl FnMut(u32)) {
+    match bytes {
+        [b'I' | b'U' | b'D', a, b, c, d, ..] => each(u32::from_be_bytes([*a, *b, *c, *d])),
+        [b'T', ..] => {
+            if let Ok(Message::Truncate { relids, .. }) = decode(bytes) {
+                relids.for_each(each);
+            }
+        }
+        _ => {}
+    }
+}
+
 /// Decodes one message: the whole payload of one XLogData, or one row of `pg_logical_slot_get_binary_changes`.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 //!
 //! | | what is lost | what is done before it goes on |
 //! |---|---|---|
-//! | `migrate --recopy TABLE…` | rows of some tables on the target | the ledger has these tables compared under a snapshot past all that was applied |
+//! | `migrate --recopy TABLE…` | rows of some tables on the target, or changes of them in the queue | the ledger has these tables compared under a snapshot past all that was applied or lost |
 //! | `walferry resync` | the slot, the queue, the state directory, or commits of a server that failed over | a new slot and queue; the ledger has every table compared |
 //!
 //! How it dies: one transaction on the target says what is to be compared, and from which position of which slot the stream goes
@@ -10,17 +10,23 @@
 //! start from that one (H15). After it, `walferry migrate` goes on like after any other interruption. The queue of a new slot has a directory
 //! of its own, which the ledger names: what the old slot sent cannot be taken for its own.
 
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
 use super::prepare::{Held, identities};
 use super::{Heal, Running};
+use crate::apply::reconcile;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::status::Level;
+use crate::queue;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::source::snapshot;
 use crate::state_directory::FIRST_QUEUE;
-use crate::target::ledger::{self, Migration, Resynced};
+use crate::target::ledger::{self, Migration, Resynced, ThrownAway};
 use crate::verify;
 
 impl Running {
@@ -29,7 +35,7 @@ impl Running {
         let held = match heal {
             Heal::Nothing => return Ok((migration, None)),
             Heal::Tables(names) => {
-                self.compare_tables_again(names).await?;
+                self.compare_tables_again(&migration, names).await?;
                 None
             }
             Heal::Everything => Some(self.resync(&migration).await?),
@@ -38,12 +44,36 @@ impl Running {
         Ok((self.load().await?, held))
     }
 
-    async fn compare_tables_again(&self, names: &[String]) -> Result<()> {
+    /// A queue of a name that the ledger does not have yet can only be of an attempt that was not recorded.
+    fn make_way_for_queue(&self, name: &str, migration: &Migration) -> Result<()> {
+        let kept = Some(migration.queue.as_str()).filter(|kept| *kept != name);
+        self.directory.discard_queues(kept)
+    }
+
+    async fn compare_tables_again(&self, migration: &Migration, names: &[String]) -> Result<()> {
         let mut target = self.target().await?;
         let tables: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
-        let relids: Vec<u32> = verify::choose(&tables, Some(names))?.iter().map(|table| table.relid).collect();
-        // Whatever was applied is visible to a snapshot in which this transaction, which begins now, has ended (H1).
+        let chosen = verify::choose(&tables, Some(names))?;
         let source = self.config.source.connect(&self.application_name).await?;
+        let lost = self.look_for_a_loss(migration, &source, &target).await?;
+        let up_to = match &lost {
+            None => None,
+            Some(Loss { labels: None, .. }) => {
+                let text = "the queue is damaged, and which tables its lost part changed can no longer be told";
+                return Err(Error::new(ErrorKind::Queue, text).hint(slot::RESYNC));
+            }
+            Some(Loss { labels: Some(labels), up_to }) => {
+                let changed: Vec<&Table> = tables.iter().filter(|table| labels.contains(&table.relid)).collect();
+                if !changed.iter().all(|table| chosen.iter().any(|other| other.relid == table.relid)) {
+                    let text = "the queue is damaged, and its lost part changed other tables too";
+                    return Err(
+                        Error::new(ErrorKind::Blocked, text).hint(format!("Give all of them: {}", recopy(&changed)))
+                    );
+                }
+                Some(*up_to)
+            }
+        };
+        // Whatever was applied or lost is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let assigned: String = source
             .query_one("SELECT pg_catalog.pg_current_xact_id()::text", &[])
             .await
@@ -52,9 +82,69 @@ impl Running {
         let floor = assigned
             .parse()
             .map_err(|_| Error::new(ErrorKind::Other, format!("{assigned} is not a transaction's id")))?;
-        ledger::compare_again(&mut target, &relids, floor).await?;
+        let queue = up_to.map(queue_name);
+        let thrown_away = up_to.zip(queue.as_deref()).map(|(up_to, queue)| ThrownAway { up_to, queue });
+        let tables = reconcile::redefine(&source, &target, &chosen, migration.binary).await?;
+        if let Some(thrown_away) = &thrown_away {
+            self.make_way_for_queue(thrown_away.queue, migration)?;
+        }
+        ledger::compare_again(&mut target, &tables, floor, thrown_away.as_ref()).await?;
         self.board.event(Level::Info, format!("comparing with the source again: {}", names.join(", ")));
+        if let Some(up_to) = up_to {
+            let text = format!("the damaged queue is thrown away up to {up_to}; the source sends the rest again");
+            self.board.event(Level::Warn, text);
+        }
         Ok(())
+    }
+
+    /// What the queue no longer has of what the source has been told that it has.
+    async fn look_for_a_loss(&self, migration: &Migration, source: &Client, target: &Client) -> Result<Option<Loss>> {
+        let applied = ledger::apply_progress(target).await?.into_iter().min().unwrap_or(Lsn::ZERO);
+        let Some(state) = slot::state(source, &migration.slot).await? else {
+            return Err(Error::new(ErrorKind::Gap, format!("the slot {} is gone from the source", migration.slot))
+                .hint(slot::RESYNC));
+        };
+        let directory = self.directory.directory().queue(&migration.queue);
+        let examined = tokio::task::spawn_blocking(move || queue::examine(&directory, applied))
+            .await
+            .map_err(|error| Error::new(ErrorKind::Other, format!("looking at the queue failed: {error}")))??;
+        // A new queue without a block ends where it begins.
+        let end = examined.end.max(migration.consistent_point.unwrap_or(Lsn::ZERO)).max(applied);
+        let has_all = end >= state.confirmed_flush;
+        if has_all && !examined.damaged {
+            return Ok(None);
+        }
+        let labels = examined.labels.filter(|_| has_all);
+        Ok(Some(Loss { labels, up_to: state.confirmed_flush.max(applied) }))
+    }
+
+    /// Puts into an error about a damaged queue what heals it. Everything that stands in the way of that is left out: the error
+    /// says enough without it.
+    pub(super) async fn explain(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Queue {
+            return error;
+        }
+        let command = async {
+            let target = self.target().await?;
+            let migration = self.load().await?;
+            let source = self.config.source.connect(&self.application_name).await?;
+            let loss = self.look_for_a_loss(&migration, &source, &target).await?;
+            let Some(Loss { labels: Some(labels), .. }) = loss else { return Ok(None) };
+            let tables = ledger::tables(&target).await?;
+            let changed: Vec<&Table> =
+                tables.iter().map(|entry| &entry.table).filter(|table| labels.contains(&table.relid)).collect();
+            // Lost changes of no table at all are healed by any.
+            let named =
+                if changed.is_empty() { tables.iter().map(|entry| &entry.table).take(1).collect() } else { changed };
+            Result::<_>::Ok(Some(recopy(&named)))
+        };
+        match command.await {
+            Ok(Some(command)) => error.hint(format!(
+                "Restore the file if there is a copy. Else the same command with {command} compares the tables that the lost part \
+                 changed with the source, and copies only what differs; then the migration goes on."
+            )),
+            _ => error,
+        }
     }
 
     /// A new slot, recorded, and a snapshot under which every table is compared.
@@ -75,14 +165,11 @@ impl Running {
         let recorded: Vec<Table> =
             ledger::tables(&self.target().await?).await?.into_iter().map(|entry| entry.table).collect();
         let published = still_there(&recorded, catalog::tables(&source).await?)?;
-        self.board.event(
-            Level::Info,
-            "making a new slot; this waits for every transaction that is open on the source, then every table is compared",
-        );
+        self.board.event(Level::Info, "a new slot is made, then every table is compared");
         slot::drop(&source, &migration.slot).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
-        let new = slot::create(&self.config.source, &self.application_name, &migration.slot).await?;
+        let new = self.make_slot(&source, &migration.slot).await?;
         snapshot::import(&source, &new.snapshot.name).await?;
         still_there(&recorded, catalog::tables(&source).await?)?;
         source.batch_execute("COMMIT").await?;
@@ -94,8 +181,7 @@ impl Running {
             source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
             queue: &queue,
         };
-        // One of this name can only be of an attempt that was not recorded.
-        self.directory.discard_queues(Some(&migration.queue).filter(|name| **name != queue).map(String::as_str))?;
+        self.make_way_for_queue(&queue, migration)?;
         ledger::record_resynced(&mut self.target().await?, &resynced).await?;
         self.board.event(
             Level::Info,
@@ -105,7 +191,21 @@ impl Running {
     }
 }
 
-/// A name that no other slot's queue has: a new slot begins later than every one before it.
+/// A part of the queue that is gone.
+struct Loss {
+    /// What it changed, as the queue was told: the tables' OIDs. `None` where it is not known.
+    labels: Option<BTreeSet<u32>>,
+    /// Up to here the source does not send it again.
+    up_to: Lsn,
+}
+
+fn recopy(tables: &[&Table]) -> String {
+    let quoted = |name: String| format!("'{}'", name.replace('\'', "'\\''"));
+    let names: Vec<String> = tables.iter().map(|table| quoted(format!("{}.{}", table.schema, table.name))).collect();
+    format!("`--recopy {}`", names.join(" "))
+}
+
+/// A name that no queue before has had: each begins later than every one before it.
 fn queue_name(consistent_point: Lsn) -> String {
     format!("{FIRST_QUEUE}-{}", consistent_point.to_string().replace('/', "-"))
 }

@@ -11,7 +11,9 @@ use tokio_postgres::error::SqlState;
 
 use super::Running;
 use super::prepare::Held;
+use crate::apply::change::{Adoption, Change};
 use crate::apply::layout::Layout;
+use crate::apply::reconcile::reconcile;
 use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
 use crate::control::{Answer, CutoverRequest};
 use crate::copy::{self, Copier};
@@ -214,6 +216,8 @@ impl Running {
         until: Option<Lsn>,
         applied: &watch::Sender<Applied>,
     ) -> Result<()> {
+        let mut layout = Arc::clone(layout);
+        let mut adoptions = Vec::new();
         loop {
             let target = self.target().await?;
             let progress = ledger::apply_progress(&target).await?;
@@ -225,16 +229,58 @@ impl Running {
             let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));
             let writers = futures_util::future::try_join_all(open).await?;
             let mut apply = Apply {
-                layout: Arc::clone(layout),
+                layout,
+                adoptions,
+                change: None,
                 queue: queue.clone(),
                 writers,
                 progress,
+                on_conflict: self.config.on_conflict,
                 board: self.board.clone(),
                 paused: self.pause.subscribe(),
                 applied: applied.clone(),
             };
-            apply.run(until).await?;
+            let outcome = apply.run(until).await;
+            layout = apply.layout;
+            adoptions = apply.adoptions;
+            match (outcome, apply.change) {
+                (Err(_), Some(change)) => adoptions.push(self.adopt(&layout, change, &adoptions).await?),
+                (outcome, _) => {
+                    outcome?;
+                    adoptions.clear();
+                }
+            }
         }
+    }
+
+    /// A table has changed on the source: goes on if the target fits, and otherwise says what mends it (I11).
+    async fn adopt(&self, layout: &Layout, change: Change, known: &[Adoption]) -> Result<Adoption> {
+        if known.iter().any(|adoption| adoption.change == change) {
+            return Err(Error::new(ErrorKind::Other, "a change of a table was adopted, and met again"));
+        }
+        let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
+        let adoption = reconcile(&source, &target, layout, &change).await?;
+        self.board.event(
+            Level::Info,
+            format!(
+                "{} has changed on the source in transaction {} that commits at {}; the target has it likewise, and the apply goes on",
+                adoption.table.qualified(),
+                change.head.xid,
+                change.head.commit_lsn
+            ),
+        );
+        if layout.tables[layout.place(adoption.table.relid)?].table.has_usable_identity()
+            && !adoption.table.has_usable_identity()
+        {
+            self.board.event(
+                Level::Warn,
+                format!(
+                    "{} has no replica identity on the source any more: the source refuses its updates and deletes",
+                    adoption.table.qualified()
+                ),
+            );
+        }
+        Ok(adoption)
     }
 
     /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
@@ -299,8 +345,6 @@ impl Running {
     ) -> Result<()> {
         self.board.set_phase(ShownPhase::Following);
         let (applied, watching) = watch::channel(Applied::default());
-        let tables: Vec<(Table, bool)> =
-            self.show_tables().await?.into_iter().map(|entry| (entry.table, entry.insert_only)).collect();
         let mut applying = pin!(async move {
             let outcome = self.apply(queue, layout, None, &applied).await;
             // Whoever waits for it, as a cutover does, sees that it has ended.
@@ -316,7 +360,7 @@ impl Running {
             };
             let request = request.ok_or_else(|| Error::new(ErrorKind::Other, "the control socket is gone"))?;
             // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
-            let mut cutover = pin!(self.cut_over(&tables, &watching, request));
+            let mut cutover = pin!(self.cut_over(&watching, request));
             let (went_through, ended) = tokio::select! {
                 went_through = &mut cutover => (went_through, None),
                 outcome = &mut applying => (cutover.await, Some(outcome)),
@@ -333,12 +377,16 @@ impl Running {
     }
 
     /// Does it, and tells whoever asked.
-    async fn cut_over(
-        &self,
-        tables: &[(Table, bool)],
-        applied: &watch::Receiver<Applied>,
-        request: CutoverRequest,
-    ) -> CutOver {
+    async fn cut_over(&self, applied: &watch::Receiver<Applied>, request: CutoverRequest) -> CutOver {
+        let tables = async { ledger::tables(&self.target().await?).await };
+        // As they are now: they can have changed since the migration began.
+        let tables: Vec<(Table, bool)> = match tables.await {
+            Ok(tables) => tables.into_iter().map(|entry| (entry.table, entry.insert_only)).collect(),
+            Err(error) => {
+                let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
+                return CutOver::GivenUp;
+            }
+        };
         let blockers = self.board.snapshot().blockers;
         self.board.set_phase(ShownPhase::CuttingOver);
         self.board.event(Level::Info, "a cutover begins");
@@ -346,7 +394,7 @@ impl Running {
             source: &self.config.source,
             target: &self.config.target,
             application_name: &self.application_name,
-            tables,
+            tables: &tables,
             applied: applied.clone(),
             // What changed on the source it looks at itself, and knows what is waived.
             blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(CATALOG_BLOCKER)).collect(),
@@ -383,7 +431,6 @@ impl Running {
     async fn watch_readiness(&self) -> Error {
         let watch = async {
             let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
-            let before = ledger::fingerprint(&target).await?;
             let mut changed = BTreeMap::new();
             let mut compared: Option<std::time::Instant> = None;
             let mut tick = tokio::time::interval(READINESS_INTERVAL);
@@ -395,6 +442,7 @@ impl Running {
                 }
                 if compared.is_none_or(|at| at.elapsed() >= CATALOG_INTERVAL) {
                     compared = Some(std::time::Instant::now());
+                    let before = ledger::fingerprint(&target).await?;
                     let now = cutover::changes(&before, &catalog::fingerprint(&source).await?);
                     let fresh = now.iter().filter(|change| !changed.contains_key(*change));
                     for change in fresh {

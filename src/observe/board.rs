@@ -14,7 +14,7 @@ use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow, Rates};
 use crate::observe::status::{
     Apply, ConflictKind, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue, STATUS_VERSION, Source, Status,
-    Stream, Table, TableState, Target,
+    Stream, Table, TableConflicts, TableState, Target,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
@@ -72,7 +72,8 @@ struct Shared {
     applied_changes: AtomicU64,
     applied_batches: AtomicU64,
     serial_replays: AtomicU64,
-    conflicts: [AtomicU64; ConflictKind::ALL.len()],
+    /// By schema, table and kind.
+    conflicts: Mutex<BTreeMap<(String, String, ConflictKind), u64>>,
     indexes_total: AtomicU64,
     indexes_done: AtomicU64,
     apply_paused: AtomicBool,
@@ -297,9 +298,9 @@ impl StatusBoard {
         self.shared.serial_replays.fetch_add(1, Relaxed);
     }
 
-    /// Changes did not meet the rows they should have.
-    pub fn conflicts(&self, kind: ConflictKind, changes: u64) {
-        self.shared.conflicts[kind as usize].fetch_add(changes, Relaxed);
+    /// Changes of a table did not meet the rows they should have.
+    pub fn conflicts(&self, schema: &str, table: &str, kind: ConflictKind, changes: u64) {
+        *lock(&self.shared.conflicts).entry((schema.to_owned(), table.to_owned(), kind)).or_insert(0) += changes;
     }
 
     /// The operator holds or releases the apply.
@@ -410,9 +411,14 @@ impl StatusBoard {
     }
 
     fn apply(&self, rates: &Rates) -> Apply {
-        let count = |kind: &ConflictKind| self.shared.conflicts[*kind as usize].load(Relaxed);
-        let conflicts_by_kind: BTreeMap<String, u64> =
-            ConflictKind::ALL.iter().map(|kind| (kind.name().to_string(), count(kind))).collect();
+        let mut conflicts_by_kind: BTreeMap<String, u64> =
+            ConflictKind::ALL.iter().map(|kind| (kind.name().to_string(), 0)).collect();
+        let mut conflicts_by_table = Vec::new();
+        for ((schema, name, kind), &changes) in lock(&self.shared.conflicts).iter() {
+            let (schema, name, kind) = (schema.clone(), name.clone(), kind.name().to_string());
+            *conflicts_by_kind.entry(kind.clone()).or_insert(0) += changes;
+            conflicts_by_table.push(TableConflicts { schema, name, kind, changes });
+        }
         Apply {
             transactions: self.shared.applied_transactions.load(Relaxed),
             changes: self.shared.applied_changes.load(Relaxed),
@@ -423,6 +429,7 @@ impl StatusBoard {
             serial_replays: self.shared.serial_replays.load(Relaxed),
             conflicts: conflicts_by_kind.values().sum(),
             conflicts_by_kind,
+            conflicts_by_table,
             paused: self.shared.apply_paused.load(Relaxed),
         }
     }

@@ -81,6 +81,8 @@ declare_metrics! {
     SERIAL_REPLAYS_TOTAL: Counter, None, "walferry_serial_replays_total",
         "Batches that the target refused and that were replayed row by row.";
     CONFLICTS_TOTAL: Counter, None, "walferry_conflicts_total", "Changes that did not meet the row they should have.";
+    TABLE_CONFLICTS_TOTAL: Counter, None, "walferry_table_conflicts_total",
+        "The same of each table that had any.";
 
     COPY_TABLES: Gauge, None, "walferry_copy_tables", "Tables to copy.";
     COPY_DONE_TABLES: Gauge, None, "walferry_copy_done_tables", "Tables whose rows are all on the target.";
@@ -191,6 +193,10 @@ pub fn publish(status: &Status) {
     counter!(SERIAL_REPLAYS_TOTAL).absolute(status.apply.serial_replays);
     for (kind, conflicts) in &status.apply.conflicts_by_kind {
         counter!(CONFLICTS_TOTAL, "kind" => kind.clone()).absolute(*conflicts);
+    }
+    for table in status.apply.conflicts_by_table.iter().take(TABLES_MAX) {
+        let labels = [("schema", table.schema.clone()), ("table", table.name.clone()), ("kind", table.kind.clone())];
+        counter!(TABLE_CONFLICTS_TOTAL, &labels).absolute(table.changes);
     }
     publish_copy(status);
 }
@@ -327,7 +333,7 @@ pub(super) mod tests {
         board.add_table(1, "public", "orders", 1000).begin_part().add(10, 1);
         board.table(1).unwrap().add_recorded(250, 5);
         board.reconnected(Side::Target);
-        board.conflicts(ConflictKind::DeleteFoundNone, 3);
+        board.conflicts("public", "orders", ConflictKind::DeleteFoundNone, 3);
         board.received_bytes(4096);
         board.applied(batch(2, 7, 500));
         let scrape = scrape_of(&board.snapshot(), || record_apply_batch(Duration::from_millis(30)));
@@ -341,6 +347,9 @@ pub(super) mod tests {
         assert_eq!(value("walferry_reconnects_total{side=\"target\"}"), 1.0);
         assert_eq!(value("walferry_reconnects_total{side=\"source\"}"), 0.0);
         assert_eq!(value("walferry_conflicts_total{kind=\"delete_found_none\"}"), 3.0);
+        let of_the_table =
+            "walferry_table_conflicts_total{schema=\"public\",table=\"orders\",kind=\"delete_found_none\"}";
+        assert_eq!(value(of_the_table), 3.0);
         assert_eq!(value("walferry_received_bytes_total"), 4096.0);
         assert_eq!(value("walferry_applied_changes_total"), 7.0);
         assert!(value("walferry_lag_seconds").is_nan(), "nobody knows the source's clock yet");

@@ -281,12 +281,28 @@ pub struct Apply {
     pub conflicts: u64,
     /// The same by [`ConflictKind::name`].
     pub conflicts_by_kind: BTreeMap<String, u64>,
+    /// The same by table, those that had any.
+    #[serde(default)]
+    pub conflicts_by_table: Vec<TableConflicts>,
     /// Whether the operator holds the apply.
     pub paused: bool,
 }
 
+/// Changes of a table that did not meet the row they should have.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TableConflicts {
+    /// Schema, unquoted.
+    pub schema: String,
+    /// Name, unquoted.
+    pub name: String,
+    /// [`ConflictKind::name`].
+    pub kind: String,
+    /// How many.
+    pub changes: u64,
+}
+
 /// A change that did not meet the row it should have (invariant I6).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ConflictKind {
     /// An insert found a row with its key.
     InsertFoundRow,
@@ -294,12 +310,21 @@ pub enum ConflictKind {
     UpdateFoundNone,
     /// A delete found no row.
     DeleteFoundNone,
+    /// An update of the key found another row with the new one.
+    UpdateFoundRow,
+    /// Another row has a value that must be unique.
+    UniqueValueTaken,
 }
 
 impl ConflictKind {
-    /// All kinds; a kind's place is `kind as usize`.
-    pub const ALL: [ConflictKind; 3] =
-        [ConflictKind::InsertFoundRow, ConflictKind::UpdateFoundNone, ConflictKind::DeleteFoundNone];
+    /// All kinds.
+    pub const ALL: [ConflictKind; 5] = [
+        ConflictKind::InsertFoundRow,
+        ConflictKind::UpdateFoundNone,
+        ConflictKind::DeleteFoundNone,
+        ConflictKind::UpdateFoundRow,
+        ConflictKind::UniqueValueTaken,
+    ];
 
     /// The name in JSON and in metrics.
     pub fn name(self) -> &'static str {
@@ -307,6 +332,8 @@ impl ConflictKind {
             ConflictKind::InsertFoundRow => "insert_found_row",
             ConflictKind::UpdateFoundNone => "update_found_none",
             ConflictKind::DeleteFoundNone => "delete_found_none",
+            ConflictKind::UpdateFoundRow => "update_found_row",
+            ConflictKind::UniqueValueTaken => "unique_value_taken",
         }
     }
 }
@@ -441,8 +468,8 @@ mod tests {
         assert_eq!(keys("/stream"), "bytes bytes_per_second changes connected received_lsn reconnects transactions");
         assert_eq!(
             keys("/apply"),
-            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind paused serial_replays \
-             transactions transactions_per_second"
+            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table paused \
+             serial_replays transactions transactions_per_second"
         );
         assert_eq!(keys("/source"), "description retained_wal_bytes wal_lsn");
         assert_eq!(keys("/target"), "description reconnects");

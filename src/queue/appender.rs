@@ -6,7 +6,9 @@ use std::thread::JoinHandle;
 use crossbeam_channel::Sender;
 use tokio::sync::oneshot;
 
-use super::format::{DATA_BYTES_MAX, DATA_FRAME_BYTES, TransactionHead, put_begin, put_commit, put_data, put_position};
+use super::format::{
+    DATA_BYTES_MAX, DATA_FRAME_BYTES, Labels, TransactionHead, put_begin, put_commit, put_data, put_position,
+};
 use super::state::{Shared, State};
 use super::writer::{Block, Message};
 use crate::error::{Error, ErrorKind, Result};
@@ -28,6 +30,9 @@ pub struct Appender {
     frames: Vec<u8>,
     /// How many bytes of `frames` lie before its last boundary; 0 where it holds none.
     boundary_bytes: usize,
+    /// What the frames before that boundary are about, and those behind it.
+    labels: Labels,
+    open_labels: Labels,
     /// The newest boundary in what was sent.
     sent_lsn: Lsn,
     /// Whether what was sent ends inside a transaction.
@@ -60,6 +65,8 @@ impl Appender {
             thread: Some(thread),
             frames: Vec::new(),
             boundary_bytes: 0,
+            labels: Labels::default(),
+            open_labels: Labels::default(),
             sent_lsn: end,
             sent_inside: false,
             end,
@@ -188,6 +195,12 @@ impl Appender {
         Ok(())
     }
 
+    /// Says what the message that was appended last is about: numbers of the caller's own, which [`examine`](super::examine())
+    /// gives back where the messages themselves cannot be read any more.
+    pub fn label(&mut self, number: u32) {
+        self.open_labels.insert(number);
+    }
+
     /// Ends the transaction.
     ///
     /// # Errors
@@ -240,7 +253,8 @@ impl Appender {
         let open_part = self.frames.split_off(self.boundary_bytes);
         let complete = std::mem::replace(&mut self.frames, open_part);
         self.boundary_bytes = 0;
-        self.send(complete, true)
+        let labels = std::mem::take(&mut self.labels);
+        self.send(complete, labels, true)
     }
 
     /// After a reconnect, and after a failed write or fsync: drops the transaction in the making, on disk too, and makes
@@ -255,6 +269,7 @@ impl Appender {
         self.flush()?;
         self.must_rewind = true;
         self.frames = Vec::new();
+        self.open_labels.clear();
         self.transaction = None;
         {
             let mut state = self.shared.lock();
@@ -274,6 +289,8 @@ impl Appender {
     fn boundary(&mut self, lsn: Lsn) {
         self.end = lsn;
         self.boundary_bytes = self.frames.len();
+        self.labels.extend(&self.open_labels);
+        self.open_labels.clear();
     }
 
     /// Sees to it that a frame fits the block in the making, or finds it empty. A block that holds a boundary is sent
@@ -286,16 +303,23 @@ impl Appender {
         self.flush()?;
         if !self.frames.is_empty() && self.frames.len() + frame_bytes > block_bytes {
             let open_part = std::mem::take(&mut self.frames);
-            self.send(open_part, false)?;
+            let labels = std::mem::take(&mut self.open_labels);
+            self.send(open_part, labels, false)?;
         }
         Ok(())
     }
 
-    fn send(&mut self, frames: Vec<u8>, ends_at_boundary: bool) -> Result<()> {
+    fn send(&mut self, frames: Vec<u8>, labels: Labels, ends_at_boundary: bool) -> Result<()> {
         // Frames behind the last boundary stay here while there is one, so a block that ends at one ends at the newest.
         let last_lsn = if ends_at_boundary { self.end } else { self.sent_lsn };
-        let block =
-            Block { first_lsn: self.sent_lsn, last_lsn, starts_inside: self.sent_inside, ends_at_boundary, frames };
+        let block = Block {
+            frames,
+            labels,
+            first_lsn: self.sent_lsn,
+            last_lsn,
+            starts_inside: self.sent_inside,
+            ends_at_boundary,
+        };
         self.sent_lsn = last_lsn;
         self.sent_inside = !ends_at_boundary;
         self.shared.lock().in_flight_bytes += block.frames.len() as u64;

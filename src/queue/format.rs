@@ -6,8 +6,10 @@ use bytes::Bytes;
 
 use crate::lsn::Lsn;
 
-/// The version that this program writes, and the newest that it reads (H18).
-pub(super) const FORMAT_VERSION: u32 = 1;
+/// The version that this program writes, and the newest that it reads (H18). Since 2, blocks carry labels.
+pub(super) const FORMAT_VERSION: u32 = 2;
+/// The first version whose blocks say what they are about.
+pub(super) const VERSION_WITH_LABELS: u32 = 2;
 /// Bytes of a segment's header, at offset 0; the first block follows.
 pub(super) const SEGMENT_HEADER_BYTES: u64 = 64;
 /// Bytes of a block's header; its payload follows.
@@ -69,6 +71,8 @@ pub(super) struct SegmentHeader {
     pub continues: bool,
     /// How much of the segment before this one counts; what it has beyond that was taken back.
     pub previous_bytes: u64,
+    /// What it was written by; [`FORMAT_VERSION`] in a new one.
+    pub version: u32,
 }
 
 /// Why a header was not accepted.
@@ -84,7 +88,7 @@ impl SegmentHeader {
     pub fn encode(&self) -> [u8; SEGMENT_HEADER_BYTES as usize] {
         let mut bytes = [0; SEGMENT_HEADER_BYTES as usize];
         bytes[0..8].copy_from_slice(&SEGMENT_MAGIC);
-        bytes[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.version.to_le_bytes());
         let flags = if self.continues { SEGMENT_CONTINUES } else { 0 };
         bytes[12..16].copy_from_slice(&flags.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
@@ -112,6 +116,7 @@ impl SegmentHeader {
             first_lsn: Lsn(u64_at(bytes, 24)),
             continues: u32_at(bytes, 12) & SEGMENT_CONTINUES != 0,
             previous_bytes: u64_at(bytes, 32),
+            version,
         })
     }
 }
@@ -127,8 +132,8 @@ pub(super) enum Codec {
 /// in it, so that a block is valid in that place alone.
 ///
 /// ```text
-/// 0      4      5      6         8       12   16       24      32         40        48              56           60          64
-/// │ magic│ codec│ flags│ reserved│ stored│ raw│ segment│ offset│ first LSN│ last LSN │ durable offset│ payload CRC│ header CRC│ payload…
+/// 0      4      5      6       8       12   16       24      32         40        48              56           60          64
+/// │ magic│ codec│ flags│ labels│ stored│ raw│ segment│ offset│ first LSN│ last LSN │ durable offset│ payload CRC│ header CRC│ labels, payload…
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BlockHeader {
@@ -137,6 +142,8 @@ pub(super) struct BlockHeader {
     pub ends_at_boundary: bool,
     /// Whether the block's first frame belongs to a transaction that began in an earlier block.
     pub starts_inside: bool,
+    /// How many labels stand between the header and the payload; [`LABELS_UNKNOWN`] for none, because they were too many.
+    pub labels: u16,
     /// Bytes of the payload in the file.
     pub stored_bytes: u32,
     /// Bytes of the payload's frames.
@@ -162,6 +169,7 @@ impl BlockHeader {
         bytes[4] = self.codec as u8;
         bytes[5] = if self.ends_at_boundary { BLOCK_ENDS_AT_BOUNDARY } else { 0 }
             | if self.starts_inside { BLOCK_STARTS_INSIDE } else { 0 };
+        bytes[6..8].copy_from_slice(&self.labels.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.stored_bytes.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.raw_bytes.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.segment.to_le_bytes());
@@ -192,6 +200,7 @@ impl BlockHeader {
             codec,
             ends_at_boundary: bytes[5] & BLOCK_ENDS_AT_BOUNDARY != 0,
             starts_inside: bytes[5] & BLOCK_STARTS_INSIDE != 0,
+            labels: u16::from_le_bytes([bytes[6], bytes[7]]),
             stored_bytes: u32_at(bytes, 8),
             raw_bytes: u32_at(bytes, 12),
             segment: u64_at(bytes, 16),
@@ -207,9 +216,88 @@ impl BlockHeader {
         Ok(header)
     }
 
-    /// Bytes of header and payload in the file.
+    /// Bytes of header, labels and payload in the file.
     pub fn block_bytes(&self) -> u64 {
-        BLOCK_HEADER_BYTES as u64 + u64::from(self.stored_bytes)
+        BLOCK_HEADER_BYTES as u64 + self.labels_bytes() + u64::from(self.stored_bytes)
+    }
+
+    /// Bytes of the labels, with their checksum.
+    pub fn labels_bytes(&self) -> u64 {
+        match self.labels {
+            0 | LABELS_UNKNOWN => 0,
+            count => (u64::from(count) + 1) * LABEL_BYTES as u64,
+        }
+    }
+
+    /// Where in the segment the payload starts.
+    pub fn payload_offset(&self) -> u64 {
+        self.offset + BLOCK_HEADER_BYTES as u64 + self.labels_bytes()
+    }
+}
+
+/// What a block is about, by the numbers that the appender was told: it says what is lost where the payload cannot be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Labels {
+    /// In order, each once.
+    numbers: Vec<u32>,
+    too_many: bool,
+}
+
+/// The number of labels of a block that has too many of them.
+pub(super) const LABELS_UNKNOWN: u16 = u16::MAX;
+/// More labels than this are not written down: such a block is about everything.
+const LABELS_MAX: usize = 512;
+const LABEL_BYTES: usize = 4;
+
+impl Labels {
+    pub fn insert(&mut self, number: u32) {
+        if let Err(place) = self.numbers.binary_search(&number) {
+            self.too_many |= self.numbers.len() >= LABELS_MAX;
+            if !self.too_many {
+                self.numbers.insert(place, number);
+            }
+        }
+    }
+
+    pub fn extend(&mut self, more: &Labels) {
+        self.too_many |= more.too_many;
+        for number in &more.numbers {
+            self.insert(*number);
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.numbers.clear();
+        self.too_many = false;
+    }
+
+    /// As the header counts them.
+    pub fn count(&self) -> u16 {
+        // LABELS_MAX is below LABELS_UNKNOWN.
+        if self.too_many { LABELS_UNKNOWN } else { self.numbers.len() as u16 }
+    }
+
+    /// What stands between header and payload.
+    pub fn encode(&self, bytes: &mut Vec<u8>) {
+        if self.too_many || self.numbers.is_empty() {
+            return;
+        }
+        let begin = bytes.len();
+        for number in &self.numbers {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        let crc = crc32c::crc32c(&bytes[begin..]);
+        bytes.extend_from_slice(&crc.to_le_bytes());
+    }
+
+    /// The numbers in what [`Labels::encode`] wrote; `None` where it is damaged.
+    pub fn decode(bytes: &[u8]) -> Option<Vec<u32>> {
+        let Some((numbers, crc)) = bytes.split_last_chunk::<LABEL_BYTES>() else { return Some(Vec::new()) };
+        if crc32c::crc32c(numbers) != u32::from_le_bytes(*crc) {
+            return None;
+        }
+        let (numbers, rest) = numbers.as_chunks::<LABEL_BYTES>();
+        rest.is_empty().then(|| numbers.iter().map(|number| u32::from_le_bytes(*number)).collect())
     }
 }
 
@@ -292,6 +380,7 @@ mod tests {
             codec: Codec::Zstd,
             ends_at_boundary: true,
             starts_inside: false,
+            labels: 2,
             stored_bytes: 7,
             raw_bytes: 9,
             segment: 3,
@@ -305,8 +394,13 @@ mod tests {
 
     #[test]
     fn headers_read_back_as_they_were_written() {
-        let segment =
-            SegmentHeader { sequence: 7, first_lsn: Lsn(0x16_B374_D848), continues: true, previous_bytes: 99 };
+        let segment = SegmentHeader {
+            sequence: 7,
+            first_lsn: Lsn(0x16_B374_D848),
+            continues: true,
+            previous_bytes: 99,
+            version: 1,
+        };
         assert_eq!(SegmentHeader::decode(&segment.encode()), Ok(segment));
         assert_eq!(BlockHeader::decode(&block_header().encode(), 3, 64), Ok(block_header()));
         assert!(BlockHeader::decode(&block_header().encode(), 3, 65).is_err());
@@ -315,7 +409,7 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_of_a_header_is_seen() {
-        let segment = SegmentHeader { sequence: 7, first_lsn: Lsn(5), continues: false, previous_bytes: 0 };
+        let segment = SegmentHeader { sequence: 7, first_lsn: Lsn(5), continues: false, previous_bytes: 0, version: 2 };
         for bit in 0..64 * 8 {
             let mut bytes = segment.encode();
             bytes[bit / 8] ^= 1 << (bit % 8);
@@ -328,9 +422,35 @@ mod tests {
 
     #[test]
     fn h18_a_newer_format_is_told_from_damage() {
-        let mut bytes = SegmentHeader { sequence: 1, first_lsn: Lsn(5), continues: false, previous_bytes: 0 }.encode();
-        bytes[8] = 2;
-        assert_eq!(SegmentHeader::decode(&bytes), Err(HeaderFault::Newer(2)));
+        let version = FORMAT_VERSION + 1;
+        let newer = SegmentHeader { sequence: 1, first_lsn: Lsn(5), continues: false, previous_bytes: 0, version };
+        assert_eq!(SegmentHeader::decode(&newer.encode()), Err(HeaderFault::Newer(version)));
+    }
+
+    #[test]
+    fn labels_read_back_until_they_are_too_many_or_damaged() {
+        let mut labels = Labels::default();
+        for number in [7, 3, u32::MAX, 3] {
+            labels.insert(number);
+        }
+        let mut bytes = Vec::new();
+        labels.encode(&mut bytes);
+        assert_eq!(Labels::decode(&bytes), Some(vec![3, 7, u32::MAX]));
+        let header = BlockHeader { labels: labels.count(), ..block_header() };
+        assert_eq!(header.labels_bytes(), bytes.len() as u64);
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Labels::decode(&damaged), None, "bit {bit}");
+        }
+        for number in 0..=LABELS_MAX as u32 {
+            labels.insert(number);
+        }
+        assert_eq!(labels.count(), LABELS_UNKNOWN);
+        assert_eq!(BlockHeader { labels: labels.count(), ..block_header() }.labels_bytes(), 0);
+        let mut others = Labels::default();
+        others.extend(&labels);
+        assert_eq!(others.count(), LABELS_UNKNOWN);
     }
 
     #[test]

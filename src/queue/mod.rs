@@ -17,7 +17,7 @@
 //!
 //! ```text
 //! segment = header{magic, version, sequence, first LSN, continues?, bytes of the segment before, CRC} block*
-//! block   = header{magic, codec, lengths, own place, first LSN, last LSN, flags, durable offset, CRCs} payload
+//! block   = header{magic, codec, lengths, own place, first LSN, last LSN, flags, durable offset, CRCs} labels payload
 //! payload = frame*, zstd or as it is          frame = Begin | Data | Commit | Position
 //! ```
 //!
@@ -52,10 +52,13 @@
 //!   `keep` holds go first. Then the stream waits, unless all that is complete is applied: then only the rest of the
 //!   transaction in the making can help, and the queue grows past the quota with a warning. For the queue to know what
 //!   is applied, the caller calls `trim` once after opening, with the ledger's position.
+//! - *Labels*: each block says, beside its payload and with a checksum of their own, what its messages are about. Where a payload is
+//!   damaged, [`examine()`] can still tell what was lost.
 //! - *Bit flips*: no byte is handed out that its checksum does not vouch for. Blocks of the last segment are checked at
 //!   opening, all others when they are read.
 
 mod appender;
+mod examine;
 mod file_system;
 mod format;
 mod reader;
@@ -64,8 +67,10 @@ mod segment;
 mod state;
 mod writer;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod faults;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
@@ -76,6 +81,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use appender::Appender;
+pub use examine::{Examined, examine};
 pub use format::{Entry, TransactionHead};
 pub use reader::Reader;
 

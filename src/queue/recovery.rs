@@ -13,7 +13,8 @@ use std::time::SystemTime;
 
 use super::file_system::{File, FileSystem};
 use super::format::{
-    BLOCK_HEADER_BYTES, BlockHeader, Entry, SEGMENT_HEADER_BYTES, SegmentHeader, find_block_magic, next_frame,
+    BLOCK_HEADER_BYTES, BlockHeader, Entry, FORMAT_VERSION, SEGMENT_HEADER_BYTES, SegmentHeader, find_block_magic,
+    next_frame,
 };
 use super::segment::{
     BlockFault, Place, Segment, corrupt, create_segment, disk_error, read_block_header, read_payload,
@@ -47,7 +48,13 @@ pub(super) fn recover(file_system: &dyn FileSystem, directory: &Path, start: Lsn
     file_system.prepare(directory).map_err(|error| disk_error(error, doing()))?;
     let mut found = find_segments(file_system, directory)?;
     if found.is_empty() {
-        let header = SegmentHeader { sequence: 1, first_lsn: start, continues: false, previous_bytes: 0 };
+        let header = SegmentHeader {
+            sequence: 1,
+            first_lsn: start,
+            continues: false,
+            previous_bytes: 0,
+            version: FORMAT_VERSION,
+        };
         let file = create_segment(file_system, directory, &header).map_err(|error| disk_error(error, doing()))?;
         let segment = Segment {
             sequence: 1,
@@ -141,6 +148,12 @@ fn cut_what_was_taken_back(directory: &Path, found: &mut [Found]) -> Result<()> 
         let (Some(segment), Some(next)) = (before.last_mut(), after.first()) else { continue };
         let path = segment_path(directory, segment.header.sequence);
         let counted = next.header.previous_bytes;
+        if counted < SEGMENT_HEADER_BYTES {
+            // Cut there, it would lose its own header.
+            let (path, from, up_to) =
+                (segment_path(directory, next.header.sequence), segment.header.first_lsn, next.header.first_lsn);
+            return Err(corrupt(&path, 0, from, up_to, "it says that the segment before it had no header"));
+        }
         if segment.length < counted {
             let (from, up_to) = (segment.header.first_lsn, next.header.first_lsn);
             return Err(corrupt(&path, segment.length, from, up_to, "the file is shorter than it was"));

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::file_system::{File, FileSystem};
 use super::format::{
     BLOCK_HEADER_BYTES, BlockHeader, Codec, DATA_BYTES_MAX, DATA_FRAME_BYTES, FORMAT_VERSION, HeaderFault,
-    SEGMENT_HEADER_BYTES, SegmentHeader,
+    LABELS_UNKNOWN, Labels, SEGMENT_HEADER_BYTES, SegmentHeader,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -184,10 +184,20 @@ pub(super) fn read_block_header(
     Ok(header)
 }
 
+/// What a block is about, also where its payload is damaged; `None` where that is not known.
+pub(super) fn read_labels(file: &dyn File, header: &BlockHeader) -> Result<Option<Vec<u32>>, BlockFault> {
+    if header.labels == LABELS_UNKNOWN {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; header.labels_bytes() as usize];
+    file.read_at(&mut bytes, header.offset + BLOCK_HEADER_BYTES as u64).map_err(BlockFault::from_read)?;
+    Ok(Labels::decode(&bytes))
+}
+
 /// Reads a block's payload as it is stored into `stored`, and checks it.
 pub(super) fn read_payload(file: &dyn File, header: &BlockHeader, stored: &mut Vec<u8>) -> Result<(), BlockFault> {
     stored.resize(header.stored_bytes as usize, 0);
-    file.read_at(stored, header.offset + BLOCK_HEADER_BYTES as u64).map_err(BlockFault::from_read)?;
+    file.read_at(stored, header.payload_offset()).map_err(BlockFault::from_read)?;
     if crc32c::crc32c(stored) != header.payload_crc {
         return Err(BlockFault::Damaged("the checksum of the block's payload is wrong"));
     }

@@ -25,7 +25,9 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use tokio::sync::oneshot;
 
 use super::file_system::{File, is_no_room};
-use super::format::{BLOCK_HEADER_BYTES, BlockHeader, Codec, SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::format::{
+    BLOCK_HEADER_BYTES, BlockHeader, Codec, FORMAT_VERSION, Labels, SEGMENT_HEADER_BYTES, SegmentHeader,
+};
 use super::segment::{Place, Segment, create_segment, disk_error, remove_segment, segment_path};
 use super::state::Shared;
 use crate::error::{Error, ErrorKind, Result};
@@ -37,6 +39,8 @@ const COMPRESSION_LEVEL: i32 = 1;
 /// Frames on their way to the disk. A block that holds a boundary ends at one.
 pub(super) struct Block {
     pub frames: Vec<u8>,
+    /// What they are about.
+    pub labels: Labels,
     /// The newest boundary before the block.
     pub first_lsn: Lsn,
     /// The newest boundary in it; `first_lsn` where it holds none.
@@ -173,18 +177,22 @@ impl Writer {
     fn pack(&mut self, block: &Block) -> Result<BlockHeader> {
         let raw = &block.frames;
         self.buffer.clear();
-        self.buffer.resize(BLOCK_HEADER_BYTES + zstd::zstd_safe::compress_bound(raw.len()), 0);
-        let compressed = self.compressor.compress_to_buffer(raw, &mut self.buffer[BLOCK_HEADER_BYTES..])?;
+        self.buffer.resize(BLOCK_HEADER_BYTES, 0);
+        block.labels.encode(&mut self.buffer);
+        let payload = self.buffer.len();
+        self.buffer.resize(payload + zstd::zstd_safe::compress_bound(raw.len()), 0);
+        let compressed = self.compressor.compress_to_buffer(raw, &mut self.buffer[payload..])?;
         let (codec, stored) = if compressed < raw.len() { (Codec::Zstd, compressed) } else { (Codec::Raw, raw.len()) };
-        self.buffer.truncate(BLOCK_HEADER_BYTES + stored);
+        self.buffer.truncate(payload + stored);
         if codec == Codec::Raw {
-            self.buffer[BLOCK_HEADER_BYTES..].copy_from_slice(raw);
+            self.buffer[payload..].copy_from_slice(raw);
         }
         let too_large = |_| Error::new(ErrorKind::Other, "a block of the queue is larger than its header can say");
         Ok(BlockHeader {
             codec,
             ends_at_boundary: block.ends_at_boundary,
             starts_inside: block.starts_inside,
+            labels: block.labels.count(),
             stored_bytes: u32::try_from(stored).map_err(too_large)?,
             raw_bytes: u32::try_from(raw.len()).map_err(too_large)?,
             segment: 0,
@@ -192,7 +200,7 @@ impl Writer {
             first_lsn: block.first_lsn,
             last_lsn: block.last_lsn,
             durable_offset: 0,
-            payload_crc: crc32c::crc32c(&self.buffer[BLOCK_HEADER_BYTES..]),
+            payload_crc: crc32c::crc32c(&self.buffer[payload..]),
         })
     }
 
@@ -249,6 +257,7 @@ impl Writer {
             first_lsn: self.chain,
             continues: self.inside,
             previous_bytes: self.place.offset,
+            version: FORMAT_VERSION,
         };
         self.file = create_segment(&*self.shared.file_system, &self.shared.directory, &header)?;
         self.place = Place { sequence: header.sequence, offset: SEGMENT_HEADER_BYTES };

@@ -247,6 +247,40 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
     Ok(columns)
 }
 
+/// A column of a type, where the catalog no longer has the column itself; `None` when it does not have the type either. Its
+/// number is 0, and it can serve in no key.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32) -> Result<Option<Column>> {
+    let row = client
+        .query_opt(
+            &format!(
+                "WITH RECURSIVE base(oid, typtype, typbasetype) AS ( \
+                   SELECT oid, typtype, typbasetype FROM pg_catalog.pg_type WHERE oid = $1 \
+                   UNION ALL SELECT t.oid, t.typtype, t.typbasetype FROM pg_catalog.pg_type t \
+                   JOIN base ON t.oid = base.typbasetype WHERE base.typtype = 'd') \
+                 SELECT pg_catalog.format_type($1, $2), oid IN ({BINARY_SAFE_TYPES}) OR typtype = 'e' \
+                 FROM base WHERE typtype <> 'd'"
+            ),
+            &[&oid, &modifier],
+        )
+        .await
+        .context(|| format!("asking for the type with OID {oid}"))?;
+    Ok(row.map(|row| Column {
+        name: name.to_owned(),
+        number: 0,
+        type_oid: oid,
+        type_name: row.get(0),
+        type_modifier: modifier,
+        not_null: false,
+        identity_always: false,
+        binary_safe: row.get(1),
+        byte_equal: false,
+        equality_schema: None,
+    }))
+}
+
 /// A unique index or exclusion constraint of a table.
 struct Index {
     columns: Vec<i16>,
@@ -370,6 +404,16 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
         .await
         .context(|| "reading the catalog's fingerprint".into())?;
     Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// The objects that are not the same in two fingerprints.
+pub fn changed_objects<'a>(
+    before: &'a BTreeMap<String, String>,
+    now: &'a BTreeMap<String, String>,
+) -> impl Iterator<Item = &'a str> {
+    let gone = before.keys().filter(|object| !now.contains_key(*object));
+    let other = now.iter().filter(|(object, hash)| before.get(*object) != Some(hash)).map(|(object, _)| object);
+    gone.chain(other).map(String::as_str)
 }
 
 #[cfg(test)]

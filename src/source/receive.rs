@@ -370,6 +370,7 @@ impl<'a> Receiver<'a> {
                 Some(transaction) => {
                     if !transaction.repeated {
                         self.appender.data(data)?;
+                        decode::for_each_changed_relation(data, |relid| self.appender.label(relid));
                     }
                     transaction.changes += u64::from(matches!(kind, b'I' | b'U' | b'D' | b'T'));
                 }

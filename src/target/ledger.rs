@@ -29,7 +29,7 @@ use crate::lsn::Lsn;
 use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
 
-pub use heal::{Resynced, compare_again, record_resynced};
+pub use heal::{Resynced, ThrownAway, compare_again, record_resynced};
 pub use schema_item::{SchemaItem, Section, item_done, pending_items};
 
 /// The version of the ledger's tables that this walferry writes (H18).

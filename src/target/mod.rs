@@ -4,6 +4,7 @@
 //! work it speaks of (invariant I2). So after any death, of walferry or of the target, the ledger says exactly what
 //! the target holds.
 
+pub mod adopt;
 pub mod index;
 pub mod ledger;
 pub mod schema;

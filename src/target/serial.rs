@@ -1,6 +1,7 @@
 //! Row by row, in exactly the source's order: what a refused batch is replayed with, and what TRUNCATE needs (I5).
 //!
-//! Each change must meet exactly one row (I6). Values go as parameters in the form they came in, text or binary.
+//! Each function says what it met; what that means is for the caller to decide (I6). Values go as parameters in the form they came
+//! in, text or binary.
 
 use std::error::Error as StdError;
 
@@ -10,13 +11,9 @@ use tokio_postgres::types::{Format, IsNull, ToSql, Type};
 use super::writer::Writer;
 use crate::apply::layout::Layout;
 use crate::decode::{Datum, OldTuple, Tuple};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Result};
 use crate::source::catalog::{Column, Table};
 use crate::sql;
-
-/// What an operator can do about a row that is not as it should be.
-const MEND: &str = "Somebody else has changed the target. Make this row there what it was on the source before that transaction, \
-     then run the same command again: nothing of the transaction has been applied.";
 
 /// A value as it came over the wire.
 #[derive(Debug)]
@@ -96,31 +93,46 @@ impl<'a> Query<'a> {
     }
 }
 
-/// Inserts a row.
+/// Inserts a row; answers false when there is one with that key already.
 ///
 /// # Errors
-/// `Divergence` when there is one with that key or with another unique value; else what the server says.
-pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Result<()> {
+/// What the server says: another row can have a value that must be unique.
+pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Result<bool> {
     let mut query = Query::default();
     let values: Vec<String> =
         table.columns.iter().zip(new.columns()).map(|(column, datum)| query.value(column, datum)).collect();
+    let key = sql::identifiers(table.key_columns().map(|column| column.name.as_str()));
+    let unless = if key.is_empty() { String::new() } else { format!(" ON CONFLICT ({key}) DO NOTHING") };
     query.text = if values.is_empty() {
         format!("INSERT INTO {} DEFAULT VALUES", table.qualified())
     } else {
-        format!("INSERT INTO {} ({}) VALUES ({})", table.qualified(), table.column_list(), values.join(", "))
+        format!("INSERT INTO {} ({}) VALUES ({}){unless}", table.qualified(), table.column_list(), values.join(", "))
     };
-    query.run(writer).await.map(|_| ()).map_err(|error| {
-        let duplicate = error.sqlstate().is_some_and(|state| state.code() == "23505" || state.code() == "23P01");
-        let error = if duplicate { error.with_kind(ErrorKind::Divergence).hint(MEND) } else { error };
-        error.context(format!("inserting {} into {}", name_row(table, new), table.qualified()))
-    })
+    let met = query.run(writer).await;
+    Ok(met.context(|| format!("inserting {} into {}", name_row(table, new), table.qualified()))? == 1)
 }
 
-/// Gives a row new values; columns that the stream says are unchanged keep theirs.
+/// Whether a row that is to get the key of `new` would meet another row there.
 ///
 /// # Errors
-/// `Divergence` when there is no such row; else what the server says.
-pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<()> {
+/// Whatever the server says.
+pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new: Tuple<'_>) -> Result<bool> {
+    if table.key.is_empty() {
+        return Ok(false);
+    }
+    let mut query = Query::default();
+    // Keys can be equal in other bytes (H20).
+    let (there, itself) = (query.row(table, new), query.row(table, old));
+    query.text = format!("SELECT FROM ONLY {} WHERE {there} AND NOT ({itself})", table.qualified());
+    let found = query.run(writer).await;
+    Ok(found.context(|| format!("looking for {} in {}", name_row(table, new), table.qualified()))? > 0)
+}
+
+/// Gives a row new values; columns that the stream says are unchanged keep theirs. Answers how many rows there were.
+///
+/// # Errors
+/// What the server says.
+pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<u64> {
     let mut query = Query::default();
     let mut set = Vec::with_capacity(table.columns.len());
     for (column, datum) in table.columns.iter().zip(new.columns()) {
@@ -136,20 +148,18 @@ pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>
     let found_by = old.map_or(new, |old| old.tuple());
     let row = query.row(table, found_by);
     query.text = format!("UPDATE ONLY {} SET {} WHERE {row}", table.qualified(), set.join(", "));
-    let met = query.run(writer).await;
-    expect_one(met, "updating", table, found_by)
+    query.run(writer).await.context(|| format!("updating {} of {}", name_row(table, found_by), table.qualified()))
 }
 
-/// Removes a row.
+/// Removes a row; answers how many there were.
 ///
 /// # Errors
-/// `Divergence` when there is no such row; else what the server says.
-pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Result<()> {
+/// What the server says.
+pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Result<u64> {
     let mut query = Query::default();
     let row = query.row(table, old.tuple());
     query.text = format!("DELETE FROM ONLY {} WHERE {row}", table.qualified());
-    let met = query.run(writer).await;
-    expect_one(met, "deleting", table, old.tuple())
+    query.run(writer).await.context(|| format!("deleting {} of {}", name_row(table, old.tuple()), table.qualified()))
 }
 
 /// Empties tables, all at once as the source did.
@@ -164,16 +174,8 @@ pub async fn truncate(writer: &Writer, layout: &Layout, places: &[usize], restar
     writer.client().batch_execute(&statement).await.context(|| statement.clone())
 }
 
-fn expect_one(met: Result<u64>, doing: &str, table: &Table, row: Tuple<'_>) -> Result<()> {
-    let name = || format!("{doing} {} of {}", name_row(table, row), table.qualified());
-    match met.context(name)? {
-        1 => Ok(()),
-        met => Err(Error::new(ErrorKind::Divergence, format!("{}: the target has {met} such rows", name())).hint(MEND)),
-    }
-}
-
 /// A row by its key, for people: `(id)=(42)`.
-fn name_row(table: &Table, row: Tuple<'_>) -> String {
+pub fn name_row(table: &Table, row: Tuple<'_>) -> String {
     let values: Vec<Datum<'_>> = row.columns().collect();
     if table.key.is_empty() {
         return "a row without a key".to_owned();

@@ -10,7 +10,9 @@ use tokio::sync::{Mutex, watch};
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
+use walferry::apply::conflict::OnConflict;
 use walferry::apply::layout::Layout;
+use walferry::apply::reconcile::reconcile;
 use walferry::apply::{Applied, Apply};
 use walferry::connection::ConnectionSpec;
 use walferry::decode::{Message, decode};
@@ -41,6 +43,7 @@ pub struct Bed {
     pub source_database: String,
     pub target_database: String,
     pub workers: usize,
+    pub on_conflict: OnConflict,
     pub board: StatusBoard,
     pub queue: Queue,
     /// What the queue was fed with, to feed it again.
@@ -72,7 +75,7 @@ pub async fn own_server(more: &[(&str, &str)]) -> ThrowawayServer {
             ("wal_level", "logical"),
             ("fsync", "off"),
             ("max_connections", "100"),
-            ("max_replication_slots", "50"),
+            ("max_replication_slots", "200"),
             ("autovacuum", "off"),
         ],
         more,
@@ -140,6 +143,7 @@ impl Bed {
             source_database,
             target_database,
             workers,
+            on_conflict: OnConflict::Stop,
             board: StatusBoard::new(),
             queue,
             history: Vec::new(),
@@ -242,9 +246,12 @@ impl Bed {
         Ok(Apply {
             paused: tokio::sync::watch::Sender::default().subscribe(),
             layout: Arc::clone(&self.layout),
+            adoptions: Vec::new(),
+            change: None,
             queue: self.queue.clone(),
             writers: self.writers().await?,
             progress,
+            on_conflict: self.on_conflict,
             board: self.board.clone(),
             applied: watch::channel(Applied::default()).0,
         })
@@ -258,6 +265,28 @@ impl Bed {
             return Ok(());
         }
         self.apply_from(progress).await?.run(Some(until)).await
+    }
+
+    /// The same, and goes on with tables that changed where the target fits, as a migration does.
+    pub async fn apply_adopting(&mut self, until: Lsn) -> Result<()> {
+        let mut adoptions = Vec::new();
+        while self.progress().await.iter().any(|position| *position < until) {
+            self.reload().await;
+            let mut apply = self.apply_from(self.progress().await).await?;
+            apply.adoptions = adoptions;
+            let outcome = apply.run(Some(until)).await;
+            adoptions = apply.adoptions;
+            let Some(change) = apply.change else {
+                outcome?;
+                continue;
+            };
+            let source = pinned(&self.server, &self.source_database).await;
+            let target = pinned(&self.server, &self.target_database).await;
+            adoptions.push(reconcile(&source, &target, &apply.layout, &change).await?);
+        }
+        self.reload().await;
+        self.tables = self.layout.tables.iter().map(|entry| entry.table.clone()).collect();
+        Ok(())
     }
 
     pub async fn capture_and_apply(&mut self) -> Result<()> {
@@ -350,6 +379,8 @@ async fn record(
         consistent_point: None,
         pre_data_restored: false,
         post_data_restored: false,
+        snapshot_floor: 0,
+        queue: "queue".into(),
     };
     ledger::create(target, &migration).await.unwrap();
     let entries: Vec<(Table, bool)> =

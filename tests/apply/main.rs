@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bed;
+mod conflict;
 mod crash;
 mod large;
 mod refusal;

@@ -9,7 +9,7 @@ use walferry::demo::server::{StopMode, ThrowawayServer};
 use walferry::source::slot::ServerIdentity;
 use walferry::source::snapshot::HeldSnapshot;
 
-use crate::support::{Pair, Walferry, until, value};
+use crate::support::{Gate, Pair, Walferry, until, value};
 
 /// Keeps a copy of a server as it is now: what a standby that falls behind from here on would have.
 async fn keep_a_standby(server: &mut ThrowawayServer) {
@@ -52,7 +52,10 @@ const ROWS: &str = "SELECT id || ' ' || v FROM t ORDER BY 1";
 #[tokio::test]
 async fn h16_a_target_that_failed_over_is_brought_up_to_date_from_the_kept_queue() {
     let mut pair = Pair::start().await;
-    pair.on_source("CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t SELECT i, i FROM generate_series(1, 50) i").await;
+    pair.on_source(
+        "CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t SELECT i, i FROM generate_series(1, 50) i",
+    )
+    .await;
     let walferry = pair.run(pair.migrate());
     pair.following().await;
     walferry.kill();
@@ -60,7 +63,10 @@ async fn h16_a_target_that_failed_over_is_brought_up_to_date_from_the_kept_queue
 
     let walferry = pair.run(pair.migrate());
     for round in 0..20 {
-        pair.on_source(&format!("UPDATE t SET v = v + 1 WHERE id % 20 = {round}; INSERT INTO t VALUES (1000 + {round}, 0)")).await;
+        pair.on_source(&format!(
+            "UPDATE t SET v = v + 1 WHERE id % 20 = {round}; INSERT INTO t VALUES (1000 + {round}, 0)"
+        ))
+        .await;
     }
     pair.on_source("DELETE FROM t WHERE id % 7 = 0").await;
     pair.caught_up().await;
@@ -88,7 +94,8 @@ async fn h16_a_source_that_failed_over_stops_the_migration_and_a_resync_heals_it
 
     // The target has commits that the promoted standby never had.
     let walferry = pair.run(pair.migrate());
-    pair.on_source("INSERT INTO t VALUES (9001, 1); UPDATE t SET v = -v WHERE id <= 5; DELETE FROM t WHERE id = 77").await;
+    pair.on_source("INSERT INTO t VALUES (9001, 1); UPDATE t SET v = -v WHERE id <= 5; DELETE FROM t WHERE id = 77")
+        .await;
     pair.caught_up().await;
     fail_over(&mut pair.source).await;
     pair.on_source("INSERT INTO t VALUES (9002, 2); UPDATE t SET v = 0 WHERE id = 1999").await;
@@ -109,7 +116,10 @@ async fn h16_a_source_that_failed_over_stops_the_migration_and_a_resync_heals_it
     until("SELECT EXISTS (SELECT FROM t WHERE id = 9003)", &pair.target).await;
     pair.same(ROWS).await;
     let copied = value(&target, "SELECT sum(rows_copied) FROM walferry.source_table").await;
-    assert!(copied.parse::<u32>().unwrap() < 200, "{copied} rows were copied again, of 2000 that were the same but for 10");
+    assert!(
+        copied.parse::<u32>().unwrap() < 200,
+        "{copied} rows were copied again, of 2000 that were the same but for 10"
+    );
     assert_eq!(value(&target, "SELECT source_timeline FROM walferry.migration").await, "2");
     let (code, said) = pair.cutover().await;
     assert_eq!(code, 0, "{said}");
@@ -118,15 +128,18 @@ async fn h16_a_source_that_failed_over_stops_the_migration_and_a_resync_heals_it
 #[tokio::test]
 async fn h05_no_snapshot_is_taken_of_a_standby() {
     let mut pair = Pair::start().await;
-    pair.on_source("CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t SELECT i, i FROM generate_series(1, 50) i").await;
+    pair.on_source(
+        "CREATE TABLE t (id int PRIMARY KEY, v int); INSERT INTO t SELECT i, i FROM generate_series(1, 50) i",
+    )
+    .await;
     // Stopped while it copies, so that it needs another snapshot when it goes on.
     let holder = pair.target.connect("postgres").await.unwrap();
     let (walferry, transaction) = pair.run_waiting(pair.migrate()).await;
+    let copying = Gate::close(&pair, 1, "UPDATE", "part", "NEW.copied").await;
     transaction.batch_execute("COMMIT").await.unwrap();
-    until("SELECT to_regclass('t') IS NOT NULL", &pair.target).await;
-    holder.batch_execute("BEGIN; LOCK TABLE t").await.unwrap();
+    copying.reached(&pair).await;
     walferry.kill();
-    holder.batch_execute("ROLLBACK").await.unwrap();
+    copying.open().await;
     let copied = "SELECT count(*) FROM walferry.source_table WHERE copied";
     assert_eq!(value(&holder, copied).await, "0", "the copy was to be interrupted");
 

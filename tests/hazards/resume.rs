@@ -166,11 +166,27 @@ async fn h18_sessions_that_a_dead_walferry_left_are_ended_before_another_goes_on
 }
 
 #[tokio::test]
+async fn h18_a_migration_that_an_older_walferry_began_goes_on() {
+    let pair = interrupted().await;
+    let floor = "SELECT snapshot_floor FROM walferry.migration";
+    let floor_before = value(&target(&pair).await, floor).await;
+    pair.on_target(
+        "UPDATE walferry.migration SET format = 1; \
+         ALTER TABLE walferry.migration DROP snapshot_floor, DROP queue; ALTER TABLE walferry.source_table DROP compared",
+    )
+    .await;
+    let _walferry = pair.run(pair.migrate());
+    pair.caught_up().await;
+    assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["1", "2"]);
+    assert_eq!(value(&target(&pair).await, floor).await, floor_before);
+}
+
+#[tokio::test]
 async fn h18_a_newer_ledger_or_state_directory_is_refused() {
     let pair = interrupted().await;
-    pair.on_target("UPDATE walferry.migration SET format = 2").await;
-    refuses(&pair, pair.run(pair.migrate()), 3, "the target's ledger has format 2").await;
-    pair.on_target("UPDATE walferry.migration SET format = 1").await;
+    pair.on_target("UPDATE walferry.migration SET format = format + 1").await;
+    refuses(&pair, pair.run(pair.migrate()), 3, "the target's ledger has format ").await;
+    pair.on_target("UPDATE walferry.migration SET format = format - 1").await;
 
     let file = pair.directory().join("migration.json");
     let identity = std::fs::read_to_string(&file).unwrap();

@@ -6,9 +6,11 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::insert_next_snapshot;
+use crate::apply::reconcile::Redefinition;
 use crate::error::{Context, Result};
 use crate::lsn::Lsn;
 use crate::source::snapshot::SnapshotData;
+use crate::target::adopt;
 
 /// Back to the copy, wherever a migration was after it.
 const BACK_TO_COPYING: &str = "phase = CASE WHEN phase IN ('catching_up', 'following') THEN 'copying' ELSE phase END";
@@ -24,15 +26,34 @@ async fn lock(client: &Client) -> Result<()> {
         .context(|| "waiting for earlier sessions on the target".into())
 }
 
-/// Has tables compared again under a snapshot whose xmin is at least `snapshot_floor`; one transaction. The stream goes on
-/// where it is: a snapshot past everything that was applied says which of the changes to come each table has seen (I3, H1).
+/// A piece of the stream that is thrown away, because it cannot be read any more.
+pub struct ThrownAway<'a> {
+    /// Where it ends: from here on the source sends everything again.
+    pub up_to: Lsn,
+    /// The directory of the queue that goes on there.
+    pub queue: &'a str,
+}
+
+/// Has tables compared again under a snapshot whose xmin is at least `snapshot_floor`; one transaction. A snapshot past everything
+/// that was applied or thrown away says which of the changes to come each table has seen (I3, H1). From that snapshot on, the tables
+/// are what the source has now.
+///
+/// Where nothing is thrown away the stream goes on where it is. Else the tables have to be all that the piece had changes of.
 ///
 /// # Errors
 /// Whatever the server says; nothing is changed then.
-pub async fn compare_again(client: &mut Client, relids: &[u32], snapshot_floor: u64) -> Result<()> {
-    let relids: Vec<i64> = relids.iter().copied().map(i64::from).collect();
+pub async fn compare_again(
+    client: &mut Client,
+    tables: &[Redefinition],
+    snapshot_floor: u64,
+    thrown_away: Option<&ThrownAway<'_>>,
+) -> Result<()> {
+    let relids: Vec<i64> = tables.iter().map(|table| i64::from(table.table.relid)).collect();
     let transaction = client.transaction().await?;
     lock(transaction.client()).await?;
+    for now in tables {
+        adopt::redefine(transaction.client(), &now.table, now.routing, &now.fingerprint).await?;
+    }
     transaction
         .execute(
             "UPDATE walferry.source_table SET compared = copied OR compared, copied = false, rows_copied = 0 \
@@ -46,6 +67,14 @@ pub async fn compare_again(client: &mut Client, relids: &[u32], snapshot_floor: 
             &[&snapshot_floor.cast_signed()],
         )
         .await?;
+    if let Some(thrown_away) = thrown_away {
+        let up_to = PgLsn::from(thrown_away.up_to);
+        // A session that is past it already has its share of what the source sends again.
+        transaction.execute("UPDATE walferry.apply_progress SET applied = greatest(applied, $1)", &[&up_to]).await?;
+        transaction
+            .execute("UPDATE walferry.migration SET consistent_point = $1, queue = $2", &[&up_to, &thrown_away.queue])
+            .await?;
+    }
     transaction.commit().await.context(|| "recording in the ledger which tables are compared again".into())
 }
 
