@@ -150,7 +150,7 @@ impl Faults<'_> {
                 break;
             }
             let fault = self.random.weighted(&[
-                (16, Fault::Kill),
+                (24, Fault::Kill),
                 (4, Fault::Stop),
                 (5, Fault::Crash),
                 (3, Fault::Restart),

@@ -48,3 +48,31 @@ async fn a_source_that_goes_silent_is_left_and_asked_anew() {
 async fn a_target_that_goes_silent_is_left_and_asked_anew() {
     goes_on_after_a_stall(|servers| &servers.target).await;
 }
+
+#[tokio::test]
+async fn a_copy_that_hangs_on_a_silent_connection_begins_again() {
+    let servers = Servers::start().await;
+    let mut migration = servers.migration("shop").await;
+    let source = connect(&servers.source.url_for("shop")).await;
+    source
+        .batch_execute(
+            "CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, body text); \
+             INSERT INTO t (body) SELECT repeat(md5(i::text), 30) FROM generate_series(1, 20000) i",
+        )
+        .await
+        .unwrap();
+    let proxy = Proxy::to(servers.source.port()).await.unwrap();
+    let (port, before) = (proxy.port, servers.source.port());
+    migration.source_url = migration.source_url.replace(&format!(":{before}/"), &format!(":{port}/"));
+    // So slow that it cannot be over before it stalls.
+    proxy.slow(true);
+    let mut running = migration.migrate(&["--queue-max-bytes", "1GiB"]);
+    until_true(&source, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'COPY%')")
+        .await;
+    assert!(proxy.freeze_present(true, || true) > 0);
+    proxy.slow(false);
+    migration.wait_for_phase(&mut running, "following").await;
+    assert!(running.log().contains("a connection is dead"), "{}", running.log());
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
+}
