@@ -133,10 +133,10 @@ pub struct Faults<'a> {
 }
 
 /// How long walferry may take to meet damage, which may be only when the copy is done.
-const DAMAGE_MET_MAX: Duration = Duration::from_secs(180);
+const DAMAGE_MET_MAX: Duration = Duration::from_secs(300);
 
 /// How long a new slot may take: it waits for the transactions that are open.
-const RESYNC_MAX: Duration = Duration::from_secs(120);
+const RESYNC_MAX: Duration = Duration::from_secs(240);
 
 impl Faults<'_> {
     pub async fn run(&mut self, time: Duration) -> Result<(), String> {
