@@ -133,10 +133,10 @@ pub struct Faults<'a> {
 }
 
 /// How long walferry may take to meet damage, which may be only when the copy is done.
-const DAMAGE_MET_MAX: Duration = Duration::from_secs(180);
+const DAMAGE_MET_MAX: Duration = Duration::from_secs(300);
 
 /// How long a new slot may take: it waits for the transactions that are open.
-const RESYNC_MAX: Duration = Duration::from_secs(120);
+const RESYNC_MAX: Duration = Duration::from_secs(240);
 
 impl Faults<'_> {
     pub async fn run(&mut self, time: Duration) -> Result<(), String> {
@@ -150,7 +150,7 @@ impl Faults<'_> {
                 break;
             }
             let fault = self.random.weighted(&[
-                (16, Fault::Kill),
+                (24, Fault::Kill),
                 (4, Fault::Stop),
                 (5, Fault::Crash),
                 (3, Fault::Restart),
