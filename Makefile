@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes use cargo, which brings its own parallelism.
 .NOTPARALLEL:
-.PHONY: help setup demo test torture bench bench-quick fixtures lint
+.PHONY: help setup demo test torture fuzz bench bench-quick fixtures lint
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
@@ -34,6 +34,9 @@ lint: ## Checks format, lints and documentation
 
 torture: setup ## Migrates while everything breaks: SEED=1 MINUTES=10 (or ROUNDS=20)
 	SEED=$(SEED) MINUTES=$(MINUTES) ROUNDS=$(ROUNDS) cargo test --locked --test torture -- --ignored --exact hunt --nocapture
+
+fuzz: ## Fuzzes one of decode, queue_recovery, connection_string: TARGET=decode SECONDS=300 (needs cargo-fuzz and a nightly Rust)
+	cd fuzz && cargo +nightly fuzz run $(TARGET) -- -max_total_time=$(or $(SECONDS),300)
 
 bench: setup ## Measures walferry beside its peers on servers of its own; writes bench/results.md and .svg
 	cargo build --release --locked --bin walferry --example bench

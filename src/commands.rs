@@ -1,6 +1,7 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use indicatif::MultiProgress;
@@ -67,24 +68,51 @@ fn both(servers: &cli::Servers) -> Result<(ConnectionSpec, ConnectionSpec)> {
     ))
 }
 
+/// The servers that are given.
 fn either(servers: &cli::Servers) -> Result<(Option<ConnectionSpec>, Option<ConnectionSpec>)> {
-    let parse = |name: &str, text: &Option<String>, command: &Option<String>| -> Result<Option<ConnectionSpec>> {
+    let given = |name: &str, text: &Option<String>, command: &Option<String>| -> Result<Option<ConnectionSpec>> {
         let Some(text) = text else { return Ok(None) };
-        let mut spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
-        if spec.has_inline_password() && std::env::args().any(|argument| argument.contains(text.as_str())) {
+        let spec = parse(name, text, command)?;
+        if spec.has_inline_password() && stands_in_the_arguments(text) {
             warn!(
                 "the password in --{name} shows in the process list; a password file or --{name}-password-command does not"
             );
         }
-        if let Some(command) = command {
-            spec = spec.with_password_command(command.clone());
-        }
         Ok(Some(spec))
     };
     Ok((
-        parse("source", &servers.source, &servers.source_password_command)?,
-        parse("target", &servers.target, &servers.target_password_command)?,
+        given("source", &servers.source, &servers.source_password_command)?,
+        given("target", &servers.target, &servers.target_password_command)?,
     ))
+}
+
+/// The servers that are given; in the place of one that is not, that of the migration whose state directory this is.
+fn either_or_known(
+    servers: &cli::Servers,
+    directory: &Path,
+) -> Result<(Option<ConnectionSpec>, Option<ConnectionSpec>)> {
+    let (source, target) = either(servers)?;
+    let Some(identity) = StateDirectory::at(directory).identity()? else { return Ok((source, target)) };
+    let or_known = |spec: Option<ConnectionSpec>, name: &str, known: &str, command: &Option<String>| {
+        spec.map_or_else(|| parse(name, known, command).map(Some), |spec| Ok(Some(spec)))
+    };
+    Ok((
+        or_known(source, "source", &identity.source, &servers.source_password_command)?,
+        or_known(target, "target", &identity.target, &servers.target_password_command)?,
+    ))
+}
+
+fn parse(name: &str, text: &str, command: &Option<String>) -> Result<ConnectionSpec> {
+    let spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
+    Ok(match command {
+        Some(command) => spec.with_password_command(command.clone()),
+        None => spec,
+    })
+}
+
+/// Whether a connection string came by the command line, which the process list shows, and not by the environment.
+fn stands_in_the_arguments(text: &str) -> bool {
+    std::env::args_os().any(|argument| argument.to_string_lossy().contains(text))
 }
 
 async fn check(options: cli::Check) -> Result<()> {
@@ -271,19 +299,16 @@ fn ask(status: &Status) -> Result<()> {
 async fn verify(options: cli::Verify) -> Result<()> {
     let (source, target) = match &options.dir {
         None => both(&options.servers)?,
-        Some(directory) => {
-            let (source, target) = either(&options.servers)?;
-            let identity = StateDirectory::at(directory).identity()?.ok_or_else(|| {
-                Error::new(
+        Some(directory) => match either_or_known(&options.servers, directory)? {
+            (Some(source), Some(target)) => (source, target),
+            _ => {
+                return Err(Error::new(
                     ErrorKind::Other,
                     format!("{} is not the state directory of a migration", directory.display()),
                 )
-                .hint("Give the --dir of the migration, or both servers: walferry verify --source … --target …")
-            })?;
-            let given =
-                |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);
-            (given(source, &identity.source)?, given(target, &identity.target)?)
-        }
+                .hint("Give the --dir of the migration, or both servers: walferry verify --source … --target …"));
+            }
+        },
     };
     // The tables that were migrated; without a ledger, those of the source.
     let ledger = target.connect("walferry verify").await?;
@@ -319,9 +344,11 @@ async fn verify(options: cli::Verify) -> Result<()> {
 }
 
 async fn clean(options: cli::Clean) -> Result<()> {
-    let (source, target) = either(&options.servers)?;
     let removed = match &options.dir {
-        Some(directory) => clean::directory(directory, source, target).await?,
+        Some(directory) => {
+            let (source, target) = either_or_known(&options.servers, directory)?;
+            clean::directory(directory, source, target).await?
+        }
         None => {
             let (source, target) = both(&options.servers)?;
             clean::servers(&source, &target, None).await?

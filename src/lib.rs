@@ -44,5 +44,7 @@ pub mod demo;
 
 pub mod crashsafe;
 pub mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod lsn;
 pub mod sql;

@@ -1,5 +1,6 @@
 //! The program: reads the command line, runs the command, says what went wrong, exits with the documented code.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -10,17 +11,43 @@ use walferry::error::{Error, ErrorKind};
 #[tokio::main]
 async fn main() -> ExitCode {
     // As a task, not in this thread: otherwise a worker hears of each message of a server, and has to wake this thread for it.
-    let command = tokio::spawn(commands::run(Cli::parse()));
+    let command = tokio::spawn(commands::run(Cli::try_parse().unwrap_or_else(|error| wrong_usage(&error))));
     let outcome =
         command.await.unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("this is a bug: {error}"))));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            eprintln!("error: {}", for_terminal(&error.to_string()));
             if let Some(next) = error.next_step() {
-                eprintln!(" next: {next}");
+                eprintln!(" next: {}", for_terminal(next));
             }
             ExitCode::from(error.kind().exit_code())
         }
     }
+}
+
+/// What clap says of a wrong command line, without the passwords that may stand in it: it repeats what it does not understand.
+fn wrong_usage(error: &clap::Error) -> ! {
+    if !error.use_stderr() {
+        // The help, and the version.
+        error.exit();
+    }
+    let styled = error.render();
+    let mut text = if std::io::stderr().is_terminal() { styled.ansi().to_string() } else { styled.to_string() };
+    for argument in std::env::args_os() {
+        let argument = argument.to_string_lossy();
+        let value = argument.split_once('=').map_or("", |(_, value)| value);
+        for part in [&argument, value] {
+            if part.contains("://") || part.contains("password") && part.contains('=') {
+                text = text.replace(part, "(a connection string)");
+            }
+        }
+    }
+    eprint!("{text}");
+    std::process::exit(i32::from(ErrorKind::Usage.exit_code()))
+}
+
+/// A name in an error may hold escape sequences; line breaks are ours too.
+fn for_terminal(text: &str) -> String {
+    text.split('\n').map(walferry::observe::format::printable).collect::<Vec<_>>().join("\n")
 }

@@ -3,8 +3,10 @@
 //! It holds no truth about the target (I2) and no secret (I10); mode 0700.
 
 use std::fs::{File, TryLockError};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::crashsafe;
@@ -54,19 +56,25 @@ impl StateDirectory {
         StateDirectory { path: path.to_owned() }
     }
 
-    /// Makes the directory if needed, and locks it.
+    /// Makes the directory if needed, sees to it that it is for this user alone, and locks it.
     ///
     /// # Errors
-    /// `Blocked` when another process has it; `Other` when it cannot be made or written to.
+    /// `Blocked` when another process has it, it belongs to another user, or it is a symbolic link; `Other` when it cannot be
+    /// made or written to.
     pub fn lock(&self) -> Result<LockedDirectory> {
-        crashsafe::create_private_directory(&self.path).map_err(|error| {
+        // Without a slash at its end, which would follow a link.
+        let plain: PathBuf = self.path.components().collect();
+        refuse_a_link(&plain)?;
+        crashsafe::create_private_directory(&plain).map_err(|error| {
             error.hint("Choose a directory that this user may write to with --dir (or WALFERRY_DIR), on a disk with room for the queue.")
         })?;
+        make_private(&plain)?;
         let path = self.path.join("lock");
         let file = std::fs::OpenOptions::new()
             .create(true)
             .write(true)
             .truncate(false)
+            .mode(0o600)
             .open(&path)
             .context(|| format!("opening {}", path.display()))
             .map_err(|error| error.hint("The state directory must be writable for the user who runs walferry."))?;
@@ -146,6 +154,54 @@ impl StateDirectory {
     fn identity_file(&self) -> PathBuf {
         self.path.join("migration.json")
     }
+}
+
+/// A link could be turned to another place while the migration runs.
+fn refuse_a_link(path: &Path) -> Result<()> {
+    if !path.is_symlink() {
+        return Ok(());
+    }
+    let to = std::fs::canonicalize(path).map_or_else(|_| "nothing".to_owned(), |path| path.display().to_string());
+    Err(Error::new(ErrorKind::Blocked, format!("the state directory {} is a symbolic link", path.display()))
+        .hint(format!("Give the directory itself with --dir: it points to {to}.")))
+}
+
+/// Refuses a directory of another user. Takes what others may do with ours away, where nobody can be using it for anything
+/// else: it is empty, or a migration's already.
+fn make_private(path: &Path) -> Result<()> {
+    let doing = || format!("opening the state directory {}", path.display());
+    // One and the same directory is looked at and changed, whatever its name stands for meanwhile.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from).context(doing)?;
+    let found = rustix::fs::fstat(&directory).map_err(std::io::Error::from).context(doing)?;
+    if found.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(Error::new(
+            ErrorKind::Blocked,
+            format!("the state directory {} belongs to another user (uid {})", path.display(), found.st_uid),
+        )
+        .hint("Run walferry as that user, or choose a directory of your own with --dir."));
+    }
+    let mode = found.st_mode & 0o777;
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    let names = std::fs::read_dir(path).context(doing)?.map(|entry| entry.map(|entry| entry.file_name()));
+    let names = names.collect::<std::io::Result<Vec<_>>>().context(doing)?;
+    // The root of a file system of its own has that one.
+    let is_free = names.iter().all(|name| name == "lost+found") || names.iter().any(|name| name == "migration.json");
+    if !is_free {
+        return Err(Error::new(
+            ErrorKind::Blocked,
+            format!(
+                "the state directory {} is open to others (mode {mode:04o}), and has files that are not walferry's",
+                path.display()
+            ),
+        )
+        .hint("Choose a directory with --dir that is not there yet, or is empty."));
+    }
+    rustix::fs::fchmod(&directory, Mode::RWXU).map_err(std::io::Error::from).context(doing)?;
+    tracing::warn!("the state directory {} was open to others (mode {mode:04o}); it is 0700 now", path.display());
+    Ok(())
 }
 
 impl LockedDirectory {

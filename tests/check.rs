@@ -308,9 +308,10 @@ async fn transactions_that_the_slot_would_wait_for_are_named_without_their_state
     pair.as_app("CREATE TABLE t (id int PRIMARY KEY);").await;
     run(&source, "BEGIN; INSERT INTO t VALUES (4711); PREPARE TRANSACTION 'it''s'").await;
     let report = pair.check().await;
-    assert_eq!(codes(&report, Severity::Blocker), ["prepared-transactions"], "{report}");
+    assert!(codes(&report, Severity::Warning).contains(&"prepared-transactions"), "{report}");
+    assert!(report.ready(), "it is waited for: {report}");
     assert!(!report.to_string().contains("4711"));
-    pair.is_mended_by_its_fix(Severity::Blocker, "prepared-transactions").await;
+    pair.is_mended_by_its_fix(Severity::Warning, "prepared-transactions").await;
     // app sees no other role's sessions, and says so.
     pair.is_mended_by_its_fix(Severity::Info, "sessions-hidden").await;
 }
@@ -329,6 +330,13 @@ async fn what_an_earlier_migration_left_is_named_unless_it_is_resumed() {
     let (from, to) = (spec(&pair.source, "app", "shop"), spec(&pair.target, "app", "shop"));
     let resumed = check::run(&Inputs { resuming: true, ..inputs(&from, &to) }).await.unwrap();
     assert!(resumed.ready() && resumed.findings.iter().all(|finding| finding.code != "leftovers"), "{resumed}");
+}
+
+#[tokio::test]
+async fn a_schema_of_the_ledgers_name_that_is_not_the_ledger_blocks() {
+    let pair = Pair::start(&[]).await;
+    pair.as_app("CREATE SCHEMA walferry; CREATE TABLE walferry.migration (id int PRIMARY KEY);").await;
+    pair.is_mended_by_its_fix(Severity::Blocker, "schema-walferry").await;
 }
 
 #[tokio::test]

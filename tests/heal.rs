@@ -98,6 +98,13 @@ async fn after_a_lost_slot_a_resync_copies_only_what_differs() {
     let after: String = migration.target().await.query_one(applied, &[]).await.unwrap().get(0);
     assert_eq!(before, after, "something was applied past the gap");
 
+    // Nor what becomes of a table meanwhile.
+    source.batch_execute("ALTER TABLE app.heavy ADD COLUMN extra integer NOT NULL DEFAULT 7").await.unwrap();
+    let refused = resync(&migration).wait().await;
+    refused.assert_refused(1, &["column \"extra\" integer was added", "ADD COLUMN \"extra\" integer"]);
+    let mended = "ALTER TABLE app.heavy ADD COLUMN extra integer NOT NULL DEFAULT 7";
+    migration.target().await.batch_execute(mended).await.unwrap();
+
     let mut running = resync(&migration);
     ready(&migration, &mut running).await;
     let again = copied_again(&migration).await;

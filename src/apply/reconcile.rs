@@ -53,7 +53,10 @@ pub async fn reconcile(source: &Client, target: &Client, layout: &Layout, change
         plan.compare(&columns, on_source.as_ref(), on_target, &root);
     }
     let key = plan.key(&columns, current.as_ref(), on_target.as_ref());
-    plan.finish(&format!("transaction {} that commits at {} finds ", change.head.xid, change.head.commit_lsn))?;
+    plan.finish(
+        &format!("transaction {} that commits at {} finds ", change.head.xid, change.head.commit_lsn),
+        "Everything before the change is on the target, and nothing of it.",
+    )?;
 
     let is_current = current.as_ref().is_some_and(|current| is_as_announced(current, announced));
     let table = Table {
@@ -121,7 +124,7 @@ pub async fn redefine(source: &Client, target: &Client, tables: &[&Table], binar
             plan.compare_names(table, on_source.as_ref(), on_target, &root);
         }
         plan.key(&table.columns, Some(table), on_target.as_ref());
-        plan.finish("comparing again: ")?;
+        plan.finish("comparing again: ", "Nothing has been changed yet.")?;
         let fingerprint = catalogs.dealt_with(source, target, before, table, true).await?;
         redefined.push(Redefinition { routing: Routing::of(table), table: table.clone(), fingerprint });
     }
@@ -440,13 +443,13 @@ impl<'a> Plan<'a> {
     }
 
     /// Nothing left to do, or the error that says what.
-    fn finish(self, whoever: &str) -> Result<()> {
+    fn finish(self, whoever: &str, so_far: &str) -> Result<()> {
         if self.statements.is_empty() && self.obstacles.is_empty() {
             return Ok(());
         }
         let what = if self.differences.is_empty() { "it has changed".to_owned() } else { self.differences.join(", ") };
         let text = format!("{whoever}{} changed on the source: {what}", self.before.qualified());
-        let mut hint = "Everything before the change is on the target, and nothing of it.".to_owned();
+        let mut hint = so_far.to_owned();
         for obstacle in &self.obstacles {
             hint.push_str(&format!(" No statement mends this: {obstacle}."));
         }

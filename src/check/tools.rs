@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use super::report::{Finding, Severity, Side};
+use crate::connection::SECRET_VARIABLES;
 use crate::error::{Error, ErrorKind, Result};
 
 /// `pg_dump` and `pg_restore` of one version, from one directory.
@@ -109,7 +110,13 @@ fn major_of(program: &Path) -> Option<u32> {
     if !program.is_file() {
         return None;
     }
-    let output = Command::new(program).arg("--version").stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    let mut command = Command::new(program);
+    command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null());
+    // Whatever program stands there gets no password.
+    for variable in SECRET_VARIABLES {
+        command.env_remove(variable);
+    }
+    let output = command.output().ok()?;
     output.status.success().then(|| parse_major(&String::from_utf8_lossy(&output.stdout))).flatten()
 }
 

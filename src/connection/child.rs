@@ -71,6 +71,7 @@ impl ChildEnvironment {
 
     /// Gives a command this environment, and none of the parent's own variables for libpq.
     pub fn apply<'a>(&self, command: &'a mut tokio::process::Command) -> &'a mut tokio::process::Command {
+        without_secrets(command);
         for variable in KEYWORDS.iter().filter_map(|keyword| keyword.variable) {
             command.env_remove(variable);
         }
@@ -80,6 +81,17 @@ impl ChildEnvironment {
         }
         command.envs(self.variables())
     }
+}
+
+/// Variables of our own environment that can hold a password.
+pub(crate) const SECRET_VARIABLES: [&str; 3] = ["PGPASSWORD", "WALFERRY_SOURCE", "WALFERRY_TARGET"];
+
+/// Takes away what the parent's environment may hold of passwords: a child that needs one gets it in another way (I10).
+pub(crate) fn without_secrets(command: &mut tokio::process::Command) -> &mut tokio::process::Command {
+    for variable in SECRET_VARIABLES {
+        command.env_remove(variable);
+    }
+    command
 }
 
 /// An anonymous file that only this user can open, through `/proc`.

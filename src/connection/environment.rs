@@ -112,7 +112,7 @@ fn account() -> Option<(String, PathBuf)> {
 }
 
 /// The parameters of one `[section]`; `None` where there is no such section.
-fn service_section(text: &str, service: &str, path: &Path) -> Result<Option<Parameters>> {
+pub(super) fn service_section(text: &str, service: &str, path: &Path) -> Result<Option<Parameters>> {
     let wrong = |line: usize, problem: &str| {
         Error::new(ErrorKind::Usage, format!("line {line} of the service file {} {problem}", path.display()))
     };
@@ -156,8 +156,12 @@ pub(super) fn password_from_file(path: &Path, fields: [&str; 4]) -> Option<Strin
         tracing::warn!(path = %path.display(), "the password file is readable by others and is passed over: chmod 0600");
         return None;
     }
-    let text = std::fs::read(path).ok()?;
-    text.split(|&byte| byte == b'\n').find_map(|line| {
+    password_in(&std::fs::read(path).ok()?, fields)
+}
+
+/// The password in the first line of a password file's content that fits.
+pub(super) fn password_in(content: &[u8], fields: [&str; 4]) -> Option<String> {
+    content.split(|&byte| byte == b'\n').find_map(|line| {
         let line = std::str::from_utf8(line).ok()?;
         let line = line.strip_suffix('\r').unwrap_or(line);
         if line.starts_with('#') {

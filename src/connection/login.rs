@@ -132,8 +132,23 @@ impl From<Error> for Failure {
 /// Opens a session: tries the hosts in order, and logs in to the first that is what `target_session_attrs` wants.
 ///
 /// As in libpq, a server that cannot be reached or is not ready is passed over, and one that refuses the login ends it.
+///
+/// A password that a command printed may have been replaced between its run and the login: a refused one is asked for again,
+/// and tried again where it is another.
 pub(crate) async fn open<S: Session>(spec: &ConnectionSpec, application_name: &str) -> Result<S> {
     let from_command = spec.password_from_command().await?;
+    let refused = match open_with(spec, application_name, from_command.as_deref()).await {
+        Err(error) if from_command.is_some() && error.sqlstate() == Some(&SqlState::INVALID_PASSWORD) => error,
+        outcome => return outcome,
+    };
+    let newer = spec.password_from_command().await?;
+    if newer == from_command {
+        return Err(refused);
+    }
+    open_with(spec, application_name, newer.as_deref()).await
+}
+
+async fn open_with<S: Session>(spec: &ConnectionSpec, application_name: &str, from_command: Option<&str>) -> Result<S> {
     let passes: &[Wanted] = match spec.wanted {
         Wanted::PreferStandby => &[Wanted::Standby, Wanted::Any],
         Wanted::Any => &[Wanted::Any],
@@ -147,7 +162,7 @@ pub(crate) async fn open<S: Session>(spec: &ConnectionSpec, application_name: &s
             let login = Login {
                 user: spec.user.clone(),
                 database: spec.database.clone(),
-                password: spec.password_for(host, from_command.as_deref()),
+                password: spec.password_for(host, from_command),
                 options: spec.options(),
                 application_name: application_name.to_owned(),
                 channel_binding: spec.channel_binding,

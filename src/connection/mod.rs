@@ -14,15 +14,19 @@
 mod certificate;
 mod child;
 mod environment;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod keywords;
 mod login;
 mod parse;
+mod password_command;
 mod settings;
 mod spec;
 mod stream;
 mod tls;
 
 pub use child::ChildEnvironment;
+pub(crate) use child::{SECRET_VARIABLES, without_secrets};
 pub(crate) use login::{ChannelBindingPolicy, Login, Session, no_password, open};
 pub use spec::ConnectionSpec;
 pub(crate) use stream::Stream;

@@ -14,16 +14,13 @@ use super::keywords::{KEYWORDS, Treatment};
 use super::login::{self, ChannelBindingPolicy};
 use super::stream::Keepalive;
 use super::tls::TlsSettings;
-use super::{parse, settings};
+use super::{parse, password_command, settings};
 use crate::error::{Error, ErrorKind, Result};
 
 const DEFAULT_PORT: u16 = 5432;
 
 /// libpq waits for ever; a server that does not answer should not look like one that is slow.
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A command that asks a token service takes seconds; one that waits for a person has none to answer it.
-const PASSWORD_COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where packages put the socket: Debian's first, then PostgreSQL's own default.
 const SOCKET_DIRECTORIES: [&str; 2] = ["/var/run/postgresql", "/tmp"];
@@ -106,6 +103,9 @@ impl ConnectionSpec {
     }
 
     /// Takes the password from a shell command, run at every connect: what it prints, without the newline at its end.
+    ///
+    /// A command that fails, or does not end within a minute, is [`ErrorKind::Transient`]: what it asks may be away. One that
+    /// cannot be run or prints no password is [`ErrorKind::Usage`].
     #[must_use]
     pub fn with_password_command(mut self, command: String) -> ConnectionSpec {
         self.password_command = Some(command);
@@ -152,7 +152,7 @@ impl ConnectionSpec {
     /// What a child process such as `pg_dump` needs to make the same connection.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] when the password command fails, [`ErrorKind::Other`] when the memory file cannot be made.
+    /// What [`ConnectionSpec::with_password_command`] says of the command, [`ErrorKind::Other`] when the memory file cannot be made.
     pub async fn child_environment(&self, application_name: &str) -> Result<ChildEnvironment> {
         ChildEnvironment::new(self, application_name).await
     }
@@ -167,30 +167,11 @@ impl ConnectionSpec {
         environment::password_from_file(path, [&name, &port, &self.database, &self.user])
     }
 
-    /// Runs the password command, if there is one.
+    /// Runs the password command, if there is one; what can go wrong says [`password_command::run`].
     pub(super) async fn password_from_command(&self) -> Result<Option<String>> {
         let Some(command) = &self.password_command else { return Ok(None) };
-        // What the command prints on stderr goes to ours: it may be what the operator has to do.
-        let failed = |problem: String| {
-            Error::new(ErrorKind::Usage, format!("the password command for {} {problem}", self.describe()))
-                .hint("run it by hand: it has to print the password on its standard output and exit with 0")
-        };
-        let mut process = tokio::process::Command::new("sh");
-        process.arg("-c").arg(command).stdin(std::process::Stdio::null()).stderr(std::process::Stdio::inherit());
-        let output = tokio::time::timeout(PASSWORD_COMMAND_TIMEOUT, process.kill_on_drop(true).output())
-            .await
-            .map_err(|_| failed(format!("did not end within {} s", PASSWORD_COMMAND_TIMEOUT.as_secs())))?
-            .map_err(|error| failed(format!("cannot be run: {error}")))?;
-        if !output.status.success() {
-            return Err(failed(format!("ended with {}", output.status)));
-        }
-        let password = String::from_utf8(output.stdout).map_err(|_| failed("printed what is not UTF-8".to_owned()))?;
-        let password = password.strip_suffix('\n').unwrap_or(&password);
-        let password = password.strip_suffix('\r').unwrap_or(password);
-        if password.is_empty() || password.contains('\0') {
-            return Err(failed("printed nothing that can be a password".to_owned()));
-        }
-        Ok(Some(password.to_owned()))
+        let password = password_command::run(command, password_command::TIMEOUT).await;
+        password.map(Some).map_err(|error| error.context(format!("the password command for {}", self.describe())))
     }
 
     /// The start-up parameter `options`.

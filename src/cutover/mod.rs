@@ -11,13 +11,14 @@
 //! | fence | our session has locked every migrated table against writes, and waited for those in flight; applications wait |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
-//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); no change came between the markers, so nothing slipped through the fence |
+//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
 //! | switch | the lock session has proved that it still holds its locks; one synchronous commit on the target decides |
 //!
 //! What is done to the source stands in the ledger before it is done, so that after a crash [`lift_left_over_fence`] undoes it.
 
 mod fence;
 mod sequences;
+mod unique;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -115,13 +116,14 @@ impl Cutover<'_> {
         let begin = timer.within(async {
             let source = self.source.connect(self.application_name).await?;
             let target = self.target.connect(self.application_name).await?;
-            // A session of its own for the last look at the catalog, made while nobody waits.
+            // Sessions of their own for the last look at the catalog and the constraints, made while nobody waits.
             let inspector = self.source.connect(self.application_name).await?;
+            let checker = self.target.connect(self.application_name).await?;
             let before = ledger::fingerprint(&target).await?;
             self.preconditions(&source, &target, &before, options).await?;
-            Ok((source, target, inspector, before))
+            Ok((source, target, inspector, checker, before))
         });
-        let (source, target, inspector, before) = begin.await.map_err(untouched)?;
+        let (source, target, inspector, checker, before) = begin.await.map_err(untouched)?;
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&source, &timer)
             .await
@@ -132,10 +134,14 @@ impl Cutover<'_> {
                         .hint("Nothing was touched. Try again when `walferry status` shows little lag, or give more time with --timeout."),
                 )
             })?;
+        // As for the backlog: what can be known before applications wait is looked at before.
+        let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        timer.within(unique::hold(&checker, &tables)).await.map_err(untouched)?;
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
-        let outcome = self.switch((&source, &inspector), &target, &mut fence, (&before, options), &mut timer).await;
+        let outcome =
+            self.switch((&source, &inspector), (&target, &checker), &mut fence, (&before, options), &mut timer).await;
         match outcome {
             Ok((cutover_lsn, sequences_synced)) => {
                 // Decided: what is left to do takes nothing back.
@@ -212,7 +218,7 @@ impl Cutover<'_> {
     async fn switch(
         &self,
         (source, inspector): (&Client, &Client),
-        target: &Client,
+        (target, checker): (&Client, &Client),
         fence: &mut Fence<'_>,
         (before, options): (&BTreeMap<String, String>, &Options),
         timer: &mut Timer<'_>,
@@ -232,9 +238,10 @@ impl Cutover<'_> {
                 self.drain(source, timer),
                 self.nothing_escaped(inspector, before, options),
                 self.insert_only_tables_are_equal(),
+                unique::hold(checker, &tables),
             )
         });
-        let (synced, second, (), ()) = settled.await?;
+        let (synced, second, (), (), ()) = settled.await?;
         if second.changes != first.changes {
             let count = second.changes - first.changes;
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))

@@ -125,9 +125,12 @@ pub(super) async fn lift_fence(config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// A process that was told to stop has seconds, and a server that does not answer takes all of them.
+const LIFT_AT_THE_END: Duration = Duration::from_secs(3);
+
 /// The same at the end of the process, when it cannot wait. Done at the next start when it cannot be done now.
 pub(super) async fn lift_fence_if_possible(config: &Config) {
-    match tokio::time::timeout(Duration::from_secs(5), lift_fence(config)).await {
+    match tokio::time::timeout(LIFT_AT_THE_END, lift_fence(config)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "could not look for a fence that was left over"),
         Err(_) => tracing::debug!("looking for a fence that was left over took too long"),

@@ -162,20 +162,23 @@ impl Running {
                 "Give a --source that is the migration's own, or a physical copy of it such as a promoted standby.",
             ));
         }
-        let recorded: Vec<Table> =
-            ledger::tables(&self.target().await?).await?.into_iter().map(|entry| entry.table).collect();
-        let published = still_there(&recorded, catalog::tables(&source).await?)?;
-        self.board.event(
-            Level::Info,
-            "making a new slot; this waits for every transaction that is open on the source, then every table is compared",
-        );
+        let mut target = self.target().await?;
+        let recorded: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
+        let recorded: Vec<&Table> = recorded.iter().collect();
+        let tables = reconcile::redefine(&source, &target, &recorded, migration.binary).await?;
+        let published: Vec<Table> = tables.iter().map(|table| table.table.clone()).collect();
+        self.board.event(Level::Info, "a new slot is made, then every table is compared");
         slot::drop(&source, &migration.slot).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
-        let new = slot::create(&self.config.source, &self.application_name, &migration.slot).await?;
+        let new = self.make_slot(&source, &migration.slot).await?;
         snapshot::import(&source, &new.snapshot.name).await?;
-        still_there(&recorded, catalog::tables(&source).await?)?;
+        let (before, mut after) = (identities(&published), identities(&catalog::tables(&source).await?));
+        after.retain(|relid, _| before.contains_key(relid));
         source.batch_execute("COMMIT").await?;
+        if before != after {
+            return Err(Error::new(ErrorKind::Transient, "the source's tables changed while the slot was made"));
+        }
 
         let queue = queue_name(new.consistent_point);
         let resynced = Resynced {
@@ -183,12 +186,13 @@ impl Running {
             snapshot: &new.snapshot.data,
             source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
             queue: &queue,
+            tables: &tables,
         };
         self.make_way_for_queue(&queue, migration)?;
-        ledger::record_resynced(&mut self.target().await?, &resynced).await?;
+        ledger::record_resynced(&mut target, &resynced).await?;
         self.board.event(
             Level::Info,
-            format!("slot {} at {}: {} tables to compare", migration.slot, new.consistent_point, recorded.len()),
+            format!("slot {} at {}: {} tables to compare", migration.slot, new.consistent_point, tables.len()),
         );
         Ok(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false })
     }
@@ -211,26 +215,4 @@ fn recopy(tables: &[&Table]) -> String {
 /// A name that no queue before has had: each begins later than every one before it.
 fn queue_name(consistent_point: Lsn) -> String {
     format!("{FIRST_QUEUE}-{}", consistent_point.to_string().replace('/', "-"))
-}
-
-/// The migrated tables as they are now. What has come since is for the comparison of catalogs to say (I11).
-///
-/// # Errors
-/// `SchemaChanged` when one is gone, or has other columns or another key.
-fn still_there(recorded: &[Table], now: Vec<Table>) -> Result<Vec<Table>> {
-    let (before, mut after) = (identities(recorded), identities(&now));
-    after.retain(|relid, _| before.contains_key(relid));
-    let changed: Vec<String> = before
-        .iter()
-        .filter(|(relid, table)| after.get(relid) != Some(table))
-        .map(|(_, (name, ..))| name.clone())
-        .collect();
-    if changed.is_empty() {
-        return Ok(now.into_iter().filter(|table| before.contains_key(&table.relid)).collect());
-    }
-    let text =
-        format!("these tables were dropped or changed on the source since they were recorded: {}", changed.join(", "));
-    Err(Error::new(ErrorKind::SchemaChanged, text).hint(
-        "Undo the change on the source, then run the same command again; or start the migration anew: `walferry clean`, then `walferry migrate`.",
-    ))
 }

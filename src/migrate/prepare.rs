@@ -4,6 +4,7 @@
 //! snapshot is in the ledger (H1), and only the snapshot's session can be missing.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::time::Duration;
 
 use super::Running;
@@ -75,8 +76,7 @@ impl Running {
         let published = catalog::tables(&source).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
-        self.board.event(Level::Info, "making the slot; this waits for every transaction that is open on the source");
-        let new = slot::create(&self.config.source, &self.application_name, &migration.slot).await?;
+        let new = self.make_slot(&source, &migration.slot).await?;
 
         snapshot::import(&source, &new.snapshot.name).await?;
         let tables = catalog::tables(&source).await?;
@@ -115,6 +115,47 @@ impl Running {
             format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),
         );
         Ok(Some(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false }))
+    }
+}
+
+/// How often it is looked who keeps the slot waiting.
+const WAIT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Transactions with an id, in every database: what the making of a slot waits for. The oldest first.
+const OPEN_TRANSACTIONS: &str = "SELECT format('transaction of pid %s (%s, %s, database %s)', pid, coalesce(usename, backend_type), \
+             coalesce(nullif(application_name, ''), 'unnamed'), datname) AS what, xact_start AS since \
+         FROM pg_catalog.pg_stat_activity WHERE backend_xid IS NOT NULL AND application_name <> $1 \
+     UNION ALL SELECT format('prepared transaction %L (%s, database %s)', gid, owner, database), prepared \
+         FROM pg_catalog.pg_prepared_xacts ORDER BY since";
+
+impl Running {
+    /// Makes the slot, and says meanwhile whom that waits for; `source` is a session that is free for it.
+    pub(super) async fn make_slot(&self, source: &tokio_postgres::Client, name: &str) -> Result<slot::NewSlot> {
+        self.board.event(Level::Info, "making the slot; this waits for every transaction that is open on the source");
+        tokio::select! {
+            new = slot::create(&self.config.source, &self.application_name, name) => new,
+            never = self.name_what_is_waited_for(source) => match never {},
+        }
+    }
+
+    /// Says whom the slot waits for, whenever it is somebody else: an operator can end a forgotten transaction.
+    async fn name_what_is_waited_for(&self, source: &tokio_postgres::Client) -> Infallible {
+        const SHOWN: usize = 3;
+        let mut said = String::new();
+        loop {
+            tokio::time::sleep(WAIT_INTERVAL).await;
+            // Only a help: whatever is wrong with this connection, the making of the slot meets too.
+            let Ok(open) = source.query(OPEN_TRANSACTIONS, &[&self.application_name]).await else { continue };
+            let mut names: Vec<String> = open.iter().take(SHOWN).map(|row| row.get(0)).collect();
+            if open.len() > SHOWN {
+                names.push(format!("{} more", open.len() - SHOWN));
+            }
+            let names = names.join(", ");
+            if !names.is_empty() && names != said {
+                self.board.event(Level::Warn, format!("the slot waits for the end of: {names}"));
+                said = names;
+            }
+        }
     }
 }
 

@@ -3,18 +3,27 @@
 //! What is served holds no secret and no row (invariant I10), but whoever reaches the address reads it: the default
 //! is the loopback interface.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::routing::get;
+use axum::serve::Listener;
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
+use tokio::time::Sleep;
 
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::metrics;
 use crate::observe::status::{Level, Phase};
@@ -63,6 +72,7 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
     // A port of 0 is chosen by the system: only this says which.
     board.event(Level::Info, format!("metrics are at http://{address}/metrics"));
     let app = router(Served { board, metrics });
+    let listener = Bounded { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
     let task = tokio::spawn(async move {
         // It accepts until it is dropped; an error of one connection does not end it.
         if let Err(error) = axum::serve(listener, app).await {
@@ -78,7 +88,74 @@ struct Served {
     metrics: PrometheusHandle,
 }
 
-type Response = (StatusCode, [(HeaderName, &'static str); 2], String);
+/// A migration is worth more than its metrics: those who never finish a request must not use up its files and memory. Others
+/// wait in the kernel's queue until there is a place.
+const CONNECTIONS_MAX: usize = 16;
+
+/// How long a connection may live. Each serves one request.
+const CONNECTION_TIME_MAX: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(10) };
+
+/// Accepts so many connections at once, each for so long.
+struct Bounded {
+    listener: TcpListener,
+    places: Arc<Semaphore>,
+}
+
+impl Listener for Bounded {
+    type Io = Limited;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Limited, SocketAddr) {
+        // Never closed; if it were, nobody would be counted any more.
+        let place = Arc::clone(&self.places).acquire_owned().await.ok();
+        // Waits and tries again where there are no files left.
+        let (stream, address) = Listener::accept(&mut self.listener).await;
+        (Limited { stream, end: Box::pin(tokio::time::sleep(CONNECTION_TIME_MAX)), _place: place }, address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// A connection that breaks when its time is up.
+struct Limited {
+    stream: TcpStream,
+    end: Pin<Box<Sleep>>,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl Limited {
+    /// The stream, while there is time.
+    fn stream(&mut self, cx: &mut Context<'_>) -> io::Result<Pin<&mut TcpStream>> {
+        match self.end.as_mut().poll(cx) {
+            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
+            Poll::Pending => Ok(Pin::new(&mut self.stream)),
+        }
+    }
+}
+
+impl AsyncRead for Limited {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.stream(cx)?.poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Limited {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.stream(cx)?.poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream(cx)?.poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream(cx)?.poll_shutdown(cx)
+    }
+}
+
+type Response = (StatusCode, [(HeaderName, &'static str); 3], String);
 
 /// A method other than GET and HEAD on these paths is 405 by axum's own doing.
 fn router(served: Served) -> Router {
@@ -117,13 +194,18 @@ async fn not_found() -> Response {
 }
 
 fn response(code: StatusCode, content_type: &'static str, body: String) -> Response {
-    (code, [(header::CONTENT_TYPE, content_type), (header::CACHE_CONTROL, "no-store")], body)
+    let headers = [
+        (header::CONTENT_TYPE, content_type),
+        (header::CACHE_CONTROL, "no-store"),
+        // A place that is kept for the next scrape is one that somebody else waits for.
+        (header::CONNECTION, "close"),
+    ];
+    (code, headers, body)
 }
 
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpStream;
 
     use super::*;
     use crate::observe::metrics::tests::{assert_every_metric_is_in, parse};
@@ -196,6 +278,48 @@ mod tests {
             }
         }
         assert_eq!(request(&server, "HEAD", "/metrics").await.0, 200);
+    }
+
+    #[tokio::test]
+    async fn those_who_never_finish_a_request_are_few_and_go() {
+        let server = start(&StatusBoard::new()).await;
+        let mut slow = Vec::new();
+        for begun in ["", "G", "GET /metrics HTTP/1.1\r\nHost: x\r\nX: "].into_iter().cycle().take(3 * CONNECTIONS_MAX)
+        {
+            let mut stream = TcpStream::connect(server.address()).await.unwrap();
+            stream.write_all(begun.as_bytes()).await.unwrap();
+            slow.push(stream);
+        }
+        // Asked behind them all, and answered once the first of them have had their time.
+        assert_eq!(request(&server, "GET", "/healthz").await.0, 200);
+        let mut first = slow.remove(0);
+        let mut nothing = Vec::new();
+        let _ = first.read_to_end(&mut nothing).await;
+        assert!(nothing.is_empty(), "{nothing:?}");
+    }
+
+    #[tokio::test]
+    async fn a_huge_request_is_cut_off_and_another_served() {
+        let server = start(&StatusBoard::new()).await;
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: ").await.unwrap();
+        let sent = async {
+            let piece = [b'x'; 64 * 1024];
+            let mut bytes = 0;
+            while stream.write_all(&piece).await.is_ok() {
+                bytes += piece.len();
+            }
+            bytes
+        };
+        let bytes = sent.await;
+        assert!(bytes < 16 << 20, "{bytes} bytes of a header were read");
+        assert_eq!(request(&server, "GET", "/healthz").await.0, 200);
+        let body = "GET /status HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\nabc";
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        stream.write_all(body.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
     #[tokio::test]

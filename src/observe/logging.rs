@@ -111,7 +111,16 @@ where
         } else {
             write!(writer, "{time}Z {name} ")?;
         }
-        context.format_fields(writer.by_ref(), event)?;
+        // A name of a database may hold line breaks: what looks like a line of the log must be one.
+        let mut fields = String::new();
+        context.format_fields(Writer::new(&mut fields), event)?;
+        for letter in fields.chars() {
+            if letter.is_control() {
+                write!(writer, "{}", letter.escape_default())?
+            } else {
+                writer.write_char(letter)?
+            }
+        }
         writeln!(writer)
     }
 }
@@ -215,6 +224,13 @@ mod tests {
         let name = "a\x1b[2Jb\u{9b}c";
         let text = logged(LogFormat::Text, false, None, || tracing::info!(name, "copied {name}"));
         assert!(!text.contains(['\x1b', '\u{9b}']), "{text:?}");
+    }
+
+    #[test]
+    fn a_name_from_a_database_cannot_write_a_line_of_the_log() {
+        let name = "a\n2026-11-20T10:16:16Z info  cut over\r";
+        let text = logged(LogFormat::Text, true, None, || tracing::info!("copied {name}"));
+        assert_eq!(text.lines().count(), 1, "{text:?}");
     }
 
     #[test]

@@ -28,14 +28,16 @@ pub struct Examined {
 /// # Errors
 /// [`ErrorKind::Disk`](crate::error::ErrorKind::Disk) when a file cannot be read at all.
 pub fn examine(directory: &Path, after: Lsn) -> Result<Examined> {
-    let file_system = RealFileSystem;
+    examine_on(&RealFileSystem, directory, after)
+}
+
+pub(super) fn examine_on(file_system: &dyn FileSystem, directory: &Path, after: Lsn) -> Result<Examined> {
     let listing = |error| disk_error(error, format!("looking for the queue's segments in {}", directory.display()));
-    let mut sequences: Vec<u64> = if directory.is_dir() {
-        let names = file_system.list(directory).map_err(listing)?;
-        names.iter().filter_map(|name| sequence_of(name)).collect()
-    } else {
-        Vec::new()
+    let names = match file_system.list(directory) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        names => names.map_err(listing)?,
     };
+    let mut sequences: Vec<u64> = names.iter().filter_map(|name| sequence_of(name)).collect();
     sequences.sort_unstable();
     let mut examination = Examination { labels: BTreeSet::new(), complete: true, damaged: false, end: Lsn::ZERO };
     let mut segments = Vec::with_capacity(sequences.len());

@@ -67,8 +67,10 @@ mod segment;
 mod state;
 mod writer;
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod faults;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 #[cfg(test)]
 mod model;
 #[cfg(test)]

@@ -148,6 +148,12 @@ fn cut_what_was_taken_back(directory: &Path, found: &mut [Found]) -> Result<()> 
         let (Some(segment), Some(next)) = (before.last_mut(), after.first()) else { continue };
         let path = segment_path(directory, segment.header.sequence);
         let counted = next.header.previous_bytes;
+        if counted < SEGMENT_HEADER_BYTES {
+            // Cut there, it would lose its own header.
+            let (path, from, up_to) =
+                (segment_path(directory, next.header.sequence), segment.header.first_lsn, next.header.first_lsn);
+            return Err(corrupt(&path, 0, from, up_to, "it says that the segment before it had no header"));
+        }
         if segment.length < counted {
             let (from, up_to) = (segment.header.first_lsn, next.header.first_lsn);
             return Err(corrupt(&path, segment.length, from, up_to, "the file is shorter than it was"));

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 
+use super::examine::examine_on;
 use super::faults::FaultyFileSystem;
 use super::format::{BLOCK_HEADER_BYTES, FORMAT_VERSION, SEGMENT_HEADER_BYTES};
 use super::model::{BASE, append, block_on, end_of, item, small_options};
@@ -399,4 +400,72 @@ fn what_was_never_synced_may_reach_the_disk_in_any_order() {
     assert_eq!(queue.durable_end(), Lsn(BASE));
     append_durably(&mut appender, 0..3);
     assert_eq!(read_all(&mut queue.reader(Lsn(BASE)).unwrap()).unwrap(), items(0..3));
+}
+
+/// Transactions of three messages, each labelled with its own number, in blocks of one or a few.
+fn labelled_disk(count: u64) -> FaultyFileSystem {
+    let disk = FaultyFileSystem::new(1);
+    let (_queue, mut appender) = try_open(&disk, roomy()).unwrap();
+    for number in 0..count {
+        let head = TransactionHead { xid: 1, commit_lsn: Lsn(end_of(number).0 - 10), commit_time: 0 };
+        appender.begin(head).unwrap();
+        for message in 0..3 {
+            block_on(appender.ready()).unwrap();
+            // Nothing that compresses well, so that there is more than one segment.
+            let bytes = 90 * (1 + message * number as usize % 9);
+            let message: Vec<u8> = (0..bytes as u32).map(|at| (crc32c::crc32c(&at.to_le_bytes()) >> 7) as u8).collect();
+            appender.data(&message).unwrap();
+            appender.label(number as u32);
+        }
+        appender.commit(end_of(number)).unwrap();
+        if number % 3 == 0 {
+            block_on(appender.rewind()).unwrap();
+        }
+    }
+    drop(appender);
+    disk
+}
+
+#[test]
+fn what_a_damaged_queue_has_lost_is_named_or_said_to_be_unknown() {
+    const COUNT: u64 = 24;
+    let whole = labelled_disk(COUNT);
+    let all: std::collections::BTreeSet<u32> = (0..COUNT as u32).collect();
+    let look = |disk: &FaultyFileSystem, after: Lsn| examine_on(disk, Path::new("/q"), after).unwrap();
+    let found = look(&whole, Lsn(BASE));
+    assert_eq!((found.damaged, found.labels, found.end), (false, Some(all.clone()), end_of(COUNT - 1)));
+    // What is applied does not count, but for what shares a block with what is not.
+    let rest = look(&whole, end_of(COUNT - 3)).labels.unwrap();
+    assert!(rest.is_superset(&(COUNT as u32 - 2..COUNT as u32).collect()) && rest.len() < all.len(), "{rest:?}");
+
+    let (mut named, mut unknown) = (0, 0);
+    let segments: Vec<(PathBuf, Vec<u8>)> =
+        whole.names().into_iter().map(|path| (path.clone(), whole.content(&path))).collect();
+    assert!(
+        segments.len() > 2,
+        "{:?}",
+        segments.iter().map(|(path, content)| (path, content.len())).collect::<Vec<_>>()
+    );
+    for (path, content) in &segments {
+        for at in (0..content.len()).step_by(7) {
+            let mut flipped = content.clone();
+            flipped[at] ^= 1;
+            whole.set_content(path, flipped);
+            let found = look(&whole, Lsn(BASE));
+            match found.labels {
+                // Cut off as torn: the end says that it is not all.
+                Some(labels) if found.end < end_of(COUNT - 1) => assert!(!found.damaged && labels.is_subset(&all)),
+                Some(labels) => {
+                    assert_eq!(labels, all, "byte {at} of {}", path.display());
+                    named += u32::from(found.damaged);
+                }
+                None => unknown += 1,
+            }
+            whole.set_content(path, content[..at].to_vec());
+            let found = look(&whole, Lsn(BASE));
+            assert!(found.end < end_of(COUNT - 1) || found.labels.is_none(), "{} cut at {at}", path.display());
+        }
+        whole.set_content(path, content.clone());
+    }
+    assert!(named > 100 && unknown > 100, "{named} and {unknown}");
 }

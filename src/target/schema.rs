@@ -17,7 +17,7 @@ use tokio_postgres::Client;
 
 use super::ledger::{self, SchemaItem, Section};
 use crate::check::tools::Tools;
-use crate::connection::ConnectionSpec;
+use crate::connection::{ConnectionSpec, without_secrets};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
@@ -60,11 +60,12 @@ pub async fn dump(
                 .arg("--no-tablespaces")
                 .args(arguments)
                 .arg(&archive.0);
+            without_secrets(&mut command);
             command
         };
         let list = output_of(restore(&["--list"]), "pg_restore").await?;
         let script = output_of(restore(&["--verbose", "--file=-"]), "pg_restore").await?;
-        let entries = list.lines().filter_map(Entry::in_list).collect::<Vec<_>>();
+        let entries = list.lines().filter_map(Entry::in_list).collect();
         items.extend(split(section, &entries, &script, &mut relations)?);
     }
     Ok(items)
@@ -207,11 +208,13 @@ struct Entry {
 }
 
 impl Entry {
-    fn in_list(line: &str) -> Option<Entry> {
+    /// The entry, and what the list says of it: `CONSTRAINT public a a_pkey postgres`.
+    fn in_list(line: &str) -> Option<(Entry, &str)> {
         let (dump_id, rest) = line.split_once("; ")?;
         let mut numbers = rest.splitn(3, ' ');
         let (class, oid) = (numbers.next()?, numbers.next()?);
-        Some(Entry { dump_id: dump_id.parse().ok()?, class: class.parse().ok()?, oid: oid.parse().ok()? })
+        let entry = Entry { dump_id: dump_id.parse().ok()?, class: class.parse().ok()?, oid: oid.parse().ok()? };
+        Some((entry, numbers.next().unwrap_or_default()))
     }
 
     fn in_script(line: &str) -> Option<Entry> {
@@ -228,11 +231,11 @@ const CLASS_RELATION: u32 = 1259;
 /// name an entry of the list with its three numbers; then the header is there twice, and the dump is refused.
 fn split(
     section: Section,
-    entries: &[Entry],
+    entries: &HashMap<Entry, &str>,
     script: &str,
     relations: &mut BTreeMap<u32, u32>,
 ) -> Result<Vec<SchemaItem>> {
-    let mut expected: HashMap<Entry, bool> = entries.iter().map(|entry| (*entry, false)).collect();
+    let mut expected: HashMap<Entry, bool> = entries.keys().map(|entry| (*entry, false)).collect();
     // Where the header of each item begins and where its first line ends.
     let mut headers: Vec<(Entry, usize, usize)> = Vec::new();
     let (mut at, mut before) = (0, "");
@@ -257,7 +260,8 @@ fn split(
     let end = without_psql_commands_at_the_end(script);
     for (number, (entry, _, body)) in headers.iter().enumerate() {
         let until = headers.get(number + 1).map_or(end, |(_, next, _)| *next).max(*body);
-        let (dependencies, kind, name, statement) = read_item(&script[*body..until]);
+        let listed = entries.get(entry).copied().unwrap_or_default();
+        let (dependencies, kind, name, statement) = read_item(&script[*body..until], listed);
         if entry.class == CLASS_RELATION && kind == "TABLE" {
             relations.insert(entry.dump_id, entry.oid);
         }
@@ -270,7 +274,7 @@ fn split(
 }
 
 /// Reads what follows the first line of a header: the other comment lines, then the statement.
-fn read_item(text: &str) -> (Vec<u32>, String, String, String) {
+fn read_item(text: &str, listed: &str) -> (Vec<u32>, String, String, String) {
     let (mut dependencies, mut kind, mut name) = (Vec::new(), String::new(), String::new());
     let mut rest = text;
     while let Some((line, after)) = rest.split_once('\n') {
@@ -280,15 +284,26 @@ fn read_item(text: &str) -> (Vec<u32>, String, String, String) {
         if let Some(list) = comment.strip_prefix("Dependencies: ") {
             dependencies = list.split_whitespace().filter_map(|dump_id| dump_id.parse().ok()).collect();
         } else if let Some(fields) = comment.strip_prefix("Name: ") {
-            let (named, after) = fields.split_once("; Type: ").unwrap_or((fields, ""));
-            name = named.to_owned();
-            kind = after.split(';').next().unwrap_or_default().to_owned();
+            (name, kind) = name_and_kind(fields, listed);
         } else if comment.is_empty() {
             // The line that closes the header.
             break;
         }
     }
     (dependencies, kind, name, rest.trim_matches('\n').to_owned())
+}
+
+/// The name and the kind out of `t t_pkey; Type: CONSTRAINT; Schema: public; Owner: me`.
+///
+/// A name may itself read `x; Type: INDEX; `: the list of the archive, which begins with the kind, decides.
+fn name_and_kind(fields: &str, listed: &str) -> (String, String) {
+    let candidate = |(at, separator): (usize, &str)| {
+        let kind = fields[at + separator.len()..].split(';').next().unwrap_or_default();
+        let is_listed = listed.strip_prefix(kind).is_some_and(|rest| rest.starts_with(' '));
+        is_listed.then(|| (fields[..at].to_owned(), kind.to_owned()))
+    };
+    let found = fields.match_indices("; Type: ").filter_map(candidate).max_by_key(|(_, kind)| kind.len());
+    found.unwrap_or_else(|| (fields.to_owned(), String::new()))
 }
 
 /// Where the script ends for us: before `-- Completed on …` and the `\unrestrict` that newer versions write for psql.
@@ -331,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_script_is_cut_into_the_items_of_its_list() {
-        let entries: Vec<Entry> = LIST.lines().filter_map(Entry::in_list).collect();
+        let entries: HashMap<Entry, &str> = LIST.lines().filter_map(Entry::in_list).collect();
         assert_eq!(entries.len(), 5);
         let mut relations = BTreeMap::new();
         let items = split(Section::PreData, &entries, SCRIPT, &mut relations).unwrap();
@@ -351,8 +366,29 @@ mod tests {
     }
 
     #[test]
+    fn a_name_that_looks_like_the_rest_of_its_header_does_not_change_what_the_item_is() {
+        for (fields, listed, name, kind) in [
+            ("t; Type: TABLE; Schema: public; Owner: me", "TABLE public t me", "t", "TABLE"),
+            (
+                "x; Type: INDEX; Schema: s; Type: FK CONSTRAINT; Schema: public; Owner: me",
+                "FK CONSTRAINT public x; Type: INDEX; Schema: s me",
+                "x; Type: INDEX; Schema: s",
+                "FK CONSTRAINT",
+            ),
+            (
+                "x; Type: INDEX; y; Type: INDEX ATTACH; Schema: public; Owner: me",
+                "INDEX ATTACH public x; Type: INDEX; y me",
+                "x; Type: INDEX; y",
+                "INDEX ATTACH",
+            ),
+        ] {
+            assert_eq!(name_and_kind(fields, listed), (name.to_owned(), kind.to_owned()), "{fields}");
+        }
+    }
+
+    #[test]
     fn a_body_that_repeats_the_header_of_an_item_is_refused() {
-        let entries = [Entry { dump_id: 8, class: 1259, oid: 101 }];
+        let entries = HashMap::from([(Entry { dump_id: 8, class: 1259, oid: 101 }, "TABLE public t me")]);
         let twice = SCRIPT.replacen("entry 7 (class 1259 OID 100)", "entry 8 (class 1259 OID 101)", 1);
         assert!(split(Section::PreData, &entries, &twice, &mut BTreeMap::new()).is_err());
     }

@@ -181,8 +181,14 @@ async fn every_way_to_give_a_password_works_with_every_method() {
     assert_eq!(std::fs::read_to_string(&runs).unwrap().lines().count(), 2);
     std::fs::write(&file, "expired").unwrap();
     assert_eq!(refusal(&spec).await.sqlstate().map(|state| state.code()), Some("28P01"));
+    // Replaced while it was on its way: asked for again.
+    let once = format!("if mkdir {0}.d; then echo old; else cat {0}.new; fi", file);
+    std::fs::write(format!("{file}.new"), format!("{PASSWORD}\n")).unwrap();
+    assert!(without("user=scram").with_password_command(once).connect("rotated").await.is_ok());
     let broken = without("user=scram").with_password_command("exit 3".to_owned());
-    assert_eq!(refusal(&broken).await.kind(), ErrorKind::Usage);
+    assert_eq!(refusal(&broken).await.kind(), ErrorKind::Transient);
+    let missing = without("user=scram").with_password_command("/no/such/command".to_owned());
+    assert_eq!(refusal(&missing).await.kind(), ErrorKind::Usage);
 
     // A password file: the first line that fits, unless others can read it.
     let escaped = PASSWORD.replace('\\', "\\\\").replace(':', "\\:");

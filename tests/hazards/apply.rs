@@ -48,3 +48,46 @@ async fn h25_batches_do_not_change_the_catalog_and_rules_do_not_fire_again() {
     pair.same("SELECT * FROM t ORDER BY 1").await;
     pair.same("SELECT rulename, ev_enabled FROM pg_rewrite WHERE ev_class = 'public.ruled'::regclass ORDER BY 1").await;
 }
+
+#[tokio::test]
+async fn h19_a_deferrable_constraint_that_nobody_checked_stops_the_cutover() {
+    let pair = Pair::start().await;
+    pair.on_source(
+        "CREATE TABLE place (id int PRIMARY KEY, \"the position\" int UNIQUE DEFERRABLE INITIALLY DEFERRED); \
+         CREATE TABLE stay (id int PRIMARY KEY, during int4range, EXCLUDE USING gist (during WITH &&) DEFERRABLE); \
+         CREATE TABLE one (id int PRIMARY KEY, n int, UNIQUE NULLS NOT DISTINCT (n) DEFERRABLE); \
+         INSERT INTO place SELECT i, i FROM generate_series(1, 5) i; INSERT INTO place VALUES (6, NULL), (7, NULL); \
+         INSERT INTO one VALUES (1, NULL)",
+    )
+    .await;
+    let _walferry = pair.run(pair.migrate());
+    pair.following().await;
+    // What is only in the middle of a transaction against them goes through.
+    pair.on_source("UPDATE place SET \"the position\" = \"the position\" + 1; INSERT INTO stay VALUES (1, '[1,5)')")
+        .await;
+    pair.caught_up().await;
+    let cases = [
+        ("place", "(100, 50)", "INSERT INTO place VALUES (50, 50)", "have the same \"the position\""),
+        (
+            "stay",
+            "(100, '[10,20)')",
+            "INSERT INTO stay VALUES (2, '[15,16)')",
+            "against its constraint \"stay_during_excl\"",
+        ),
+        ("one", "(100, 7)", "UPDATE one SET n = 7", "two rows of \"public\".\"one\" on the target"),
+    ];
+    for (table, strange, on_source, words) in cases {
+        pair.on_target(&format!("INSERT INTO {table} VALUES {strange}")).await;
+        pair.on_source(on_source).await;
+        pair.caught_up().await;
+        let (code, said) = pair.cutover().await;
+        assert_eq!(code, 5, "{said}");
+        assert!(said.contains(words) && said.contains("--recopy"), "{said}");
+        pair.on_target(&format!("DELETE FROM {table} WHERE id = 100")).await;
+    }
+    let (code, said) = pair.cutover().await;
+    assert_eq!(code, 0, "{said}");
+    for table in ["place", "stay", "one"] {
+        pair.same(&format!("SELECT {table}::text FROM {table} ORDER BY 1")).await;
+    }
+}

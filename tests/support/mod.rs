@@ -54,12 +54,14 @@ impl Servers {
     pub async fn migration(&self, database: &str) -> Migration {
         for server in [&self.source, &self.target] {
             let administrator = server.connect("postgres").await.unwrap();
-            administrator.batch_execute(&format!("CREATE DATABASE {database}")).await.unwrap();
+            let quoted = database.replace('"', "\"\"");
+            administrator.batch_execute(&format!("CREATE DATABASE \"{quoted}\"")).await.unwrap();
         }
         Migration {
             source_url: self.source.url_for(database),
             target_url: self.target.url_for(database),
             files: tempfile::tempdir().unwrap(),
+            state: "state".to_owned(),
             environment: Vec::new(),
         }
     }
@@ -75,6 +77,8 @@ pub struct Migration {
     pub target_url: String,
     /// The state directory is in here, and what the processes wrote to standard error.
     files: tempfile::TempDir,
+    /// The state directory's name.
+    pub state: String,
     /// Variables that the program gets besides its usual ones.
     pub environment: Vec<(String, String)>,
 }
@@ -85,7 +89,7 @@ impl Migration {
     }
 
     pub fn directory(&self) -> PathBuf {
-        self.files.path().join("state")
+        self.files.path().join(&self.state)
     }
 
     fn dir(&self) -> String {
@@ -106,6 +110,10 @@ impl Migration {
         let mut all = vec!["migrate", "--source", &self.source_url, "--target", &self.target_url, "--dir", &dir];
         if !arguments.contains(&"--http-addr") {
             all.extend(["--http-addr", "off"]);
+        }
+        // The default is more than a test machine's disk may have free.
+        if !arguments.contains(&"--queue-max-bytes") {
+            all.extend(["--queue-max-bytes", "4GiB"]);
         }
         all.extend(arguments);
         Running::start(&all, &self.files(), &self.environment)

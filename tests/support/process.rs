@@ -46,10 +46,20 @@ pub struct Running {
 
 impl Running {
     pub fn start(arguments: &[&str], files: &Path, environment: &[(String, String)]) -> Running {
+        Running::start_program(Path::new(env!("CARGO_BIN_EXE_walferry")), arguments, files, environment)
+    }
+
+    /// Another program that becomes walferry.
+    pub fn start_program(
+        program: &Path,
+        arguments: &[&str],
+        files: &Path,
+        environment: &[(String, String)],
+    ) -> Running {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let (stdout, stderr) = (files.join(format!("{number}.out")), files.join(format!("{number}.err")));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
+        let mut command = Command::new(program);
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
             if (name.starts_with("PG") || name.starts_with("WALFERRY_")) && name != "WALFERRY_PG_BIN" {
@@ -68,6 +78,11 @@ impl Running {
         Running { child, stdout, stderr }
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id().expect("it runs")
+    }
+
     pub fn is_alive(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
@@ -84,7 +99,7 @@ impl Running {
 
     /// Ends with the process, and with the most memory that it has had, in bytes (`VmHWM`).
     pub fn watch_memory(&self) -> tokio::task::JoinHandle<u64> {
-        let path = format!("/proc/{}/status", self.child.id().expect("it runs"));
+        let path = format!("/proc/{}/status", self.id());
         tokio::spawn(async move {
             let mut peak_kib = 0;
             // A process that has ended has no such line any more, even while nobody has waited for it.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -108,6 +109,7 @@ enum Fault {
     Disk,
     Tear,
     Corrupt,
+    Lose,
 }
 
 /// Makes faults until the time is over, then leaves everything healed and running.
@@ -126,10 +128,15 @@ pub struct Faults<'a> {
     pub disk_until: Option<Instant>,
     /// Damage to the queue that walferry has to stop at is made so often at most: it takes long.
     pub corruptions_left: u64,
+    /// The same for the slot or the state directory.
+    pub losses_left: u64,
 }
 
 /// How long walferry may take to meet damage, which may be only when the copy is done.
 const DAMAGE_MET_MAX: Duration = Duration::from_secs(180);
+
+/// How long a new slot may take: it waits for the transactions that are open.
+const RESYNC_MAX: Duration = Duration::from_secs(120);
 
 impl Faults<'_> {
     pub async fn run(&mut self, time: Duration) -> Result<(), String> {
@@ -143,23 +150,24 @@ impl Faults<'_> {
                 break;
             }
             let fault = self.random.weighted(&[
-                (24, Fault::Kill),
+                (16, Fault::Kill),
                 (4, Fault::Stop),
                 (5, Fault::Crash),
                 (3, Fault::Restart),
                 (14, Fault::Terminate),
                 (10, Fault::CutAll),
-                (28, Fault::CutSome),
-                (8, Fault::ServerToldOnly),
-                (8, Fault::ClientToldOnly),
+                (40, Fault::CutSome),
+                (12, Fault::ServerToldOnly),
+                (12, Fault::ClientToldOnly),
                 (5, Fault::Freeze),
                 (4, Fault::FreezeOneWay),
-                (5, Fault::FreezeSome),
+                (7, Fault::FreezeSome),
                 (3, Fault::Slow),
                 (3, Fault::Refuse),
                 (14, Fault::Disk),
                 (8, Fault::Tear),
                 (6, Fault::Corrupt),
+                (3, Fault::Lose),
             ]);
             self.make(fault).await?;
         }
@@ -214,6 +222,7 @@ impl Faults<'_> {
             Fault::Disk => return self.spoil_disk(),
             Fault::Tear => return self.damage_queue(false).await,
             Fault::Corrupt => return self.damage_queue(true).await,
+            Fault::Lose => return self.lose().await,
             _ => {}
         }
         let random = &mut self.random;
@@ -239,23 +248,34 @@ impl Faults<'_> {
                 self.log.add(format!("{} is back", side.name));
             }
             Fault::Terminate => {
-                let (walsenders, others) = terminate(&side.server, random.next()).await;
+                let (mut walsenders, mut others) = (0, 0);
+                // There may be none at the moment.
+                for _ in 0..10 {
+                    (walsenders, others) = terminate(&side.server, random.next()).await;
+                    if walsenders + others > 0 {
+                        break;
+                    }
+                    sleep(Duration::from_millis(100)).await;
+                }
                 self.counts.add("walsenders terminated", walsenders);
                 self.counts.add("other backends terminated", others);
                 self.log.add(doing(&format!("pg_terminate_backend of {others} sessions and {walsenders} walsenders")));
             }
             Fault::CutAll => {
-                let count = side.proxy.end(End::Cut, 1, |_| true);
-                self.counts.add("all connections cut", count.min(1) as u64);
-                self.log.add(doing(&format!("all {count} connections cut")));
+                for _ in 0..random.between(1, 3) {
+                    let count = side.proxy.end(End::Cut, 1, |_| true);
+                    self.counts.add("all connections cut", count.min(1) as u64);
+                    self.log.add(doing(&format!("all {count} connections cut")));
+                    sleep(Duration::from_millis(random.between(0, 1000))).await;
+                }
             }
             Fault::CutSome => {
                 // Again and again, while it comes back.
-                for _ in 0..random.between(1, 5) {
+                for _ in 0..random.between(2, 8) {
                     let count = side.proxy.end(End::Cut, 3, |one_in| random.next().is_multiple_of(one_in));
                     self.counts.add("some connections cut", count.min(1) as u64);
                     self.log.add(doing(&format!("{count} connections cut")));
-                    sleep(Duration::from_millis(random.between(20, 700))).await;
+                    sleep(Duration::from_millis(random.between(20, 500))).await;
                 }
             }
             Fault::ServerToldOnly | Fault::ClientToldOnly => {
@@ -264,10 +284,13 @@ impl Faults<'_> {
                     Fault::ServerToldOnly => (End::ServerToldOnly(time), "half open, walferry not told"),
                     _ => (End::ClientToldOnly(time), "half open, server not told"),
                 };
-                let one_in = random.between(1, 3);
-                let count = side.proxy.end(end, one_in, |one_in| random.next().is_multiple_of(one_in));
-                self.counts.add(what, count.min(1) as u64);
-                self.log.add(doing(&format!("{count} connections {what} for {time:?}")));
+                for _ in 0..random.between(1, 3) {
+                    let one_in = random.between(1, 3);
+                    let count = side.proxy.end(end, one_in, |one_in| random.next().is_multiple_of(one_in));
+                    self.counts.add(what, count.min(1) as u64);
+                    self.log.add(doing(&format!("{count} connections {what} for {time:?}")));
+                    sleep(Duration::from_millis(random.between(0, 800))).await;
+                }
             }
             Fault::Freeze | Fault::FreezeOneWay => {
                 let both = matches!(fault, Fault::Freeze);
@@ -275,7 +298,7 @@ impl Faults<'_> {
                 side.proxy.freeze(to_server, both || !to_server);
                 let met = side.proxy.connections().min(1) as u64;
                 self.counts.add(if both { "all stalled" } else { "stalled one way" }, met);
-                let time = random.between(200, 4000);
+                let time = random.between(200, 2500);
                 self.log.add(doing(&format!(
                     "frozen for {time} ms, to server {to_server}, to walferry {}",
                     both || !to_server
@@ -289,7 +312,7 @@ impl Faults<'_> {
             }
             Fault::FreezeSome => {
                 let count = side.proxy.freeze_present(true, || random.chance(40));
-                let time = random.between(500, 5000);
+                let time = random.between(500, 3500);
                 self.counts.add("some stalled", count.min(1) as u64);
                 self.log.add(doing(&format!("{count} connections frozen for {time} ms, others may come")));
                 sleep(Duration::from_millis(time)).await;
@@ -312,14 +335,14 @@ impl Faults<'_> {
                 sleep(Duration::from_millis(time)).await;
                 side.proxy.refuse(false);
             }
-            Fault::Kill | Fault::Stop | Fault::Disk | Fault::Tear | Fault::Corrupt => {}
+            Fault::Kill | Fault::Stop | Fault::Disk | Fault::Tear | Fault::Corrupt | Fault::Lose => {}
         }
         Ok(())
     }
 
     /// Kills it, and what comes after it, at any moment of their first second and a half.
     async fn kill(&mut self) -> Result<(), String> {
-        let times = self.random.weighted(&[(3, 1), (3, 3), (2, 6), (1, 12)]);
+        let times = self.random.weighted(&[(3, 1), (3, 4), (3, 8), (1, 14)]);
         self.log.add(format!("kill -9 of walferry, {times} times"));
         for time in 0..times {
             if time > 0 {
@@ -360,16 +383,14 @@ impl Faults<'_> {
         if self.walferry.done {
             return Ok(());
         }
-        let queue = self.walferry.directory.join("queue");
-        let kept = queue.exists().then(|| Kept::of(&queue));
-        let damage = match (&kept, self.positions().await) {
-            (Some(_), Some((confirmed, applied))) => match acknowledged {
-                true => damage::corrupt(&queue, confirmed, applied, &mut self.random),
-                false => damage::tear(&queue, confirmed, &mut self.random),
-            },
-            _ => None,
+        let Some((confirmed, applied)) = self.positions().await else { return self.start() };
+        let Some(queue) = self.queue().await.filter(|queue| queue.exists()) else { return self.start() };
+        let kept = Kept::of(&queue);
+        let damage = match acknowledged {
+            true => damage::corrupt(&queue, confirmed, applied, &mut self.random),
+            false => damage::tear(&queue, confirmed, &mut self.random),
         };
-        let (Some(kept), Some(damage)) = (kept, damage) else { return self.start() };
+        let Some(damage) = damage else { return self.start() };
         self.log.add(format!("killed, and {}", damage.text));
         if damage.stops_at.is_none() {
             self.counts.add("torn tails", 1);
@@ -382,8 +403,14 @@ impl Faults<'_> {
         let what = damage.text.clone();
         self.stops_at(damage).await.map_err(|error| format!("{what}: {error}"))?;
         self.log.add("it has stopped there");
-        self.heal_queue(&kept)?;
-        self.start()
+        self.heal_queue(&queue, &kept).await
+    }
+
+    /// The directory that the ledger names.
+    async fn queue(&self) -> Option<PathBuf> {
+        let target = connect(&self.sides[1].server, self.database).await.ok()?;
+        let row = target.query_opt("SELECT queue FROM walferry.migration", &[]).await.ok()??;
+        Some(self.walferry.directory.join(row.get::<_, &str>(0)))
     }
 
     /// What the source was told to forget, and the most that the target has; `None` before the apply can begin.
@@ -433,9 +460,73 @@ impl Faults<'_> {
         Ok(())
     }
 
-    /// What an operator does about it.
-    fn heal_queue(&mut self, kept: &Kept) -> Result<(), String> {
-        kept.put_back(&self.walferry.directory.join("queue"));
+    /// What an operator does about it: puts a copy back, or has every table compared again.
+    async fn heal_queue(&mut self, queue: &Path, kept: &Kept) -> Result<(), String> {
+        if self.random.chance(40) {
+            self.counts.add("segments put back", 1);
+            self.log.add("the file is put back");
+            kept.put_back(queue);
+            return self.start();
+        }
+        self.resync(queue).await
+    }
+
+    /// Somebody drops the slot, or the state directory is gone: said at once, and `walferry resync` goes on.
+    async fn lose(&mut self) -> Result<(), String> {
+        if self.losses_left == 0 {
+            return Ok(());
+        }
+        self.walferry.kill().await;
+        if self.walferry.done {
+            return Ok(());
+        }
+        // Known only once the preparation is recorded: before that, all of it is made anew.
+        let (Some(_), Some(queue)) = (self.positions().await, self.queue().await) else { return self.start() };
+        self.losses_left -= 1;
+        self.heal();
+        let (what, code, words) = if self.random.chance(50) {
+            let source = connect(&self.sides[0].server, self.database).await.map_err(|error| error.to_string())?;
+            let drop = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots";
+            source.batch_execute(drop).await.map_err(|error| format!("{drop}: {error:?}"))?;
+            ("lost slots", 1, "is gone from the source")
+        } else {
+            std::fs::remove_dir_all(&self.walferry.directory).map_err(|error| error.to_string())?;
+            ("lost state directories", 3, "whose state directory is not")
+        };
+        self.counts.add(what, 1);
+        self.log.add(what);
+        self.start()?;
+        match self.walferry.wait_for_end(DAMAGE_MET_MAX).await {
+            Some((Some(ended), said)) if ended == code && said.contains(words) && said.contains("walferry resync") => {}
+            ended => return Err(format!("{what}: `walferry migrate` ended with {ended:?}")),
+        }
+        self.resync(&queue).await
+    }
+
+    /// Until the ledger names another queue than this one.
+    async fn resync(&mut self, queue: &Path) -> Result<(), String> {
+        self.counts.add("resyncs", 1);
+        self.log.add("walferry resync");
+        self.walferry.verb = "resync";
+        self.start()?;
+        let deadline = Instant::now() + RESYNC_MAX;
+        let mut kills = self.random.between(0, 3);
+        // Until it is recorded, the same command has to be given again.
+        while self.queue().await.is_none_or(|now| now == queue) {
+            if Instant::now() > deadline {
+                return Err(format!("{RESYNC_MAX:?} after the damage `walferry resync` has not made a new slot"));
+            }
+            if kills > 0 && self.random.chance(20) {
+                kills -= 1;
+                self.log.add("kill -9 of walferry resync");
+                self.walferry.kill().await;
+                self.start()?;
+            }
+            sleep(Duration::from_millis(100)).await;
+            self.look()?;
+        }
+        self.walferry.verb = "migrate";
+        self.log.add("the new slot is recorded");
         Ok(())
     }
 }
@@ -454,7 +545,7 @@ async fn terminate(server: &ThrowawayServer, seed: u64) -> (u64, u64) {
             .query_one(
                 "SELECT count(*) FILTER (WHERE backend_type = 'walsender'), count(*) FILTER (WHERE backend_type <> 'walsender') \
                  FROM pg_stat_activity \
-                 WHERE application_name LIKE 'walferry%' AND hashint8extended(pid, $1) % 2 = 0 AND pg_terminate_backend(pid)",
+                 WHERE application_name LIKE 'walferry%' AND hashint8extended(pid, $1) % 2 = 0 AND pid <> pg_backend_pid() AND pg_terminate_backend(pid)",
                 &[&seed.cast_signed()],
             )
             .await

@@ -7,8 +7,8 @@
 //   full   half of a write, and then no room
 //   short  half of every write
 //   write  writes fail with EIO
-//   sync   syncs fail with EIO; what was written to the file since its last good sync is then gone from the cache too, as with
-//          file systems that drop what they could not write
+//   sync   syncs fail with EIO; what was written to the file since its last good sync is gone from the cache too, then or before,
+//          as with file systems that drop what they could not write
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,7 +40,8 @@ static ssize_t real_pwrite(int fd, const void *bytes, size_t count, off_t at) {
 static int is_below(const char *path) {
     const char *directory = getenv("FAULTY_DISK_DIRECTORY");
     size_t length = directory ? strlen(directory) : 0;
-    return length && strncmp(path, directory, length) == 0 && (path[length] == '/' || path[length] == 0);
+    // The queue of a later slot has a name of its own, which begins like that of the first.
+    return length && strncmp(path, directory, length) == 0 && strchr("/-", path[length]);
 }
 
 static int is_ours(int fd) {
@@ -83,6 +84,8 @@ static int fail(int error) {
 
 static ssize_t faulty_pwrite(int fd, const void *bytes, size_t count, off_t at) {
     static __thread int half_was_written;
+    static int writes;
+    int is_lost = 0;
     if (!is_ours(fd)) return real_pwrite(fd, bytes, count, at);
     switch (active()) {
     case SLOW: hit(); usleep(60000); break;
@@ -95,9 +98,13 @@ static ssize_t faulty_pwrite(int fd, const void *bytes, size_t count, off_t at) 
         if (!half_was_written) return fail(ENOSPC);
         count /= 2;
         break;
+    // The system may have tried to write it back before anybody syncs.
+    case SYNC: is_lost = __atomic_fetch_add(&writes, 1, __ATOMIC_RELAXED) % 2 == 0; break;
     default: break;
     }
-    ssize_t written = real_pwrite(fd, bytes, count, at);
+    char *zeros = is_lost ? calloc(1, count) : NULL;
+    ssize_t written = real_pwrite(fd, zeros ? zeros : bytes, count, at);
+    free(zeros);
     if (written > 0 && fd < FILES_MAX) {
         pthread_mutex_lock(&lock);
         if (dirty_to[fd] == 0 || at < dirty_from[fd]) dirty_from[fd] = at;
@@ -120,6 +127,8 @@ static int faulty_sync(int fd, const char *name) {
     char zeros[4096] = {0};
     for (; from < to; from += sizeof zeros)
         real_pwrite(fd, zeros, to - from < (off_t)sizeof zeros ? to - from : (off_t)sizeof zeros, from);
+    // Time for a reader to meet it before the writer hears of it.
+    usleep(20000);
     return fail(EIO);
 }
 

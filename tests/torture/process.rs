@@ -15,6 +15,8 @@ pub struct Walferry {
     /// Where in the log the present process began.
     log_begins: usize,
     child: Option<Child>,
+    /// What is run: `migrate`, or `resync` once.
+    pub verb: &'static str,
     /// Variables that it gets besides its usual ones.
     pub environment: Vec<(String, String)>,
     pub kills: u64,
@@ -38,6 +40,7 @@ impl Walferry {
             log,
             log_begins: 0,
             child: None,
+            verb: "migrate",
             environment: Vec::new(),
             kills: 0,
             stops: 0,
@@ -57,7 +60,8 @@ impl Walferry {
         self.log_begins = usize::try_from(log.metadata()?.len()).unwrap_or_default();
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
         command
-            .args(&self.arguments)
+            .arg(self.verb)
+            .args(&self.arguments[1..])
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

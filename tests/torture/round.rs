@@ -136,14 +136,16 @@ impl Plan {
             // The newest asynchronous commits are lost in a crash for longer.
             target_settings.push(("wal_writer_delay", "10s"));
         }
-        let huge = size.huge_rows > 0 && random.chance(35);
+        let huge = size.huge_rows > 0 && random.chance(50);
+        let huge_rows =
+            if random.chance(50) { size.huge_rows } else { random.between(size.huge_rows / 4, size.huge_rows) };
         Plan {
             arguments: arguments.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect(),
             source_settings,
             target_settings,
             writers: random.between(2, 6),
             rest_ms: *random.pick(&[5, 20, 60]),
-            huge_rows: if huge { random.between(size.huge_rows / 4, size.huge_rows) } else { 0 },
+            huge_rows: if huge { huge_rows } else { 0 },
             fault_time: size.fault_time,
             pause_ms_max: *random.pick(&[500, 1000, 2500]),
             ordinary_role: random.chance(40),
@@ -302,6 +304,7 @@ async fn migrate(
         pause_ms_max: plan.pause_ms_max,
         disk_until: None,
         corruptions_left: 2,
+        losses_left: 1,
     };
     let outcome = under_fire(plan, &mut faults, control, summary).await;
     summary.faults = faults.counts.clone();

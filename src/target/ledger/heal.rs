@@ -88,6 +88,8 @@ pub struct Resynced<'a> {
     pub source_timeline: i32,
     /// The directory of the queue that it fills.
     pub queue: &'a str,
+    /// Every table, as the source has it now.
+    pub tables: &'a [Redefinition],
 }
 
 /// Records a new slot, and has every table compared again; one transaction. What was copied so far is what is compared; what was
@@ -99,6 +101,13 @@ pub async fn record_resynced(client: &mut Client, resynced: &Resynced<'_>) -> Re
     let transaction = client.transaction().await?;
     lock(transaction.client()).await?;
     insert_next_snapshot(transaction.client(), resynced.snapshot).await?;
+    for now in resynced.tables {
+        adopt::redefine(transaction.client(), &now.table, now.routing, &now.fingerprint).await?;
+        let (relid, insert_only) = (i64::from(now.table.relid), !now.table.has_usable_identity());
+        transaction
+            .execute("UPDATE walferry.source_table SET insert_only = $2 WHERE relid = $1", &[&relid, &insert_only])
+            .await?;
+    }
     transaction
         .batch_execute(
             "UPDATE walferry.source_table SET compared = copied OR compared, copied = false, rows_copied = 0",
