@@ -198,7 +198,8 @@ impl Faults<'_> {
         self.heal_disk();
         if !self.walferry.look() && !self.walferry.done {
             if let Some(last) = self.walferry.unasked.last() {
-                self.log.add(format!("walferry is started again; before: {last}"));
+                // Nothing comes of going on, and now its files are as they were.
+                return Err(format!("walferry gave up by itself: {last}"));
             }
             self.start()?;
         }
