@@ -5,7 +5,9 @@
 //! alone a renamed column and a dropped one beside an added one look alike.
 //!
 //! What nobody can see is said plainly: whether an ALTER had a USING clause, and whether a default was given when the column was
-//! added or afterwards, when the source no longer has it as a missing value. Such rows were rewritten without being streamed.
+//! added or afterwards, when the source no longer has it as a missing value. Such rows were rewritten without being streamed. That
+//! the table was written anew shows in its file, which is another one then: a column that comes or gets another name with it is
+//! not taken for what the target can do by itself. TRUNCATE and VACUUM FULL look the same, which costs a comparison too many.
 
 use std::collections::BTreeSet;
 
@@ -28,6 +30,25 @@ use side::{Fact, Side};
 /// # Errors
 /// `SchemaChanged` with the statements that mend the target, or with why none can. Otherwise whatever the servers say.
 pub async fn reconcile(source: &Client, target: &Client, layout: &Layout, change: &Change) -> Result<Adoption> {
+    begin(source).await?;
+    let adoption = adoption(source, target, layout, change).await;
+    end(source, adoption).await
+}
+
+/// All that is read of the source is of one moment: what comes between two readings would be taken for dealt with.
+async fn begin(source: &Client) -> Result<()> {
+    let begin = source.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await;
+    begin.context(|| "beginning to look at the source's tables".into())
+}
+
+async fn end<T>(source: &Client, outcome: Result<T>) -> Result<T> {
+    let ended = source.batch_execute("ROLLBACK").await.context(|| "looking at the source's tables".into());
+    let answer = outcome?;
+    ended?;
+    Ok(answer)
+}
+
+async fn adoption(source: &Client, target: &Client, layout: &Layout, change: &Change) -> Result<Adoption> {
     let before = &layout.tables[layout.place(change.announced.relid)?].table;
     let announced = &change.announced;
     let current = catalog::tables(source).await?.into_iter().find(|table| table.relid == announced.relid);
@@ -53,13 +74,17 @@ pub async fn reconcile(source: &Client, target: &Client, layout: &Layout, change
         plan.compare(&columns, on_source.as_ref(), on_target, &root);
     }
     let key = plan.key(&columns, current.as_ref(), on_target.as_ref());
+    let file = current.as_ref().and_then(|current| current.relfilenode);
+    if before.relfilenode.is_some() && file.is_some() && before.relfilenode != file {
+        plan.written_anew(&columns);
+    }
     plan.finish(
         &format!("transaction {} that commits at {} finds ", change.head.xid, change.head.commit_lsn),
         "Everything before the change is on the target, and nothing of it.",
     )?;
 
     let is_current = current.as_ref().is_some_and(|current| is_as_announced(current, announced));
-    let table = Table {
+    let mut table = Table {
         schema: announced.schema.clone(),
         name: announced.name.clone(),
         identity: announced.identity,
@@ -78,6 +103,11 @@ pub async fn reconcile(source: &Client, target: &Client, layout: &Layout, change
     let missing = table.columns.iter().filter(is_added).filter_map(missing_of).collect();
     let catalogs = fingerprint::Catalogs::read(source, target).await?;
     let fingerprint = catalogs.dealt_with(source, target, before, &table, false).await?;
+    // What has changed the file since is still to be announced, or seen only in the columns that this change is not about: then
+    // the old file is what the next change is judged by.
+    if is_current && catalogs.are_as_recorded(source, before, &table).await? {
+        table.relfilenode = file;
+    }
     Ok(Adoption { change: change.clone(), table, routing, missing, fingerprint })
 }
 
@@ -103,6 +133,12 @@ pub struct Redefinition {
 /// # Errors
 /// As [`reconcile`].
 pub async fn redefine(source: &Client, target: &Client, tables: &[&Table], binary: bool) -> Result<Vec<Redefinition>> {
+    begin(source).await?;
+    let redefined = redefinitions(source, target, tables, binary).await;
+    end(source, redefined).await
+}
+
+async fn redefinitions(source: &Client, target: &Client, tables: &[&Table], binary: bool) -> Result<Vec<Redefinition>> {
     let current = catalog::tables(source).await?;
     let catalogs = fingerprint::Catalogs::read(source, target).await?;
     let mut redefined = Vec::with_capacity(tables.len());
@@ -394,6 +430,26 @@ impl<'a> Plan<'a> {
         if wanted.not_null && there.is_none_or(|there| !there.not_null) && wanted.missing.is_none() {
             self.notes.push(format!(
                 "On the source the column is NOT NULL; once no row has NULL there: ALTER TABLE {root} ALTER COLUMN {name} SET NOT NULL"
+            ));
+        }
+    }
+
+    /// The table has another file on the source. What the rows have in a column that came, or in one whose old name the fingerprint
+    /// is kept under, nobody can see then. Of a new type it is said what to think of.
+    fn written_anew(&mut self, columns: &[Column]) {
+        let (before, announced) = (self.before, self.announced);
+        let is_kept =
+            |column: &Column| before.columns.iter().any(|was| (was.number, &was.name) == (column.number, &column.name));
+        let mut names: Vec<String> =
+            columns.iter().filter(|column| !is_kept(column)).map(|column| sql::identifier(&column.name)).collect();
+        if (&announced.schema, &announced.name) != (&before.schema, &before.name) {
+            names = vec!["any column".to_owned()];
+        }
+        if !names.is_empty() {
+            self.undecidable(format!(
+                "the source has written all rows of the table anew, by an ALTER TABLE or by TRUNCATE, VACUUM FULL or CLUSTER, and \
+                 whether they got other values in {} the stream does not show",
+                names.join(", ")
             ));
         }
     }

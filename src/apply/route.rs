@@ -82,6 +82,7 @@ mod tests {
             bytes: 0,
             estimated_rows: 0.0,
             updates_and_deletes: 0,
+            relfilenode: None,
         }
     }
 

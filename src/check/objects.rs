@@ -323,6 +323,7 @@ mod tests {
             bytes: 0,
             estimated_rows: -1.0,
             updates_and_deletes,
+            relfilenode: None,
         }
     }
 

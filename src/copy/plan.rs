@@ -47,6 +47,7 @@ mod tests {
             bytes: pages * 8192,
             estimated_rows: 0.0,
             updates_and_deletes: 0,
+            relfilenode: None,
         }
     }
 

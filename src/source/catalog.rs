@@ -42,6 +42,10 @@ pub struct Table {
     pub estimated_rows: f64,
     /// Updates and deletes that the source's statistics have counted.
     pub updates_and_deletes: i64,
+    /// `pg_class.relfilenode`: another one shows that all rows may have been written anew, which is not streamed. `None` where
+    /// an earlier version recorded the table.
+    #[serde(default)]
+    pub relfilenode: Option<u32>,
 }
 
 /// A column as the stream and COPY see it.
@@ -154,7 +158,8 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
                         pg_catalog.pg_relation_size(c.oid) / pg_catalog.current_setting('block_size')::int8, \
                         pg_catalog.pg_table_size(c.oid), c.reltuples::float8, \
                         coalesce(pg_catalog.pg_stat_get_tuples_updated(c.oid) \
-                                 + pg_catalog.pg_stat_get_tuples_deleted(c.oid), 0) \
+                                 + pg_catalog.pg_stat_get_tuples_deleted(c.oid), 0), \
+                        c.relfilenode \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND {USER_RELATION} \
                  ORDER BY 8 DESC, 1"
@@ -189,6 +194,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
             bytes: row.get(7),
             estimated_rows: row.get(8),
             updates_and_deletes: row.get(9),
+            relfilenode: Some(row.get(10)),
         });
     }
     Ok(tables)

@@ -481,6 +481,7 @@ mod tests {
             bytes: 0,
             estimated_rows: -1.0,
             updates_and_deletes: 0,
+            relfilenode: None,
         }
     }
 

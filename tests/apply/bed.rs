@@ -132,7 +132,7 @@ impl Bed {
         for table in &tables {
             copy(&source, &target, table).await;
         }
-        record(&mut target, &tables, &snapshot, start.into(), workers, binary).await;
+        record((&source, &mut target), &tables, &snapshot, start.into(), workers, binary).await;
         let directory = tempfile::tempdir().unwrap();
         let (queue, appender) = queue::open(directory.path(), start.into(), queue::Options::default()).unwrap();
         let layout = layout(&target, binary, workers).await;
@@ -358,7 +358,7 @@ async fn copy(source: &Client, target: &Client, table: &Table) {
 }
 
 async fn record(
-    target: &mut Client,
+    (source, target): (&Client, &mut Client),
     tables: &[Table],
     snapshot: &SnapshotData,
     consistent_point: Lsn,
@@ -390,7 +390,7 @@ async fn record(
         snapshot,
         tables: &entries,
         items: &[],
-        fingerprint: &std::collections::BTreeMap::new(),
+        fingerprint: &catalog::fingerprint(source).await.unwrap(),
         binary,
     };
     ledger::record_prepared(target, &migration, &prepared).await.unwrap();

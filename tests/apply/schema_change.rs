@@ -281,3 +281,56 @@ async fn i11_a_partition_is_mended_at_its_root_once_for_all() {
     assert_eq!(statements, r#"ALTER TABLE "public"."parts" ADD COLUMN "extra" integer DEFAULT 3"#);
     bed.assert_equal("both partitions").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i11_rows_that_were_rewritten_beside_a_new_column_or_name_are_not_taken_for_what_the_target_has() {
+    let changes = [
+        "ALTER TABLE plain ADD COLUMN extra uuid DEFAULT gen_random_uuid(); ALTER TABLE plain ALTER extra DROP DEFAULT",
+        "ALTER TABLE plain ADD COLUMN extra int DEFAULT 5; ALTER TABLE plain ALTER extra DROP DEFAULT; CLUSTER plain USING plain_pkey",
+        "ALTER TABLE plain ALTER n TYPE int USING n + 1; ALTER TABLE plain RENAME n TO w",
+        "ALTER TABLE plain ALTER n TYPE int USING n + 1; ALTER TABLE plain RENAME TO plane",
+        // An earlier change that is adopted must not hide the rewrite from the one after it.
+        "ALTER TABLE plain DROP COLUMN mail; DELETE FROM plain WHERE id = 8; ALTER TABLE plain ADD COLUMN extra uuid DEFAULT \
+         gen_random_uuid(); ALTER TABLE plain ALTER extra DROP DEFAULT",
+        "ALTER TABLE plain DROP COLUMN mail, ALTER n TYPE int USING n + 1; DELETE FROM plain WHERE id = 8; \
+         ALTER TABLE plain RENAME n TO w",
+    ];
+    for change in changes {
+        let mut bed = Bed::new(SCHEMA, ROWS, 2).await;
+        for statement in change.split("; ") {
+            bed.on_source(statement).await;
+        }
+        let table = if change.ends_with("plane") { "plane" } else { "plain" };
+        bed.on_source(&format!("DELETE FROM {table} WHERE id = 9")).await;
+        let until = bed.capture().await;
+        let mut told = 0;
+        let error = loop {
+            let error = bed.apply_adopting(until).await.expect_err(change);
+            if !error.next_step().unwrap().contains("Run this on the target: ") || told == 2 {
+                break error;
+            }
+            told += 1;
+            bed.on_target(&statements(&error)).await;
+        };
+        let hint = error.next_step().unwrap();
+        assert!(hint.contains("written all rows") && hint.contains("--recopy"), "{change}: {error:?}");
+        assert_eq!(told, usize::from(change.contains("COLUMN mail")), "{change}: {error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i11_a_file_that_another_change_explains_is_no_reason_to_compare_the_next_one() {
+    let mut bed = Bed::new(SCHEMA, ROWS, 2).await;
+    for change in ["ALTER TABLE plain ALTER n TYPE bigint", "TRUNCATE other", "ALTER TABLE plain ADD COLUMN extra int"]
+    {
+        bed.on_source(change).await;
+        bed.on_source("DELETE FROM plain WHERE id = (SELECT max(id) FROM plain)").await;
+        let until = bed.capture().await;
+        if change.starts_with("TRUNCATE") {
+            bed.apply(until).await.unwrap();
+        } else {
+            mend(&mut bed, until, change).await;
+        }
+        bed.assert_equal(change).await;
+    }
+}

@@ -71,6 +71,23 @@ impl Catalogs {
     }
 }
 
+impl Catalogs {
+    /// Whether the columns that a change is not about are what was recorded: none of them was written anew by an ALTER TABLE.
+    pub async fn are_as_recorded(&self, source: &Client, before: &Table, after: &Table) -> Result<bool> {
+        let touched = touched(before, after, false);
+        let others = before.columns.iter().map(|column| &column.name).filter(|name| !touched.contains(name));
+        let others: Vec<String> = others.cloned().collect();
+        let (schemas, names) = ([&before.schema], [&before.name]);
+        let query = "SELECT pg_catalog.format('column %I of table %I.%I', k.name, t.schema, t.name) \
+             FROM unnest($1::text[], $2::text[]) t(schema, name), unnest($3::text[]) k(name)";
+        let objects = ask(source, query, &[&&schemas[..], &&names[..], &others]).await?;
+        Ok(objects.iter().all(|row| {
+            let object: &str = row.get(0);
+            self.recorded.get(object).is_some_and(|hash| self.on_source.get(object) == Some(hash))
+        }))
+    }
+}
+
 /// A table by its name, and as the fingerprint quotes it.
 struct Named {
     schema: String,
