@@ -53,7 +53,7 @@ pub struct Bed {
     pub tables: Vec<Table>,
     pub start: Lsn,
     slot: String,
-    binary: bool,
+    pub binary: bool,
     in_transaction: bool,
     appender: Appender,
     _directory: TempDir,
@@ -238,6 +238,14 @@ impl Bed {
         Ok(writers)
     }
 
+    pub async fn pinned_source(&self) -> Client {
+        pinned(&self.server, &self.source_database).await
+    }
+
+    pub async fn pinned_target(&self) -> Client {
+        pinned(&self.server, &self.target_database).await
+    }
+
     pub async fn progress(&self) -> Vec<Lsn> {
         ledger::apply_progress(&self.target).await.unwrap()
     }
@@ -280,8 +288,7 @@ impl Bed {
                 outcome?;
                 continue;
             };
-            let source = pinned(&self.server, &self.source_database).await;
-            let target = pinned(&self.server, &self.target_database).await;
+            let (source, target) = (self.pinned_source().await, self.pinned_target().await);
             adoptions.push(reconcile(&source, &target, &apply.layout, &change).await?);
         }
         self.reload().await;
