@@ -39,7 +39,7 @@ async fn i06_what_the_operator_decides_or_has_compared_again_lets_the_migration_
         .batch_execute("BEGIN; UPDATE orders SET a = 'ours' WHERE id = 7; DELETE FROM orders WHERE id = 8; COMMIT")
         .await
         .unwrap();
-    let next = ["--on-conflict source", "--recopy public.orders", "walferry verify"];
+    let next = ["--on-conflict source", "--recopy 'public.orders'", "walferry verify"];
     stops(running, &[&["that commits at", "inserting (id)=(10000) into \"public\".\"orders\""], &next[..]].concat())
         .await;
     // The same again, and nothing was applied.
@@ -71,7 +71,7 @@ async fn i06_what_the_operator_decides_or_has_compared_again_lets_the_migration_
     // Every row gets a value that the stream does not show.
     source.batch_execute("ALTER TABLE orders ADD COLUMN extra float DEFAULT random()").await.unwrap();
     source.batch_execute("UPDATE orders SET a = 'after' WHERE id < 100").await.unwrap();
-    stops(running, &["column \"extra\" double precision was added", "a value of its own", "--recopy public.orders"])
+    stops(running, &["column \"extra\" double precision was added", "a value of its own", "--recopy 'public.orders'"])
         .await;
     // Another before it is compared again: the stream has rows of a shape that neither the ledger nor the source has any more.
     source.batch_execute("ALTER TABLE orders ADD COLUMN more float DEFAULT random()").await.unwrap();

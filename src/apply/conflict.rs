@@ -198,8 +198,8 @@ fn mend(table: &Table) -> String {
 
 fn compare_again(table: &Table) -> String {
     format!(
-        "compare the whole table and copy what differs: `walferry migrate --recopy {}.{}`. `walferry verify` shows what else differs.",
-        table.schema, table.name
+        "compare the whole table and copy what differs: `walferry migrate {}`. `walferry verify` shows what else differs.",
+        Table::recopy_option(&[table])
     )
 }
 

@@ -312,7 +312,8 @@ impl<'a> Plan<'a> {
                     let old = sql::identifier(&old.name);
                     self.statements.push(format!("ALTER TABLE {root} RENAME COLUMN {old} TO {name}"));
                 }
-                (None, None, Some(_)) => self.obstacles.push(format!("the target has no column {name}")),
+                // Also when a later change of the same transaction drops it, and the target was mended for that one already.
+                (None, None, Some(_)) => self.undecidable(format!("the target has no column {name}")),
                 _ => {}
             }
             let now = there.or(old);
@@ -350,7 +351,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The target has every column of the source by its name and type; what is in the rows is no matter.
+    /// The target has the columns of the source by name and type, and no others; what is in the rows is no matter.
     fn compare_names(&mut self, table: &Table, on_source: Option<&Side>, on_target: &Side, root: &str) {
         for column in &table.columns {
             let name = sql::identifier(&column.name);
@@ -378,18 +379,26 @@ impl<'a> Plan<'a> {
                 }
             }
         }
+        let computed = on_source.iter().flat_map(|side| &side.facts).filter(|fact| fact.is_generated);
+        for fact in computed.clone() {
+            if !on_target.fact(&fact.name).is_some_and(|there| there.is_generated) {
+                let name = sql::identifier(&fact.name);
+                self.obstacles.push(format!("column {name} is generated on the source, and not on the target"));
+            }
+        }
         for extra in &on_target.facts {
             let name = sql::identifier(&extra.name);
-            let had = self.before.columns.iter().any(|column| column.name == extra.name);
-            if table.columns.iter().any(|column| column.name == extra.name) || extra.is_generated {
+            if table.columns.iter().any(|column| column.name == extra.name)
+                || computed.clone().any(|fact| fact.name == extra.name)
+            {
                 continue;
             }
-            if had {
+            if self.before.columns.iter().any(|column| column.name == extra.name) {
                 self.differences.push(format!("column {name} was dropped"));
                 self.statements.push(format!("ALTER TABLE {root} DROP COLUMN {name}"));
-            } else if extra.not_null && extra.default.is_none() && !extra.is_identity {
+            } else {
                 self.obstacles.push(format!(
-                    "the target has a column {name} that the source does not have, which must not be null and has no default"
+                    "the target has a column {name} that the source does not have, and rows with other columns cannot be compared"
                 ));
             }
         }
@@ -493,9 +502,9 @@ impl<'a> Plan<'a> {
         self.obstacles.push(format!("{why}. Copy it again: {}", self.recopy()));
     }
 
+    /// By the name that the ledger has.
     fn recopy(&self) -> String {
-        let name = format!("{}.{}", self.announced.schema, self.announced.name);
-        format!("`walferry migrate --recopy {name}`")
+        format!("`walferry migrate {}`", Table::recopy_option(&[self.before]))
     }
 
     /// Nothing left to do, or the error that says what.

@@ -62,10 +62,12 @@ pub(super) async fn hold(target: &Client, tables: &[&Table]) -> Result<()> {
             constraint.columns.join(", "),
             sql::identifier(&constraint.name)
         );
-        return Err(Error::new(ErrorKind::Divergence, text).hint(
+        let named: Vec<&Table> = tables.iter().copied().filter(|table| table.qualified() == constraint.table).collect();
+        return Err(Error::new(ErrorKind::Divergence, text).hint(format!(
             "Somebody else has written to the target. `walferry verify` names the rows, once both sides are quiet; \
-             `walferry migrate --recopy TABLE` makes the table what it is on the source.",
-        ));
+             `walferry migrate {}` makes the table what it is on the source.",
+            Table::recopy_option(&named)
+        )));
     }
     Ok(())
 }

@@ -66,9 +66,8 @@ impl Running {
                 let changed: Vec<&Table> = tables.iter().filter(|table| labels.contains(&table.relid)).collect();
                 if !changed.iter().all(|table| chosen.iter().any(|other| other.relid == table.relid)) {
                     let text = "the queue is damaged, and its lost part changed other tables too";
-                    return Err(
-                        Error::new(ErrorKind::Blocked, text).hint(format!("Give all of them: {}", recopy(&changed)))
-                    );
+                    return Err(Error::new(ErrorKind::Blocked, text)
+                        .hint(format!("Give all of them: `{}`", Table::recopy_option(&changed))));
                 }
                 Some(*up_to)
             }
@@ -136,11 +135,11 @@ impl Running {
             // Lost changes of no table at all are healed by any.
             let named =
                 if changed.is_empty() { tables.iter().map(|entry| &entry.table).take(1).collect() } else { changed };
-            Result::<_>::Ok(Some(recopy(&named)))
+            Result::<_>::Ok(Some(Table::recopy_option(&named)))
         };
         match command.await {
             Ok(Some(command)) => error.hint(format!(
-                "Restore the file if there is a copy. Else the same command with {command} compares the tables that the lost part \
+                "Restore the file if there is a copy. Else the same command with `{command}` compares the tables that the lost part \
                  changed with the source, and copies only what differs; then the migration goes on."
             )),
             _ => error,
@@ -204,12 +203,6 @@ struct Loss {
     labels: Option<BTreeSet<u32>>,
     /// Up to here the source does not send it again.
     up_to: Lsn,
-}
-
-fn recopy(tables: &[&Table]) -> String {
-    let quoted = |name: String| format!("'{}'", name.replace('\'', "'\\''"));
-    let names: Vec<String> = tables.iter().map(|table| quoted(format!("{}.{}", table.schema, table.name))).collect();
-    format!("`--recopy {}`", names.join(" "))
 }
 
 /// A name that no queue before has had: each begins later than every one before it.

@@ -113,6 +113,13 @@ impl Table {
         self.key.iter().map(|&position| &self.columns[position])
     }
 
+    /// `--recopy 'schema.table' …`, to be pasted into a shell: the option that has these tables compared with the source again.
+    pub fn recopy_option(tables: &[&Table]) -> String {
+        let quoted =
+            |table: &&Table| format!(" '{}'", format!("{}.{}", table.schema, table.name).replace('\'', "'\\''"));
+        format!("--recopy{}", tables.iter().map(quoted).collect::<String>())
+    }
+
     /// All columns as a list of quoted identifiers.
     pub fn column_list(&self) -> String {
         sql::identifiers(self.columns.iter().map(|column| column.name.as_str()))
@@ -443,6 +450,29 @@ mod tests {
 
     fn index(columns: &[i16], primary: bool) -> Index {
         Index { columns: columns.to_vec(), primary, replica_identity: false, names_one_row: true }
+    }
+
+    #[test]
+    fn the_option_that_compares_tables_again_can_be_pasted_into_a_shell() {
+        let table = |name: &str| Table {
+            relid: 1,
+            schema: "public".into(),
+            name: name.into(),
+            unlogged: false,
+            is_partition: false,
+            identity: ReplicaIdentity::Default,
+            columns: Vec::new(),
+            key: Vec::new(),
+            has_other_unique: false,
+            pages: 0,
+            bytes: 0,
+            estimated_rows: -1.0,
+            updates_and_deletes: 0,
+            relfilenode: None,
+        };
+        let (plain, hostile) = (table("t"), table("it's $(a) \"b\""));
+        let option = Table::recopy_option(&[&plain, &hostile]);
+        assert_eq!(option, r#"--recopy 'public.t' 'public.it'\''s $(a) "b"'"#);
     }
 
     #[test]

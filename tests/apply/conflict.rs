@@ -215,7 +215,7 @@ async fn decided(case: &Case, policy: OnConflict, expected: Outcome, many: bool)
             assert_eq!(error.kind(), ErrorKind::Divergence, "{name}: {error:?}");
             let (text, next) = (error.to_string(), error.next_step().unwrap_or_default());
             assert!(text.contains("applying transaction") && text.contains("that commits at"), "{name}: {text}");
-            assert!(next.contains("walferry migrate --recopy public.") && next.contains("walferry verify"), "{next}");
+            assert!(next.contains("walferry migrate --recopy 'public.") && next.contains("walferry verify"), "{next}");
             assert!(next.contains("--on-conflict"), "{next}");
             if policy == OnConflict::Stop {
                 assert!(case.said.iter().all(|said| text.contains(said)), "{name}: {text}");

@@ -204,7 +204,7 @@ async fn i11_several_changes_one_after_the_other_and_in_one_transaction_are_each
     let until = bed.capture().await;
     // The source's catalog is ahead of what the stream announces first.
     let error = bed.apply_adopting(until).await.unwrap_err();
-    assert!(error.next_step().unwrap().contains("--recopy public.plain"), "its missing value is gone: {error:?}");
+    assert!(error.next_step().unwrap().contains("--recopy 'public.plain'`"), "its missing value is gone: {error:?}");
 
     let mut bed = Bed::new(SCHEMA, ROWS, 2).await;
     bed.on_source("ALTER TABLE plain ADD COLUMN extra int DEFAULT 5").await;
@@ -243,7 +243,7 @@ async fn i11_what_no_statement_can_mend_is_said_plainly() {
         let error = bed.apply_adopting(until).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::SchemaChanged, "{change}: {error:?}");
         let hint = error.next_step().unwrap();
-        assert!(hint.contains(said) && hint.contains("walferry migrate --recopy public.plain"), "{change}: {hint}");
+        assert!(hint.contains(said) && hint.contains("walferry migrate --recopy 'public.plain'`"), "{change}: {hint}");
         assert!(!hint.contains("Run this on the target"), "{change}: {hint}");
         let kept: i64 = bed.target.query_one("SELECT count(*) FROM plain WHERE id = 9", &[]).await.unwrap().get(0);
         assert_eq!(kept, 1, "{change}");
@@ -360,4 +360,59 @@ async fn redefine(bed: &Bed, name: &str) -> Result<Vec<Redefinition>> {
     let tables: Vec<&Table> =
         bed.layout.tables.iter().map(|entry| &entry.table).filter(|table| table.name == name).collect();
     reconcile::redefine(&source, &target, &tables, bed.binary).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_with_other_columns_on_the_target_is_not_compared_again() {
+    let columns = [
+        "extra int",
+        "extra int NOT NULL DEFAULT 5",
+        "extra int NOT NULL",
+        "extra int GENERATED ALWAYS AS (id + 1) STORED",
+        "extra int GENERATED ALWAYS AS IDENTITY",
+    ];
+    let bed = Bed::new(SCHEMA, "INSERT INTO other VALUES (1)", 2).await;
+    redefine(&bed, "plain").await.unwrap();
+    for column in columns {
+        bed.on_target(&format!("ALTER TABLE plain ADD COLUMN {column}")).await;
+        let error = redefine(&bed, "plain").await.expect_err(column);
+        let hint = error.next_step().unwrap();
+        assert!(
+            hint.contains("the target has a column \"extra\" that the source does not have"),
+            "{column}: {error:?}"
+        );
+        bed.on_target("ALTER TABLE plain DROP COLUMN extra").await;
+    }
+    bed.on_source("ALTER TABLE plain ADD COLUMN extra int GENERATED ALWAYS AS (id + 1) STORED").await;
+    let error = redefine(&bed, "plain").await.unwrap_err();
+    assert!(error.next_step().unwrap().contains("generated on the source, and not on the target"), "{error:?}");
+    bed.on_target("ALTER TABLE plain ADD COLUMN extra int GENERATED ALWAYS AS (id + 1) STORED").await;
+    redefine(&bed, "plain").await.unwrap();
+    // What the table had before is dropped as told.
+    bed.on_source("ALTER TABLE plain DROP COLUMN n").await;
+    bed.on_target(&statements(&redefine(&bed, "plain").await.unwrap_err())).await;
+    redefine(&bed, "plain").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i11_two_changes_of_a_table_in_one_transaction_that_no_target_fits_both_of_end_in_a_comparison() {
+    let mut bed = Bed::new(SCHEMA, ROWS, 2).await;
+    bed.on_source(
+        "BEGIN; ALTER TABLE plain ADD COLUMN extra int; DELETE FROM plain WHERE id = 8; ALTER TABLE plain DROP COLUMN n; \
+         DELETE FROM plain WHERE id = 9; COMMIT",
+    )
+    .await;
+    let until = bed.capture().await;
+    for told in [r#"ADD COLUMN "extra" integer"#, r#"DROP COLUMN "n""#] {
+        let statements = statements(&bed.apply_adopting(until).await.unwrap_err());
+        assert!(statements.contains(told), "{statements}");
+        bed.on_target(&statements).await;
+    }
+    let error = bed.apply_adopting(until).await.unwrap_err();
+    let hint = error.next_step().unwrap();
+    assert!(
+        hint.contains("the target has no column \"n\". Copy it again: `walferry migrate --recopy 'public.plain'`"),
+        "{hint}"
+    );
+    redefine(&bed, "plain").await.unwrap();
 }
