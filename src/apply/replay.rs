@@ -92,12 +92,15 @@ impl Replay<'_> {
             Arc::make_mut(&mut self.layout).foresee(adoption);
         }
         self.conflicts.clear();
-        let outcome = self.changes(head, entries).await;
+        let mut at = None;
+        let outcome = self.changes(head, entries, &mut at).await;
         if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
             self.count_conflicts();
         }
-        if outcome.as_ref().is_err_and(|error| !error.is_transient()) && self.change.is_none() {
-            self.look_ahead(head, entries).await;
+        if let Some(refused) = at.filter(|_| self.change.is_none())
+            && outcome.as_ref().is_err_and(|error| !error.is_transient())
+        {
+            self.look_ahead(head, refused, entries).await;
         }
         if outcome.is_err() {
             self.layout = before;
@@ -116,10 +119,11 @@ impl Replay<'_> {
     }
 
     /// A target that has been mended already may refuse rows of the old shape: then what changed the table is further on in the same
-    /// transaction.
-    async fn look_ahead(&mut self, head: TransactionHead, entries: &mut Entries) {
+    /// transaction. Changes of other tables have nothing to do with it: they come when this one is mended.
+    async fn look_ahead(&mut self, head: TransactionHead, refused: u32, entries: &mut Entries) {
         while let Ok(Some(Entry::Data(bytes))) = entries.next().await {
             if let Ok(Message::Relation(relation)) = decode(&bytes)
+                && relation.relid == refused
                 && self.relation(&head, &relation).is_err()
             {
                 return;
@@ -133,8 +137,8 @@ impl Replay<'_> {
         }
     }
 
-    /// All that is done before the commit, the ledger's rows included.
-    async fn changes(&mut self, head: TransactionHead, entries: &mut Entries) -> Result<UnitEnd> {
+    /// All that is done before the commit, the ledger's rows included. `at` is the table of the row that it has come to.
+    async fn changes(&mut self, head: TransactionHead, entries: &mut Entries, at: &mut Option<u32>) -> Result<UnitEnd> {
         self.writer.begin().await?;
         let mut adopted: Vec<Adoption> = Vec::new();
         let mut end = UnitEnd { transactions: 1, commit_time: head.commit_time, ..UnitEnd::default() };
@@ -142,7 +146,15 @@ impl Replay<'_> {
             match entries.next().await?.ok_or_else(broken_queue)? {
                 Entry::Data(bytes) => match decode(&bytes)? {
                     Message::Relation(relation) => adopted.extend(self.relation(&head, &relation)?),
-                    message => self.change(&head, message, &mut end).await?,
+                    message => {
+                        *at = match &message {
+                            Message::Insert { relid, .. }
+                            | Message::Update { relid, .. }
+                            | Message::Delete { relid, .. } => Some(*relid),
+                            _ => None,
+                        };
+                        self.change(&head, message, &mut end).await?;
+                    }
                 },
                 Entry::Commit { end_lsn } => {
                     for adoption in &adopted {

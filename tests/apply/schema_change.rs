@@ -416,3 +416,20 @@ async fn i11_two_changes_of_a_table_in_one_transaction_that_no_target_fits_both_
     );
     redefine(&bed, "plain").await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_divergence_is_not_hidden_by_another_tables_change_in_the_same_transaction() {
+    let mut bed = Bed::new(SCHEMA, &format!("{ROWS}; INSERT INTO other VALUES (1), (2)"), 2).await;
+    bed.on_target("DELETE FROM other WHERE id = 2").await;
+    bed.on_source(
+        "BEGIN; DELETE FROM other WHERE id = 2; ALTER TABLE plain ADD COLUMN extra int; DELETE FROM plain WHERE id = 9; COMMIT",
+    )
+    .await;
+    let until = bed.capture().await;
+    let error = bed.apply_adopting(until).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Divergence, "{error:?}");
+    assert!(error.to_string().contains("\"other\""), "{error:?}");
+    bed.on_target("INSERT INTO other VALUES (2)").await;
+    mend(&mut bed, until, "the table that changed, when the other one is right").await;
+    bed.assert_equal("after both").await;
+}
