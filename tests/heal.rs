@@ -300,3 +300,29 @@ async fn a_resync_without_a_migration_or_of_another_one_is_refused() {
     migration.source_url.clone_from(&other.source_url);
     resync(&migration).wait().await.assert_refused(3, &["moves the database shop, not other"]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_binary_stream_becomes_one_in_text_when_a_column_comes_that_has_no_binary_form() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    let (source, target) = (migration.source().await, migration.target().await);
+    source.batch_execute("CREATE TABLE t (id int PRIMARY KEY, a text)").await.unwrap();
+    source.batch_execute("INSERT INTO t SELECT g, 'a' || g FROM generate_series(1, 500) g").await.unwrap();
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    let is_binary = "SELECT binary_format::int::int8 FROM walferry.migration";
+    assert_eq!(number(&target, is_binary).await, 1);
+    source.batch_execute("ALTER TABLE t ADD COLUMN price money").await.unwrap();
+    source.batch_execute("UPDATE t SET price = 7.5 WHERE id < 9").await.unwrap();
+    let said = ["money has no binary form", "`walferry resync`"];
+    running.wait().await.assert_refused(1, &said);
+    target.batch_execute("ALTER TABLE t ADD COLUMN price money").await.unwrap();
+    migration.migrate(&["--recopy", "public.t"]).wait().await.assert_refused(1, &said);
+
+    let mut running = resync(&migration);
+    ready(&migration, &mut running).await;
+    assert_eq!(number(&target, is_binary).await, 0);
+    source.batch_execute("UPDATE t SET price = 8.5, a = NULL WHERE id < 5; DELETE FROM t WHERE id = 6").await.unwrap();
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
+}

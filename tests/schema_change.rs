@@ -149,4 +149,13 @@ async fn i11_a_table_that_changed_before_it_was_copied_is_not_copied_by_its_old_
     let stopped = migration.migrate(&[]).wait().await;
     stopped
         .assert_refused(1, &["the columns of \"public\".\"orders\" have changed on the source before it was copied"]);
+    // What it says next is true.
+    stopped.assert_refused(1, &["`--recopy 'public.orders'`"]);
+    let refused = migration.migrate(&["--recopy", "public.orders"]).wait().await;
+    refused.assert_refused(1, &["ALTER TABLE \"public\".\"orders\" ADD COLUMN \"extra\" integer"]);
+    target.batch_execute("ALTER TABLE orders ADD COLUMN extra int").await.unwrap();
+    let mut running = migration.migrate(&["--recopy", "public.orders"]);
+    migration.wait_for_phase(&mut running, "following").await;
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
 }

@@ -8,6 +8,7 @@ use crate::decode::{Relation, ReplicaIdentity as WireIdentity, Tuple};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
+use crate::source::slot;
 use crate::source::snapshot::SnapshotData;
 use crate::target::ledger::LedgerTable;
 
@@ -28,7 +29,7 @@ pub struct Layout {
 /// One table.
 #[derive(Clone, Debug)]
 pub struct TableLayout {
-    /// As the catalog had it; its columns are the stream's.
+    /// As the ledger has it, and as what was adopted since makes it; its columns are the stream's.
     pub table: Table,
     /// How its changes are spread.
     pub routing: Routing,
@@ -92,7 +93,7 @@ impl Layout {
         commit_lsn < self.snapshots_end && self.tables[place].snapshot.sees(xid, commit_lsn)
     }
 
-    /// A row of the stream must have the catalog's columns: what stands in another column's place would be written there.
+    /// A row of the stream must have the columns that were announced: what stands in another column's place would be written there.
     ///
     /// # Errors
     /// `SchemaChanged` naming the table.
@@ -102,12 +103,12 @@ impl Layout {
             return Ok(());
         }
         let text = format!(
-            "a row of {} has {} columns in the stream, and the table had {} when the migration began",
+            "a row of {} has {} columns in the stream, which announced {} before it",
             table.qualified(),
             row.len(),
             table.columns.len()
         );
-        Err(Error::new(ErrorKind::SchemaChanged, text).hint("Start anew with `walferry clean` and `walferry migrate`."))
+        Err(Error::new(ErrorKind::SchemaChanged, text).hint(slot::RESYNC))
     }
 
     /// Compares what the stream announces with what the table is (I11). What the table's copy has seen is history: the table

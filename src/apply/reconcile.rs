@@ -18,6 +18,7 @@ use super::layout::Layout;
 use super::route::Routing;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::{self, Column, ReplicaIdentity, Table};
+use crate::source::slot;
 use crate::sql;
 
 mod fingerprint;
@@ -128,7 +129,7 @@ pub struct Redefinition {
 }
 
 /// The same for tables whose rows will be compared with the source again: then names are enough, whatever became of the values.
-/// The copy makes sure that its snapshot shows the same columns.
+/// The copy makes sure that its snapshot shows the same columns. `binary` is whether the stream goes on in binary.
 ///
 /// # Errors
 /// As [`reconcile`].
@@ -234,9 +235,10 @@ impl<'a> Plan<'a> {
     fn all_are_binary_safe(&mut self, columns: &[Column]) {
         for column in columns.iter().filter(|column| !column.binary_safe) {
             self.obstacles.push(format!(
-                "the stream of this migration is binary, and {} has no binary form that is the same on both servers. Start \
-                 anew with `walferry clean` and `walferry migrate`",
-                column.type_name
+                "the stream of this migration is binary, and {} has no binary form that is the same on both servers. When the target has \
+                 the change too, {}",
+                column.type_name,
+                slot::RESYNC.trim_end_matches('.')
             ));
         }
     }

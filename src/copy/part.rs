@@ -154,7 +154,11 @@ pub(super) async fn is_same_file(source: &Client, table: &Table) -> Result<bool>
     if columns != table.columns.iter().map(known).collect::<Vec<String>>() {
         let text = format!("the columns of {} have changed on the source before it was copied", table.qualified());
         return Err(Error::new(ErrorKind::SchemaChanged, text)
-            .hint("Undo the change on the source and run the same command again, or start anew: `walferry clean`, then `walferry migrate`."));
+            .hint(format!(
+                "The same command with `{}` says what the target needs for that, and takes the table as it is now. Or undo the change \
+                 on the source, and run the same command again.",
+                Table::recopy_option(&[table])
+            )));
     }
     Ok(now == Some(in_snapshot))
 }

@@ -164,7 +164,8 @@ impl Running {
         let mut target = self.target().await?;
         let recorded: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
         let recorded: Vec<&Table> = recorded.iter().collect();
-        let tables = reconcile::redefine(&source, &target, &recorded, migration.binary).await?;
+        // The new stream is in what form the tables can be sent now.
+        let tables = reconcile::redefine(&source, &target, &recorded, false).await?;
         let published: Vec<Table> = tables.iter().map(|table| table.table.clone()).collect();
         self.board.event(Level::Info, "a new slot is made, then every table is compared");
         slot::drop(&source, &migration.slot).await?;

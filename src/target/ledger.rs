@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `migration` | the migration: who it is, which slot and publications are its own, which phase it is in |
 //! | `snapshot` | a snapshot that tables were copied under, with the WAL insert position read after it (I3, H6) |
-//! | `source_table` | a migrated table as the catalog had it, and the snapshot its rows come from |
+//! | `source_table` | a migrated table as it is at the position of the apply, and the snapshot its rows come from |
 //! | `part` | a range of pages of a table, and whether it has been copied |
 //! | `schema_item` | a statement of the schema that `pg_dump` wrote, and whether it has been run |
 //! | `fingerprint` | an object of the source and the hash of its definition (I11) |
@@ -180,7 +180,8 @@ impl Phase {
 /// A table with what the ledger knows of its copy.
 #[derive(Clone, Debug)]
 pub struct LedgerTable {
-    /// As the catalog had it under the slot's snapshot.
+    /// As the catalog had it when the slot was made, when it was last compared with the source again, or as the stream announced it
+    /// since: what its rows are from the position of the apply on.
     pub table: Table,
     /// Its updates and deletes are not in the stream (H27).
     pub insert_only: bool,

@@ -114,14 +114,15 @@ pub async fn record_resynced(client: &mut Client, resynced: &Resynced<'_>) -> Re
         )
         .await?;
     let begins = PgLsn::from(resynced.consistent_point);
+    let binary = resynced.tables.iter().all(|now| now.table.binary_safe());
     transaction.execute("UPDATE walferry.apply_progress SET applied = $1", &[&begins]).await?;
     transaction
         .execute(
             &format!(
                 "UPDATE walferry.migration SET consistent_point = $1, source_timeline = $2, snapshot_floor = $3, queue = $4, \
-                     {BACK_TO_COPYING}"
+                     binary_format = $5, {BACK_TO_COPYING}"
             ),
-            &[&begins, &resynced.source_timeline, &resynced.snapshot.xmax.cast_signed(), &resynced.queue],
+            &[&begins, &resynced.source_timeline, &resynced.snapshot.xmax.cast_signed(), &resynced.queue, &binary],
         )
         .await?;
     transaction.commit().await.context(|| "recording the new slot in the ledger".into())
