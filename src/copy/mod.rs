@@ -104,7 +104,7 @@ impl Copier {
         };
         tokio::select! {
             outcome = jobs => outcome?,
-            () = watchdog::run(&self.source, &self.application_name, &self.board) => {}
+            never = watchdog::run(&self.source, &self.application_name, &self.board) => match never {},
         }
         let stale = stale.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(stale.clone())
@@ -149,7 +149,7 @@ impl Copier {
         };
         tokio::select! {
             outcome = all => outcome,
-            () = watchdog::run(&self.source, &self.application_name, &self.board) => Ok(BTreeSet::new()),
+            never = watchdog::run(&self.source, &self.application_name, &self.board) => match never {},
         }
     }
 }

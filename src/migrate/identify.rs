@@ -33,7 +33,9 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
             }
         }
         // Begun: what the target's ledger says decides, and nothing else may.
-        Err(error) if identity.is_some() => return Err(error.context("looking for the ledger on the target")),
+        Err(error) if identity.is_some() || config.heal == Heal::Everything => {
+            return Err(error.context("looking for the ledger on the target"));
+        }
         // The check says it better, together with whatever else is wrong.
         Err(_) => None,
     };

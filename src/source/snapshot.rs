@@ -122,7 +122,6 @@ impl HeldSnapshot {
             .context(|| "asking the source who it is".into())?;
         let timeline = found.get::<_, i32>(1).cast_unsigned();
         server.prove(&ServerIdentity { system: found.get(0), timeline })?;
-        let mut told = false;
         loop {
             client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
             let row = client
@@ -137,14 +136,6 @@ impl HeldSnapshot {
                 return Ok(HeldSnapshot { name: row.get(1), data, session: Session::Ordinary(client) });
             }
             client.batch_execute("ROLLBACK").await?;
-            if !told {
-                told = true;
-                tracing::info!(
-                    xmin = data.xmin,
-                    wanted = xmin_at_least,
-                    "waiting for transactions of the source that were open when the slot was made"
-                );
-            }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
