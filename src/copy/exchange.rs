@@ -15,8 +15,9 @@
 
 use tokio_postgres::Client;
 
-use super::part::{format_of, is_same_file, send_rows};
+use super::part::{file_statements, format_of, is_same_file, send_rows};
 use super::{Copier, Outcome};
+use crate::connection;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::Table;
@@ -79,7 +80,7 @@ pub(super) async fn exchange(
 async fn in_sessions(copier: &Copier, table: &Table, part: &Part, sessions: &Sessions) -> Result<Outcome> {
     let locking = sessions.lend().await?;
     // Held until the rows are exchanged: this session's transaction ends after all others have read.
-    if !is_same_file(locking.source()?, table).await? {
+    if !is_same_file(connection::first_row(locking.source()?, &file_statements(table)).await, table)? {
         return Ok(Outcome::Stale);
     }
     drop(locking);
