@@ -15,6 +15,7 @@ mod heal;
 mod identify;
 mod phases;
 mod prepare;
+mod stall;
 
 pub(crate) use identify::application_name;
 
@@ -242,7 +243,15 @@ impl Running {
         let mut backoff = Backoff::new();
         loop {
             let begun = std::time::Instant::now();
-            match self.phases(queue, held, requested).await {
+            let (outcome, stalled) = tokio::select! {
+                outcome = self.phases(queue, held, requested) => (outcome, false),
+                error = self.stall() => (Err(error), true),
+            };
+            if stalled {
+                // Its session may be the silent one, and would not answer when it is asked whether it lives.
+                *held = None;
+            }
+            match outcome {
                 Err(error) if error.is_transient() => {
                     self.board.event(Level::Warn, format!("trying again: {error}"));
                     self.board.reconnected(Side::Target);

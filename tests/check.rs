@@ -333,6 +333,13 @@ async fn what_an_earlier_migration_left_is_named_unless_it_is_resumed() {
 }
 
 #[tokio::test]
+async fn a_schema_of_the_ledgers_name_that_is_not_the_ledger_blocks() {
+    let pair = Pair::start(&[]).await;
+    pair.as_app("CREATE SCHEMA walferry; CREATE TABLE walferry.migration (id int PRIMARY KEY);").await;
+    pair.is_mended_by_its_fix(Severity::Blocker, "schema-walferry").await;
+}
+
+#[tokio::test]
 async fn a_target_that_is_not_empty_blocks_and_a_new_database_mends_it() {
     let pair = Pair::start(&[]).await;
     let target = pair.on_target().await;

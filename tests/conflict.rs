@@ -73,6 +73,9 @@ async fn i06_what_the_operator_decides_or_has_compared_again_lets_the_migration_
     source.batch_execute("UPDATE orders SET a = 'after' WHERE id < 100").await.unwrap();
     stops(running, &["column \"extra\" double precision was added", "a value of its own", "--recopy public.orders"])
         .await;
+    // Another before it is compared again: the stream has rows of a shape that neither the ledger nor the source has any more.
+    source.batch_execute("ALTER TABLE orders ADD COLUMN more float DEFAULT random()").await.unwrap();
+    source.batch_execute("UPDATE orders SET a = 'later' WHERE id < 50").await.unwrap();
     let mended = migration.migrate(&["--recopy", "public.orders"]).wait().await;
     mended.assert_refused(
         1,

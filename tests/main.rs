@@ -10,5 +10,6 @@ mod cutover;
 mod flow;
 mod heal;
 mod killed;
+mod large_transaction;
 mod refused;
 mod schema_change;

@@ -96,6 +96,9 @@ impl Replay<'_> {
         if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
             self.count_conflicts();
         }
+        if outcome.as_ref().is_err_and(|error| !error.is_transient()) && self.change.is_none() {
+            self.look_ahead(head, entries).await;
+        }
         if outcome.is_err() {
             self.layout = before;
             // What the server said of the change says more than that it could not be taken back.
@@ -110,6 +113,18 @@ impl Replay<'_> {
             *position = end.end_lsn.max(*position);
         }
         Ok(end)
+    }
+
+    /// A target that has been mended already may refuse rows of the old shape: then what changed the table is further on in the same
+    /// transaction.
+    async fn look_ahead(&mut self, head: TransactionHead, entries: &mut Entries) {
+        while let Ok(Some(Entry::Data(bytes))) = entries.next().await {
+            if let Ok(Message::Relation(relation)) = decode(&bytes)
+                && self.relation(&head, &relation).is_err()
+            {
+                return;
+            }
+        }
     }
 
     fn count_conflicts(&mut self) {

@@ -145,7 +145,10 @@ pub(crate) async fn replication(client: &Client, server: &Server, resuming: bool
                     ARRAY(SELECT pubname::text FROM pg_publication WHERE pubname LIKE 'walferry%' ORDER BY 1), \
                     ARRAY(SELECT pubname::text FROM pg_publication WHERE puballtables AND pubname NOT LIKE 'walferry%' \
                           ORDER BY 1), \
-                    EXISTS (SELECT FROM pg_namespace WHERE nspname = 'walferry')",
+                    EXISTS (SELECT FROM pg_namespace WHERE nspname = 'walferry'), \
+                    EXISTS (SELECT FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid \
+                            JOIN pg_namespace n ON n.oid = c.relnamespace \
+                            WHERE n.nspname = 'walferry' AND c.relname = 'migration' AND a.attname = 'only_row')",
             &[],
         )
         .await
@@ -153,15 +156,21 @@ pub(crate) async fn replication(client: &Client, server: &Server, resuming: bool
     let (slots, walsenders): (i64, i64) = (row.get(0), row.get(1));
     let (old_slots, old_publications, all_tables): (Vec<String>, Vec<String>, Vec<String>) =
         (row.get(2), row.get(3), row.get(4));
-    let old_schema: bool = row.get(5);
+    let (old_schema, is_ledger): (bool, bool) = (row.get(5), row.get(6));
 
+    if old_schema && !is_ledger {
+        let message = "The source has a schema of this name that is not walferry's ledger. The ledger takes that name on the \
+                       target, and nothing in a schema of this name is moved.";
+        let fix = "ALTER SCHEMA walferry RENAME TO another_name;";
+        findings.push(finding(Severity::Blocker, "schema-walferry", "\"walferry\"", message).fix(fix));
+    }
     if !resuming {
         findings.extend(capacity("replication-slots", "max_replication_slots", server, slots, 1));
         findings.extend(capacity("walsenders", "max_wal_senders", server, walsenders, WALSENDERS_NEEDED));
-        if !old_slots.is_empty() || !old_publications.is_empty() || old_schema {
+        if !old_slots.is_empty() || !old_publications.is_empty() || is_ledger {
             let mut named: Vec<String> = old_slots.iter().map(|slot| format!("slot {slot}")).collect();
             named.extend(old_publications.iter().map(|publication| format!("publication {publication}")));
-            named.extend(old_schema.then(|| "schema walferry".to_string()));
+            named.extend((old_schema && is_ledger).then(|| "schema walferry".to_string()));
             let message = "An earlier walferry left this behind. A slot that nobody reads keeps the WAL, until the \
                            source's disk is full; another migration may also still be running.";
             let fix = "walferry clean --source … --target …  # when no other migration runs";

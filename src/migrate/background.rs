@@ -9,7 +9,7 @@ use super::{Config, Running};
 use crate::connection::ConnectionSpec;
 use crate::crashsafe;
 use crate::cutover;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::StatusBoard;
 use crate::queue::Queue;
@@ -19,6 +19,8 @@ use crate::target::ledger::{self, Migration};
 
 const TRIM_INTERVAL: Duration = Duration::from_secs(2);
 const SOURCE_INTERVAL: Duration = Duration::from_secs(5);
+/// How long a server may take to answer what costs it nothing.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The parts of a migration that the background needs.
@@ -58,13 +60,12 @@ impl Background {
         let mut committed: Option<(Lsn, Lsn)> = None;
         loop {
             // The insert position is read after the progress became visible, so its commit record is before it.
-            let row = target
-                .query_one(
-                    "SELECT (SELECT min(applied) FROM walferry.apply_progress), pg_catalog.pg_current_wal_insert_lsn(), \
-                            pg_catalog.pg_current_wal_flush_lsn()",
-                    &[],
-                )
-                .await?;
+            let row = answer(target.query_one(
+                "SELECT (SELECT min(applied) FROM walferry.apply_progress), pg_catalog.pg_current_wal_insert_lsn(), \
+                        pg_catalog.pg_current_wal_flush_lsn()",
+                &[],
+            ))
+            .await?;
             let (applied, insert, flush): (Option<PgLsn>, PgLsn, PgLsn) = (row.get(0), row.get(1), row.get(2));
             match committed {
                 // Flushed past the commit: the target's crash can no longer take it back.
@@ -92,12 +93,20 @@ impl Background {
     async fn watch_source_while_connected(&self) -> Result<()> {
         let source = self.source.connect(&self.application_name).await?;
         loop {
-            let position: PgLsn = source.query_one("SELECT pg_catalog.pg_current_wal_lsn()", &[]).await?.get(0);
-            if let Some(state) = slot::state(&source, &self.slot).await? {
+            let position: PgLsn = answer(source.query_one("SELECT pg_catalog.pg_current_wal_lsn()", &[])).await?.get(0);
+            if let Some(state) = answer(slot::state(&source, &self.slot)).await? {
                 self.board.source_position(position.into(), state.retained_bytes.max(0).cast_unsigned());
             }
             tokio::time::sleep(SOURCE_INTERVAL).await;
         }
+    }
+}
+
+/// A query that takes no time, on a connection that may be dead without looking it.
+async fn answer<T, E: Into<Error>>(query: impl Future<Output = Result<T, E>>) -> Result<T> {
+    match tokio::time::timeout(ANSWER_MAX, query).await {
+        Ok(answer) => answer.map_err(Into::into),
+        Err(_) => Err(Error::new(ErrorKind::Transient, format!("no answer within {} seconds", ANSWER_MAX.as_secs()))),
     }
 }
 
@@ -125,9 +134,12 @@ pub(super) async fn lift_fence(config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// A process that was told to stop has seconds, and a server that does not answer takes all of them.
+const LIFT_AT_THE_END: Duration = Duration::from_secs(3);
+
 /// The same at the end of the process, when it cannot wait. Done at the next start when it cannot be done now.
 pub(super) async fn lift_fence_if_possible(config: &Config) {
-    match tokio::time::timeout(Duration::from_secs(5), lift_fence(config)).await {
+    match tokio::time::timeout(LIFT_AT_THE_END, lift_fence(config)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "could not look for a fence that was left over"),
         Err(_) => tracing::debug!("looking for a fence that was left over took too long"),

@@ -1,8 +1,9 @@
 //! A file system in memory that does to the queue what machines do: it dies at any call, loses what was not synced in
 //! any combination, tears writes, fails an fsync and then pretends, runs full, and flips bits.
 
-// The fuzz target needs the disk, and not the faults.
+// For tests and for the fuzz target, which needs the disk and not the faults.
 #![cfg_attr(not(test), allow(dead_code))]
+#![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -46,7 +46,7 @@ fn directory() -> &'static Path {
 /// When one of these does not hold.
 pub fn any_bytes(bytes: &[u8]) {
     let Some((first, rest)) = bytes.split_first() else { return };
-    if first % 2 == 0 {
+    if first.is_multiple_of(2) {
         read_back(&made_of(rest), None);
         return;
     }
@@ -101,7 +101,7 @@ fn entries_of(number: u64) -> Vec<Entry> {
     let head = TransactionHead { xid: number as u32, commit_lsn: Lsn(end.0 - 10), commit_time: number as i64 };
     let bytes = [10, 700, 60, 2500][number as usize % 4];
     let data = |piece: u64| {
-        let content = (0..bytes).map(|at: u64| (at * (number + 3) * (piece + 7) >> (at % 5)) as u8);
+        let content = (0..bytes).map(|at: u64| ((at * (number + 3) * (piece + 7)) >> (at % 5)) as u8);
         Entry::Data(content.collect::<Vec<u8>>().into())
     };
     let mut entries = vec![Entry::Begin(head)];
@@ -169,7 +169,7 @@ fn forge_segment(content: &mut [u8], field: u8, value: u16) -> bool {
     let Ok(mut header) = SegmentHeader::decode(bytes) else { return false };
     match field {
         0 => header.continues = !header.continues,
-        1 => header.first_lsn = Lsn(u64::from(value) * if value % 2 == 0 { 1 } else { u64::MAX / 65_535 }),
+        1 => header.first_lsn = Lsn(u64::from(value) * if value.is_multiple_of(2) { 1 } else { u64::MAX / 65_535 }),
         _ => header.previous_bytes = u64::from(value),
     }
     *bytes = header.encode();
@@ -190,7 +190,7 @@ fn forge_block(content: &mut [u8], place: usize, field: u8, value: u8) -> bool {
     };
     let Ok(segment) = <[u8; 8]>::try_from(&bytes[16..24]) else { return false };
     let Ok(mut block) = BlockHeader::decode(bytes, u64::from_le_bytes(segment), at as u64) else { return false };
-    let number = u64::from(value) * if value % 2 == 0 { 1 } else { u64::MAX / 255 };
+    let number = u64::from(value) * if value.is_multiple_of(2) { 1 } else { u64::MAX / 255 };
     match field % 8 {
         0 => block.ends_at_boundary = !block.ends_at_boundary,
         1 => block.starts_inside = !block.starts_inside,

@@ -131,6 +131,7 @@ async fn receive(
     let from = appender.rewind().await?;
     let mut session = ReplicationSession::connect(source, &subscription.application_name).await?;
     prove_no_gap(&mut session, subscription, from).await?;
+    end_stale_walsender(&mut session, subscription).await?;
     let mut stream = session
         .start(&subscription.slot, from, &subscription.publications, subscription.binary)
         .await
@@ -192,6 +193,19 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
             format!("Use the state directory that this migration was begun with. If it or its queue is lost: {RESYNC}"),
         );
     }
+    Ok(())
+}
+
+/// Ends the walsender of a connection that we gave up and the source has not: it holds the slot until `wal_sender_timeout`,
+/// which may be never. Nobody else's has our name, since the state directory is locked.
+async fn end_stale_walsender(session: &mut ReplicationSession, subscription: &Subscription) -> Result<()> {
+    let statement = format!(
+        "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE application_name = {} \
+         AND pid = (SELECT active_pid FROM pg_catalog.pg_replication_slots WHERE slot_name = {}) AND pid <> pg_catalog.pg_backend_pid()",
+        crate::sql::literal(&subscription.application_name),
+        crate::sql::literal(&subscription.slot)
+    );
+    session.simple_query(&statement).await?;
     Ok(())
 }
 

@@ -125,6 +125,12 @@ impl Running {
         self.wait().await
     }
 
+    /// `kill -9`, unless it has ended by itself; returns when it is gone.
+    pub async fn kill_if_alive(mut self) {
+        let _ = self.child.start_kill();
+        drop(self.child.wait().await);
+    }
+
     /// SIGTERM.
     pub async fn terminate(self) -> Finished {
         self.signal(Signal::TERM);

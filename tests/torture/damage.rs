@@ -9,6 +9,8 @@ use walferry::lsn::Lsn;
 
 use super::random::Random;
 
+/// The version that is read here.
+const FORMAT_VERSION: u32 = 2;
 const SEGMENT_HEADER_BYTES: u64 = 64;
 const BLOCK_HEADER_BYTES: u64 = 64;
 
@@ -42,6 +44,14 @@ fn segments(queue: &Path) -> Vec<(PathBuf, Vec<Block>)> {
         // The next one's header says how much of this one counts.
         let next = contents.get(at + 1).filter(|next| next.len() as u64 >= SEGMENT_HEADER_BYTES);
         let limit = next.map_or(content.len() as u64, |next| u64_at(next, 32));
+        if content.len() as u64 >= SEGMENT_HEADER_BYTES {
+            // Blocks that it does not understand would look to this reader like a tail that was never acknowledged.
+            assert_eq!(
+                u32_at(content, 8),
+                FORMAT_VERSION,
+                "the queue's format has changed: its reader here has to follow"
+            );
+        }
         let mut blocks = Vec::new();
         let mut offset = SEGMENT_HEADER_BYTES;
         while offset + BLOCK_HEADER_BYTES <= limit {
@@ -49,7 +59,12 @@ fn segments(queue: &Path) -> Vec<(PathBuf, Vec<Block>)> {
             if &header[..4] != b"wfBK" || crc32c::crc32c(&header[..60]) != u32_at(header, 60) {
                 break;
             }
-            let bytes = BLOCK_HEADER_BYTES + u64::from(u32_at(header, 8));
+            // Labels, with a checksum of their own, where there are any and not too many.
+            let labels = match u16::from_le_bytes([header[6], header[7]]) {
+                0 | u16::MAX => 0,
+                count => (u64::from(count) + 1) * 4,
+            };
+            let bytes = BLOCK_HEADER_BYTES + labels + u64::from(u32_at(header, 8));
             if offset + bytes > limit {
                 break;
             }

@@ -133,10 +133,10 @@ pub struct Faults<'a> {
 }
 
 /// How long walferry may take to meet damage, which may be only when the copy is done.
-const DAMAGE_MET_MAX: Duration = Duration::from_secs(180);
+const DAMAGE_MET_MAX: Duration = Duration::from_secs(300);
 
 /// How long a new slot may take: it waits for the transactions that are open.
-const RESYNC_MAX: Duration = Duration::from_secs(120);
+const RESYNC_MAX: Duration = Duration::from_secs(240);
 
 impl Faults<'_> {
     pub async fn run(&mut self, time: Duration) -> Result<(), String> {
@@ -150,7 +150,7 @@ impl Faults<'_> {
                 break;
             }
             let fault = self.random.weighted(&[
-                (16, Fault::Kill),
+                (24, Fault::Kill),
                 (4, Fault::Stop),
                 (5, Fault::Crash),
                 (3, Fault::Restart),
@@ -198,7 +198,8 @@ impl Faults<'_> {
         self.heal_disk();
         if !self.walferry.look() && !self.walferry.done {
             if let Some(last) = self.walferry.unasked.last() {
-                self.log.add(format!("walferry is started again; before: {last}"));
+                // Nothing comes of going on, and now its files are as they were.
+                return Err(format!("walferry gave up by itself: {last}"));
             }
             self.start()?;
         }
@@ -401,9 +402,9 @@ impl Faults<'_> {
         self.heal();
         self.start()?;
         let what = damage.text.clone();
-        self.stops_at(damage).await.map_err(|error| format!("{what}: {error}"))?;
+        let said = self.stops_at(damage).await.map_err(|error| format!("{what}: {error}"))?;
         self.log.add("it has stopped there");
-        self.heal_queue(&queue, &kept).await
+        self.heal_queue(&queue, &kept, &said).await
     }
 
     /// The directory that the ledger names.
@@ -433,8 +434,8 @@ impl Faults<'_> {
     }
 
     /// walferry meets the damage: it says where, ends with 1, and has applied nothing past it.
-    async fn stops_at(&mut self, damage: Damage) -> Result<(), String> {
-        let Some(block) = damage.stops_at else { return Ok(()) };
+    async fn stops_at(&mut self, damage: Damage) -> Result<String, String> {
+        let Some(block) = damage.stops_at else { return Ok(String::new()) };
         let Some((code, said)) = self.walferry.wait_for_end(DAMAGE_MET_MAX).await else {
             return Err(format!("walferry did not stop within {DAMAGE_MET_MAX:?}"));
         };
@@ -457,16 +458,23 @@ impl Faults<'_> {
         if applied > block.first_lsn {
             return Err(format!("applied up to {applied}, past the damage after {}", block.first_lsn));
         }
-        Ok(())
+        Ok(said)
     }
 
-    /// What an operator does about it: puts a copy back, or has every table compared again.
-    async fn heal_queue(&mut self, queue: &Path, kept: &Kept) -> Result<(), String> {
+    /// What an operator does about it: puts a copy back, or has the tables that walferry names compared again, or all.
+    async fn heal_queue(&mut self, queue: &Path, kept: &Kept, said: &str) -> Result<(), String> {
         if self.random.chance(40) {
             self.counts.add("segments put back", 1);
             self.log.add("the file is put back");
             kept.put_back(queue);
             return self.start();
+        }
+        let named = tables_to_recopy(said);
+        if !named.is_empty() && self.random.chance(70) {
+            self.counts.add("recopies", 1);
+            self.log.add(format!("walferry migrate --recopy {}", named.join(" ")));
+            self.walferry.more = [vec!["--recopy".to_owned()], named].concat();
+            return self.until_another_queue(queue).await;
         }
         self.resync(queue).await
     }
@@ -508,17 +516,23 @@ impl Faults<'_> {
         self.counts.add("resyncs", 1);
         self.log.add("walferry resync");
         self.walferry.verb = "resync";
+        self.until_another_queue(queue).await
+    }
+
+    async fn until_another_queue(&mut self, queue: &Path) -> Result<(), String> {
         self.start()?;
         let deadline = Instant::now() + RESYNC_MAX;
         let mut kills = self.random.between(0, 3);
         // Until it is recorded, the same command has to be given again.
         while self.queue().await.is_none_or(|now| now == queue) {
             if Instant::now() > deadline {
-                return Err(format!("{RESYNC_MAX:?} after the damage `walferry resync` has not made a new slot"));
+                return Err(format!(
+                    "{RESYNC_MAX:?} after the damage `walferry resync` or `--recopy` has recorded nothing"
+                ));
             }
             if kills > 0 && self.random.chance(20) {
                 kills -= 1;
-                self.log.add("kill -9 of walferry resync");
+                self.log.add("kill -9 of it");
                 self.walferry.kill().await;
                 self.start()?;
             }
@@ -526,9 +540,17 @@ impl Faults<'_> {
             self.look()?;
         }
         self.walferry.verb = "migrate";
-        self.log.add("the new slot is recorded");
+        self.walferry.more.clear();
+        self.log.add("it is recorded");
         Ok(())
     }
+}
+
+/// The names in `--recopy 'schema.table' 'schema.table'`, as a shell would read them.
+fn tables_to_recopy(said: &str) -> Vec<String> {
+    let Some((_, quoted)) = said.rsplit_once("`--recopy '") else { return Vec::new() };
+    let quoted = quoted.split_once("'`").map_or(quoted, |(names, _)| names);
+    quoted.split("' '").map(|name| name.replace("'\\''", "'")).collect()
 }
 
 async fn connect(server: &ThrowawayServer, database: &str) -> Result<Client, tokio_postgres::Error> {

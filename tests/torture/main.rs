@@ -22,6 +22,7 @@ mod random;
 mod regression;
 mod round;
 mod schema;
+mod stalled;
 #[allow(dead_code)] // Shared with other tests, which use more of it.
 #[path = "../support/mod.rs"]
 mod support;
@@ -34,7 +35,7 @@ use round::{Size, Summary};
 
 /// Of the fixed seeds: as much as a test run can bear.
 const SMALL: Size = Size { fault_time: Duration::from_secs(20), huge_rows: 60_000 };
-const LARGE: Size = Size { fault_time: Duration::from_secs(45), huge_rows: 500_000 };
+const LARGE: Size = Size { fault_time: Duration::from_secs(50), huge_rows: 500_000 };
 
 fn one(seed: u64, size: Size) -> Result<Summary, String> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();

@@ -17,6 +17,8 @@ pub struct Walferry {
     child: Option<Child>,
     /// What is run: `migrate`, or `resync` once.
     pub verb: &'static str,
+    /// Arguments of that one time.
+    pub more: Vec<String>,
     /// Variables that it gets besides its usual ones.
     pub environment: Vec<(String, String)>,
     pub kills: u64,
@@ -41,6 +43,7 @@ impl Walferry {
             log_begins: 0,
             child: None,
             verb: "migrate",
+            more: Vec::new(),
             environment: Vec::new(),
             kills: 0,
             stops: 0,
@@ -62,6 +65,7 @@ impl Walferry {
         command
             .arg(self.verb)
             .args(&self.arguments[1..])
+            .args(&self.more)
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

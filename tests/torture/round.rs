@@ -19,9 +19,9 @@ use super::schema::Schema;
 use super::writers::{Control, Writer};
 
 /// How long walferry may take, without any fault, until it follows.
-const CATCH_UP_MAX: Duration = Duration::from_secs(240);
+const CATCH_UP_MAX: Duration = Duration::from_secs(600);
 /// How long the cutover may be tried.
-const CUTOVER_MAX: Duration = Duration::from_secs(120);
+const CUTOVER_MAX: Duration = Duration::from_secs(240);
 const DATABASE: &str = "der Laden";
 /// Who migrates, and whose everything is, where it is no superuser.
 const ROLE: &str = "ferryman";
@@ -402,10 +402,10 @@ async fn under_fire(
         faults.log.add(format!("the cutover ended with {last}"));
         match code {
             Some(0) => {
-                let ended = Instant::now() + Duration::from_secs(20);
+                let ended = Instant::now() + Duration::from_secs(60);
                 while faults.walferry.look() {
                     if Instant::now() > ended {
-                        return Err("20 s after the cutover `walferry migrate` is still there".into());
+                        return Err("60 s after the cutover `walferry migrate` is still there".into());
                     }
                     sleep(Duration::from_millis(50)).await;
                 }
