@@ -15,8 +15,9 @@
 
 use tokio_postgres::Client;
 
-use super::part::{format_of, is_same_file, send_rows};
+use super::part::{file_statements, format_of, is_same_file, send_rows};
 use super::{Copier, Outcome};
+use crate::connection;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::Table;
@@ -56,7 +57,7 @@ pub(super) async fn exchange(
     for (source, _) in pairs.iter() {
         snapshot::import(source, snapshot).await?;
         // In each of them: the watchdog can end one, and its lock with it, while the others go on reading.
-        same_file &= is_same_file(source, table).await?;
+        same_file &= is_same_file(connection::first_row(source, &file_statements(table)).await, table)?;
     }
     if !same_file {
         for (source, _) in pairs.iter() {
