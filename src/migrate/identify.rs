@@ -104,11 +104,10 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
     if !report.ready() {
         eprintln!("{report}");
         let count = report.of(Severity::Blocker).count();
-        return Err(Error::new(
-            ErrorKind::Blocked,
-            format!("{count} findings of the check stand against the migration"),
-        )
-        .hint("Mend what the check names, then run the same command again. Nothing was changed on either server."));
+        return Err(Error::new(ErrorKind::Blocked, format!("{} against the migration", check::that_stand(count)))
+            .hint(
+                "Mend what the check names, then run the same command again. Nothing was changed on either server.",
+            ));
     }
     for finding in report.of(Severity::Warning) {
         board.event(Level::Warn, format!("{}: {}", finding.object, finding.message));
