@@ -117,6 +117,11 @@ fn stands_in_the_arguments(text: &str) -> bool {
 
 async fn check(options: cli::Check) -> Result<()> {
     let (source, target) = both(&options.servers)?;
+    // What a migration of its own has left on both servers is in nobody's way.
+    let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
+    let resuming = identity.is_some_and(|identity| {
+        (identity.source, identity.target) == (source.without_password(), target.without_password())
+    });
     let report = check::run(&check::Inputs {
         source: &source,
         target: &target,
@@ -125,7 +130,7 @@ async fn check(options: cli::Check) -> Result<()> {
         index_jobs: options.parallelism.index_jobs,
         apply_workers: options.parallelism.apply_workers,
         queue_max_bytes: options.parallelism.queue_max_bytes,
-        resuming: false,
+        resuming,
     })
     .await?;
     if options.json {
@@ -138,7 +143,7 @@ async fn check(options: cli::Check) -> Result<()> {
 
 fn blocked(report: &Report) -> Error {
     let count = report.of(check::Severity::Blocker).count();
-    Error::new(ErrorKind::Blocked, format!("{count} findings stand against the migration"))
+    Error::new(ErrorKind::Blocked, format!("{} against the migration", check::that_stand(count)))
 }
 
 /// As much as the queue takes unless it is said: not so much that the disk is full before the queue stops taking changes.
@@ -340,7 +345,8 @@ async fn verify(options: cli::Verify) -> Result<()> {
         return Ok(());
     }
     let different = compared.tables.iter().filter(|table| !table.equal).count();
-    Err(Error::new(ErrorKind::Different, format!("{different} tables differ")))
+    let text = if different == 1 { "1 table differs".to_owned() } else { format!("{different} tables differ") };
+    Err(Error::new(ErrorKind::Different, text))
 }
 
 async fn clean(options: cli::Clean) -> Result<()> {

@@ -22,6 +22,7 @@ pub(crate) use identify::application_name;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -92,6 +93,8 @@ struct Running {
     application_name: String,
     /// What the operator holds.
     pause: Pause,
+    /// A snapshot waits for transactions of others (H1): nothing moves, and nothing is wrong.
+    waits_for_snapshot: AtomicBool,
 }
 
 /// Migrates, until the cutover has gone through.
@@ -142,7 +145,14 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
             identified => break identified?,
         }
     };
-    let migration = Running { config, board: board.clone(), directory, application_name, pause };
+    let migration = Running {
+        config,
+        board: board.clone(),
+        directory,
+        application_name,
+        pause,
+        waits_for_snapshot: AtomicBool::new(false),
+    };
     migration.go(&mut requested).await
 }
 

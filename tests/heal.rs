@@ -297,6 +297,10 @@ async fn a_resync_without_a_migration_or_of_another_one_is_refused() {
     ready(&migration, &mut running).await;
     running.terminate().await;
     let other = servers.migration("other").await;
+    let target_url = std::mem::replace(&mut migration.target_url, "postgres://postgres@127.0.0.1:1/shop".into());
+    let elsewhere = migration.files().join("elsewhere");
+    resync_in(&migration, &elsewhere).wait().await.assert_refused(1, &["looking for the ledger on the target"]);
+    migration.target_url = target_url;
     migration.source_url.clone_from(&other.source_url);
     resync(&migration).wait().await.assert_refused(3, &["moves the database shop, not other"]);
 }

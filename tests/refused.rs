@@ -253,6 +253,11 @@ async fn a_migration_that_was_stopped_is_shown_and_takes_no_cutover() {
     assert_eq!(migration.with_directory("status", &["--exit-code"]).await.code, Some(1));
     let shown = migration.with_directory("status", &[]).await;
     assert_eq!(shown.code, Some(0), "{}", shown.stderr);
+    // A check that knows whose the ledger and the slot are finds nothing in the way of going on.
+    let directory = migration.directory();
+    let check = migration.with_servers("check", &["--dir", directory.to_str().unwrap()]).await;
+    assert_eq!(check.code, Some(0), "{}", check.stdout);
+    assert_eq!(migration.with_servers("check", &[]).await.code, Some(3));
     let before = both(&migration).await;
     let refused = migration.with_directory("cutover", &["--yes"]).await;
     println!("{}", refused.stderr);

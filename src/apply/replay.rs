@@ -192,15 +192,22 @@ impl Replay<'_> {
             }
             Message::Truncate { relids, restart_identity, .. } => {
                 let mut places = Vec::new();
+                let mut is_whole = true;
                 for relid in relids {
                     let place = layout.place(relid)?;
-                    if !layout.copy_has_seen(place, head.xid, head.commit_lsn) {
+                    if layout.copy_has_seen(place, head.xid, head.commit_lsn) {
+                        is_whole = false;
+                    } else {
                         places.push(place);
                     }
                 }
                 if !places.is_empty() {
                     end.changes += 1;
-                    serial::truncate(self.writer, &layout, &places, restart_identity).await?;
+                    if is_whole {
+                        serial::truncate(self.writer, &layout, &places, restart_identity).await?;
+                    } else {
+                        serial::empty(self.writer, &layout, &places).await?;
+                    }
                 }
             }
             Message::Insert { relid, new } => self.row(head, relid, RowChange::Insert(new), end).await?,

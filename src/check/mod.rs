@@ -24,6 +24,7 @@ use std::path::Path;
 
 use tokio_postgres::Client;
 
+pub(crate) use report::that_stand;
 pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
 use crate::connection::ConnectionSpec;

@@ -135,6 +135,11 @@ pub(crate) fn counted(count: usize, noun: &str) -> String {
     if count == 1 { format!("1 {noun}") } else { format!("{} {noun}s", thousands(count as i64)) }
 }
 
+/// How many findings stand against a migration, as the beginning of a sentence.
+pub(crate) fn that_stand(blockers: usize) -> String {
+    if blockers == 1 { "1 finding stands".to_owned() } else { format!("{} findings stand", thousands(blockers as i64)) }
+}
+
 /// Bytes as a person reads them: `0 B`, `1.5 KiB`, `12.3 GiB`.
 pub(crate) fn size(bytes: i64) -> String {
     let mut value = bytes as f64;

@@ -170,7 +170,7 @@ pub(crate) async fn replication(client: &Client, server: &Server, resuming: bool
         if !old_slots.is_empty() || !old_publications.is_empty() || is_ledger {
             let mut named: Vec<String> = old_slots.iter().map(|slot| format!("slot {slot}")).collect();
             named.extend(old_publications.iter().map(|publication| format!("publication {publication}")));
-            named.extend((old_schema && is_ledger).then(|| "schema walferry".to_string()));
+            named.extend(is_ledger.then(|| "schema walferry".to_string()));
             let message = "An earlier walferry left this behind. A slot that nobody reads keeps the WAL, until the \
                            source's disk is full; another migration may also still be running.";
             let fix = "walferry clean --source … --target …  # when no other migration runs";

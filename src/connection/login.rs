@@ -85,14 +85,19 @@ impl Session for Client {
     }
 
     async fn first_row(&mut self, sql: &str) -> Result<Vec<Option<String>>> {
-        let messages = self.simple_query(sql).await?;
-        let row = messages.iter().find_map(|message| match message {
-            SimpleQueryMessage::Row(row) => Some(row),
-            _ => None,
-        });
-        let row = row.ok_or_else(|| Error::new(ErrorKind::Other, "the server answered no row"))?;
-        Ok((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect())
+        first_row(self, sql).await
     }
+}
+
+/// The first row that statements answer, as text.
+pub(crate) async fn first_row(client: &Client, sql: &str) -> Result<Vec<Option<String>>> {
+    let messages = client.simple_query(sql).await?;
+    let row = messages.iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    let row = row.ok_or_else(|| Error::new(ErrorKind::Other, "the server answered no row"))?;
+    Ok((0..row.len()).map(|column| row.get(column).map(str::to_owned)).collect())
 }
 
 /// Runs a connection until its client is dropped; how it ended, every pending query learns by itself.

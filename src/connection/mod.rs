@@ -6,6 +6,7 @@
 //!                      ▼ spec: checked, with defaults
 //!              ConnectionSpec ──login──► address → stream (TCP, Unix) → tls → Session
 //!                      │                                                        ├─ tokio_postgres::Client
+//!                      │                                                        ├─ wire::RawSession
 //!                      └──child──► environment of pg_dump                       └─ source::replication::ReplicationSession
 //! ```
 //!
@@ -24,10 +25,11 @@ mod settings;
 mod spec;
 mod stream;
 mod tls;
+pub(crate) mod wire;
 
 pub use child::ChildEnvironment;
 pub(crate) use child::{SECRET_VARIABLES, without_secrets};
-pub(crate) use login::{ChannelBindingPolicy, Login, Session, no_password, open};
+pub(crate) use login::{ChannelBindingPolicy, Login, Session, first_row, no_password, open};
 pub use spec::ConnectionSpec;
 pub(crate) use stream::Stream;
 

@@ -15,8 +15,9 @@
 
 use tokio_postgres::Client;
 
-use super::part::{format_of, is_same_file, send_rows};
+use super::part::{file_statements, format_of, is_same_file, send_rows};
 use super::{Copier, Outcome};
+use crate::connection;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::Table;
@@ -52,17 +53,28 @@ pub(super) async fn exchange(
         )?);
     }
     let rest = pairs.split_off(wanted);
+    let mut same_file = true;
     for (source, _) in pairs.iter() {
         snapshot::import(source, snapshot).await?;
+        // In each of them: the watchdog can end one, and its lock with it, while the others go on reading.
+        same_file &= is_same_file(connection::first_row(source, &file_statements(table)).await, table)?;
+    }
+    if !same_file {
+        for (source, _) in pairs.iter() {
+            source.batch_execute("ROLLBACK").await?;
+        }
+        pairs.extend(rest);
+        return Ok(Outcome::Stale);
     }
     let sessions = Sessions::new(std::mem::take(pairs)).await?;
     let outcome = in_sessions(copier, table, part, &sessions).await;
     let used = sessions.into_inner();
-    let made_way = used.iter().any(|(source, _)| source.is_closed());
+    // Ends the transactions on the source, and with them the locks (H9). It also shows which session is gone.
+    let mut made_way = false;
+    for (source, _) in &used {
+        made_way |= source.batch_execute("ROLLBACK").await.is_err() && source.is_closed();
+    }
     if outcome.is_ok() {
-        for (source, _) in &used {
-            source.batch_execute("ROLLBACK").await?;
-        }
         pairs.extend(used);
         pairs.extend(rest);
     }
@@ -77,12 +89,6 @@ pub(super) async fn exchange(
 }
 
 async fn in_sessions(copier: &Copier, table: &Table, part: &Part, sessions: &Sessions) -> Result<Outcome> {
-    let locking = sessions.lend().await?;
-    // Held until the rows are exchanged: this session's transaction ends after all others have read.
-    if !is_same_file(locking.source()?, table).await? {
-        return Ok(Outcome::Stale);
-    }
-    drop(locking);
     let mismatch = verify::mismatch(table, sessions, &verify::Options::default(), &|_| {}).await?;
     let lent = sessions.lend().await?;
     exchange_rows(copier, table, part, &mismatch, lent.source()?, lent.target()?).await

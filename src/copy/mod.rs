@@ -28,6 +28,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::connection::ConnectionSpec;
+use crate::connection::wire::RawSession;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
@@ -104,7 +105,7 @@ impl Copier {
         };
         tokio::select! {
             outcome = jobs => outcome?,
-            () = watchdog::run(&self.source, &self.application_name, &self.board) => {}
+            never = watchdog::run(&self.source, &self.application_name, &self.board) => match never {},
         }
         let stale = stale.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(stale.clone())
@@ -149,7 +150,7 @@ impl Copier {
         };
         tokio::select! {
             outcome = all => outcome,
-            () = watchdog::run(&self.source, &self.application_name, &self.board) => Ok(BTreeSet::new()),
+            never = watchdog::run(&self.source, &self.application_name, &self.board) => match never {},
         }
     }
 }
@@ -166,14 +167,14 @@ impl Job {
     async fn run(self) -> Result<()> {
         let Some(mut next) = self.next() else { return Ok(()) };
         let copier = &self.copier;
-        let mut source = copier.source.connect(&copier.application_name).await?;
+        let mut source = RawSession::connect(&copier.source, &copier.application_name).await?;
         let mut target = copier.target.connect(&copier.application_name).await?;
         let mut paused = copier.paused.clone();
         loop {
             pause::copy_may_go_on(&mut paused).await;
-            if source.is_closed() {
+            if !source.is_usable() {
                 // It made way, perhaps only while the target committed the part.
-                source = copier.source.connect(&copier.application_name).await?;
+                source = RawSession::connect(&copier.source, &copier.application_name).await?;
             }
             let Some(table) = copier.tables.get(&next.relid) else {
                 return Err(Error::new(
@@ -182,7 +183,7 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
-                match part::copy(&source, &mut target, &self.snapshot, table, &next, &copier.board).await? {
+                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, &copier.board).await? {
                     Outcome::Copied(complete) => {
                         if complete {
                             // The receiver outlives the copy; if it is gone, so is the migration.

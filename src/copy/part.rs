@@ -1,6 +1,6 @@
 //! One part of one table, from COPY to COPY.
 
-use std::pin::pin;
+use std::pin::{Pin, pin};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{SinkExt, TryStreamExt};
@@ -8,11 +8,14 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::Outcome;
+use crate::connection::Session;
+use crate::connection::wire::RawSession;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::table_progress::PartProgress;
 use crate::source::catalog::{Column, Table};
 use crate::source::snapshot;
+use crate::sql;
 use crate::target::ledger::{self, Part};
 
 /// The source sends a message per row; the target gets chunks of this size.
@@ -20,7 +23,7 @@ const CHUNK_BYTES: usize = 128 * 1024;
 
 /// Copies one part, and marks it in the ledger, as one transaction on the target.
 pub(super) async fn copy(
-    source: &Client,
+    source: &mut RawSession,
     target: &mut Client,
     snapshot: &str,
     table: &Table,
@@ -29,11 +32,15 @@ pub(super) async fn copy(
 ) -> Result<Outcome> {
     let outcome = copy_rows(source, target, snapshot, table, part, board).await;
     // Ends the transaction on the source, and with it the lock (H9), whatever happened. When the session is gone, so is
-    // the lock.
-    let ended = source.batch_execute("ROLLBACK").await;
+    // the lock; one that was left in the middle of a COPY goes with this error.
+    if source.is_usable()
+        && let Err(error) = source.simple_query("ROLLBACK").await
+    {
+        tracing::debug!(%error, "the copy's session on the source ended with its transaction");
+    }
     match outcome {
         // The watchdog ended the session. If it was an outage instead, the next connection or the import of the snapshot says so.
-        Err(error) if ended.is_err() && source.is_closed() => {
+        Err(error) if source.is_lost() => {
             tracing::debug!(%error, "the copy's session on the source is gone");
             Ok(Outcome::MadeWay)
         }
@@ -42,15 +49,15 @@ pub(super) async fn copy(
 }
 
 async fn copy_rows(
-    source: &Client,
+    source: &mut RawSession,
     target: &mut Client,
     snapshot: &str,
     table: &Table,
     part: &Part,
     board: &StatusBoard,
 ) -> Result<Outcome> {
-    snapshot::import(source, snapshot).await?;
-    if !is_same_file(source, table).await? {
+    source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
+    if !is_same_file(source.first_row(&file_statements(table)).await, table)? {
         return Ok(Outcome::Stale);
     }
     let transaction = target.transaction().await?;
@@ -59,8 +66,16 @@ async fn copy_rows(
         .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
         .await?;
     let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
-    let statement = copy_out_statement(table, part, format_of(table));
-    let rows = send_rows(source, &statement, transaction.client(), table, progress.as_mut()).await?;
+    source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
+    let mut into = CopyIn::begin(transaction.client(), table, progress.as_mut()).await?;
+    loop {
+        let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
+        into.pass_on(rows).await?;
+        if !more {
+            break;
+        }
+    }
+    let rows = into.finish().await?;
     let complete = ledger::part_copied(transaction.client(), part, rows).await?;
     transaction.commit().await?;
     if let Some(progress) = progress {
@@ -74,55 +89,99 @@ pub(super) fn format_of(table: &Table) -> &'static str {
     if table.binary_safe() { "binary" } else { "text" }
 }
 
-/// Sends what a COPY statement on the source gives to a table of the target; answers the number of rows.
+/// Sends what a COPY statement gives in an ordinary session on the source to a table of the target; answers the number of rows.
 pub(super) async fn send_rows(
     source: &Client,
     copy_out: &str,
     target: &Client,
     table: &Table,
-    mut progress: Option<&mut PartProgress>,
+    progress: Option<&mut PartProgress>,
 ) -> Result<u64> {
-    let rows = source.copy_out(copy_out).await?;
-    let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
-    let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {})", table.qualified(), format_of(table));
-    let sink = target.copy_in::<_, Bytes>(&statement).await?;
-    let (mut rows, mut sink) = (pin!(rows), pin!(sink));
-
-    let mut chunk = BytesMut::with_capacity(CHUNK_BYTES * 2);
-    // A message is a row, but the last one in binary, which is the trailer: the newest is not shown until another follows.
-    let (mut earlier, mut rows_shown) = (0, 0);
-    let mut is_first = true;
+    let mut rows = pin!(source.copy_out(copy_out).await?);
+    let mut into = CopyIn::begin(target, table, progress).await?;
+    let mut waiting = 0;
     while let Some(row) = rows.try_next().await? {
-        earlier += u64::from(!is_first);
-        is_first = false;
-        chunk.extend_from_slice(&row);
-        if chunk.len() >= CHUNK_BYTES {
-            if let Some(progress) = progress.as_deref_mut() {
-                progress.add(chunk.len() as u64, earlier - rows_shown);
-            }
-            rows_shown = earlier;
-            sink.feed(chunk.split().freeze()).await?;
-            chunk.reserve(CHUNK_BYTES * 2);
+        into.chunk.extend_from_slice(&row);
+        waiting += 1;
+        if into.chunk.len() >= CHUNK_BYTES {
+            into.pass_on(waiting).await?;
+            waiting = 0;
         }
     }
-    let bytes_left = chunk.len() as u64;
-    if !chunk.is_empty() {
-        sink.feed(chunk.freeze()).await?;
-    }
-    let rows = sink.finish().await?;
-    if let Some(progress) = progress {
-        progress.add(bytes_left, rows.saturating_sub(rows_shown));
-    }
-    Ok(rows)
+    into.pass_on(waiting).await?;
+    into.finish().await
 }
 
-/// Locks the table, and answers whether the snapshot still shows its rows (H4).
+/// A COPY into a table of the target.
+struct CopyIn<'a> {
+    sink: Pin<Box<tokio_postgres::CopyInSink<Bytes>>>,
+    /// What is to be passed on next.
+    chunk: BytesMut,
+    progress: Option<&'a mut PartProgress>,
+    /// Messages of the source: each is a row, but the last one in binary, which is the trailer. So the newest is not shown
+    /// until another follows.
+    messages: u64,
+    rows_shown: u64,
+}
+
+impl<'a> CopyIn<'a> {
+    async fn begin(target: &Client, table: &Table, progress: Option<&'a mut PartProgress>) -> Result<CopyIn<'a>> {
+        let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
+        let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {})", table.qualified(), format_of(table));
+        let sink = Box::pin(target.copy_in::<_, Bytes>(&statement).await?);
+        Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, messages: 0, rows_shown: 0 })
+    }
+
+    /// Passes the chunk on, which came in so many messages.
+    async fn pass_on(&mut self, messages: u64) -> Result<()> {
+        if self.chunk.is_empty() {
+            return Ok(());
+        }
+        if let Some(progress) = self.progress.as_deref_mut() {
+            let rows = (self.messages + messages).saturating_sub(1);
+            progress.add(self.chunk.len() as u64, rows - self.rows_shown);
+            self.rows_shown = rows;
+        }
+        self.messages += messages;
+        self.sink.feed(self.chunk.split().freeze()).await?;
+        self.chunk.reserve(CHUNK_BYTES * 2);
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<u64> {
+        let rows = self.sink.as_mut().finish().await?;
+        if let Some(progress) = self.progress {
+            progress.add(0, rows.saturating_sub(self.rows_shown));
+        }
+        Ok(rows)
+    }
+}
+
+/// Locks the table, and asks for what [`is_same_file`] looks at.
+pub(super) fn file_statements(table: &Table) -> String {
+    let name = sql::literal(&table.qualified());
+    let known =
+        |column: &Column| sql::literal(&format!("{} {} {}", column.type_oid, column.type_modifier, column.name));
+    let columns: Vec<String> = table.columns.iter().map(known).collect();
+    format!(
+        "LOCK TABLE ONLY {} IN ACCESS SHARE MODE; \
+         SELECT c.relfilenode = pg_catalog.pg_relation_filenode({name}::text::regclass), \
+                {name}::text::regclass::oid = c.oid, \
+                coalesce((SELECT array_agg(concat_ws(' ', a.atttypid, a.atttypmod, a.attname) ORDER BY a.attnum) \
+                          FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                            AND a.attgenerated = ''), '{{}}') = ARRAY[{}]::text[] \
+         FROM pg_catalog.pg_class c WHERE c.oid = {}",
+        table.qualified(),
+        columns.join(", "),
+        table.relid
+    )
+}
+
+/// Whether the snapshot still shows the table's rows (H4), by the answer to [`file_statements`].
 ///
 /// TRUNCATE and a rewriting ALTER TABLE put a new file in the place of the old one at once, whatever older snapshots see: under
 /// them the table reads as empty. From the lock on, the file stays.
-pub(super) async fn is_same_file(source: &Client, table: &Table) -> Result<bool> {
-    let locked = source.batch_execute(&format!("LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.qualified())).await;
-    let gone = |error: &tokio_postgres::Error| matches!(error.code(), Some(code) if *code == SqlState::UNDEFINED_TABLE || *code == SqlState::INVALID_SCHEMA_NAME);
+pub(super) fn is_same_file(answer: Result<Vec<Option<String>>>, table: &Table) -> Result<bool> {
     let changed = || {
         Error::new(
             ErrorKind::SchemaChanged,
@@ -130,28 +189,22 @@ pub(super) async fn is_same_file(source: &Client, table: &Table) -> Result<bool>
         )
         .hint("Give the table its name again, or start the migration anew: `walferry clean`, then `walferry migrate`.")
     };
-    match locked {
-        Err(error) if gone(&error) => return Err(changed()),
-        locked => locked?,
-    }
-    let row = source
-        .query_one(
-            "SELECT c.relfilenode, pg_catalog.pg_relation_filenode($2::text::regclass), $2::text::regclass::oid, \
-                    (SELECT array_agg(concat_ws(' ', a.atttypid, a.atttypmod, a.attname) ORDER BY a.attnum) \
-                     FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
-                       AND a.attgenerated = '') \
-             FROM pg_catalog.pg_class c WHERE c.oid = $1",
-            &[&table.relid, &table.qualified()],
-        )
-        .await?;
-    let (in_snapshot, now, relid): (u32, Option<u32>, u32) = (row.get(0), row.get(1), row.get(2));
-    if relid != table.relid {
+    let answer = match answer {
+        Err(error)
+            if error.sqlstate().is_some_and(|state| {
+                *state == SqlState::UNDEFINED_TABLE || *state == SqlState::INVALID_SCHEMA_NAME
+            }) =>
+        {
+            return Err(changed());
+        }
+        answer => answer?,
+    };
+    let is_true = |at: usize| answer.get(at).and_then(Option::as_deref) == Some("t");
+    if !is_true(1) {
         return Err(changed());
     }
     // Under this snapshot it must have the columns that the ledger has: from the snapshot on, its rows in the stream are read by them.
-    let columns: Vec<String> = row.get::<_, Option<_>>(3).unwrap_or_default();
-    let known = |column: &Column| format!("{} {} {}", column.type_oid, column.type_modifier, column.name);
-    if columns != table.columns.iter().map(known).collect::<Vec<String>>() {
+    if !is_true(2) {
         let text = format!("the columns of {} have changed on the source before it was copied", table.qualified());
         return Err(Error::new(ErrorKind::SchemaChanged, text)
             .hint(format!(
@@ -160,7 +213,7 @@ pub(super) async fn is_same_file(source: &Client, table: &Table) -> Result<bool>
                 Table::recopy_option(&[table])
             )));
     }
-    Ok(now == Some(in_snapshot))
+    Ok(is_true(0))
 }
 
 fn copy_out_statement(table: &Table, part: &Part, format: &str) -> String {

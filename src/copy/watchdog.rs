@@ -7,6 +7,7 @@
 //! that is idle in its transaction because the target is slow to commit, does not hear that its statement is cancelled.
 //! Only waits for a table's lock count. CREATE INDEX CONCURRENTLY waits for our snapshot, and for that long is in nobody's way.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use crate::connection::ConnectionSpec;
@@ -17,7 +18,7 @@ use crate::observe::status::Level;
 const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Watches until it is dropped; a lost connection is made again.
-pub(super) async fn run(source: &ConnectionSpec, application_name: &str, board: &StatusBoard) {
+pub(super) async fn run(source: &ConnectionSpec, application_name: &str, board: &StatusBoard) -> Infallible {
     loop {
         if let Err(error) = watch(source, application_name, board).await {
             tracing::debug!(%error, "the watchdog of the copy's locks lost its connection");

@@ -15,8 +15,9 @@ struct Deferrable {
     table: String,
     /// Quoted.
     columns: Vec<String>,
-    /// Of an exclusion constraint: by which operator each column is compared, ready for SQL.
+    /// Of an exclusion constraint: by which operator each column is compared, and for which rows, ready for SQL.
     operators: Option<Vec<String>>,
+    predicate: Option<String>,
     nulls_are_equal: bool,
 }
 
@@ -30,8 +31,12 @@ impl Deferrable {
                 .zip(operators)
                 .map(|(column, operator)| format!("a.{column} OPERATOR({operator}) b.{column}"))
                 .collect();
+            let rows = format!(
+                "(SELECT ctid AS walferry_ctid, * FROM ONLY {table} WHERE {})",
+                self.predicate.as_deref().unwrap_or("true")
+            );
             return format!(
-                "SELECT FROM ONLY {table} a JOIN ONLY {table} b ON a.ctid < b.ctid AND {} LIMIT 1",
+                "SELECT FROM {rows} a JOIN {rows} b ON a.walferry_ctid < b.walferry_ctid AND {} LIMIT 1",
                 clash.join(" AND ")
             );
         }
@@ -86,7 +91,7 @@ async fn deferrable(target: &Client, tables: &[&Table]) -> Result<Vec<Deferrable
                             FROM unnest(c.conexclop) WITH ORDINALITY k(operator, place) \
                             JOIN pg_catalog.pg_operator o ON o.oid = k.operator \
                             JOIN pg_catalog.pg_namespace s ON s.oid = o.oprnamespace ORDER BY k.place) END, \
-                    i.indnullsnotdistinct \
+                    i.indnullsnotdistinct, pg_catalog.pg_get_expr(i.indpred, i.indrelid) \
              FROM pg_catalog.pg_constraint c JOIN pg_catalog.pg_class r ON r.oid = c.conrelid \
              JOIN pg_catalog.pg_namespace n ON n.oid = r.relnamespace JOIN pg_catalog.pg_index i ON i.indexrelid = c.conindid \
              WHERE c.contype IN ('p', 'u', 'x') AND c.condeferrable AND 0 <> ALL (c.conkey) \
@@ -104,6 +109,7 @@ async fn deferrable(target: &Client, tables: &[&Table]) -> Result<Vec<Deferrable
             columns: row.get::<_, Vec<String>>(3).iter().map(|name| sql::identifier(name)).collect(),
             operators: row.get(4),
             nulls_are_equal: row.get(5),
+            predicate: row.get(6),
         })
         .collect())
 }

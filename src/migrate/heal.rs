@@ -32,8 +32,16 @@ use crate::verify;
 impl Running {
     /// Does what the operator asked for, once: `heal` is nothing afterwards. Answers like the preparation.
     pub(super) async fn heal(&self, migration: Migration, heal: &mut Heal) -> Result<(Migration, Option<Held>)> {
+        if *heal == Heal::Nothing {
+            return Ok((migration, None));
+        }
+        // Before that there is nothing on the target to compare.
+        if !migration.pre_data_restored {
+            let tables = ledger::tables(&self.target().await?).await?;
+            self.restore_pre_data(&tables).await?;
+        }
         let held = match heal {
-            Heal::Nothing => return Ok((migration, None)),
+            Heal::Nothing => None,
             Heal::Tables(names) => {
                 self.compare_tables_again(&migration, names).await?;
                 None
@@ -161,6 +169,14 @@ impl Running {
                 "Give a --source that is the migration's own, or a physical copy of it such as a promoted standby.",
             ));
         }
+        let timeline = i32::try_from(server.timeline).unwrap_or(i32::MAX);
+        if timeline < migration.source_timeline {
+            let text = format!(
+                "this server is on timeline {timeline}, and the migration's source has been on {}: it is one that was failed over from",
+                migration.source_timeline
+            );
+            return Err(Error::new(ErrorKind::Gap, text).hint("Give the --source that is the primary now."));
+        }
         let mut target = self.target().await?;
         let recorded: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
         let recorded: Vec<&Table> = recorded.iter().collect();
@@ -184,7 +200,7 @@ impl Running {
         let resynced = Resynced {
             consistent_point: new.consistent_point,
             snapshot: &new.snapshot.data,
-            source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
+            source_timeline: timeline,
             queue: &queue,
             tables: &tables,
         };

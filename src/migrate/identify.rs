@@ -33,7 +33,9 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
             }
         }
         // Begun: what the target's ledger says decides, and nothing else may.
-        Err(error) if identity.is_some() => return Err(error.context("looking for the ledger on the target")),
+        Err(error) if identity.is_some() || config.heal == Heal::Everything => {
+            return Err(error.context("looking for the ledger on the target"));
+        }
         // The check says it better, together with whatever else is wrong.
         Err(_) => None,
     };
@@ -102,11 +104,10 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
     if !report.ready() {
         eprintln!("{report}");
         let count = report.of(Severity::Blocker).count();
-        return Err(Error::new(
-            ErrorKind::Blocked,
-            format!("{count} findings of the check stand against the migration"),
-        )
-        .hint("Mend what the check names, then run the same command again. Nothing was changed on either server."));
+        return Err(Error::new(ErrorKind::Blocked, format!("{} against the migration", check::that_stand(count)))
+            .hint(
+                "Mend what the check names, then run the same command again. Nothing was changed on either server.",
+            ));
     }
     for finding in report.of(Severity::Warning) {
         board.event(Level::Warn, format!("{}: {}", finding.object, finding.message));

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -181,7 +182,14 @@ impl Running {
             let server =
                 ServerIdentity { system: migration.source_system, timeline: migration.source_timeline.cast_unsigned() };
             let floor = migration.snapshot_floor;
-            let snapshot = HeldSnapshot::take(&self.config.source, &self.application_name, &server, floor).await?;
+            let source = self.config.source.connect(&self.application_name).await?;
+            self.waits_for_snapshot.store(true, Ordering::Relaxed);
+            let snapshot = tokio::select! {
+                taken = HeldSnapshot::take(&self.config.source, &self.application_name, &server, floor) => taken,
+                never = self.name_what_is_waited_for(&source, "the snapshot") => match never {},
+            };
+            self.waits_for_snapshot.store(false, Ordering::Relaxed);
+            let snapshot = snapshot?;
             *held = Some(Held { snapshot, is_recorded: false, was_planned: false });
         }
         let held = held.as_mut().ok_or_else(|| Error::new(ErrorKind::Other, "there is no snapshot"))?;

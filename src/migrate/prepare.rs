@@ -134,12 +134,12 @@ impl Running {
         self.board.event(Level::Info, "making the slot; this waits for every transaction that is open on the source");
         tokio::select! {
             new = slot::create(&self.config.source, &self.application_name, name) => new,
-            never = self.name_what_is_waited_for(source) => match never {},
+            never = self.name_what_is_waited_for(source, "the slot") => match never {},
         }
     }
 
-    /// Says whom the slot waits for, whenever it is somebody else: an operator can end a forgotten transaction.
-    async fn name_what_is_waited_for(&self, source: &tokio_postgres::Client) -> Infallible {
+    /// Says whom the slot or a snapshot waits for, whenever it is somebody else: an operator can end a forgotten transaction.
+    pub(super) async fn name_what_is_waited_for(&self, source: &tokio_postgres::Client, waits: &str) -> Infallible {
         const SHOWN: usize = 3;
         let mut said = String::new();
         loop {
@@ -152,7 +152,7 @@ impl Running {
             }
             let names = names.join(", ");
             if !names.is_empty() && names != said {
-                self.board.event(Level::Warn, format!("the slot waits for the end of: {names}"));
+                self.board.event(Level::Warn, format!("{waits} waits for the end of: {names}"));
                 said = names;
             }
         }

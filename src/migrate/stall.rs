@@ -4,6 +4,7 @@
 //!
 //! The stream from the source has a watchdog of its own, since there the peer can be asked to answer (`source/receive.rs`).
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
@@ -30,7 +31,8 @@ impl Running {
             sleep(LOOK_INTERVAL).await;
             let status = self.board.snapshot();
             let now = Progress::of(&status);
-            if progress.replace(now) != Some(now) || !has_work(&status) {
+            let waits_for_others = self.waits_for_snapshot.load(Ordering::Relaxed);
+            if progress.replace(now) != Some(now) || !has_work(&status) || waits_for_others {
                 moved = Instant::now();
             }
             if moved.elapsed() < STALL_MAX {
@@ -39,6 +41,9 @@ impl Running {
             }
             // Twice: between two statements every session waits for us.
             let stalled = self.everybody_waits().await;
+            if Progress::of(&self.board.snapshot()) != now {
+                continue;
+            }
             if stalled && looks_stalled {
                 let text = format!(
                     "for {} seconds nothing has moved, and every session on both servers waits for us: a connection is dead",

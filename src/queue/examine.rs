@@ -53,6 +53,16 @@ pub(super) fn examine_on(file_system: &dyn FileSystem, directory: &Path, after: 
             Ok(None) | Err(_) => examination.is_lost(),
         }
     }
+    // The first that is left must begin before what is still needed. Of one that begins inside a transaction only what is behind
+    // that transaction counts.
+    let begins = match segments.first() {
+        Some((header, file, length)) if header.continues => first_boundary(header, &**file, *length),
+        Some((header, ..)) => Some(header.first_lsn),
+        None => Some(after),
+    };
+    if begins.is_none_or(|begins| begins > after) {
+        examination.is_lost();
+    }
     for (at, (header, file, length)) in segments.iter().enumerate() {
         let next = segments.get(at + 1).map(|(next, ..)| next);
         if next.is_some_and(|next| next.sequence != header.sequence + 1) {
@@ -66,6 +76,18 @@ pub(super) fn examine_on(file_system: &dyn FileSystem, directory: &Path, after: 
     }
     let Examination { labels, complete, damaged, end } = examination;
     Ok(Examined { damaged, labels: complete.then_some(labels), end })
+}
+
+/// Where a segment's first block ends that holds a boundary, if it has one.
+fn first_boundary(header: &SegmentHeader, file: &dyn File, length: u64) -> Option<Lsn> {
+    let mut offset = SEGMENT_HEADER_BYTES;
+    loop {
+        let block = read_block_header(file, header.sequence, offset, length).ok()?;
+        if block.ends_at_boundary {
+            return Some(block.last_lsn);
+        }
+        offset += block.block_bytes();
+    }
 }
 
 struct Examination {

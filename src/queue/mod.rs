@@ -177,7 +177,7 @@ fn open_on(
         Shared::new(directory.to_owned(), file_system, options, recovered.segments, recovered.start, end, end_place);
     // Unbounded in messages, bounded in bytes: the appender waits in `ready`.
     let (messages, receiver) = crossbeam_channel::unbounded();
-    let writer = Writer::new(Arc::clone(&shared), receiver, recovered.file, end_place, end)?;
+    let writer = Writer::new(Arc::clone(&shared), receiver, recovered.file, recovered.outdated, end_place, end)?;
     let thread = std::thread::Builder::new()
         .name("queue-writer".into())
         .spawn(move || writer.run())

@@ -33,6 +33,8 @@ pub(super) struct Recovered {
     pub end_place: Place,
     /// The last segment's file.
     pub file: Arc<dyn File>,
+    /// An older walferry wrote it: its header does not speak for blocks of this one, which begin a segment of their own.
+    pub outdated: bool,
 }
 
 struct Found {
@@ -65,7 +67,14 @@ pub(super) fn recover(file_system: &dyn FileSystem, directory: &Path, start: Lsn
             last_write: SystemTime::now(),
         };
         let end_place = Place { sequence: 1, offset: SEGMENT_HEADER_BYTES };
-        return Ok(Recovered { segments: VecDeque::from([segment]), start, end: start, end_place, file });
+        return Ok(Recovered {
+            segments: VecDeque::from([segment]),
+            start,
+            end: start,
+            end_place,
+            file,
+            outdated: false,
+        });
     }
     cut_what_was_taken_back(directory, &mut found)?;
     let (end, end_place) = cut_tail(file_system, directory, &mut found)?;
@@ -73,7 +82,8 @@ pub(super) fn recover(file_system: &dyn FileSystem, directory: &Path, start: Lsn
     let segments = describe(&found, end, end_place);
     // `cut_tail` leaves at least one segment, or fails.
     let Some(last) = found.pop() else { return Err(Error::new(ErrorKind::Other, "recovery lost its last segment")) };
-    Ok(Recovered { segments, start, end, end_place, file: last.file })
+    let outdated = last.header.version < FORMAT_VERSION;
+    Ok(Recovered { segments, start, end, end_place, file: last.file, outdated })
 }
 
 /// All segments in order, their headers checked one against the other. The remains of a creation that a crash cut

@@ -8,7 +8,8 @@ use futures_util::FutureExt;
 
 use super::examine::examine_on;
 use super::faults::FaultyFileSystem;
-use super::format::{BLOCK_HEADER_BYTES, FORMAT_VERSION, SEGMENT_HEADER_BYTES};
+use super::file_system::FileSystem;
+use super::format::{BLOCK_HEADER_BYTES, FORMAT_VERSION, SEGMENT_HEADER_BYTES, SegmentHeader};
 use super::model::{BASE, append, block_on, end_of, item, small_options};
 use super::{Appender, Entry, Options, Queue, Reader, TransactionHead, open, open_on};
 use crate::error::{ErrorKind, Result};
@@ -192,6 +193,23 @@ fn h18_a_segment_of_a_newer_format_is_refused() {
     let newer = format!("format version {}", FORMAT_VERSION + 1);
     assert!(error.to_string().contains(&newer), "{error}");
     assert_eq!(disk.content(&segment(1)), content, "it was touched");
+}
+
+#[test]
+fn h18_a_queue_of_an_older_format_goes_on_in_a_segment_of_this_one() {
+    let disk = written_disk(3);
+    let mut content = disk.content(&segment(1));
+    let mut header = SegmentHeader::decode(content.first_chunk().unwrap()).unwrap();
+    header.version = 1;
+    content[..SEGMENT_HEADER_BYTES as usize].copy_from_slice(&header.encode());
+    disk.set_content(&segment(1), content.clone());
+    let (queue, mut appender) = try_open(&disk, roomy()).unwrap();
+    append_durably(&mut appender, 3..5);
+    assert_eq!(read_all(&mut queue.reader(Lsn(BASE)).unwrap()).unwrap(), items(0..5));
+    assert_eq!(disk.content(&segment(1)), content, "something was appended under the old header");
+    drop((queue, appender));
+    let (queue, _appender) = try_open(&disk, roomy()).unwrap();
+    assert_eq!(read_all(&mut queue.reader(Lsn(BASE)).unwrap()).unwrap(), items(0..5));
 }
 
 #[test]
@@ -437,6 +455,14 @@ fn what_a_damaged_queue_has_lost_is_named_or_said_to_be_unknown() {
     // What is applied does not count, but for what shares a block with what is not.
     let rest = look(&whole, end_of(COUNT - 3)).labels.unwrap();
     assert!(rest.is_superset(&(COUNT as u32 - 2..COUNT as u32).collect()) && rest.len() < all.len(), "{rest:?}");
+
+    // What is missing at the front is not known, however well the rest can be read.
+    let front = whole.content(&segment(1));
+    whole.delete(&segment(1));
+    let found = look(&whole, Lsn(BASE));
+    assert_eq!((found.damaged, found.labels), (true, None));
+    whole.create(&segment(1)).unwrap();
+    whole.set_content(&segment(1), front);
 
     let (mut named, mut unknown) = (0, 0);
     let segments: Vec<(PathBuf, Vec<u8>)> =

@@ -81,6 +81,8 @@ pub(super) struct Writer {
     failed: bool,
     /// Whether blocks are dropped until the next rewind: after a failure, or because a rewind is on its way.
     dropping: bool,
+    /// Whether the last segment is of an older format: the next block begins another.
+    outdated: bool,
     compressor: zstd::bulk::Compressor<'static>,
     /// The block as it is written, header first.
     buffer: Vec<u8>,
@@ -91,6 +93,7 @@ impl Writer {
         shared: Arc<Shared>,
         messages: Receiver<Message>,
         file: Arc<dyn File>,
+        outdated: bool,
         end_place: Place,
         end: Lsn,
     ) -> Result<Writer> {
@@ -104,6 +107,7 @@ impl Writer {
             inside: false,
             failed: false,
             dropping: false,
+            outdated,
             compressor: zstd::bulk::Compressor::new(COMPRESSION_LEVEL)?,
             buffer: Vec::new(),
         })
@@ -208,7 +212,7 @@ impl Writer {
     fn write(&mut self, block: &Block, header: &mut BlockHeader) -> Result<(), WriteFault> {
         let bytes = self.buffer.len() as u64;
         let has_blocks = self.place.offset > SEGMENT_HEADER_BYTES;
-        if has_blocks && self.place.offset + bytes > self.shared.options.segment_bytes {
+        if self.outdated || (has_blocks && self.place.offset + bytes > self.shared.options.segment_bytes) {
             self.sync().map_err(WriteFault::Failed)?;
             self.start_segment().map_err(|error| match is_no_room(&error) {
                 true => WriteFault::NoRoom(error),
@@ -262,6 +266,7 @@ impl Writer {
         self.file = create_segment(&*self.shared.file_system, &self.shared.directory, &header)?;
         self.place = Place { sequence: header.sequence, offset: SEGMENT_HEADER_BYTES };
         self.synced_offset = SEGMENT_HEADER_BYTES;
+        self.outdated = false;
 
         let mut state = self.shared.lock();
         if let Some(sealed) = state.segments.back_mut() {

@@ -43,6 +43,10 @@ const GATHER: Duration = Duration::from_millis(5);
 /// How long the queue's disk may refuse everything. A path that fails over or a volume that is extended is waited for, since the
 /// apply goes on meanwhile; a disk that is gone needs somebody, who hears of it by the end of the process.
 const DISK_PATIENCE: Duration = Duration::from_secs(60);
+/// The source sends each message by itself. While they come closer than `BUSY`, the socket is left alone for `LET_BE` after each
+/// look: what has come by then is read at once, instead of waking up for every message beside a server that needs the processor.
+const BUSY: Duration = Duration::from_micros(500);
+const LET_BE: Duration = Duration::from_millis(1);
 /// The longest wait between two attempts to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -238,11 +242,15 @@ impl<'a> Receiver<'a> {
         let mut confirmed = Lsn::ZERO;
         let mut handed_over = Instant::now();
         let mut is_gathering = false;
+        let mut let_be_until = None;
         loop {
             // Back-pressure (I7): while the queue has no room, the socket is not read, and the connection is kept
             // alive by the status messages below.
             let event = async {
                 self.appender.ready().await?;
+                if let Some(until) = let_be_until {
+                    tokio::time::sleep_until(until).await;
+                }
                 stream.next().await
             };
             let event = tokio::select! {
@@ -279,7 +287,8 @@ impl<'a> Receiver<'a> {
                 }
             };
             if let Some(event) = event {
-                heard = Instant::now();
+                let before = std::mem::replace(&mut heard, Instant::now());
+                let_be_until = (heard < before + BUSY + LET_BE).then(|| heard + LET_BE);
                 let reply_requested = self.take_buffered(event, stream)?;
                 if !stream.has_buffered() {
                     self.write_position(reply_requested)?;

@@ -122,7 +122,6 @@ impl HeldSnapshot {
             .context(|| "asking the source who it is".into())?;
         let timeline = found.get::<_, i32>(1).cast_unsigned();
         server.prove(&ServerIdentity { system: found.get(0), timeline })?;
-        let mut told = false;
         loop {
             client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
             let row = client
@@ -137,14 +136,6 @@ impl HeldSnapshot {
                 return Ok(HeldSnapshot { name: row.get(1), data, session: Session::Ordinary(client) });
             }
             client.batch_execute("ROLLBACK").await?;
-            if !told {
-                told = true;
-                tracing::info!(
-                    xmin = data.xmin,
-                    wanted = xmin_at_least,
-                    "waiting for transactions of the source that were open when the slot was made"
-                );
-            }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
@@ -167,13 +158,17 @@ impl HeldSnapshot {
 /// # Errors
 /// Whatever the server says: most likely that the snapshot is gone.
 pub async fn import(client: &Client, name: &str) -> Result<()> {
-    let statement =
-        format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}", sql::literal(name));
-    client
-        .batch_execute(&statement)
-        .await
-        // The session that exported it is gone: the table can be copied under another.
-        .map_err(|error| Error::from(error).with_kind(ErrorKind::Transient).context("importing the snapshot"))
+    client.batch_execute(&import_statement(name)).await.map_err(|error| not_imported(error.into()))
+}
+
+/// What [`import`] runs, for a session of another kind.
+pub fn import_statement(name: &str) -> String {
+    format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}", sql::literal(name))
+}
+
+/// Why it failed: the session that exported the snapshot is gone, and the table can be copied under another.
+pub fn not_imported(error: Error) -> Error {
+    error.with_kind(ErrorKind::Transient).context("importing the snapshot")
 }
 
 #[cfg(test)]

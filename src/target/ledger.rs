@@ -504,7 +504,7 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
 /// Marks a part as copied, in the transaction that copied it. Answers whether the whole table is complete with it.
 ///
 /// # Errors
-/// `Other` when the part was marked already or belongs to another plan: then the rows must not be committed.
+/// `Transient` when the part was marked already or belongs to another plan: then the rows must not be committed.
 pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool> {
     let rows = rows.cast_signed();
     let relid = i64::from(part.relid);
@@ -516,7 +516,8 @@ pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool
         )
         .await?;
     if marked != 1 {
-        return Err(Error::new(ErrorKind::Other, "the ledger has this part already, or has planned another"));
+        // Perhaps our own, by a commit whose answer was lost.
+        return Err(Error::new(ErrorKind::Transient, "the ledger has this part already, or has planned another"));
     }
     // This update holds the table's row until the commit, so that of two last parts the later sees the earlier.
     client

@@ -264,8 +264,6 @@ pub struct Mismatch {
     pub rows_source: i64,
     /// Rows counted on the target.
     pub rows_target: i64,
-    /// Rows in the places that differ, on whichever side has more of them.
-    pub rows_suspect: i64,
     /// What to read the source's rows from: the name, with its `ONLY` where there is one to say.
     pub source: String,
     /// The same of the target.
@@ -315,7 +313,6 @@ pub async fn mismatch(
     Ok(Mismatch {
         rows_source: pass.rows_source,
         rows_target: pass.rows_target,
-        rows_suspect: pieces.iter().map(|piece| piece.rows).sum(),
         conditions: pieces
             .iter()
             .map(|piece| comparison.statements.condition(&piece.range.condition(), &piece.cells))

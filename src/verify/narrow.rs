@@ -32,6 +32,8 @@ const BITS_MAX: u32 = 40;
 const CELL_ROWS_FINE: i64 = 8;
 /// Cells that one split makes at most, as bits: they are kept in memory.
 const FINE_CELLS_BITS_MAX: u32 = 18;
+/// Cells of a table that are exchanged one by one; what differs beyond them is exchanged in coarser pieces.
+const FINE_CELLS_MAX: usize = 1 << 20;
 /// Characters of a value that are shown.
 const VALUE_LENGTH: usize = 200;
 
@@ -95,32 +97,40 @@ enum Step {
 pub(super) struct Piece {
     pub(super) range: Range,
     pub(super) cells: Cells,
-    /// Rows in them, on whichever side has more.
-    pub(super) rows: i64,
 }
 
 /// Splits cells that differ until few equal rows are left in those that still do.
 pub(super) async fn refine(comparison: &Comparison<'_>, pair: &Pair, suspects: Vec<Suspects>) -> Result<Vec<Piece>> {
     let mut pieces = Vec::new();
+    let mut kept = 0;
     let mut waiting = suspects;
     while let Some(Suspects { range, bits, cells }) = waiting.pop() {
         let room = FINE_CELLS_BITS_MAX.saturating_sub(bits_for(cells.len() as i64, FINE_CELLS_BITS_MAX));
-        let (coarse, fine): (Vec<_>, Vec<_>) =
-            cells.into_iter().partition(|cell| cell.1 > CELL_ROWS_FINE && bits < BITS_MAX && room > 0);
+        let (coarse, fine): (Vec<_>, Vec<_>) = cells
+            .into_iter()
+            .partition(|cell| cell.1 > CELL_ROWS_FINE && bits < BITS_MAX && room > 0 && kept < FINE_CELLS_MAX);
         if !fine.is_empty() {
-            let rows = fine.iter().map(|cell| cell.1).sum();
             let cells = Cells { bits, cells: fine.into_iter().map(|cell| cell.0).collect() };
-            pieces.push(Piece { range: range.clone(), cells, rows });
+            kept += cells.cells.len();
+            pieces.push(Piece { range: range.clone(), cells });
         }
         let Some(largest) = coarse.iter().map(|cell| cell.1).max() else { continue };
         let more = bits_for(largest / (CELL_ROWS_FINE / 2), SPLIT_BITS_MAX.min(room)).max(1);
         let finer = (bits + more).min(BITS_MAX);
+        let rows: i64 = coarse.iter().map(|cell| cell.1).sum();
         let cells = Cells { bits, cells: coarse.into_iter().map(|cell| cell.0).collect() };
         let (source, target) = tokio::try_join!(
             comparison.digests(&pair.source, comparison.source, Some(&range), Some(&cells), finer),
             comparison.digests(&pair.target, comparison.target, Some(&range), Some(&cells), finer)
         )?;
-        waiting.extend(Suspects::between(&range, finer, &source, &target));
+        let Some(split) = Suspects::between(&range, finer, &source, &target) else { continue };
+        // Where most of it differs, it is no use to name the cells.
+        if split.cells.iter().map(|cell| cell.1).sum::<i64>() > rows / 2 {
+            kept += cells.cells.len();
+            pieces.push(Piece { range, cells });
+        } else {
+            waiting.push(split);
+        }
     }
     Ok(pieces)
 }

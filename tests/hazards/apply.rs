@@ -54,7 +54,9 @@ async fn h19_a_deferrable_constraint_that_nobody_checked_stops_the_cutover() {
     let pair = Pair::start().await;
     pair.on_source(
         "CREATE TABLE place (id int PRIMARY KEY, \"the position\" int UNIQUE DEFERRABLE INITIALLY DEFERRED); \
-         CREATE TABLE stay (id int PRIMARY KEY, during int4range, EXCLUDE USING gist (during WITH &&) DEFERRABLE); \
+         CREATE TABLE stay (id int PRIMARY KEY, during int4range, cancelled bool DEFAULT false, \
+             EXCLUDE USING gist (during WITH &&) WHERE (NOT cancelled) DEFERRABLE); \
+         INSERT INTO stay VALUES (8, '[10,20)', true), (9, '[10,20)', true); \
          CREATE TABLE one (id int PRIMARY KEY, n int, UNIQUE NULLS NOT DISTINCT (n) DEFERRABLE); \
          INSERT INTO place SELECT i, i FROM generate_series(1, 5) i; INSERT INTO place VALUES (6, NULL), (7, NULL); \
          INSERT INTO one VALUES (1, NULL)",

@@ -145,3 +145,24 @@ async fn h24_a_materialized_view_is_refreshed_after_what_it_reads_from() {
     assert_eq!(pair.same("SELECT * FROM older").await, ["2"]);
     pair.same("SELECT relname, relispopulated FROM pg_class WHERE relkind = 'm' ORDER BY 1").await;
 }
+
+#[tokio::test]
+async fn h24_a_truncate_of_two_tables_that_one_has_seen_empties_the_other_though_it_is_referred_to() {
+    let pair = Pair::start().await;
+    pair.on_source(
+        "CREATE TABLE parent (id int PRIMARY KEY); CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent); \
+         INSERT INTO parent SELECT generate_series(1, 50); INSERT INTO child SELECT i, i FROM generate_series(1, 50) i",
+    )
+    .await;
+    let walferry = pair.run(pair.migrate());
+    pair.following().await;
+    walferry.kill();
+    pair.on_source("TRUNCATE parent CASCADE; INSERT INTO parent VALUES (7); INSERT INTO child VALUES (1, 7)").await;
+
+    let mut again = pair.migrate();
+    again.args(["--recopy", "public.child"]);
+    let _walferry = pair.run(again);
+    pair.caught_up().await;
+    assert_eq!(pair.same("SELECT id FROM parent").await, ["7"]);
+    assert_eq!(pair.same("SELECT id, parent FROM child").await.len(), 1);
+}

@@ -114,7 +114,7 @@ impl Walferry {
             // Before anything has begun, whoever asks wants to hear at once that a server cannot be reached.
             Some(1 | 3) if !self.directory.join("migration.json").exists() => {}
             // The preparation had been cut off, and the next one begins with the check: prepared transactions block it.
-            Some(3) if tail(&self.log, 3).contains("findings of the check") => {}
+            Some(3) if tail(&self.log, 3).contains("against the migration") => {}
             Some(1) if self.disk_refuses && tail(&self.log, 3).contains("look at the disk that holds the state") => {
                 self.refused += 1;
             }
