@@ -330,3 +330,42 @@ async fn a_binary_stream_becomes_one_in_text_when_a_column_comes_that_has_no_bin
     migration.cut_over(running).await;
     migration.assert_equal().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resync_sets_tables_aside_that_the_source_dropped_and_the_cutover_still_names_them() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    let (source, target) = (migration.source().await, migration.target().await);
+    let schema =
+        "CREATE TABLE day (d int, n int) PARTITION BY LIST (d); CREATE TABLE day_1 PARTITION OF day FOR VALUES IN (1);
+        CREATE TABLE day_2 PARTITION OF day FOR VALUES IN (2); CREATE TABLE t (id int PRIMARY KEY);
+        INSERT INTO day SELECT 1 + g % 2, g FROM generate_series(1, 500) g; INSERT INTO t VALUES (1)";
+    source.batch_execute(schema).await.unwrap();
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    running.kill().await;
+    slot_is_free(&migration).await;
+    source.batch_execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots").await.unwrap();
+    // Another table of the name would meet the rows of the old one.
+    source.batch_execute("DROP TABLE day_1; CREATE TABLE day_1 (d int, n int)").await.unwrap();
+    resync(&migration)
+        .wait()
+        .await
+        .assert_refused(1, &["day_1\" is gone from the source", "Another table has its name"]);
+    source.batch_execute("DROP TABLE day_1; INSERT INTO day VALUES (2, -1)").await.unwrap();
+    migration.migrate(&["--recopy", "public.day_1"]).wait().await.assert_refused(1, &["walferry resync"]);
+
+    let mut running = resync(&migration);
+    ready(&migration, &mut running).await;
+    assert_eq!(number(&target, "SELECT count(*) FROM walferry.source_table").await, 2);
+    assert_eq!(number(&target, "SELECT count(*) FROM day_1").await, 250, "what the target has of it stays");
+    source.batch_execute("INSERT INTO day VALUES (2, -2); INSERT INTO t VALUES (2)").await.unwrap();
+    target.batch_execute("DROP TABLE day_1").await.unwrap();
+    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    refused.assert_refused(5, &["table public.day_1 is gone"]);
+    let gone = ["table public.day_1", "column d of table public.day_1", "column n of table public.day_1"];
+    let waived: Vec<&str> = gone.iter().flat_map(|object| ["--waive", object]).collect();
+    let done = migration.with_directory("cutover", &[&["--yes"][..], &waived].concat()).await;
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    migration.assert_equal().await;
+}

@@ -128,30 +128,62 @@ pub struct Redefinition {
     pub fingerprint: Vec<(String, Option<String>)>,
 }
 
+/// How the tables' changes come after they were compared again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// From the slot that is there.
+    GoesOn {
+        /// Whether in binary.
+        binary: bool,
+    },
+    /// From a new one, which is in the form that the tables can be sent in, and without tables that are gone: those are left out of
+    /// the answer.
+    New,
+}
+
 /// The same for tables whose rows will be compared with the source again: then names are enough, whatever became of the values.
-/// The copy makes sure that its snapshot shows the same columns. `binary` is whether the stream goes on in binary.
+/// The copy makes sure that its snapshot shows the same columns.
 ///
 /// # Errors
 /// As [`reconcile`].
-pub async fn redefine(source: &Client, target: &Client, tables: &[&Table], binary: bool) -> Result<Vec<Redefinition>> {
+pub async fn redefine(
+    source: &Client,
+    target: &Client,
+    tables: &[&Table],
+    stream: Stream,
+) -> Result<Vec<Redefinition>> {
     begin(source).await?;
-    let redefined = redefinitions(source, target, tables, binary).await;
+    let redefined = redefinitions(source, target, tables, stream).await;
     end(source, redefined).await
 }
 
-async fn redefinitions(source: &Client, target: &Client, tables: &[&Table], binary: bool) -> Result<Vec<Redefinition>> {
+async fn redefinitions(
+    source: &Client,
+    target: &Client,
+    tables: &[&Table],
+    stream: Stream,
+) -> Result<Vec<Redefinition>> {
     let current = catalog::tables(source).await?;
     let catalogs = fingerprint::Catalogs::read(source, target).await?;
     let mut redefined = Vec::with_capacity(tables.len());
     for &before in tables {
         let Some(table) = current.iter().find(|table| table.relid == before.relid) else {
             let text = format!("{} is gone from the source, and cannot be compared again", before.qualified());
-            return Err(Error::new(ErrorKind::SchemaChanged, text)
-                .hint("Start anew without it: `walferry clean`, then `walferry migrate`."));
+            let error = Error::new(ErrorKind::SchemaChanged, text);
+            // The target would keep rows of the old one under that name.
+            if current.iter().any(|table| table.qualified() == before.qualified()) {
+                return Err(error.hint(
+                    "Another table has its name now, which is not migrated. Start anew: `walferry clean`, then `walferry migrate`.",
+                ));
+            }
+            if stream == Stream::New {
+                continue;
+            }
+            return Err(error.hint(format!("Compare the others. Else {}", slot::RESYNC)));
         };
         let announced = Announced::of_table(table);
         let mut plan = Plan::new(before, &announced);
-        if binary {
+        if stream == (Stream::GoesOn { binary: true }) {
             plan.all_are_binary_safe(&table.columns);
         }
         let on_source = side::by_relid(source, table.relid).await?;

@@ -14,7 +14,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::table_progress::PartProgress;
 use crate::source::catalog::{Column, Table};
-use crate::source::snapshot;
+use crate::source::{slot, snapshot};
 use crate::sql;
 use crate::target::ledger::{self, Part};
 
@@ -187,7 +187,10 @@ pub(super) fn is_same_file(answer: Result<Vec<Option<String>>>, table: &Table) -
             ErrorKind::SchemaChanged,
             format!("the table {} was dropped or renamed on the source", table.qualified()),
         )
-        .hint("Give the table its name again, or start the migration anew: `walferry clean`, then `walferry migrate`.")
+        .hint(format!(
+            "Give the table its name again. Or go on with it under its new name, or without it when it was dropped: {}",
+            slot::RESYNC
+        ))
     };
     let answer = match answer {
         Err(error)

@@ -16,7 +16,7 @@ use tokio_postgres::Client;
 
 use super::prepare::{Held, identities};
 use super::{Heal, Running};
-use crate::apply::reconcile;
+use crate::apply::reconcile::{self, Stream};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::status::Level;
@@ -91,7 +91,8 @@ impl Running {
             .map_err(|_| Error::new(ErrorKind::Other, format!("{assigned} is not a transaction's id")))?;
         let queue = up_to.map(queue_name);
         let thrown_away = up_to.zip(queue.as_deref()).map(|(up_to, queue)| ThrownAway { up_to, queue });
-        let tables = reconcile::redefine(&source, &target, &chosen, migration.binary).await?;
+        let tables =
+            reconcile::redefine(&source, &target, &chosen, Stream::GoesOn { binary: migration.binary }).await?;
         if let Some(thrown_away) = &thrown_away {
             self.make_way_for_queue(thrown_away.queue, migration)?;
         }
@@ -180,8 +181,13 @@ impl Running {
         let mut target = self.target().await?;
         let recorded: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
         let recorded: Vec<&Table> = recorded.iter().collect();
-        // The new stream is in what form the tables can be sent now.
-        let tables = reconcile::redefine(&source, &target, &recorded, false).await?;
+        let tables = reconcile::redefine(&source, &target, &recorded, Stream::New).await?;
+        for gone in recorded.iter().filter(|table| !tables.iter().any(|now| now.table.relid == table.relid)) {
+            let name = gone.qualified();
+            let text =
+                format!("{name} is gone from the source and is set aside: what the target has of it stays as it is");
+            self.board.event(Level::Warn, text);
+        }
         let published: Vec<Table> = tables.iter().map(|table| table.table.clone()).collect();
         self.board.event(Level::Info, "a new slot is made, then every table is compared");
         slot::drop(&source, &migration.slot).await?;

@@ -1,6 +1,6 @@
 //! A table that is not what it was when the migration began.
 
-use walferry::apply::reconcile::{self, Redefinition};
+use walferry::apply::reconcile::{self, Redefinition, Stream};
 use walferry::error::{Error, ErrorKind, Result};
 use walferry::lsn::Lsn;
 use walferry::source::catalog::Table;
@@ -359,7 +359,7 @@ async fn redefine(bed: &Bed, name: &str) -> Result<Vec<Redefinition>> {
     let (source, target) = (bed.pinned_source().await, bed.pinned_target().await);
     let tables: Vec<&Table> =
         bed.layout.tables.iter().map(|entry| &entry.table).filter(|table| table.name == name).collect();
-    reconcile::redefine(&source, &target, &tables, bed.binary).await
+    reconcile::redefine(&source, &target, &tables, Stream::GoesOn { binary: bed.binary }).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

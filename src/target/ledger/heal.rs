@@ -88,7 +88,8 @@ pub struct Resynced<'a> {
     pub source_timeline: i32,
     /// The directory of the queue that it fills.
     pub queue: &'a str,
-    /// Every table, as the source has it now.
+    /// Every table that the source still has, as it has it now. The others are the migration's no more; that they are gone stays in
+    /// the fingerprint (I11).
     pub tables: &'a [Redefinition],
 }
 
@@ -107,6 +108,10 @@ pub async fn record_resynced(client: &mut Client, resynced: &Resynced<'_>) -> Re
         transaction
             .execute("UPDATE walferry.source_table SET insert_only = $2 WHERE relid = $1", &[&relid, &insert_only])
             .await?;
+    }
+    let kept: Vec<i64> = resynced.tables.iter().map(|now| i64::from(now.table.relid)).collect();
+    for table in ["part", "source_table"] {
+        transaction.execute(&format!("DELETE FROM walferry.{table} WHERE relid <> ALL ($1)"), &[&kept]).await?;
     }
     transaction
         .batch_execute(
