@@ -72,6 +72,7 @@ fn table() -> Table {
         bytes: 0,
         estimated_rows: 0.0,
         updates_and_deletes: 0,
+        relfilenode: None,
     }
 }
 
