@@ -47,7 +47,7 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
     long.batch_execute("SET application_name = 'the long one'; BEGIN; UPDATE app.heavy SET n = n + 1 WHERE id = 1")
         .await
         .unwrap();
-    let refused = migration.with_directory("cutover", &["--yes", "--timeout", "2s"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--timeout", "5s"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["could not be locked", "the long one", "End the long transaction"]);
     nothing_has_happened(&migration, &mut running, &application).await;
