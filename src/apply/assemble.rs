@@ -17,13 +17,14 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::encode::CopyRows;
 use super::layout::Layout;
 use super::net::{Effect, NeedsSerialReplay, Net, NetChanges};
 use crate::decode::{Datum, Message, Tuple, decode};
 use crate::error::{Context, Result};
 use crate::lsn::Lsn;
 use crate::queue::{Entry, Reader, TransactionHead};
+use crate::target::copy_rows::CopyRows;
+use crate::target::writer::TableWrites;
 
 /// The prefix of our own logical messages: the cutover's markers.
 pub const MARKER_PREFIX: &str = "walferry";
@@ -73,19 +74,6 @@ pub struct UnitEnd {
     pub commit_time: i64,
     /// Our own messages in it.
     pub markers: Vec<String>,
-}
-
-/// What one session writes to one table, in this order: deletes, updates, inserts.
-#[derive(Debug)]
-pub struct TableWrites {
-    /// The table's place in the layout.
-    pub place: usize,
-    /// Keys.
-    pub deletes: CopyRows,
-    /// Rows by the columns that they leave unchanged: those are not in the rows.
-    pub updates: BTreeMap<Vec<u16>, CopyRows>,
-    /// Whole rows.
-    pub inserts: CopyRows,
 }
 
 /// What the assembler hands on.

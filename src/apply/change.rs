@@ -8,10 +8,10 @@
 use bytes::{Bytes, BytesMut};
 
 use super::net::put_datum;
-use super::route::Routing;
 use crate::decode::{Datum, OldTuple, Relation, ReplicaIdentity as WireIdentity, Tuple};
 use crate::queue::TransactionHead;
 use crate::source::catalog::{ReplicaIdentity, Table};
+use crate::target::route::Routing;
 
 /// A table as the stream announces it.
 #[derive(Clone, Debug, PartialEq, Eq)]

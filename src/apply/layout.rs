@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::change::{Adoption, View};
-use super::route::Routing;
 use crate::decode::{Relation, ReplicaIdentity as WireIdentity, Tuple};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -11,6 +10,8 @@ use crate::source::catalog::Table;
 use crate::source::slot;
 use crate::source::snapshot::SnapshotData;
 use crate::target::ledger::LedgerTable;
+use crate::target::route::Routing;
+use crate::target::writer::Tables;
 
 /// Every migrated table, by its place in `tables`.
 #[derive(Clone, Debug)]
@@ -37,6 +38,16 @@ pub struct TableLayout {
     /// that is being replayed.
     pub view: Option<View>,
     snapshot: SnapshotData,
+}
+
+impl Tables for Layout {
+    fn table(&self, place: usize) -> &Table {
+        &self.tables[place].table
+    }
+
+    fn is_binary(&self) -> bool {
+        self.binary
+    }
 }
 
 impl Layout {

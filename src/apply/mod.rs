@@ -17,12 +17,10 @@
 pub mod assemble;
 pub mod change;
 pub mod conflict;
-pub mod encode;
 pub mod layout;
 pub mod net;
 pub mod reconcile;
 pub mod replay;
-pub mod route;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -231,7 +229,7 @@ impl Apply {
         let Some(writer) = self.writers.first_mut() else { return Ok(()) };
         for writes in &mut chunk.writes {
             if !writes.is_empty() {
-                writer.write(&layout, writes).await?;
+                writer.write(&*layout, writes).await?;
             }
         }
         writer.advance(&everybody, end.end_lsn).await?;

@@ -15,11 +15,12 @@ use tokio_postgres::Client;
 
 use super::change::{Adoption, Announced, Change};
 use super::layout::Layout;
-use super::route::Routing;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::{self, Column, ReplicaIdentity, Table};
 use crate::source::slot;
 use crate::sql;
+use crate::target::ledger::Redefinition;
+use crate::target::route::Routing;
 
 mod fingerprint;
 mod side;
@@ -115,17 +116,6 @@ async fn adoption(source: &Client, target: &Client, layout: &Layout, change: &Ch
 fn is_as_announced(table: &Table, announced: &Announced) -> bool {
     let ours = table.columns.iter().map(|column| (&column.name, column.type_oid, column.type_modifier));
     ours.eq(announced.columns.iter().map(|column| (&column.name, column.type_oid, column.type_modifier)))
-}
-
-/// A table that is compared with the source again, as the source has it now.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Redefinition {
-    /// The table.
-    pub table: Table,
-    /// How its changes are spread.
-    pub routing: Routing,
-    /// As in [`Adoption::fingerprint`]: what rows were rewritten without being streamed is dealt with too.
-    pub fingerprint: Vec<(String, Option<String>)>,
 }
 
 /// How the tables' changes come after they were compared again.

@@ -158,7 +158,8 @@ impl Replay<'_> {
                 },
                 Entry::Commit { end_lsn } => {
                     for adoption in &adopted {
-                        adopt::record(self.writer, adoption).await?;
+                        adopt::redefine(self.writer.client(), &adoption.table, adoption.routing, &adoption.fingerprint)
+                            .await?;
                     }
                     end.end_lsn = end_lsn;
                     let behind = |position: &Lsn| *position < end_lsn;
@@ -191,22 +192,22 @@ impl Replay<'_> {
                 end.markers.push(String::from_utf8_lossy(content).into_owned());
             }
             Message::Truncate { relids, restart_identity, .. } => {
-                let mut places = Vec::new();
+                let mut emptied = Vec::new();
                 let mut is_whole = true;
                 for relid in relids {
                     let place = layout.place(relid)?;
                     if layout.copy_has_seen(place, head.xid, head.commit_lsn) {
                         is_whole = false;
                     } else {
-                        places.push(place);
+                        emptied.push(&layout.tables[place].table);
                     }
                 }
-                if !places.is_empty() {
+                if !emptied.is_empty() {
                     end.changes += 1;
                     if is_whole {
-                        serial::truncate(self.writer, &layout, &places, restart_identity).await?;
+                        serial::truncate(self.writer, &emptied, restart_identity).await?;
                     } else {
-                        serial::empty(self.writer, &layout, &places).await?;
+                        serial::empty(self.writer, &emptied).await?;
                     }
                 }
             }

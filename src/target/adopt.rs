@@ -2,19 +2,9 @@
 
 use tokio_postgres::Client;
 
-use super::writer::Writer;
-use crate::apply::change::Adoption;
-use crate::apply::route::Routing;
+use super::route::Routing;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
-
-/// Writes what was adopted, in the transaction of that session.
-///
-/// # Errors
-/// Whatever the server says.
-pub async fn record(writer: &Writer, adoption: &Adoption) -> Result<()> {
-    redefine(writer.client(), &adoption.table, adoption.routing, &adoption.fingerprint).await
-}
 
 /// Writes a table's new definition, and which objects of the catalog's fingerprint are dealt with by it.
 ///

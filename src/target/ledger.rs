@@ -23,13 +23,13 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
-use crate::apply::route::Routing;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
+use crate::target::route::Routing;
 
-pub use heal::{Resynced, ThrownAway, compare_again, record_resynced};
+pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
 pub use schema_item::{SchemaItem, Section, item_done, pending_items};
 
 /// The version of the ledger's tables that this walferry writes (H18).

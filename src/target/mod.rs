@@ -5,8 +5,10 @@
 //! the target holds.
 
 pub mod adopt;
+pub mod copy_rows;
 pub mod index;
 pub mod ledger;
+pub mod route;
 pub mod schema;
 pub mod serial;
 pub mod writer;

@@ -9,7 +9,6 @@ use bytes::BytesMut;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type};
 
 use super::writer::Writer;
-use crate::apply::layout::Layout;
 use crate::decode::{Datum, OldTuple, Tuple};
 use crate::error::{Context, Result};
 use crate::source::catalog::{Column, Table};
@@ -166,9 +165,8 @@ pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Re
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn truncate(writer: &Writer, layout: &Layout, places: &[usize], restart_identity: bool) -> Result<()> {
-    let names: Vec<String> =
-        places.iter().map(|&place| format!("ONLY {}", layout.tables[place].table.qualified())).collect();
+pub async fn truncate(writer: &Writer, tables: &[&Table], restart_identity: bool) -> Result<()> {
+    let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
     let identity = if restart_identity { " RESTART IDENTITY" } else { "" };
     let statement = format!("TRUNCATE {}{identity}", names.join(", "));
     writer.client().batch_execute(&statement).await.context(|| statement.clone())
@@ -179,9 +177,9 @@ pub async fn truncate(writer: &Writer, layout: &Layout, places: &[usize], restar
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn empty(writer: &Writer, layout: &Layout, places: &[usize]) -> Result<()> {
-    for &place in places {
-        let statement = format!("DELETE FROM ONLY {}", layout.tables[place].table.qualified());
+pub async fn empty(writer: &Writer, tables: &[&Table]) -> Result<()> {
+    for table in tables {
+        let statement = format!("DELETE FROM ONLY {}", table.qualified());
         writer.client().batch_execute(&statement).await.context(|| statement.clone())?;
     }
     Ok(())

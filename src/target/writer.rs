@@ -13,7 +13,7 @@
 //! Every statement must meet exactly the rows it was given (I6). When it does not, or when the target refuses it, nothing of
 //! the unit is committed, and it is replayed row by row ([`WriteError::Refused`]).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::pin::pin;
 use std::time::Instant;
 
@@ -24,9 +24,7 @@ use tokio_postgres::types::{PgLsn, ToSql};
 use tokio_postgres::{Client, Statement};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::apply::assemble::TableWrites;
-use crate::apply::encode::CopyRows;
-use crate::apply::layout::Layout;
+use super::copy_rows::CopyRows;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -51,6 +49,27 @@ const STAGING_TABLES_MAX: usize = 64;
 
 /// Prepared statements of the serial way that a session keeps: one for each table, operation and set of columns.
 const SERIAL_STATEMENTS_MAX: usize = 256;
+
+/// The tables that are written to, by their places.
+pub trait Tables {
+    /// The table at a place, which exists.
+    fn table(&self, place: usize) -> &Table;
+    /// Whether rows come in binary.
+    fn is_binary(&self) -> bool;
+}
+
+/// What one session writes to one table, in this order: deletes, updates, inserts.
+#[derive(Debug)]
+pub struct TableWrites {
+    /// The table's place among the [`Tables`].
+    pub place: usize,
+    /// Keys.
+    pub deletes: CopyRows,
+    /// Rows by the columns that they leave unchanged: those are not in the rows.
+    pub updates: BTreeMap<Vec<u16>, CopyRows>,
+    /// Whole rows.
+    pub inserts: CopyRows,
+}
 
 /// Why a unit could not be written as a set.
 #[derive(Debug)]
@@ -132,7 +151,7 @@ impl Writer {
     }
 
     /// The session, for statements of its own transaction.
-    pub(super) fn client(&self) -> &Client {
+    pub(crate) fn client(&self) -> &Client {
         &self.client
     }
 
@@ -145,11 +164,11 @@ impl Writer {
     ///
     /// # Errors
     /// [`WriteError`]; the transaction is then to be rolled back.
-    pub async fn write(&mut self, layout: &Layout, writes: &mut [TableWrites]) -> Result<(), WriteError> {
+    pub async fn write(&mut self, tables: &(impl Tables + Sync), writes: &mut [TableWrites]) -> Result<(), WriteError> {
         self.begin().await?;
         for table in writes {
-            let name = layout.tables[table.place].table.qualified();
-            self.write_table(layout, table).await.map_err(|error| match error {
+            let name = tables.table(table.place).qualified();
+            self.write_table(tables, table).await.map_err(|error| match error {
                 WriteError::Refused(error) => WriteError::Refused(error.context(format!("writing to {name}"))),
                 WriteError::Failed(error) => WriteError::Failed(error.context(format!("writing to {name}"))),
             })?;
@@ -247,19 +266,19 @@ impl Writer {
         Ok(self.client.execute(&statement, parameters).await?)
     }
 
-    async fn write_table(&mut self, layout: &Layout, writes: &mut TableWrites) -> Result<(), WriteError> {
-        let (place, table) = (writes.place, &layout.tables[writes.place].table);
+    async fn write_table(&mut self, tables: &(impl Tables + Sync), writes: &mut TableWrites) -> Result<(), WriteError> {
+        let (place, table) = (writes.place, tables.table(writes.place));
         if !writes.deletes.is_empty() {
-            let staged = self.stage(layout, place, Staging::Keys, &mut writes.deletes).await?;
-            expect(staged, self.execute(layout, place, What::Delete).await?, "deletes", table)?;
+            let staged = self.stage(tables, place, Staging::Keys, &mut writes.deletes).await?;
+            expect(staged, self.execute(tables, place, What::Delete).await?, "deletes", table)?;
         }
         for (unchanged, rows) in &mut writes.updates {
             let staging = Staging::Rows(unchanged.clone());
-            let staged = self.stage(layout, place, staging.clone(), rows).await?;
-            expect(staged, self.execute(layout, place, What::Update(staging)).await?, "updates", table)?;
+            let staged = self.stage(tables, place, staging.clone(), rows).await?;
+            expect(staged, self.execute(tables, place, What::Update(staging)).await?, "updates", table)?;
         }
         if !writes.inserts.is_empty() {
-            self.copy(layout, place, What::Insert, &mut writes.inserts).await?;
+            self.copy(tables, place, What::Insert, &mut writes.inserts).await?;
         }
         Ok(())
     }
@@ -267,22 +286,28 @@ impl Writer {
     /// Fills a temporary table, which is empty but where an earlier chunk of the same unit used it.
     async fn stage(
         &mut self,
-        layout: &Layout,
+        tables: &(impl Tables + Sync),
         place: usize,
         staging: Staging,
         rows: &mut CopyRows,
     ) -> Result<u64, WriteError> {
-        let table = &layout.tables[place].table;
+        let table = tables.table(place);
         if !self.staged.insert((place, staging.clone())) {
             self.client.batch_execute(&format!("TRUNCATE {}", staging.qualified(table))).await?;
         }
         let staged = rows.len();
-        self.copy(layout, place, What::Stage(staging), rows).await?;
+        self.copy(tables, place, What::Stage(staging), rows).await?;
         Ok(staged)
     }
 
-    async fn copy(&mut self, layout: &Layout, place: usize, what: What, rows: &mut CopyRows) -> Result<(), WriteError> {
-        let statement = self.statement(layout, place, what).await?;
+    async fn copy(
+        &mut self,
+        tables: &(impl Tables + Sync),
+        place: usize,
+        what: What,
+        rows: &mut CopyRows,
+    ) -> Result<(), WriteError> {
+        let statement = self.statement(tables, place, what).await?;
         let sink = self.client.copy_in::<_, Bytes>(&statement).await?;
         let mut sink = pin!(sink);
         let mut bytes = rows.finish();
@@ -293,21 +318,21 @@ impl Writer {
         Ok(())
     }
 
-    async fn execute(&mut self, layout: &Layout, place: usize, what: What) -> Result<u64, WriteError> {
-        let statement = self.statement(layout, place, what).await?;
+    async fn execute(&mut self, tables: &(impl Tables + Sync), place: usize, what: What) -> Result<u64, WriteError> {
+        let statement = self.statement(tables, place, what).await?;
         Ok(self.client.execute(&statement, &[]).await?)
     }
 
-    async fn statement(&mut self, layout: &Layout, place: usize, what: What) -> Result<Statement> {
+    async fn statement(&mut self, tables: &(impl Tables + Sync), place: usize, what: What) -> Result<Statement> {
         if let Some(statement) = self.statements.get(&(place, what.clone())) {
             return Ok(statement.clone());
         }
-        let table = &layout.tables[place].table;
+        let table = tables.table(place);
         if let What::Stage(staging) = &what {
             self.client.batch_execute(&staging.create(table)).await?;
             self.staging_tables += 1;
         }
-        let statement = self.client.prepare(&text(table, &what, layout.binary)).await?;
+        let statement = self.client.prepare(&text(table, &what, tables.is_binary())).await?;
         self.statements.insert((place, what), statement.clone());
         Ok(statement)
     }

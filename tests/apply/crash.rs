@@ -38,7 +38,7 @@ async fn commit_shares_of(bed: &Bed, until: Lsn, sessions: &[usize]) -> usize {
         assert!(!chunk.small);
         chunks += 1;
         for (writer, writes) in writers.iter_mut().zip(&mut chunk.writes) {
-            writer.write(&bed.layout, writes).await.unwrap();
+            writer.write(&*bed.layout, writes).await.unwrap();
         }
         let Some(end) = chunk.end else { continue };
         assert_eq!(end.end_lsn, until);

@@ -1,9 +1,10 @@
 //! A table that is not what it was when the migration began.
 
-use walferry::apply::reconcile::{self, Redefinition, Stream};
+use walferry::apply::reconcile::{self, Stream};
 use walferry::error::{Error, ErrorKind, Result};
 use walferry::lsn::Lsn;
 use walferry::source::catalog::Table;
+use walferry::target::ledger::Redefinition;
 
 use super::bed::{Bed, shared_server};
 

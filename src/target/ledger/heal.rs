@@ -6,11 +6,12 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::insert_next_snapshot;
-use crate::apply::reconcile::Redefinition;
 use crate::error::{Context, Result};
 use crate::lsn::Lsn;
+use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
 use crate::target::adopt;
+use crate::target::route::Routing;
 
 /// Back to the copy, wherever a migration was after it.
 const BACK_TO_COPYING: &str = "phase = CASE WHEN phase IN ('catching_up', 'following') THEN 'copying' ELSE phase END";
@@ -24,6 +25,17 @@ async fn lock(client: &Client) -> Result<()> {
         )
         .await
         .context(|| "waiting for earlier sessions on the target".into())
+}
+
+/// A table that is compared with the source again, as the source has it now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Redefinition {
+    /// The table.
+    pub table: Table,
+    /// How its changes are spread.
+    pub routing: Routing,
+    /// Objects of the catalog's fingerprint that are dealt with by it: their hashes now, `None` for those that are gone.
+    pub fingerprint: Vec<(String, Option<String>)>,
 }
 
 /// A piece of the stream that is thrown away, because it cannot be read any more.
