@@ -42,11 +42,13 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
     let servers = Servers::start().await;
     let (migration, application, mut running) = follows(&servers).await;
 
-    // An application's transaction holds a lock for longer than the cutover may take.
+    // An application's transaction holds a lock for longer than the cutover may take; on no row that the others wait for.
     let long = migration.source().await;
-    long.batch_execute("SET application_name = 'the long one'; BEGIN; UPDATE app.heavy SET n = n + 1 WHERE id = 1")
-        .await
-        .unwrap();
+    long.batch_execute(
+        "SET application_name = 'the long one'; BEGIN; INSERT INTO app.heavy VALUES (100000, 0, 'long')",
+    )
+    .await
+    .unwrap();
     let refused = migration.with_directory("cutover", &["--yes", "--timeout", "5s"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["could not be locked", "the long one", "End the long transaction"]);

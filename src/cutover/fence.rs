@@ -52,6 +52,11 @@ struct Locks {
     backend_pid: i32,
 }
 
+fn not_locked(in_the_way: &str) -> Error {
+    let text = format!("the tables could not be locked; in the way: {in_the_way}");
+    Error::new(ErrorKind::Aborted, text).hint("End the long transaction, or give more time with --timeout.")
+}
+
 impl<'a> Fence<'a> {
     pub(super) fn new(
         source: &'a Client,
@@ -80,7 +85,10 @@ impl<'a> Fence<'a> {
                 break;
             }
             timer.stall();
-            let locked = timer.within(async { Ok(client.batch_execute(&statement).await) }).await?;
+            // The time can be up in the middle of an attempt: then, too, it is the others' locks that it went by with.
+            let Ok(locked) = timer.within(async { Ok(client.batch_execute(&statement).await) }).await else {
+                return Err(not_locked(&self.who_is_in_the_way().await.unwrap_or_default()));
+            };
             match locked {
                 Ok(()) => break,
                 Err(error)
@@ -92,11 +100,7 @@ impl<'a> Fence<'a> {
                     timer.resume();
                     tracing::info!(sessions = in_the_way, "the fence waits for transactions that hold locks");
                     if timer.left() <= LOCK_PAUSE {
-                        return Err(Error::new(
-                            ErrorKind::Aborted,
-                            format!("the tables could not be locked; in the way: {in_the_way}"),
-                        )
-                        .hint("End the long transaction, or give more time with --timeout."));
+                        return Err(not_locked(&in_the_way));
                     }
                     tokio::time::sleep(LOCK_PAUSE).await;
                 }
