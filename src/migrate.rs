@@ -31,7 +31,6 @@ use tokio::task::JoinSet;
 use crate::apply::conflict::OnConflict;
 use crate::connection::ConnectionSpec;
 use crate::control::{ControlServer, CutoverRequest};
-use crate::cutover;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::{Side, StatusBoard};
@@ -339,9 +338,4 @@ async fn stop_signal() -> Error {
     }
     Error::new(ErrorKind::Interrupted, "stopped by a signal")
         .hint("Nothing is lost. Run the same command again to go on.")
-}
-
-/// How an operator's cutover is done unless he says otherwise.
-pub fn default_cutover() -> cutover::Options {
-    cutover::Options { timeout_seconds: 30.0, max_write_stall_seconds: 5.0, waive: Vec::new() }
 }

@@ -163,7 +163,7 @@ impl ServerIdentity {
         if found.timeline != self.timeline {
             return gap(
                 format!(
-                    "the source is on timeline {} and was on {} when the migration began: it has failed over or was restored, \
+                    "the source is on timeline {} and was on {} when its slot was made: it has failed over or was restored, \
                      and changes may be missing on it or here",
                     found.timeline, self.timeline
                 ),

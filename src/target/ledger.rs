@@ -112,7 +112,7 @@ pub struct Migration {
     pub id: String,
     /// `pg_control_system().system_identifier` of the source.
     pub source_system: String,
-    /// The source's timeline when the migration began.
+    /// The source's timeline when the slot was made.
     pub source_timeline: i32,
     /// The database that is moved.
     pub source_database: String,
