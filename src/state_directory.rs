@@ -11,12 +11,25 @@ use serde::{Deserialize, Serialize};
 
 use crate::crashsafe;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
 
 /// The version of `migration.json` (H18).
 const FORMAT: u32 = 1;
 
 /// The directory of a migration's first queue; those of slots that came later begin with it.
 pub const FIRST_QUEUE: &str = "queue";
+
+/// The directory of the queue that begins at a position, for a slot that came later or after a loss.
+pub fn queue_name(begins: Lsn) -> String {
+    format!("{FIRST_QUEUE}-{}", begins.to_string().replace('/', "-"))
+}
+
+/// Whether a name is one that we give to a queue. Others are somebody's copies, and stay.
+fn is_queue(name: &str) -> bool {
+    let position = name.strip_prefix(FIRST_QUEUE).and_then(|rest| rest.strip_prefix('-'));
+    name == FIRST_QUEUE
+        || position.is_some_and(|lsn| lsn.replacen('-', "/", 1).parse().is_ok_and(|lsn| queue_name(lsn) == name))
+}
 
 /// Who the migration is that this directory belongs to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,7 +123,7 @@ impl StateDirectory {
             files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
         };
         let queues = std::fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let queues = queues.filter(|entry| entry.file_name().to_string_lossy().starts_with(FIRST_QUEUE));
+        let queues = queues.filter(|entry| entry.file_name().to_str().is_some_and(is_queue));
         let taken: u64 = queues.map(|queue| bytes(queue.path())).sum();
         Some(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_add(taken))
     }
@@ -230,7 +243,7 @@ impl LockedDirectory {
         for entry in std::fs::read_dir(path).context(reading)? {
             let entry = entry.context(reading)?;
             let name = entry.file_name();
-            let is_queue = name.to_str().is_some_and(|name| name.starts_with(FIRST_QUEUE) && Some(name) != but);
+            let is_queue = name.to_str().is_some_and(|name| is_queue(name) && Some(name) != but);
             if is_queue && entry.file_type().context(reading)?.is_dir() {
                 std::fs::remove_dir_all(entry.path()).context(|| format!("removing {}", entry.path().display()))?;
             }
@@ -266,5 +279,25 @@ impl LockedDirectory {
         // Not empty: somebody else's files are in it.
         let _ = std::fs::remove_dir(&path);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_queues_of_ours_are_thrown_away_and_no_copy_of_one() {
+        let parent = tempfile::tempdir().unwrap();
+        let locked = StateDirectory::at(&parent.path().join("state")).lock().unwrap();
+        let path = locked.directory().path().to_owned();
+        let ours = queue_name(Lsn(0x16_03B3_74D8));
+        let theirs = ["queue.bak", "queue-backup", "queue-1-2-copy", "queue-16-03B374D8", "queues"];
+        for name in theirs.iter().copied().chain(["queue", ours.as_str(), "queue-0-1"]) {
+            std::fs::create_dir(path.join(name)).unwrap();
+        }
+        locked.discard_queues(Some(&ours)).unwrap();
+        assert!(path.join(&ours).exists() && !path.join("queue").exists() && !path.join("queue-0-1").exists());
+        assert!(theirs.iter().all(|name| path.join(name).exists()));
     }
 }

@@ -25,7 +25,7 @@ use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::source::snapshot;
-use crate::state_directory::FIRST_QUEUE;
+use crate::state_directory::queue_name;
 use crate::target::ledger::{self, Migration, Resynced, ThrownAway};
 use crate::verify;
 
@@ -226,9 +226,4 @@ struct Loss {
     labels: Option<BTreeSet<u32>>,
     /// Up to here the source does not send it again.
     up_to: Lsn,
-}
-
-/// A name that no queue before has had: each begins later than every one before it.
-fn queue_name(consistent_point: Lsn) -> String {
-    format!("{FIRST_QUEUE}-{}", consistent_point.to_string().replace('/', "-"))
 }
