@@ -78,6 +78,8 @@ async fn after_a_lost_slot_a_resync_copies_only_what_differs() {
     slot_is_free(&migration).await;
     let source = migration.source().await;
     source.batch_execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots").await.unwrap();
+    // Two that change many rows each would lock each other out.
+    application.stop().await;
     // What the stream will never tell: each kind of change, to tables with a key and without, in ranges and whole.
     source
         .batch_execute(
@@ -90,7 +92,6 @@ async fn after_a_lost_slot_a_resync_copies_only_what_differs() {
         )
         .await
         .unwrap();
-    application.stop().await;
     let applied = "SELECT min(applied)::text FROM walferry.apply_progress";
     let before: String = migration.target().await.query_one(applied, &[]).await.unwrap().get(0);
     let refused = migration.migrate(&[]).wait().await;
@@ -262,7 +263,9 @@ async fn a_resync_that_is_killed_anywhere_is_gone_on_with() {
     slot_is_free(&migration).await;
     let source = migration.source().await;
     source.batch_execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots").await.unwrap();
-    source.batch_execute("UPDATE app.big SET amount = amount + 1 WHERE id % 100 = 7").await.unwrap();
+    // The application can be in its way, and it in the application's.
+    let change = "UPDATE app.big SET amount = amount + 1 WHERE id % 100 = 7";
+    until("many rows are changed", || async { source.batch_execute(change).await.ok() }).await;
     let (holder, observer) = (migration.target().await, migration.target().await);
 
     // The slot is made, and the ledger does not know it.
