@@ -312,19 +312,29 @@ enum Kind<'a> {
 fn spread(layout: &Layout, place: usize, rows: Vec<Net>, chunk: &mut Chunk) -> Result<()> {
     let entry = &layout.tables[place];
     let (key, binary) = (&entry.table.key, layout.binary);
+    let small = chunk.small;
+    let worker_of =
+        |net: &Net| if small { 0 } else { entry.routing.worker(entry.table.relid, net.hash, layout.workers) };
+    let mut changed = vec![0; chunk.writes.len()];
+    for net in rows.iter().filter(|net| matches!(net.effect, Effect::Update | Effect::Replace | Effect::Delete)) {
+        changed[worker_of(net)] += 1;
+    }
     for net in rows {
         if net.effect == Effect::Nothing {
             continue;
         }
-        let worker = if chunk.small { 0 } else { entry.routing.worker(entry.table.relid, net.hash, layout.workers) };
+        let worker = worker_of(&net);
+        let singly = changed[worker] <= layout.single_rows_max;
         let writes = writes_to(&mut chunk.writes[worker], place, binary);
         match net.effect {
             Effect::Insert => writes.inserts.push(net.row.tuple().columns())?,
+            Effect::Delete if singly => writes.single_deletes.push(net.key),
             Effect::Delete => {
                 let values: Vec<Datum<'_>> = net.key.tuple().columns().collect();
                 let key: Vec<Datum<'_>> = key.iter().filter_map(|&at| values.get(at).copied()).collect();
                 writes.deletes.push(key.into_iter())?;
             }
+            Effect::Update | Effect::Replace if singly => writes.single_updates.push(net.row),
             Effect::Update | Effect::Replace => {
                 let unchanged = net.row.unchanged();
                 let values: Vec<Datum<'_>> =
@@ -343,7 +353,9 @@ fn writes_to(tables: &mut Vec<TableWrites>, place: usize, binary: bool) -> &mut 
         tables.push(TableWrites {
             place,
             deletes: CopyRows::new(binary),
+            single_deletes: Vec::new(),
             updates: BTreeMap::new(),
+            single_updates: Vec::new(),
             inserts: CopyRows::new(binary),
         });
     }

@@ -11,7 +11,7 @@ use crate::source::slot;
 use crate::source::snapshot::SnapshotData;
 use crate::target::ledger::LedgerTable;
 use crate::target::route::Routing;
-use crate::target::writer::Tables;
+use crate::target::writer::{SINGLE_ROWS_MAX, Tables};
 
 /// Every migrated table, by its place in `tables`.
 #[derive(Clone, Debug)]
@@ -25,6 +25,8 @@ pub struct Layout {
     pub binary: bool,
     /// How many sessions apply.
     pub workers: usize,
+    /// Up to so many changed rows of a table go by a statement each; [`SINGLE_ROWS_MAX`] but for tests.
+    pub single_rows_max: usize,
 }
 
 /// One table.
@@ -77,7 +79,7 @@ impl Layout {
         }
         let by_relid = layouts.iter().enumerate().map(|(at, layout)| (layout.table.relid, at)).collect();
         let snapshots_end = layouts.iter().map(|layout| layout.snapshot.insert_lsn).max().unwrap_or(Lsn::ZERO);
-        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers })
+        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, single_rows_max: SINGLE_ROWS_MAX })
     }
 
     /// The position from which on every change is applied, whatever any copy saw (H24).

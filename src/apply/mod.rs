@@ -226,13 +226,8 @@ impl Apply {
     async fn write_small(&mut self, chunk: &mut Chunk, end: &UnitEnd) -> Result<(), WriteError> {
         let layout = Arc::clone(&self.layout);
         let everybody = self.rows_of(0..self.progress.len());
-        let Some(writer) = self.writers.first_mut() else { return Ok(()) };
-        for writes in &mut chunk.writes {
-            if !writes.is_empty() {
-                writer.write(&*layout, writes).await?;
-            }
-        }
-        writer.advance(&everybody, end.end_lsn).await?;
+        let (Some(writer), Some(writes)) = (self.writers.first_mut(), chunk.writes.first_mut()) else { return Ok(()) };
+        writer.write_and_advance(&*layout, writes, &everybody, end.end_lsn).await?;
         writer.commit().await?;
         self.progress.fill(end.end_lsn);
         Ok(())
@@ -243,29 +238,35 @@ impl Apply {
         let layout = &*self.layout;
         let (_, most) = self.range();
         let recovering = self.is_recovering();
-        let shares = self.writers.iter_mut().zip(&mut chunk.writes).zip(&self.progress);
-        let writes = shares.filter_map(|((writer, writes), applied)| {
-            // A session that had committed this unit before the crash leaves its share out.
-            let covered = recovering && *applied == most;
-            (!covered && !writes.is_empty()).then(|| writer.write(layout, writes))
+        // A session that had committed this unit before the crash leaves its share out.
+        let covered = |session: usize| recovering && self.progress.get(session) == Some(&most);
+        for (session, writes) in chunk.writes.iter_mut().enumerate() {
+            if covered(session) {
+                writes.clear();
+            }
+        }
+        // With the last chunk, the rows of the ledger that each session writes: its own; the first also those of the sessions that
+        // have nothing to do.
+        let mut rows = vec![Vec::new(); self.writers.len()];
+        if end.is_some() {
+            for (session, row) in (0..self.writers.len()).flat_map(|at| Some((at, self.rows_of([at]).pop()?))) {
+                let busy = self.writers[session].in_transaction() || !chunk.writes[session].is_empty();
+                rows[if busy { session } else { 0 }].push(row);
+            }
+        }
+        let shares = self.writers.iter_mut().zip(&mut chunk.writes).zip(&rows);
+        let writes = shares.filter(|((_, writes), rows)| !writes.is_empty() || !rows.is_empty());
+        let writes = writes.map(|((writer, writes), rows)| async move {
+            match end {
+                Some(end) if !rows.is_empty() => writer.write_and_advance(layout, writes, rows, end.end_lsn).await,
+                _ => writer.write(layout, writes).await,
+            }
         });
         for outcome in join_all(writes).await {
             outcome?;
         }
-        let Some(end) = end else { return Ok(()) };
-        // The first session writes the rows of those that had nothing to do.
-        let idle = |session: usize| session == 0 || !self.writers[session].in_transaction();
-        let (of_the_first, of_others): (Vec<usize>, Vec<usize>) = (0..self.writers.len()).partition(|&at| idle(at));
-        let mut rows = vec![Vec::new(); self.writers.len()];
-        if let Some(first) = rows.first_mut() {
-            *first = self.rows_of(of_the_first);
-        }
-        for session in of_others {
-            rows[session] = self.rows_of([session]);
-        }
-        let sessions = self.writers.iter_mut().zip(&rows).filter(|(_, rows)| !rows.is_empty());
-        for outcome in join_all(sessions.map(|(writer, rows)| writer.advance(rows, end.end_lsn))).await {
-            outcome?;
+        if end.is_none() {
+            return Ok(());
         }
         // The barrier: nobody commits before all have written, and nothing but the commit is left to do.
         let commits = self.writers.iter_mut().filter(|writer| writer.in_transaction()).map(Writer::commit);
@@ -273,7 +274,9 @@ impl Apply {
             // Whether it was committed is only in the ledger now; the caller reads it again.
             outcome.map_err(WriteError::Failed)?;
         }
-        self.progress.fill(end.end_lsn);
+        if let Some(end) = end {
+            self.progress.fill(end.end_lsn);
+        }
         Ok(())
     }
 

@@ -20,47 +20,24 @@ use bytes::{BufMut, Bytes, BytesMut};
 use hashbrown::HashTable;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
-use crate::decode::{Datum, OldTuple, Tuple};
+use crate::decode::{Datum, KeptTuple, OldTuple, Tuple};
 
-/// A row, or the part of a row that names it, as it was on the wire.
-#[derive(Clone, Debug)]
-pub struct Row {
-    count: u16,
-    columns: Bytes,
+/// A row with its unchanged columns taken from an earlier one; `only` limits that to some columns.
+fn filled_from(row: KeptTuple, earlier: &KeptTuple, only: Option<&[usize]>) -> KeptTuple {
+    if is_whole(&row) {
+        return row;
+    }
+    let (own, earlier) = (row.tuple(), earlier.tuple());
+    let mut columns = BytesMut::with_capacity(own.encoded().len() + earlier.encoded().len());
+    for (at, (own, before)) in own.columns().zip(earlier.columns()).enumerate() {
+        let take = own == Datum::Unchanged && only.is_none_or(|only| only.contains(&at));
+        put_datum(&mut columns, if take { before } else { own });
+    }
+    KeptTuple::new(own.len() as u16, columns.freeze())
 }
 
-impl Row {
-    /// A tuple of a message, without copying it.
-    pub fn of(message: &Bytes, tuple: Tuple<'_>) -> Row {
-        Row { count: tuple.len() as u16, columns: message.slice_ref(tuple.encoded()) }
-    }
-
-    /// To read it.
-    pub fn tuple(&self) -> Tuple<'_> {
-        Tuple::of_encoded(self.count, &self.columns)
-    }
-
-    /// Positions of the columns that have no value here: TOASTed and left unchanged.
-    pub fn unchanged(&self) -> Vec<u16> {
-        (0u16..).zip(self.tuple().columns()).filter(|(_, datum)| *datum == Datum::Unchanged).map(|(at, _)| at).collect()
-    }
-
-    fn is_whole(&self) -> bool {
-        self.tuple().columns().all(|datum| datum != Datum::Unchanged)
-    }
-
-    /// This row with its unchanged columns taken from an earlier one; `only` limits that to some columns.
-    fn filled_from(&self, earlier: &Row, only: Option<&[usize]>) -> Row {
-        if self.is_whole() {
-            return self.clone();
-        }
-        let mut columns = BytesMut::with_capacity(self.columns.len() + earlier.columns.len());
-        for (at, (own, before)) in self.tuple().columns().zip(earlier.tuple().columns()).enumerate() {
-            let take = own == Datum::Unchanged && only.is_none_or(|only| only.contains(&at));
-            put_datum(&mut columns, if take { before } else { own });
-        }
-        Row { count: self.count, columns: columns.freeze() }
-    }
+fn is_whole(row: &KeptTuple) -> bool {
+    row.tuple().columns().all(|datum| datum != Datum::Unchanged)
 }
 
 /// A column as it is on the wire.
@@ -102,9 +79,9 @@ pub struct Net {
     /// What to do.
     pub effect: Effect,
     /// A tuple that has the key's columns.
-    pub key: Row,
+    pub key: KeptTuple,
     /// The new row; for a delete the same as `key`.
-    pub row: Row,
+    pub row: KeptTuple,
 }
 
 /// The batch has a history that its net effect cannot tell; it has to be replayed row by row.
@@ -148,7 +125,7 @@ impl NetChanges {
     /// # Errors
     /// When the batch has that row already.
     pub fn insert(&mut self, message: &Bytes, new: Tuple<'_>) -> Result<(), NeedsSerialReplay> {
-        self.insert_row(Row::of(message, new))
+        self.insert_row(KeptTuple::of(message, new))
     }
 
     /// New values of a row, and perhaps another key.
@@ -164,12 +141,12 @@ impl NetChanges {
         if self.key.is_empty() {
             return Err(NeedsSerialReplay);
         }
-        let mut row = Row::of(message, new);
+        let mut row = KeptTuple::of(message, new);
         if let Some(old) = old {
-            let before = Row::of(message, old.tuple());
+            let before = KeptTuple::of(message, old.tuple());
             row = match old {
-                OldTuple::Full(_) => row.filled_from(&before, None),
-                OldTuple::Key(_) => row.filled_from(&before, Some(&self.key)),
+                OldTuple::Full(_) => filled_from(row, &before, None),
+                OldTuple::Key(_) => filled_from(row, &before, Some(&self.key)),
             };
             if !self.same_key(&before, &row) {
                 return self.change_key(before, row);
@@ -181,7 +158,7 @@ impl NetChanges {
             Some(place) => {
                 let net = &mut self.rows[place];
                 match net.effect {
-                    Effect::Insert | Effect::Update | Effect::Replace => net.row = row.filled_from(&net.row, None),
+                    Effect::Insert | Effect::Update | Effect::Replace => net.row = filled_from(row, &net.row, None),
                     Effect::Delete | Effect::Nothing => return Err(NeedsSerialReplay),
                 }
             }
@@ -197,23 +174,23 @@ impl NetChanges {
         if self.key.is_empty() {
             return Err(NeedsSerialReplay);
         }
-        self.delete_row(Row::of(message, old.tuple()))
+        self.delete_row(KeptTuple::of(message, old.tuple()))
     }
 
-    fn change_key(&mut self, before: Row, mut row: Row) -> Result<(), NeedsSerialReplay> {
-        if !row.is_whole()
+    fn change_key(&mut self, before: KeptTuple, mut row: KeptTuple) -> Result<(), NeedsSerialReplay> {
+        if !is_whole(&row)
             && let Some(place) = self.find(self.hash(&before), &before)
         {
-            row = row.filled_from(&self.rows[place].row, None);
+            row = filled_from(row, &self.rows[place].row, None);
         }
-        if !row.is_whole() {
+        if !is_whole(&row) {
             return Err(NeedsSerialReplay);
         }
         self.delete_row(before)?;
         self.insert_row(row)
     }
 
-    fn insert_row(&mut self, row: Row) -> Result<(), NeedsSerialReplay> {
+    fn insert_row(&mut self, row: KeptTuple) -> Result<(), NeedsSerialReplay> {
         if self.key.is_empty() {
             self.rows.push(Net { hash: 0, effect: Effect::Insert, key: row.clone(), row });
             return Ok(());
@@ -234,7 +211,7 @@ impl NetChanges {
         Ok(())
     }
 
-    fn delete_row(&mut self, key: Row) -> Result<(), NeedsSerialReplay> {
+    fn delete_row(&mut self, key: KeptTuple) -> Result<(), NeedsSerialReplay> {
         let hash = self.hash(&key);
         match self.find(hash, &key) {
             None => self.push(Net { hash, effect: Effect::Delete, row: key.clone(), key }),
@@ -258,18 +235,18 @@ impl NetChanges {
         self.places.insert_unique(hash, place, |&place| rows[place].hash);
     }
 
-    fn find(&self, hash: u64, key: &Row) -> Option<usize> {
+    fn find(&self, hash: u64, key: &KeptTuple) -> Option<usize> {
         self.places
             .find(hash, |&place| self.rows[place].hash == hash && self.same_key(&self.rows[place].key, key))
             .copied()
     }
 
     /// Hash of the key's columns; the route hangs on it, so it must never change.
-    fn hash(&self, row: &Row) -> u64 {
+    fn hash(&self, row: &KeptTuple) -> u64 {
         hash_key(self.relid, &self.key, row.tuple(), None)
     }
 
-    fn same_key(&self, one: &Row, other: &Row) -> bool {
+    fn same_key(&self, one: &KeptTuple, other: &KeptTuple) -> bool {
         self.key.iter().all(|&at| one.tuple().columns().nth(at) == other.tuple().columns().nth(at))
     }
 }
@@ -357,7 +334,7 @@ mod tests {
         message(b'D', &[(b'K', &[Some(key), None, None])])
     }
 
-    fn text(row: &Row) -> Vec<String> {
+    fn text(row: &KeptTuple) -> Vec<String> {
         let show = |datum| match datum {
             Datum::Null => "null".to_owned(),
             Datum::Unchanged => "~".to_owned(),

@@ -158,7 +158,7 @@ impl Replay<'_> {
                 },
                 Entry::Commit { end_lsn } => {
                     for adoption in &adopted {
-                        adopt::redefine(self.writer.client(), &adoption.table, adoption.routing, &adoption.fingerprint)
+                        adopt::redefine_in(self.writer, &adoption.table, adoption.routing, &adoption.fingerprint)
                             .await?;
                     }
                     end.end_lsn = end_lsn;

@@ -21,6 +21,7 @@ mod keywords;
 mod login;
 mod parse;
 mod password_command;
+pub(crate) mod pipeline;
 mod settings;
 mod spec;
 mod stream;

@@ -33,18 +33,18 @@ const MESSAGE_BUFFER_BYTES: usize = 64 * 1024;
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Bytes of a message's header: its tag, and its length, which counts itself.
-const HEADER_BYTES: usize = 5;
+pub(super) const HEADER_BYTES: usize = 5;
 
 /// A session that runs one statement at a time.
 pub(crate) struct RawSession {
-    wire: Wire,
+    pub(super) wire: Wire,
     backend_pid: i32,
     /// What the server reported at the login, such as `server_version`.
     parameters: HashMap<String, String>,
     /// Whether the server waits for a statement: false while one runs, and for good when its end was never read.
-    usable: bool,
+    pub(super) usable: bool,
     /// Whether the connection is gone.
-    lost: bool,
+    pub(super) lost: bool,
 }
 
 impl RawSession {

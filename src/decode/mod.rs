@@ -51,7 +51,7 @@ mod tests;
 pub use error::DecodeError;
 pub use message::{Message, RelationIds};
 pub use relation::{Relation, RelationColumn, RelationColumns, ReplicaIdentity};
-pub use tuple::{Datum, OldTuple, Tuple, TupleColumns};
+pub use tuple::{Datum, KeptTuple, OldTuple, Tuple, TupleColumns};
 
 use error::{Found, Mismatch};
 use reader::Reader;

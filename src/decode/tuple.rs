@@ -3,6 +3,8 @@
 use std::fmt;
 use std::iter::FusedIterator;
 
+use bytes::Bytes;
+
 use super::error::Mismatch;
 use super::reader::Reader;
 
@@ -65,6 +67,35 @@ impl fmt::Debug for Tuple<'_> {
             };
         }
         list.finish()
+    }
+}
+
+/// A [`Tuple`] that outlives its message: a slice of the same bytes, which it keeps alive.
+#[derive(Clone, Debug)]
+pub struct KeptTuple {
+    count: u16,
+    columns: Bytes,
+}
+
+impl KeptTuple {
+    /// A tuple of a message, without copying it.
+    pub fn of(message: &Bytes, tuple: Tuple<'_>) -> KeptTuple {
+        KeptTuple { count: tuple.count, columns: message.slice_ref(tuple.columns) }
+    }
+
+    /// One that was made anew, by the same rules as [`Tuple::of_encoded`].
+    pub fn new(count: u16, columns: Bytes) -> KeptTuple {
+        KeptTuple { count, columns }
+    }
+
+    /// To read it.
+    pub fn tuple(&self) -> Tuple<'_> {
+        Tuple::of_encoded(self.count, &self.columns)
+    }
+
+    /// Positions of the columns that have no value here: TOASTed and left unchanged.
+    pub fn unchanged(&self) -> Vec<u16> {
+        (0u16..).zip(self.tuple().columns()).filter(|(_, datum)| *datum == Datum::Unchanged).map(|(at, _)| at).collect()
     }
 }
 

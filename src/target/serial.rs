@@ -3,93 +3,89 @@
 //! Each function says what it met; what that means is for the caller to decide (I6). Values go as parameters in the form they came
 //! in, text or binary.
 
-use std::error::Error as StdError;
-
-use bytes::BytesMut;
-use tokio_postgres::types::{Format, IsNull, ToSql, Type};
-
 use super::writer::Writer;
 use crate::decode::{Datum, OldTuple, Tuple};
 use crate::error::{Context, Result};
 use crate::source::catalog::{Column, Table};
 use crate::sql;
 
-/// A value as it came over the wire.
-#[derive(Debug)]
-struct Parameter<'a>(Datum<'a>);
+/// A column's value as the parameter with this number, from 1 on, and as the column's type.
+fn parameter(number: usize, column: &Column) -> String {
+    format!("CAST(${number} AS {})", column.type_name)
+}
 
-impl ToSql for Parameter<'_> {
-    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
-        match self.0 {
-            Datum::Text(value) | Datum::Binary(value) => {
-                out.extend_from_slice(value);
-                Ok(IsNull::No)
-            }
-            Datum::Null | Datum::Unchanged => Ok(IsNull::Yes),
+/// The condition that names one row, whose parameters come after so many others; its values are those of [`found_by`].
+fn condition(table: &Table, parameters_before: usize) -> String {
+    if table.key.is_empty() {
+        // REPLICA IDENTITY FULL without any key (H26): the row with exactly these values, and if there are several, one.
+        let same = |(number, column): (usize, &Column)| {
+            let value = parameter(number, column);
+            format!("{}::text IS NOT DISTINCT FROM {value}::text", sql::identifier(&column.name))
+        };
+        let mut all: Vec<String> = (parameters_before + 1..).zip(&table.columns).map(same).collect();
+        if all.is_empty() {
+            // Every row of a table without columns is the same.
+            all.push("true".into());
         }
+        return format!("ctid = (SELECT ctid FROM ONLY {} WHERE {} LIMIT 1)", table.qualified(), all.join(" AND "));
     }
+    let equal = |(number, column): (usize, &Column)| {
+        let schema = sql::identifier(column.equality_schema.as_deref().unwrap_or("pg_catalog"));
+        format!("{} OPERATOR({schema}.=) {}", sql::identifier(&column.name), parameter(number, column))
+    };
+    (parameters_before + 1..).zip(table.key_columns()).map(equal).collect::<Vec<_>>().join(" AND ")
+}
 
-    fn accepts(_: &Type) -> bool {
-        true
-    }
-
-    fn encode_format(&self, _: &Type) -> Format {
-        match self.0 {
-            Datum::Binary(_) => Format::Binary,
-            Datum::Text(_) | Datum::Null | Datum::Unchanged => Format::Text,
-        }
-    }
-
-    fn to_sql_checked(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
-        self.to_sql(ty, out)
+/// The values that name one row, in the order of [`condition`].
+fn found_by<'a>(table: &Table, row: Tuple<'a>, values: &mut Vec<Datum<'a>>) {
+    if table.key.is_empty() {
+        values.extend(row.columns());
+    } else {
+        values.extend(table.key.iter().map(|&at| row.columns().nth(at).unwrap_or(Datum::Null)));
     }
 }
 
-/// A statement in the making.
-#[derive(Default)]
-struct Query<'a> {
-    text: String,
-    parameters: Vec<Parameter<'a>>,
+/// The statement that removes one row; its values are those of [`delete_values`].
+pub(super) fn delete_text(table: &Table) -> String {
+    format!("DELETE FROM ONLY {} WHERE {}", table.qualified(), condition(table, 0))
 }
 
-impl<'a> Query<'a> {
-    /// Adds a value, and answers with its place in the statement, as the column's type.
-    fn value(&mut self, column: &Column, datum: Datum<'a>) -> String {
-        self.parameters.push(Parameter(datum));
-        format!("CAST(${} AS {})", self.parameters.len(), column.type_name)
-    }
+/// The values of [`delete_text`].
+pub(super) fn delete_values<'a>(table: &Table, old: Tuple<'a>) -> Vec<Datum<'a>> {
+    let mut values = Vec::with_capacity(table.key.len());
+    found_by(table, old, &mut values);
+    values
+}
 
-    /// The condition that names one row.
-    fn row(&mut self, table: &Table, old: Tuple<'a>) -> String {
-        let values: Vec<Datum<'a>> = old.columns().collect();
-        if table.key.is_empty() {
-            // REPLICA IDENTITY FULL without any key (H26): the row with exactly these values, and if there are several, one.
-            let same = |(column, datum): (&Column, &Datum<'a>)| {
-                let value = self.value(column, *datum);
-                format!("{}::text IS NOT DISTINCT FROM {value}::text", sql::identifier(&column.name))
-            };
-            let mut all: Vec<String> = table.columns.iter().zip(&values).map(same).collect();
-            if all.is_empty() {
-                // Every row of a table without columns is the same.
-                all.push("true".into());
-            }
-            return format!("ctid = (SELECT ctid FROM ONLY {} WHERE {} LIMIT 1)", table.qualified(), all.join(" AND "));
-        }
-        let mut conditions = Vec::with_capacity(table.key.len());
-        for &at in &table.key {
-            let column = &table.columns[at];
-            let schema = sql::identifier(column.equality_schema.as_deref().unwrap_or("pg_catalog"));
-            let value = self.value(column, values.get(at).copied().unwrap_or(Datum::Null));
-            conditions.push(format!("{} OPERATOR({schema}.=) {value}", sql::identifier(&column.name)));
-        }
-        conditions.join(" AND ")
-    }
+/// Positions of the columns that an update gives a value: all that have one, or those outside of the key.
+pub(super) fn columns_to_set(table: &Table, new: Tuple<'_>, with_key: bool) -> Vec<usize> {
+    let is_set =
+        |&(at, datum): &(usize, Datum<'_>)| datum != Datum::Unchanged && (with_key || !table.key.contains(&at));
+    new.columns().enumerate().filter(is_set).map(|(at, _)| at).collect()
+}
 
-    async fn run(self, writer: &mut Writer) -> Result<u64> {
-        let parameters: Vec<&(dyn ToSql + Sync)> =
-            self.parameters.iter().map(|parameter| parameter as &(dyn ToSql + Sync)).collect();
-        writer.execute_one(self.text, &parameters).await
+/// The statement that gives one row new values of these columns; its own values are those of [`update_values`].
+pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
+    let assign = |(number, &at): (usize, &usize)| {
+        let column = &table.columns[at];
+        format!("{} = {}", sql::identifier(&column.name), parameter(number, column))
+    };
+    let mut assignments: Vec<String> = (1..).zip(set).map(assign).collect();
+    if assignments.is_empty() {
+        // Nothing to set: the row must be there all the same.
+        assignments.extend(table.columns.first().map(|column| format!("{0} = {0}", sql::identifier(&column.name))));
     }
+    let row = condition(table, set.len());
+    format!("UPDATE ONLY {} SET {} WHERE {row}", table.qualified(), assignments.join(", "))
+}
+
+/// The values of [`update_text`].
+pub(super) fn update_values<'a>(table: &Table, set: &[usize], old: Tuple<'a>, new: Tuple<'a>) -> Vec<Datum<'a>> {
+    let mut values = Vec::with_capacity(set.len() + table.key.len());
+    let mut set = set.iter().copied().peekable();
+    values.extend(new.columns().enumerate().filter(|(at, _)| set.next_if_eq(at).is_some()).map(|(_, datum)| datum));
+    found_by(table, old, &mut values);
+    values
 }
 
 /// Inserts a row; answers false when there is one with that key already.
@@ -97,17 +93,18 @@ impl<'a> Query<'a> {
 /// # Errors
 /// What the server says: another row can have a value that must be unique.
 pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Result<bool> {
-    let mut query = Query::default();
-    let values: Vec<String> =
-        table.columns.iter().zip(new.columns()).map(|(column, datum)| query.value(column, datum)).collect();
+    let values: Vec<Datum<'_>> = new.columns().collect();
+    let placeholders: Vec<String> =
+        (1..).zip(&table.columns).map(|(number, column)| parameter(number, column)).collect();
     let key = sql::identifiers(table.key_columns().map(|column| column.name.as_str()));
     let unless = if key.is_empty() { String::new() } else { format!(" ON CONFLICT ({key}) DO NOTHING") };
-    query.text = if values.is_empty() {
+    let text = if placeholders.is_empty() {
         format!("INSERT INTO {} DEFAULT VALUES", table.qualified())
     } else {
-        format!("INSERT INTO {} ({}) VALUES ({}){unless}", table.qualified(), table.column_list(), values.join(", "))
+        let (columns, placeholders) = (table.column_list(), placeholders.join(", "));
+        format!("INSERT INTO {} ({columns}) VALUES ({placeholders}){unless}", table.qualified())
     };
-    let met = query.run(writer).await;
+    let met = writer.execute(text, &values).await;
     Ok(met.context(|| format!("inserting {} into {}", name_row(table, new), table.qualified()))? == 1)
 }
 
@@ -119,11 +116,12 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
     if table.key.is_empty() {
         return Ok(false);
     }
-    let mut query = Query::default();
     // Keys can be equal in other bytes (H20).
-    let (there, itself) = (query.row(table, new), query.row(table, old));
-    query.text = format!("SELECT FROM ONLY {} WHERE {there} AND NOT ({itself})", table.qualified());
-    let found = query.run(writer).await;
+    let (there, itself) = (condition(table, 0), condition(table, table.key.len()));
+    let text = format!("SELECT FROM ONLY {} WHERE {there} AND NOT ({itself})", table.qualified());
+    let mut values = delete_values(table, new);
+    found_by(table, old, &mut values);
+    let found = writer.execute(text, &values).await;
     Ok(found.context(|| format!("looking for {} in {}", name_row(table, new), table.qualified()))? > 0)
 }
 
@@ -132,22 +130,10 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
 /// # Errors
 /// What the server says.
 pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<u64> {
-    let mut query = Query::default();
-    let mut set = Vec::with_capacity(table.columns.len());
-    for (column, datum) in table.columns.iter().zip(new.columns()) {
-        if datum != Datum::Unchanged {
-            let value = query.value(column, datum);
-            set.push(format!("{} = {value}", sql::identifier(&column.name)));
-        }
-    }
-    if set.is_empty() {
-        // Nothing but TOASTed keys, all unchanged: the row must be there all the same.
-        set.extend(table.columns.first().map(|column| format!("{0} = {0}", sql::identifier(&column.name))));
-    }
-    let found_by = old.map_or(new, |old| old.tuple());
-    let row = query.row(table, found_by);
-    query.text = format!("UPDATE ONLY {} SET {} WHERE {row}", table.qualified(), set.join(", "));
-    query.run(writer).await.context(|| format!("updating {} of {}", name_row(table, found_by), table.qualified()))
+    let before = old.map_or(new, |old| old.tuple());
+    let set = columns_to_set(table, new, true);
+    let met = writer.execute(update_text(table, &set), &update_values(table, &set, before, new)).await;
+    met.context(|| format!("updating {} of {}", name_row(table, before), table.qualified()))
 }
 
 /// Removes a row; answers how many there were.
@@ -155,21 +141,19 @@ pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>
 /// # Errors
 /// What the server says.
 pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Result<u64> {
-    let mut query = Query::default();
-    let row = query.row(table, old.tuple());
-    query.text = format!("DELETE FROM ONLY {} WHERE {row}", table.qualified());
-    query.run(writer).await.context(|| format!("deleting {} of {}", name_row(table, old.tuple()), table.qualified()))
+    let met = writer.execute(delete_text(table), &delete_values(table, old.tuple())).await;
+    met.context(|| format!("deleting {} of {}", name_row(table, old.tuple()), table.qualified()))
 }
 
 /// Empties tables, all at once as the source did.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn truncate(writer: &Writer, tables: &[&Table], restart_identity: bool) -> Result<()> {
+pub async fn truncate(writer: &mut Writer, tables: &[&Table], restart_identity: bool) -> Result<()> {
     let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
     let identity = if restart_identity { " RESTART IDENTITY" } else { "" };
     let statement = format!("TRUNCATE {}{identity}", names.join(", "));
-    writer.client().batch_execute(&statement).await.context(|| statement.clone())
+    writer.execute(statement.clone(), &[]).await.map(drop).context(|| statement)
 }
 
 /// Empties some of the tables that the source emptied together, the others being as the source had them afterwards. TRUNCATE of a
@@ -177,10 +161,10 @@ pub async fn truncate(writer: &Writer, tables: &[&Table], restart_identity: bool
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn empty(writer: &Writer, tables: &[&Table]) -> Result<()> {
+pub async fn empty(writer: &mut Writer, tables: &[&Table]) -> Result<()> {
     for table in tables {
         let statement = format!("DELETE FROM ONLY {}", table.qualified());
-        writer.client().batch_execute(&statement).await.context(|| statement.clone())?;
+        writer.execute(statement.clone(), &[]).await.context(|| statement)?;
     }
     Ok(())
 }

@@ -14,18 +14,17 @@
 //! the unit is committed, and it is replayed row by row ([`WriteError::Refused`]).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::pin::pin;
+use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::Bytes;
-use futures_util::SinkExt;
-use futures_util::future::try_join;
-use tokio_postgres::types::{PgLsn, ToSql};
-use tokio_postgres::{Client, Statement};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::copy_rows::CopyRows;
+use super::serial;
 use crate::connection::ConnectionSpec;
+use crate::connection::pipeline::{Requests, Value};
+use crate::connection::wire::RawSession;
+use crate::decode::{Datum, KeptTuple};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{Column, Table};
@@ -37,7 +36,7 @@ use crate::sql;
 /// waits for it at the barrier, where PostgreSQL sees no deadlock.
 const SETTINGS: &str = "SET session_replication_role = replica; SET synchronous_commit = off; SET lock_timeout = '10s'; \
      SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off; \
-     SET enable_material = off; SET jit = off; SET max_parallel_workers_per_gather = 0";
+     SET enable_material = off; SET jit = off; SET plan_cache_mode = force_generic_plan; SET max_parallel_workers_per_gather = 0";
 
 /// The rows must be where their sessions left them; a row that another transaction is moving is waited for, and then looked at anew.
 const ADVANCE: &str = "UPDATE walferry.apply_progress p SET applied = $3 FROM unnest($1::int4[], $2::pg_lsn[]) s(worker, applied) \
@@ -47,8 +46,12 @@ const ADVANCE: &str = "UPDATE walferry.apply_progress p SET applied = $3 FROM un
 /// thousands of tables does not fill the target's lock table (H10).
 const STAGING_TABLES_MAX: usize = 64;
 
-/// Prepared statements of the serial way that a session keeps: one for each table, operation and set of columns.
-const SERIAL_STATEMENTS_MAX: usize = 256;
+/// Prepared statements that a session keeps: each takes some ten kilobytes of the server's memory. With more of them, the half
+/// that was not used the longest goes.
+const STATEMENTS_MAX: usize = 1024;
+
+/// Rows of a table that a session of a unit deletes or updates by a statement each; more of them go as sets.
+pub const SINGLE_ROWS_MAX: usize = 20;
 
 /// The tables that are written to, by their places.
 pub trait Tables {
@@ -63,10 +66,14 @@ pub trait Tables {
 pub struct TableWrites {
     /// The table's place among the [`Tables`].
     pub place: usize,
-    /// Keys.
+    /// Rows that go, by their keys.
     pub deletes: CopyRows,
+    /// The same, each by a statement of its own.
+    pub single_deletes: Vec<KeptTuple>,
     /// Rows by the columns that they leave unchanged: those are not in the rows.
     pub updates: BTreeMap<Vec<u16>, CopyRows>,
+    /// The same, each by a statement of its own; unchanged columns have no value in them.
+    pub single_updates: Vec<KeptTuple>,
     /// Whole rows.
     pub inserts: CopyRows,
 }
@@ -92,24 +99,16 @@ impl From<Error> for WriteError {
     }
 }
 
-impl From<tokio_postgres::Error> for WriteError {
-    fn from(error: tokio_postgres::Error) -> WriteError {
-        Error::from(error).into()
-    }
-}
-
 /// One apply session.
 pub struct Writer {
-    client: Client,
+    session: RawSession,
     in_transaction: bool,
-    statements: HashMap<(usize, What), Statement>,
-    /// Statements of the serial way, by their text.
-    serial: HashMap<String, Statement>,
-    /// The statement that moves the ledger's rows on.
-    advance: Statement,
-    /// How many temporary tables there are.
-    staging_tables: usize,
-    /// Temporary tables that this transaction has filled.
+    statements: Statements,
+    /// Temporary tables that there are.
+    staging: HashSet<(usize, Staging)>,
+    /// Those of them that this transaction has made, and that a rollback takes back.
+    staging_made: Vec<(usize, Staging)>,
+    /// Those of them that this transaction has filled.
     staged: HashSet<(usize, Staging)>,
     opened: Instant,
 }
@@ -121,6 +120,34 @@ enum What {
     Delete,
     Update(Staging),
     Insert,
+    DeleteOne,
+    /// Without the columns at these positions.
+    UpdateOne(Vec<u16>),
+}
+
+/// What is sent at once, and what is expected of it.
+#[derive(Default)]
+struct Pipeline {
+    requests: Requests,
+    expected: Vec<Expected>,
+}
+
+/// What a statement is for, and how many rows it must meet.
+#[derive(Clone, Copy)]
+enum Expected {
+    /// Whatever it meets.
+    Any,
+    /// What is done to so many rows of the table at a place.
+    Rows(usize, &'static str, u64),
+    /// Rows of the ledger.
+    Progress(u64),
+}
+
+impl Pipeline {
+    fn text(&mut self, text: &str) -> Result<()> {
+        self.expected.push(Expected::Any);
+        self.requests.execute_text(text)
+    }
 }
 
 impl Writer {
@@ -129,17 +156,14 @@ impl Writer {
     /// # Errors
     /// Whatever the server says.
     pub async fn open(target: &ConnectionSpec, application_name: &str) -> Result<Writer> {
-        let client = target.connect(application_name).await?;
-        let preparing = || "preparing an apply session on the target".into();
-        client.batch_execute(SETTINGS).await.context(preparing)?;
-        let advance = client.prepare(ADVANCE).await.context(preparing)?;
+        let mut session = RawSession::connect(target, application_name).await?;
+        session.simple_query(SETTINGS).await.context(|| "preparing an apply session on the target".into())?;
         Ok(Writer {
-            client,
+            session,
             in_transaction: false,
-            statements: HashMap::new(),
-            serial: HashMap::new(),
-            advance,
-            staging_tables: 0,
+            statements: Statements::default(),
+            staging: HashSet::new(),
+            staging_made: Vec::new(),
             staged: HashSet::new(),
             opened: Instant::now(),
         })
@@ -148,11 +172,6 @@ impl Writer {
     /// When it was opened. Sessions are renewed now and then: autovacuum cannot freeze their temporary tables (H25).
     pub fn opened(&self) -> Instant {
         self.opened
-    }
-
-    /// The session, for statements of its own transaction.
-    pub(crate) fn client(&self) -> &Client {
-        &self.client
     }
 
     /// Whether something is written and not committed.
@@ -165,15 +184,28 @@ impl Writer {
     /// # Errors
     /// [`WriteError`]; the transaction is then to be rolled back.
     pub async fn write(&mut self, tables: &(impl Tables + Sync), writes: &mut [TableWrites]) -> Result<(), WriteError> {
-        self.begin().await?;
-        for table in writes {
-            let name = tables.table(table.place).qualified();
-            self.write_table(tables, table).await.map_err(|error| match error {
-                WriteError::Refused(error) => WriteError::Refused(error.context(format!("writing to {name}"))),
-                WriteError::Failed(error) => WriteError::Failed(error.context(format!("writing to {name}"))),
-            })?;
-        }
-        Ok(())
+        let mut pipeline = Pipeline::default();
+        self.add_begin(&mut pipeline).await?;
+        self.add_writes(&mut pipeline, tables, writes)?;
+        self.run(pipeline, tables).await
+    }
+
+    /// The last chunk of a unit, and with it what [`Writer::advance`] does.
+    ///
+    /// # Errors
+    /// Those of both; the transaction is then to be rolled back.
+    pub async fn write_and_advance(
+        &mut self,
+        tables: &(impl Tables + Sync),
+        writes: &mut [TableWrites],
+        sessions: &[(i32, Lsn)],
+        applied: Lsn,
+    ) -> Result<(), WriteError> {
+        let mut pipeline = Pipeline::default();
+        self.add_begin(&mut pipeline).await?;
+        self.add_writes(&mut pipeline, tables, writes)?;
+        self.add_advance(&mut pipeline, sessions, applied)?;
+        self.run(pipeline, tables).await
     }
 
     /// Opens the transaction, if it is not.
@@ -181,16 +213,9 @@ impl Writer {
     /// # Errors
     /// Whatever the server says.
     pub async fn begin(&mut self) -> Result<()> {
-        if !self.in_transaction {
-            if self.staging_tables > STAGING_TABLES_MAX {
-                self.client.batch_execute("DISCARD TEMP").await?;
-                self.staging_tables = 0;
-                self.statements.clear();
-            }
-            self.client.batch_execute("BEGIN").await?;
-            self.in_transaction = true;
-        }
-        Ok(())
+        let mut pipeline = Pipeline::default();
+        self.add_begin(&mut pipeline).await?;
+        self.run_without_tables(pipeline).await
     }
 
     /// Writes into the ledger how far sessions have come, each with where it stood before: the last thing before the commit
@@ -201,23 +226,10 @@ impl Writer {
     /// connection was lost and whose commit went through all the same. Committing would apply the unit twice.
     /// Otherwise whatever the server says.
     pub async fn advance(&mut self, sessions: &[(i32, Lsn)], applied: Lsn) -> Result<()> {
-        self.begin().await?;
-        let (numbers, before): (Vec<i32>, Vec<PgLsn>) =
-            sessions.iter().map(|(number, before)| (*number, PgLsn::from(*before))).unzip();
-        let applied = PgLsn::from(applied);
-        let parameters: [&(dyn ToSql + Sync); 3] = [&numbers, &before, &applied];
-        let (advanced, ()) = try_join(
-            self.client.execute(&self.advance, &parameters),
-            self.client.batch_execute("SET CONSTRAINTS ALL IMMEDIATE"),
-        )
-        .await
-        .context(|| "writing the apply's progress into the ledger".into())?;
-        if advanced != sessions.len() as u64 {
-            let text = "the ledger's progress is not where this apply left it: another session has applied meanwhile";
-            return Err(Error::new(ErrorKind::Transient, text)
-                .hint("It is read again. If this repeats, a second walferry works on the same target: stop one."));
-        }
-        Ok(())
+        let mut pipeline = Pipeline::default();
+        self.add_begin(&mut pipeline).await?;
+        self.add_advance(&mut pipeline, sessions, applied)?;
+        self.run_without_tables(pipeline).await
     }
 
     /// Commits, after [`Writer::advance`].
@@ -225,13 +237,15 @@ impl Writer {
     /// # Errors
     /// Whatever the server says. Whether it was committed is then in the ledger, and only there.
     pub async fn commit(&mut self) -> Result<()> {
+        let mut pipeline = Pipeline::default();
+        pipeline.text("COMMIT")?;
+        let committed = self.run_without_tables(pipeline).await;
         self.in_transaction = false;
         self.staged.clear();
-        let committed = self.client.batch_execute("COMMIT").await;
         if committed.is_err() {
-            // Temporary tables made in that transaction are gone with it.
-            self.statements.clear();
+            self.forget_what_was_made();
         }
+        self.staging_made.clear();
         committed.context(|| "committing a batch on the target".into())
     }
 
@@ -243,110 +257,292 @@ impl Writer {
         if self.in_transaction {
             self.in_transaction = false;
             self.staged.clear();
-            self.client.batch_execute("ROLLBACK").await?;
-            // Temporary tables made in that transaction are gone with it.
-            self.statements.clear();
+            self.forget_what_was_made();
+            self.session.simple_query("ROLLBACK").await?;
         }
         Ok(())
     }
 
-    /// Runs a statement of the serial way, prepared once.
-    pub(super) async fn execute_one(&mut self, text: String, parameters: &[&(dyn ToSql + Sync)]) -> Result<u64> {
-        let statement = match self.serial.get(&text) {
-            Some(statement) => statement.clone(),
-            None => {
-                if self.serial.len() >= SERIAL_STATEMENTS_MAX {
-                    self.serial.clear();
-                }
-                let statement = self.client.prepare(&text).await?;
-                self.serial.insert(text, statement.clone());
-                statement
-            }
-        };
-        Ok(self.client.execute(&statement, parameters).await?)
+    /// Temporary tables made in a transaction are gone with it.
+    fn forget_what_was_made(&mut self) {
+        for made in self.staging_made.drain(..) {
+            self.staging.remove(&made);
+        }
+        self.statements.are_unknown = true;
     }
 
-    async fn write_table(&mut self, tables: &(impl Tables + Sync), writes: &mut TableWrites) -> Result<(), WriteError> {
-        let (place, table) = (writes.place, tables.table(writes.place));
-        if !writes.deletes.is_empty() {
-            let staged = self.stage(tables, place, Staging::Keys, &mut writes.deletes).await?;
-            expect(staged, self.execute(tables, place, What::Delete).await?, "deletes", table)?;
+    /// Runs one statement in the open transaction, and answers how many rows it met. One that has values comes again with
+    /// others, and is prepared once.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub(super) async fn execute(&mut self, text: String, values: &[Datum<'_>]) -> Result<u64> {
+        let mut pipeline = Pipeline::default();
+        if values.is_empty() {
+            pipeline.text(&text)?;
+        } else {
+            let name = self.statements.name(Key::Text(text), &mut pipeline.requests, |key| match key {
+                Key::Text(text) => text.clone(),
+                Key::Table(..) => String::new(),
+            })?;
+            pipeline.requests.execute(&name, &values.iter().map(value).collect::<Vec<_>>());
         }
-        for (unchanged, rows) in &mut writes.updates {
-            let staging = Staging::Rows(unchanged.clone());
-            let staged = self.stage(tables, place, staging.clone(), rows).await?;
-            expect(staged, self.execute(tables, place, What::Update(staging)).await?, "updates", table)?;
+        match self.session.run(pipeline.requests).await {
+            Ok(met) => Ok(met.first().copied().unwrap_or_default()),
+            Err(refused) => {
+                self.statements.are_unknown = true;
+                Err(refused.error)
+            }
         }
-        if !writes.inserts.is_empty() {
-            self.copy(tables, place, What::Insert, &mut writes.inserts).await?;
+    }
+
+    async fn add_begin(&mut self, pipeline: &mut Pipeline) -> Result<()> {
+        if self.in_transaction {
+            return Ok(());
+        }
+        if self.staging.len() > STAGING_TABLES_MAX {
+            self.statements.are_unknown = true;
+            self.session.simple_query("DISCARD TEMP").await?;
+            self.staging.clear();
+        }
+        if std::mem::take(&mut self.statements.are_unknown) {
+            self.statements.known.clear();
+            self.session.simple_query("DEALLOCATE ALL").await?;
+        }
+        pipeline.text("BEGIN")?;
+        self.in_transaction = true;
+        Ok(())
+    }
+
+    fn add_writes(
+        &mut self,
+        pipeline: &mut Pipeline,
+        tables: &(impl Tables + Sync),
+        writes: &mut [TableWrites],
+    ) -> Result<()> {
+        for writes in writes {
+            let (place, table) = (writes.place, tables.table(writes.place));
+            if !writes.deletes.is_empty() {
+                let staged = self.add_stage(pipeline, tables, place, Staging::Keys, &mut writes.deletes)?;
+                self.add(pipeline, tables, place, What::Delete, &[], ("deletes", staged))?;
+            }
+            for row in writes.single_deletes.drain(..) {
+                let values: Vec<Value<'_>> = serial::delete_values(table, row.tuple()).iter().map(value).collect();
+                self.add(pipeline, tables, place, What::DeleteOne, &values, ("deletes", 1))?;
+            }
+            for (unchanged, rows) in &mut writes.updates {
+                let staging = Staging::Rows(unchanged.clone());
+                let staged = self.add_stage(pipeline, tables, place, staging.clone(), rows)?;
+                self.add(pipeline, tables, place, What::Update(staging), &[], ("updates", staged))?;
+            }
+            for row in writes.single_updates.drain(..) {
+                let set = serial::columns_to_set(table, row.tuple(), false);
+                let values = serial::update_values(table, &set, row.tuple(), row.tuple());
+                let values: Vec<Value<'_>> = values.iter().map(value).collect();
+                self.add(pipeline, tables, place, What::UpdateOne(row.unchanged()), &values, ("updates", 1))?;
+            }
+            if !writes.inserts.is_empty() {
+                self.add_copy(pipeline, tables, place, What::Insert, &mut writes.inserts)?;
+            }
         }
         Ok(())
     }
 
     /// Fills a temporary table, which is empty but where an earlier chunk of the same unit used it.
-    async fn stage(
+    fn add_stage(
         &mut self,
+        pipeline: &mut Pipeline,
         tables: &(impl Tables + Sync),
         place: usize,
         staging: Staging,
         rows: &mut CopyRows,
-    ) -> Result<u64, WriteError> {
-        let table = tables.table(place);
-        if !self.staged.insert((place, staging.clone())) {
-            self.client.batch_execute(&format!("TRUNCATE {}", staging.qualified(table))).await?;
+    ) -> Result<u64> {
+        let (table, key) = (tables.table(place), (place, staging));
+        if self.staging.insert(key.clone()) {
+            pipeline.text(&key.1.create(table))?;
+            self.staging_made.push(key.clone());
+        }
+        if !self.staged.insert(key.clone()) {
+            pipeline.text(&format!("TRUNCATE {}", key.1.qualified(table)))?;
         }
         let staged = rows.len();
-        self.copy(tables, place, What::Stage(staging), rows).await?;
+        self.add_copy(pipeline, tables, place, What::Stage(key.1), rows)?;
         Ok(staged)
     }
 
-    async fn copy(
+    fn add_copy(
         &mut self,
+        pipeline: &mut Pipeline,
         tables: &(impl Tables + Sync),
         place: usize,
         what: What,
         rows: &mut CopyRows,
-    ) -> Result<(), WriteError> {
-        let statement = self.statement(tables, place, what).await?;
-        let sink = self.client.copy_in::<_, Bytes>(&statement).await?;
-        let mut sink = pin!(sink);
-        let mut bytes = rows.finish();
-        while !bytes.is_empty() {
-            sink.feed(bytes.split_to(bytes.len().min(COPY_BYTES))).await?;
-        }
-        sink.finish().await?;
+    ) -> Result<()> {
+        let name = self.name(pipeline, tables, place, what)?;
+        pipeline.expected.push(Expected::Rows(place, "a COPY", rows.len()));
+        pipeline.requests.copy(&name, rows.finish());
         Ok(())
     }
 
-    async fn execute(&mut self, tables: &(impl Tables + Sync), place: usize, what: What) -> Result<u64, WriteError> {
-        let statement = self.statement(tables, place, what).await?;
-        Ok(self.client.execute(&statement, &[]).await?)
+    fn add(
+        &mut self,
+        pipeline: &mut Pipeline,
+        tables: &(impl Tables + Sync),
+        place: usize,
+        what: What,
+        values: &[Value<'_>],
+        (doing, rows): (&'static str, u64),
+    ) -> Result<()> {
+        let name = self.name(pipeline, tables, place, what)?;
+        pipeline.expected.push(Expected::Rows(place, doing, rows));
+        pipeline.requests.execute(&name, values);
+        Ok(())
     }
 
-    async fn statement(&mut self, tables: &(impl Tables + Sync), place: usize, what: What) -> Result<Statement> {
-        if let Some(statement) = self.statements.get(&(place, what.clone())) {
-            return Ok(statement.clone());
+    fn name(
+        &mut self,
+        pipeline: &mut Pipeline,
+        tables: &(impl Tables + Sync),
+        place: usize,
+        what: What,
+    ) -> Result<Arc<str>> {
+        self.statements.name(Key::Table(place, what), &mut pipeline.requests, |key| match key {
+            Key::Table(place, what) => text(tables.table(*place), what, tables.is_binary()),
+            Key::Text(text) => text.clone(),
+        })
+    }
+
+    fn add_advance(&mut self, pipeline: &mut Pipeline, sessions: &[(i32, Lsn)], applied: Lsn) -> Result<()> {
+        let list = |values: Vec<String>| format!("{{{}}}", values.join(","));
+        let numbers = list(sessions.iter().map(|(number, _)| number.to_string()).collect());
+        let before = list(sessions.iter().map(|(_, before)| before.to_string()).collect());
+        let applied = applied.to_string();
+        let values = [&numbers, &before, &applied].map(|text| Value::Text(text.as_bytes()));
+        let name = self.statements.name(Key::Text(ADVANCE.into()), &mut pipeline.requests, |_| ADVANCE.into())?;
+        pipeline.expected.push(Expected::Progress(sessions.len() as u64));
+        pipeline.requests.execute(&name, &values);
+        pipeline.text("SET CONSTRAINTS ALL IMMEDIATE")
+    }
+
+    async fn run(&mut self, pipeline: Pipeline, tables: &(impl Tables + Sync)) -> Result<(), WriteError> {
+        let doing = |expected: Expected| match expected {
+            Expected::Any => "writing a batch".to_owned(),
+            Expected::Rows(place, _, _) => format!("writing to {}", tables.table(place).qualified()),
+            Expected::Progress(_) => WRITING_PROGRESS.to_owned(),
+        };
+        let met = match self.session.run(pipeline.requests).await {
+            Ok(met) => met,
+            Err(refused) => {
+                self.statements.are_unknown = true;
+                let doing = pipeline.expected.get(refused.at).map_or_else(|| doing(Expected::Any), |at| doing(*at));
+                return Err(refused.error.context(doing).into());
+            }
+        };
+        check_progress(&pipeline.expected, &met)?;
+        for (expected, met) in pipeline.expected.iter().zip(met) {
+            if let Expected::Rows(place, what, rows) = *expected
+                && rows != met
+            {
+                let table = tables.table(place).qualified();
+                let text = format!("{what} of {rows} rows of {table} met {met} rows on the target");
+                let error = Error::new(ErrorKind::Divergence, text);
+                return Err(WriteError::Refused(error.context(doing(*expected))));
+            }
         }
-        let table = tables.table(place);
-        if let What::Stage(staging) = &what {
-            self.client.batch_execute(&staging.create(table)).await?;
-            self.staging_tables += 1;
+        Ok(())
+    }
+
+    /// Runs what speaks of no table.
+    async fn run_without_tables(&mut self, pipeline: Pipeline) -> Result<()> {
+        if pipeline.requests.is_empty() {
+            return Ok(());
         }
-        let statement = self.client.prepare(&text(table, &what, tables.is_binary())).await?;
-        self.statements.insert((place, what), statement.clone());
-        Ok(statement)
+        match self.session.run(pipeline.requests).await {
+            Ok(met) => check_progress(&pipeline.expected, &met),
+            Err(refused) => {
+                self.statements.are_unknown = true;
+                let progress = matches!(pipeline.expected.get(refused.at), Some(Expected::Progress(_)));
+                Err(if progress { refused.error.context(WRITING_PROGRESS) } else { refused.error })
+            }
+        }
     }
 }
 
-/// Bytes in a message of COPY.
-const COPY_BYTES: usize = 128 * 1024;
+const WRITING_PROGRESS: &str = "writing the apply's progress into the ledger";
 
-fn expect(staged: u64, met: u64, what: &str, table: &Table) -> Result<(), WriteError> {
-    if staged == met {
+/// Looked at before all else: where the ledger has gone on, the rows are not to blame for what they met.
+fn check_progress(expected: &[Expected], met: &[u64]) -> Result<()> {
+    let elsewhere = |(expected, met): (&Expected, &u64)| matches!(expected, Expected::Progress(rows) if rows != met);
+    if !expected.iter().zip(met).any(elsewhere) {
         return Ok(());
     }
-    let text = format!("{what} of {staged} rows of {} met {met} rows on the target", table.qualified());
-    Err(WriteError::Refused(Error::new(ErrorKind::Divergence, text)))
+    let text = "the ledger's progress is not where this apply left it: another session has applied meanwhile";
+    Err(Error::new(ErrorKind::Transient, text)
+        .hint("It is read again. If this repeats, a second walferry works on the same target: stop one."))
+}
+
+fn value<'a>(datum: &Datum<'a>) -> Value<'a> {
+    match *datum {
+        Datum::Text(bytes) => Value::Text(bytes),
+        Datum::Binary(bytes) => Value::Binary(bytes),
+        Datum::Null | Datum::Unchanged => Value::Null,
+    }
+}
+
+/// The prepared statements of a session, as many as the server's memory should hold.
+#[derive(Default)]
+struct Statements {
+    known: HashMap<Key, Known>,
+    /// How many were ever named.
+    named: u64,
+    /// How many were ever asked for.
+    asked: u64,
+    /// The server may not have what is known here, since what should have made it did not go through.
+    are_unknown: bool,
+}
+
+/// A statement by what it is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Key {
+    /// Of the table at a place.
+    Table(usize, What),
+    /// By its text.
+    Text(String),
+}
+
+struct Known {
+    name: Arc<str>,
+    /// When it was asked for last.
+    asked: u64,
+}
+
+impl Statements {
+    /// The name of a statement, which is prepared in front of what is asked next where it is not.
+    fn name(&mut self, key: Key, requests: &mut Requests, text: impl FnOnce(&Key) -> String) -> Result<Arc<str>> {
+        self.asked += 1;
+        if let Some(known) = self.known.get_mut(&key) {
+            known.asked = self.asked;
+            return Ok(Arc::clone(&known.name));
+        }
+        if self.known.len() >= STATEMENTS_MAX {
+            self.forget_half(requests)?;
+        }
+        self.named += 1;
+        let name: Arc<str> = format!("w{}", self.named).into();
+        requests.prepare(&name, &text(&key))?;
+        self.known.insert(key, Known { name: Arc::clone(&name), asked: self.asked });
+        Ok(name)
+    }
+
+    /// Forgets those that were not asked for the longest.
+    fn forget_half(&mut self, requests: &mut Requests) -> Result<()> {
+        let mut asked: Vec<u64> = self.known.values().map(|known| known.asked).collect();
+        let (_, &mut middle, _) = asked.select_nth_unstable(self.known.len() / 2);
+        for (_, known) in self.known.extract_if(|_, known| known.asked < middle) {
+            requests.close(&known.name)?;
+        }
+        Ok(())
+    }
 }
 
 /// A temporary table that a session has for the changes of a table.
@@ -424,6 +620,11 @@ fn text(table: &Table, what: &What, binary: bool) -> String {
                 staging.qualified(table),
                 same_key(table)
             )
+        }
+        What::DeleteOne => serial::delete_text(table),
+        What::UpdateOne(unchanged) => {
+            let is_set = |at: &usize| !table.key.contains(at) && !unchanged.contains(&(*at as u16));
+            serial::update_text(table, &(0..table.columns.len()).filter(is_set).collect::<Vec<_>>())
         }
         What::Insert if table.columns.is_empty() => format!("COPY {target} FROM STDIN (FORMAT {format})"),
         What::Insert => format!("COPY {target} ({}) FROM STDIN (FORMAT {format})", table.column_list()),
