@@ -126,6 +126,7 @@ pub fn small(size: u64, rounds: u64) -> Vec<Workload> {
         unchanged_toast(size),
         deletes(size, rounds),
         many_tables(size),
+        updated_tables(size),
         keyless(size),
     ]
 }
@@ -252,6 +253,38 @@ fn many_tables(size: u64) -> Workload {
                     .map(|at| format!("INSERT INTO t{} VALUES ({number}, 'row {number}')", (number * 10 + at) % 500))
                     .collect();
                 inserts.join("; ")
+            },
+        },
+        changes_per_transaction: 10,
+    }
+}
+
+fn updated_tables(size: u64) -> Workload {
+    let transactions = 2_000 * size;
+    let tables: Vec<String> = (0..500)
+        .map(|table| {
+            format!(
+                "CREATE TABLE t{table} (id bigint PRIMARY KEY, note text);
+                 INSERT INTO t{table} SELECT n, 'row ' || n FROM generate_series(0, 999) n"
+            )
+        })
+        .collect();
+    Workload {
+        name: "updates",
+        case: format!("{} updates spread over 500 tables, 10 in a transaction", transactions * 10),
+        setup: vec![tables.join(";")],
+        pgbench_scale: None,
+        writes: Writes::Sql {
+            transactions,
+            // Sessions write at the same time: their numbers are equal modulo 4, so each has rows of its own, and none waits.
+            statement: |number| {
+                let updates: Vec<String> = (0..10)
+                    .map(|at| {
+                        let (table, row) = ((number * 10 + at) % 500, number % SESSIONS + number / 50 % 250 * SESSIONS);
+                        format!("UPDATE t{table} SET note = 'changed by {number}' WHERE id = {row}")
+                    })
+                    .collect();
+                updates.join("; ")
             },
         },
         changes_per_transaction: 10,

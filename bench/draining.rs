@@ -83,7 +83,10 @@ pub async fn small_cases(setting: &Setting, results: &mut Results) -> Result<()>
         ways.push(("B6", From::Slot, Bar::Speed(1.0)));
     }
     let backlogs = setting.options.rounds() * ways.len();
-    for workload in backlog::small(setting.options.size(5, 1), backlogs as u64) {
+    let wanted = |workload: &Workload| {
+        setting.options.cases.is_empty() || setting.options.cases.iter().any(|case| case == workload.name)
+    };
+    for workload in backlog::small(setting.options.size(5, 1), backlogs as u64).into_iter().filter(wanted) {
         if let Err(error) = measure(setting, &workload, &ways, results).await {
             // One kind that does not work is a result too; the others are still measured.
             results.note(format!("B6, {}: failed: {error}", workload.case));

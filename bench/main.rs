@@ -37,10 +37,11 @@ use results::Results;
 use setting::{Options, Setting};
 use walferry::error::{Error, ErrorKind, Result};
 
-const USAGE: &str = "bench [--quick] [--only B1,B3] [--rounds N] [--out DIRECTORY] [--profile]
+const USAGE: &str = "bench [--quick] [--only B1,B3] [--case tables] [--rounds N] [--out DIRECTORY] [--profile]
 
   --quick      smaller sizes, under five minutes; writes results-quick.*
   --only       only these bars
+  --case       of B6, only the workloads of these names
   --rounds     how often each case is repeated
   --out        where results.md and results.svg go (default: bench)
   --profile    record walferry's process with perf in every measured window; writes profile-*.txt";
@@ -61,8 +62,14 @@ fn main() -> ExitCode {
 
 fn options() -> Result<Options> {
     let usage = |what: &str| Error::new(ErrorKind::Usage, format!("{what}\n{USAGE}"));
-    let mut options =
-        Options { quick: false, only: Vec::new(), rounds: None, out: PathBuf::from("bench"), profile: false };
+    let mut options = Options {
+        quick: false,
+        only: Vec::new(),
+        cases: Vec::new(),
+        rounds: None,
+        out: PathBuf::from("bench"),
+        profile: false,
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| usage(&format!("{argument} needs a value")));
@@ -70,6 +77,7 @@ fn options() -> Result<Options> {
             "--quick" => options.quick = true,
             "--profile" => options.profile = true,
             "--only" => options.only = value()?.split(',').map(str::to_uppercase).collect(),
+            "--case" => options.cases = value()?.split(',').map(str::to_owned).collect(),
             "--out" => options.out = PathBuf::from(value()?),
             "--rounds" => {
                 let rounds = value()?.parse().ok().filter(|rounds| *rounds > 0);

@@ -15,6 +15,8 @@ pub struct Options {
     pub quick: bool,
     /// Bars; empty for all.
     pub only: Vec<String>,
+    /// Workloads of B6 by their names; empty for all.
+    pub cases: Vec<String>,
     /// How often each case is repeated, when that was said.
     pub rounds: Option<usize>,
     /// Where the results go.

@@ -328,9 +328,9 @@ fn spread(layout: &Layout, place: usize, rows: Vec<Net>, chunk: &mut Chunk) -> R
         let writes = writes_to(&mut chunk.writes[worker], place, binary);
         match net.effect {
             Effect::Insert => writes.inserts.push(net.row.tuple().columns())?,
-            Effect::Delete if singly => writes.single_deletes.push(net.key),
+            Effect::Delete if singly => writes.single_deletes.push(net.row),
             Effect::Delete => {
-                let values: Vec<Datum<'_>> = net.key.tuple().columns().collect();
+                let values: Vec<Datum<'_>> = net.row.tuple().columns().collect();
                 let key: Vec<Datum<'_>> = key.iter().filter_map(|&at| values.get(at).copied()).collect();
                 writes.deletes.push(key.into_iter())?;
             }

@@ -78,9 +78,7 @@ pub struct Net {
     pub hash: u64,
     /// What to do.
     pub effect: Effect,
-    /// A tuple that has the key's columns.
-    pub key: KeptTuple,
-    /// The new row; for a delete the same as `key`.
+    /// The new row; for a delete what named the old one. It has the key's columns in any case.
     pub row: KeptTuple,
 }
 
@@ -154,7 +152,7 @@ impl NetChanges {
         }
         let hash = self.hash(&row);
         match self.find(hash, &row) {
-            None => self.push(Net { hash, effect: Effect::Update, key: row.clone(), row }),
+            None => self.push(Net { hash, effect: Effect::Update, row }),
             Some(place) => {
                 let net = &mut self.rows[place];
                 match net.effect {
@@ -192,12 +190,12 @@ impl NetChanges {
 
     fn insert_row(&mut self, row: KeptTuple) -> Result<(), NeedsSerialReplay> {
         if self.key.is_empty() {
-            self.rows.push(Net { hash: 0, effect: Effect::Insert, key: row.clone(), row });
+            self.rows.push(Net { hash: 0, effect: Effect::Insert, row });
             return Ok(());
         }
         let hash = self.hash(&row);
         match self.find(hash, &row) {
-            None => self.push(Net { hash, effect: Effect::Insert, key: row.clone(), row }),
+            None => self.push(Net { hash, effect: Effect::Insert, row }),
             Some(place) => {
                 let net = &mut self.rows[place];
                 net.effect = match net.effect {
@@ -214,7 +212,7 @@ impl NetChanges {
     fn delete_row(&mut self, key: KeptTuple) -> Result<(), NeedsSerialReplay> {
         let hash = self.hash(&key);
         match self.find(hash, &key) {
-            None => self.push(Net { hash, effect: Effect::Delete, row: key.clone(), key }),
+            None => self.push(Net { hash, effect: Effect::Delete, row: key }),
             Some(place) => {
                 let net = &mut self.rows[place];
                 net.effect = match net.effect {
@@ -237,7 +235,7 @@ impl NetChanges {
 
     fn find(&self, hash: u64, key: &KeptTuple) -> Option<usize> {
         self.places
-            .find(hash, |&place| self.rows[place].hash == hash && self.same_key(&self.rows[place].key, key))
+            .find(hash, |&place| self.rows[place].hash == hash && self.same_key(&self.rows[place].row, key))
             .copied()
     }
 

@@ -1,17 +1,24 @@
-//! A session that writes net effects to the target: set by set, never row by row.
+//! A session that writes net effects to the target, all of a share in one go.
 //!
 //! | of a table | goes by |
 //! |---|---|
 //! | new rows | COPY into the table itself |
-//! | changed rows | COPY into a temporary table of this session, then `UPDATE … FROM` it |
-//! | gone rows | COPY of their keys into another, then `DELETE … USING` it |
+//! | few changed or gone rows | a prepared statement each, by the key |
+//! | many changed rows | COPY into a temporary table of this session, then `UPDATE … FROM` it |
+//! | many gone rows | COPY of their keys into another, then `DELETE … USING` it |
 //!
-//! The temporary tables empty themselves at commit (H25: emptied by TRUNCATE, they would bloat the catalog); only a unit of
-//! several chunks has to truncate them in between. The plan is pinned: the temporary table is read once and the target's key
-//! index is asked for each row; a surprising full scan of a large table would cost more than the batch.
+//! What a session writes of a chunk, over all its tables, goes to the server as one pipeline without waiting for an answer in
+//! between, `BEGIN`, the preparing of statements and (with a unit's last chunk) its rows of the ledger included; the commit is
+//! another. So a unit takes two round trips, whatever is in it.
 //!
-//! Every statement must meet exactly the rows it was given (I6). When it does not, or when the target refuses it, nothing of
-//! the unit is committed, and it is replayed row by row ([`WriteError::Refused`]).
+//! The temporary tables empty themselves at commit (H25: emptied by TRUNCATE, they would bloat the catalog), every one of the
+//! session as soon as one was used; only a unit of several chunks has to truncate them in between. The plan is pinned: the
+//! temporary table is read once and the target's key index is asked for each row; a surprising full scan of a large table would
+//! cost more than the batch.
+//!
+//! Every statement must meet exactly the rows it was given (I6). When one does not, or when the target refuses it, nothing of
+//! the unit is committed, and it is replayed row by row ([`WriteError::Refused`]). The counts are looked at when the answers are
+//! there, which is before the commit is sent.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -50,8 +57,13 @@ const STAGING_TABLES_MAX: usize = 64;
 /// that was not used the longest goes.
 const STATEMENTS_MAX: usize = 1024;
 
-/// Rows of a table that a session of a unit deletes or updates by a statement each; more of them go as sets.
-pub const SINGLE_ROWS_MAX: usize = 20;
+/// Rows of a table, in a session's share of a chunk, that are deleted or updated by a statement each; more of them go as sets.
+///
+/// Measured in one session, each as one transaction, with a table of 200,000 rows: 20 rows take 0.4 ms singly and 0.7 ms as a set,
+/// 80 rows 1.2 ms either way, 160 rows 2.3 ms and 2.0 ms. Every other temporary table that the session has adds 0.2 ms to the set
+/// (the commit empties them all). So 20,000 updates over 500 tables, ten of each in a session's share, go at 90,000 a second singly,
+/// and at 7,000 as sets.
+pub const SINGLE_ROWS_MAX: usize = 100;
 
 /// The tables that are written to, by their places.
 pub trait Tables {

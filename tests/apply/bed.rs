@@ -25,7 +25,7 @@ use walferry::source::catalog::{self, Table};
 use walferry::source::slot;
 use walferry::source::snapshot::SnapshotData;
 use walferry::target::ledger::{self, Migration, Part, Phase, Prepared};
-use walferry::target::writer::Writer;
+use walferry::target::writer::{SINGLE_ROWS_MAX, Writer};
 
 static SHARED: Mutex<Weak<ThrowawayServer>> = Mutex::const_new(Weak::new());
 
@@ -54,6 +54,8 @@ pub struct Bed {
     pub start: Lsn,
     slot: String,
     pub binary: bool,
+    /// Up to so many changed rows of a table go by a statement each; 0 for none, so that all go as sets.
+    single_rows_max: usize,
     in_transaction: bool,
     appender: Appender,
     _directory: TempDir,
@@ -153,6 +155,7 @@ impl Bed {
             start: start.into(),
             slot,
             binary,
+            single_rows_max: SINGLE_ROWS_MAX,
             in_transaction: false,
             appender,
             _directory: directory,
@@ -308,6 +311,13 @@ impl Bed {
     /// Reads the ledger's tables anew.
     pub async fn reload(&mut self) {
         self.layout = layout(&self.target, self.binary, self.workers).await;
+        self.write_singly_up_to(self.single_rows_max);
+    }
+
+    /// Which changed rows go by a statement each: tables with at most so many of them.
+    pub fn write_singly_up_to(&mut self, rows: usize) {
+        self.single_rows_max = rows;
+        Arc::make_mut(&mut self.layout).single_rows_max = rows;
     }
 
     /// Every table the same on both sides, by SQL that shares nothing with walferry.

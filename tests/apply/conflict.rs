@@ -183,6 +183,7 @@ async fn decided(case: &Case, policy: OnConflict, expected: Outcome, many: bool)
     bed.on_target(case.breaking).await;
     let before = look(&bed, case.look).await;
     if many {
+        bed.write_singly_up_to(0);
         // So many that every session has some, in one unit with the conflict.
         bed.on_source("INSERT INTO other SELECT generate_series(100, 800)").await;
     }
@@ -234,8 +235,8 @@ async fn decided(case: &Case, policy: OnConflict, expected: Outcome, many: bool)
 
 #[tokio::test(flavor = "multi_thread")]
 async fn i06_by_default_every_conflict_stops_and_says_what_is_where() {
-    for case in &CASES {
-        decided(case, OnConflict::Stop, None, false).await;
+    for (number, case) in CASES.iter().enumerate() {
+        decided(case, OnConflict::Stop, None, number % 3 == 0).await;
     }
 }
 

@@ -9,6 +9,7 @@ mod large;
 mod refusal;
 mod schema_change;
 mod shapes;
+mod single;
 mod snapshot;
 
 #[tokio::test(flavor = "multi_thread")]

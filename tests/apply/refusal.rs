@@ -18,8 +18,9 @@ const ROWS: &str = "INSERT INTO plain SELECT g, 'a' FROM generate_series(1, 500)
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_batch_ends_as_serial_replay_does() {
-    for workers in [1, 3] {
+    for (workers, singly) in [(1, usize::MAX), (3, 0)] {
         let mut bed = Bed::new(SCHEMA, ROWS, workers).await;
+        bed.write_singly_up_to(singly);
         // Two rows swap a unique value over several transactions; a set meets both at once.
         let swap = "BEGIN; UPDATE uniq SET u = 1000 WHERE id = 1; UPDATE uniq SET u = 1 WHERE id = 2; UPDATE uniq SET u = 2 WHERE id = 1; COMMIT";
         bed.on_source(swap).await;
@@ -82,6 +83,7 @@ async fn i06_a_row_that_is_not_as_it_should_be_stops_the_apply_until_it_is_mende
             let mut bed = Bed::new(SCHEMA, ROWS, 2).await;
             bed.on_target(breaking).await;
             if many {
+                bed.write_singly_up_to(0);
                 bed.on_source("UPDATE plain SET a = 'before' WHERE id > 100").await;
             }
             bed.on_source("UPDATE uniq SET a = 'before' WHERE id = 1").await;
@@ -143,6 +145,7 @@ async fn h20_keys_that_are_equal_in_other_bytes_stay_with_one_session() {
             ] {
                 bed.on_source(statement).await;
             }
+            bed.write_singly_up_to(if many { 0 } else { usize::MAX });
             if many {
                 bed.on_source("UPDATE plain SET a = a || 'x'").await;
             }
@@ -204,6 +207,7 @@ async fn h21_the_route_is_what_the_ledger_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn h25_small_batches_leave_the_targets_catalog_as_it_is() {
     let mut bed = Bed::new(SCHEMA, ROWS, 4).await;
+    bed.write_singly_up_to(0);
     let mut apply = bed.apply_from(bed.progress().await).await.unwrap();
     let files = "SELECT string_agg(relname || relfilenode, ' ' ORDER BY relname) FROM pg_class WHERE relname LIKE 'walferry_rows_%'";
     let mut seen = std::collections::BTreeSet::new();
@@ -222,6 +226,7 @@ async fn h10_a_source_of_many_tables_leaves_few_temporary_tables_open() {
     let schema = "DO $$ BEGIN FOR g IN 1..200 LOOP EXECUTE format('CREATE TABLE t%s (id int PRIMARY KEY, a int)', g); END LOOP; END $$";
     let rows = "DO $$ BEGIN FOR g IN 1..200 LOOP EXECUTE format('INSERT INTO t%s VALUES (1, 1)', g); END LOOP; END $$";
     let mut bed = Bed::new(schema, rows, 2).await;
+    bed.write_singly_up_to(0);
     let mut apply = bed.apply_from(bed.progress().await).await.unwrap();
     for table in 1..=200 {
         bed.on_source(&format!("UPDATE t{table} SET a = 2")).await;

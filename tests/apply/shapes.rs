@@ -373,7 +373,10 @@ pub async fn random_histories(binary: bool, workers: usize) {
                     }
                 }
             }
-            let when = format!("{name}, batch {batch}, binary {binary}, {workers} workers");
+            // Both ways for every table: the ends of one history begin the next.
+            let singly = [usize::MAX, 0, 3][(round + batch) % 3];
+            bed.write_singly_up_to(singly);
+            let when = format!("{name}, batch {batch}, binary {binary}, {workers} workers, up to {singly} rows singly");
             bed.capture_and_apply().await.unwrap_or_else(|error| panic!("{when}: {error:?}"));
             if batch > 0 {
                 bed.assert_equal(&when).await;
