@@ -275,7 +275,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Temporary tables made in a transaction are gone with it.
+    /// Temporary tables made in a transaction are gone with it, and statements that came behind what was refused were not prepared.
     fn forget_what_was_made(&mut self) {
         for made in self.staging_made.drain(..) {
             self.staging.remove(&made);
@@ -301,10 +301,7 @@ impl Writer {
         }
         match self.session.run(pipeline.requests).await {
             Ok(met) => Ok(met.first().copied().unwrap_or_default()),
-            Err(refused) => {
-                self.statements.are_unknown = true;
-                Err(refused.error)
-            }
+            Err(refused) => Err(refused.error),
         }
     }
 
@@ -445,7 +442,6 @@ impl Writer {
         let met = match self.session.run(pipeline.requests).await {
             Ok(met) => met,
             Err(refused) => {
-                self.statements.are_unknown = true;
                 let doing = pipeline.expected.get(refused.at).map_or_else(|| doing(Expected::Any), |at| doing(*at));
                 return Err(refused.error.context(doing).into());
             }
@@ -472,7 +468,6 @@ impl Writer {
         match self.session.run(pipeline.requests).await {
             Ok(met) => check_progress(&pipeline.expected, &met),
             Err(refused) => {
-                self.statements.are_unknown = true;
                 let progress = matches!(pipeline.expected.get(refused.at), Some(Expected::Progress(_)));
                 Err(if progress { refused.error.context(WRITING_PROGRESS) } else { refused.error })
             }
