@@ -19,9 +19,10 @@ mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use futures_util::future::try_join3;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
-use tokio_postgres::types::PgLsn;
+use tokio_postgres::types::{PgLsn, Type};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -513,33 +514,37 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
 /// # Errors
 /// `Transient` when the part was marked already or belongs to another plan: then the rows must not be committed.
 pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool> {
-    let rows = rows.cast_signed();
-    let relid = i64::from(part.relid);
-    let marked = client
-        .execute(
+    let (relid, rows) = (i64::from(part.relid), rows.cast_signed());
+    // Sent in this order without waiting for each answer.
+    let (marked, _, completed) = try_join3(
+        client.execute_typed(
             "UPDATE walferry.part SET copied = true, rows = $3 \
              WHERE relid = $1 AND part = $2 AND NOT copied AND first_page = $4 AND end_page IS NOT DISTINCT FROM $5",
-            &[&relid, &part.part, &rows, &part.first_page, &part.end_page],
-        )
-        .await?;
+            &[
+                (&relid, Type::INT8),
+                (&part.part, Type::INT4),
+                (&rows, Type::INT8),
+                (&part.first_page, Type::INT8),
+                (&part.end_page, Type::INT8),
+            ],
+        ),
+        // This holds the table's row until the commit, so that of two last parts the later sees the earlier.
+        client.execute_typed(
+            "UPDATE walferry.source_table SET rows_copied = rows_copied + $2 WHERE relid = $1",
+            &[(&relid, Type::INT8), (&rows, Type::INT8)],
+        ),
+        client.execute_typed(
+            "UPDATE walferry.source_table SET copied = true, compared = false \
+             WHERE relid = $1 AND NOT EXISTS (SELECT FROM walferry.part WHERE relid = $1 AND NOT copied)",
+            &[(&relid, Type::INT8)],
+        ),
+    )
+    .await?;
     if marked != 1 {
         // Perhaps our own, by a commit whose answer was lost.
         return Err(Error::new(ErrorKind::Transient, "the ledger has this part already, or has planned another"));
     }
-    // This update holds the table's row until the commit, so that of two last parts the later sees the earlier.
-    client
-        .execute("UPDATE walferry.source_table SET rows_copied = rows_copied + $2 WHERE relid = $1", &[&relid, &rows])
-        .await?;
-    let complete: bool = client
-        .query_one("SELECT NOT EXISTS (SELECT FROM walferry.part WHERE relid = $1 AND NOT copied)", &[&relid])
-        .await?
-        .get(0);
-    if complete {
-        client
-            .execute("UPDATE walferry.source_table SET copied = true, compared = false WHERE relid = $1", &[&relid])
-            .await?;
-    }
-    Ok(complete)
+    Ok(completed == 1)
 }
 
 /// How far each apply session has come, by its number.
