@@ -29,6 +29,8 @@ mod native;
 mod plot;
 mod results;
 mod setting;
+#[allow(dead_code)] // criterion's benchmarks use the rest
+mod stream;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
