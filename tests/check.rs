@@ -185,6 +185,7 @@ async fn a_trial_estimates_the_copy_and_leaves_nothing_on_either_server() {
     let report = check::run(&inputs).await.unwrap();
     let estimate = report.estimate.as_ref().unwrap();
     assert_eq!((estimate.seconds, estimate.bytes, estimate.bytes_per_second), (0.0, 0, None), "a source with no rows");
+    assert_eq!(estimate.index_seconds, Some(0.0));
     assert!(the_finding(&report, "copy-time").message.starts_with("There are no rows"), "{report}");
 
     // Types that the target does not know, with and without a binary form that is the same everywhere; TOAST; a table without rows.

@@ -131,6 +131,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
             free_connections: usable
                 .map_or(i64::MAX, |(_, target)| target.free_connections)
                 .min(server.free_connections),
+            no_wal: usable.is_some_and(|(_, target)| target.setting("wal_level") == Some("minimal")),
             limit: inputs.estimate,
         };
         let (found, finding) = estimate::run(&trial).await;
