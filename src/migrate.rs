@@ -40,6 +40,7 @@ use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
+use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
 
 /// The longest pause before the phases begin again.
@@ -58,8 +59,8 @@ pub struct Config {
     pub copy_jobs: usize,
     /// A table of more bytes is copied in ranges.
     pub split_above_bytes: u64,
-    /// Indexes built at once.
-    pub index_jobs: usize,
+    /// How indexes are built.
+    pub index: index::Options,
     /// Sessions that apply changes. Fixed when the migration begins.
     pub apply_workers: usize,
     /// The queue on disk.

@@ -102,7 +102,7 @@ impl Running {
             &self.application_name,
             items,
             names,
-            self.config.index_jobs,
+            self.config.index,
             of_index_jobs,
             &self.board,
         );

@@ -210,6 +210,13 @@ pub struct Part {
     pub end_page: Option<i64>,
 }
 
+impl Part {
+    /// Whether it is all of its table.
+    pub fn is_whole(&self) -> bool {
+        self.first_page == 0 && self.end_page.is_none()
+    }
+}
+
 /// Makes the ledger, with its one migration; one transaction.
 ///
 /// # Errors

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use futures_util::future::try_join;
 use tokio::process::Command;
 use tokio_postgres::Client;
 
@@ -50,21 +51,20 @@ pub async fn dump(
     environment.apply(&mut command);
     output_of(command, "pg_dump").await.context(|| "dumping the source's schema".into())?;
 
+    let file = &archive.0;
+    let read = |section: Section| {
+        let restore = move |arguments: &[&str]| {
+            let mut command = Command::new(&tools.pg_restore);
+            command.arg(format!("--section={}", section.name())).arg("--no-tablespaces").args(arguments).arg(file);
+            without_secrets(&mut command);
+            output_of(command, "pg_restore")
+        };
+        try_join(restore(&["--list"]), restore(&["--verbose", "--file=-"]))
+    };
+    let (before, after) = try_join(read(Section::PreData), read(Section::PostData)).await?;
     let mut items = Vec::new();
     let mut relations = BTreeMap::new();
-    for section in [Section::PreData, Section::PostData] {
-        let restore = |arguments: &[&str]| {
-            let mut command = Command::new(&tools.pg_restore);
-            command
-                .arg(format!("--section={}", section.name()))
-                .arg("--no-tablespaces")
-                .args(arguments)
-                .arg(&archive.0);
-            without_secrets(&mut command);
-            command
-        };
-        let list = output_of(restore(&["--list"]), "pg_restore").await?;
-        let script = output_of(restore(&["--verbose", "--file=-"]), "pg_restore").await?;
+    for (section, (list, script)) in [(Section::PreData, before), (Section::PostData, after)] {
         let entries = list.lines().filter_map(Entry::in_list).collect();
         items.extend(split(section, &entries, &script, &mut relations)?);
     }
