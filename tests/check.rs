@@ -181,7 +181,8 @@ async fn a_plain_database_is_ready_and_nothing_is_changed_on_either_server() {
 async fn a_trial_estimates_the_copy_and_leaves_nothing_on_either_server() {
     let pair = Pair::start(&[]).await;
     let (from, to) = (spec(&pair.source, "app", "shop"), spec(&pair.target, "app", "shop"));
-    let inputs = Inputs { estimate: Duration::from_secs(5), ..inputs(&from, &to) };
+    // It ends when all has been copied, however busy the machine is.
+    let inputs = Inputs { estimate: Duration::from_secs(600), ..inputs(&from, &to) };
     let report = check::run(&inputs).await.unwrap();
     let estimate = report.estimate.as_ref().unwrap();
     assert_eq!((estimate.seconds, estimate.bytes, estimate.bytes_per_second), (0.0, 0, None), "a source with no rows");
@@ -242,7 +243,7 @@ async fn a_trial_estimates_the_copy_and_leaves_nothing_on_either_server() {
         let estimate = report.estimate.as_ref().unwrap();
         assert!(!estimate.written && estimate.complete && estimate.index_seconds.is_none(), "{estimate:?}");
         let message = &the_finding(&report, "copy-time").message;
-        assert!(message.starts_with("The reading alone takes about a second: ") && message.contains(why), "{message}");
+        assert!(message.starts_with("The reading alone takes about ") && message.contains(why), "{message}");
     }
 }
 

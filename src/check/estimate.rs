@@ -214,7 +214,7 @@ mod tests {
             index_jobs: 2,
             free_connections: 10,
             no_wal: false,
-            limit: Duration::from_secs(5),
+            limit: Duration::from_secs(600),
         }
     }
 
@@ -241,7 +241,7 @@ mod tests {
         assert!(finding.message.contains("Not all was tried: \"public\".\"locked\""), "{finding:?}");
 
         let (estimate, finding) = run(&Trial { limit: Duration::from_nanos(1), ..trial(&spec, &tables) }).await;
-        assert!(estimate.is_none() && finding.message.contains("no piece of it ended in time"), "{finding:?}");
+        assert!(estimate.is_none() && finding.message.starts_with("The copy could not be tried"), "{finding:?}");
         let (estimate, finding) = run(&Trial { free_connections: 0, ..trial(&spec, &tables) }).await;
         assert!(estimate.is_none() && finding.message.contains("no more connections"), "{finding:?}");
         // One that takes connections and never says a word: nothing but our own clock ends this.

@@ -1,5 +1,8 @@
 //! Which pages are tried next, and what follows from how long they took.
 
+use std::collections::VecDeque;
+use std::ops::Range;
+
 use tokio::time::Instant;
 
 use super::{Estimate, STREAMS, Trial, TriedTable};
@@ -30,6 +33,8 @@ pub(super) struct Sample<'a> {
     /// Places from which pieces are taken: how many there are (a power of two), and how many were taken.
     pub(super) places: i64,
     pub(super) taken: i64,
+    /// What pieces have left of their places, for when all places have been visited.
+    pub(super) rest: VecDeque<Range<i64>>,
     /// Pages of the next piece.
     pub(super) piece_pages: i64,
     pub(super) pages_done: i64,
@@ -86,14 +91,14 @@ impl<'a> Progress<'a> {
         let had = |sample: &Sample<'_>| {
             (sample.seconds + sample.in_flight as f64 * clock.piece_seconds) / sample.table.bytes.max(1) as f64
         };
-        let open = |sample: &Sample<'_>| sample.taken < sample.places && sample.left_out.is_none();
+        let open = |sample: &Sample<'_>| sample.has_more() && sample.left_out.is_none();
         let (at, _) = self
             .samples
             .iter()
             .enumerate()
             .filter(|(_, sample)| open(sample))
             .min_by(|(_, one), (_, other)| had(one).total_cmp(&had(other)))?;
-        Some(self.samples[at].take(at, left))
+        self.samples[at].take(at, left)
     }
 
     /// The result, if anything was measured, or nothing is to be copied.
@@ -235,6 +240,7 @@ impl<'a> Sample<'a> {
             table,
             places: places.cast_signed(),
             taken: 0,
+            rest: VecDeque::new(),
             piece_pages,
             pages_done: 0,
             rows: 0,
@@ -244,20 +250,31 @@ impl<'a> Sample<'a> {
         }
     }
 
+    fn has_more(&self) -> bool {
+        self.taken < self.places || !self.rest.is_empty()
+    }
+
     /// The next piece, of no more than what can be done in the time that is left.
-    fn take(&mut self, sample: usize, seconds_left: f64) -> Piece {
-        // An odd step visits each place of a power of two once; with this one the first few are far apart.
-        let place = self.taken * ((self.places * 5 / 8) | 1) % self.places;
-        self.taken += 1;
-        self.in_flight += 1;
-        let (first_page, end_page) =
-            (place * self.table.pages / self.places, (place + 1) * self.table.pages / self.places);
+    fn take(&mut self, sample: usize, seconds_left: f64) -> Option<Piece> {
+        let range = if self.taken < self.places {
+            // An odd step visits each place of a power of two once; with this one the first few are far apart.
+            let place = self.taken * ((self.places * 5 / 8) | 1) % self.places;
+            self.taken += 1;
+            place * self.table.pages / self.places..(place + 1) * self.table.pages / self.places
+        } else {
+            self.rest.pop_front()?
+        };
         let mut pages = self.piece_pages;
         if self.pages_done > 0 {
             let fits = self.pages_done as f64 / self.seconds.max(1e-6) * seconds_left;
             pages = pages.min(fits as i64).max(1);
         }
-        Piece { sample, first_page, end_page: end_page.min(first_page + pages) }
+        let end_page = range.end.min(range.start + pages);
+        if end_page < range.end {
+            self.rest.push_back(end_page..range.end);
+        }
+        self.in_flight += 1;
+        Some(Piece { sample, first_page: range.start, end_page })
     }
 
     pub(super) fn done(&mut self, piece: Piece, rows: u64, seconds: f64, piece_seconds: f64) {
@@ -314,20 +331,22 @@ mod tests {
     }
 
     #[test]
-    fn every_page_of_a_small_table_is_read_once_and_a_large_one_is_read_all_over() {
-        for pages in [1, 2, 3, 127, 128, 129, 1000, 8191] {
+    fn no_page_is_read_twice_none_is_forgotten_and_a_large_table_is_read_all_over() {
+        for pages in [1, 2, 3, 127, 128, 129, 1000, 8191, 99_999] {
             let table = table("t", pages, pages * 8192);
             let mut sample = Sample::new(&table);
             let mut seen = vec![0; pages as usize];
-            while sample.taken < sample.places {
-                let piece = sample.take(0, 1.0);
+            while let Some(piece) = sample.take(0, 1.0) {
+                assert!(piece.first_page < piece.end_page);
+                // As slow as it can be in the middle of it.
+                sample.piece_pages = (sample.piece_pages / 3).max(1);
                 (piece.first_page..piece.end_page).for_each(|page| seen[page as usize] += 1);
             }
             assert_eq!(seen, vec![1; pages as usize]);
         }
         let table = table("t", 1 << 20, 8 << 30);
         let mut sample = Sample::new(&table);
-        let firsts: Vec<i64> = (0..64).map(|_| sample.take(0, 1.0).first_page).collect();
+        let firsts: Vec<i64> = (0..64).map(|_| sample.take(0, 1.0).unwrap().first_page).collect();
         let mut sorted = firsts.clone();
         sorted.sort_unstable();
         sorted.dedup();
@@ -339,17 +358,17 @@ mod tests {
     fn a_piece_takes_no_longer_than_it_may_by_the_rate_of_those_before() {
         let table = table("t", 1 << 20, 8 << 30);
         let mut sample = Sample::new(&table);
-        let piece = sample.take(0, 5.0);
+        let piece = sample.take(0, 5.0).unwrap();
         assert_eq!(piece.end_page - piece.first_page, 128);
         // 128 pages in 10 ms: half a second would hold 6400, but it grows by four.
         sample.done(piece, 1, 0.01, 0.5);
-        let piece = sample.take(0, 5.0);
+        let piece = sample.take(0, 5.0).unwrap();
         assert_eq!(piece.end_page - piece.first_page, 512);
         sample.done(piece, 1, 5.12, 0.5);
-        let piece = sample.take(0, 5.0);
+        let piece = sample.take(0, 5.0).unwrap();
         assert_eq!(piece.end_page - piece.first_page, 50);
         sample.done(piece, 1, 0.5, 0.5);
-        let piece = sample.take(0, 0.01);
+        let piece = sample.take(0, 0.01).unwrap();
         assert_eq!(piece.end_page - piece.first_page, 1, "only what fits into the time that is left");
     }
 
