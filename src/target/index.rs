@@ -93,9 +93,9 @@ impl Builder {
             if let Some(progress) = &progress {
                 progress.set_state(TableState::Indexing);
             }
-            let mut client = self.session().await?;
+            let client = self.session().await?;
             for item in &in_order {
-                self.run_item(&mut client, item).await?;
+                self.run_item(&client, item).await?;
             }
             self.give_back(client);
         }
@@ -104,8 +104,8 @@ impl Builder {
             if let Some(progress) = &progress {
                 progress.set_state(TableState::Indexing);
             }
-            let mut client = self.session().await?;
-            self.run_item(&mut client, item).await?;
+            let client = self.session().await?;
+            self.run_item(&client, item).await?;
             self.give_back(client);
             Result::<()>::Ok(())
         };
@@ -125,7 +125,7 @@ impl Builder {
         Ok(())
     }
 
-    async fn run_item(&self, client: &mut Client, (position, item): &(i32, SchemaItem)) -> Result<()> {
+    async fn run_item(&self, client: &Client, (position, item): &(i32, SchemaItem)) -> Result<()> {
         schema::run_post_data_item(client, *position, item).await?;
         self.board.index_done();
         Ok(())

@@ -30,7 +30,7 @@ use crate::source::snapshot::SnapshotData;
 use crate::target::route::Routing;
 
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
-pub use schema_item::{SchemaItem, Section, item_done, pending_items};
+pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
 
 /// The version of the ledger's tables that this walferry writes (H18).
 ///
