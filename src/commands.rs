@@ -131,6 +131,7 @@ async fn check(options: cli::Check) -> Result<()> {
         apply_workers: options.parallelism.apply_workers,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
+        estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
     if options.json {

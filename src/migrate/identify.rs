@@ -89,6 +89,7 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         apply_workers: config.apply_workers,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        estimate: std::time::Duration::ZERO,
     })
     .await?;
     if let Some(identity) = &identity
