@@ -254,14 +254,14 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
 /// `Blocked` for a ledger that a newer walferry wrote (H18).
 pub async fn load(client: &Client) -> Result<Option<Migration>> {
     let exists: bool = client
-        .query_one("SELECT pg_catalog.to_regclass('walferry.migration') IS NOT NULL", &[])
+        .query_typed_one("SELECT pg_catalog.to_regclass('walferry.migration') IS NOT NULL", &[])
         .await
         .context(|| "looking for the ledger on the target".into())?
         .get(0);
     if !exists {
         return Ok(None);
     }
-    let Some(row) = client.query_opt("SELECT * FROM walferry.migration", &[]).await? else { return Ok(None) };
+    let Some(row) = client.query_typed_opt("SELECT * FROM walferry.migration", &[]).await? else { return Ok(None) };
     let format: i32 = row.get("format");
     if format > FORMAT {
         return Err(Error::new(
@@ -380,7 +380,7 @@ pub async fn record_prepared(client: &mut Client, migration: &Migration, prepare
 /// Whatever the server says.
 pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
     let rows = client
-        .query(
+        .query_typed(
             "SELECT definition::text, insert_only, snapshot, copied, rows_copied, routing, compared FROM walferry.source_table \
              ORDER BY (definition->>'bytes')::int8 DESC, relid",
             &[],
@@ -409,7 +409,8 @@ pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
 /// # Errors
 /// Whatever the server says.
 pub async fn snapshots(client: &Client) -> Result<BTreeMap<i32, SnapshotData>> {
-    let rows = client.query("SELECT id, first_running, next, running, insert_lsn FROM walferry.snapshot", &[]).await?;
+    let rows =
+        client.query_typed("SELECT id, first_running, next, running, insert_lsn FROM walferry.snapshot", &[]).await?;
     Ok(rows
         .into_iter()
         .map(|row| {
@@ -427,7 +428,7 @@ pub async fn snapshots(client: &Client) -> Result<BTreeMap<i32, SnapshotData>> {
 
 /// With the number after the newest's.
 pub(super) async fn insert_next_snapshot(client: &Client, snapshot: &SnapshotData) -> Result<()> {
-    let next: i32 = client.query_one("SELECT max(id) + 1 FROM walferry.snapshot", &[]).await?.get(0);
+    let next: i32 = client.query_typed_one("SELECT max(id) + 1 FROM walferry.snapshot", &[]).await?.get(0);
     insert_snapshot(client, next, snapshot).await
 }
 
@@ -474,7 +475,7 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
     if let Some(snapshot) = snapshot {
         insert_next_snapshot(transaction.client(), snapshot).await?;
     }
-    let id: i32 = transaction.query_one("SELECT max(id) FROM walferry.snapshot", &[]).await?.get(0);
+    let id: i32 = transaction.query_typed_one("SELECT max(id) FROM walferry.snapshot", &[]).await?.get(0);
     let relids: Vec<i64> = unfinished.iter().map(|table| i64::from(table.table.relid)).collect();
     let copied_anew: Vec<i64> =
         unfinished.iter().filter(|table| !table.compared).map(|table| i64::from(table.table.relid)).collect();
@@ -553,7 +554,7 @@ pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool
 /// Whatever the server says.
 pub async fn apply_progress(client: &Client) -> Result<Vec<Lsn>> {
     let rows = client
-        .query("SELECT applied FROM walferry.apply_progress ORDER BY worker", &[])
+        .query_typed("SELECT applied FROM walferry.apply_progress ORDER BY worker", &[])
         .await
         .context(|| "reading the apply's progress".into())?;
     Ok(rows.into_iter().map(|row| row.get::<_, PgLsn>(0).into()).collect())
@@ -576,7 +577,7 @@ pub async fn make_durable(client: &Client) -> Result<()> {
 /// # Errors
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
-    let rows = client.query("SELECT object, hash FROM walferry.fingerprint", &[]).await?;
+    let rows = client.query_typed("SELECT object, hash FROM walferry.fingerprint", &[]).await?;
     Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 

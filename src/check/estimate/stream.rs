@@ -263,7 +263,7 @@ impl Target {
             self.client.batch_execute(&format!("CREATE INDEX trial_{sample} ON {} ({key})", self.name(sample))).await?;
             let seconds = begun.elapsed().as_secs_f64();
             let measure = format!("SELECT pg_relation_size('{}.trial_{sample}'::regclass)", self.schema);
-            let bytes: i64 = self.client.query_one(&measure, &[]).await?.get(0);
+            let bytes: i64 = self.client.query_typed_one(&measure, &[]).await?.get(0);
             let deeper = whole.max(2.0).ln() / (rows as f64).max(2.0).ln();
             lock(progress).indexes.push(Built { bytes, seconds: seconds * deeper.max(1.0) });
         }
