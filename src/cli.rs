@@ -135,6 +135,9 @@ pub struct Check {
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
+    pub estimate_seconds: u64,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
@@ -166,6 +169,10 @@ pub struct Migrate {
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,
+    /// Memory for all index builds together on the target (shared out as maintenance_work_mem) [default: a quarter of its
+    /// shared_buffers]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub index_memory: Option<u64>,
     /// How long applied changes are kept in the queue, for a target that fails over and loses its newest commits
     #[arg(long, default_value = "1h", value_parser = parse_duration, value_name = "DURATION")]
     pub queue_keep: std::time::Duration,

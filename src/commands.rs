@@ -25,7 +25,7 @@ use crate::pause::What;
 use crate::queue;
 use crate::source::catalog;
 use crate::state_directory::StateDirectory;
-use crate::target::ledger;
+use crate::target::{index, ledger};
 use crate::{clean, verify};
 
 /// Runs a command.
@@ -131,6 +131,7 @@ async fn check(options: cli::Check) -> Result<()> {
         apply_workers: options.parallelism.apply_workers,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
+        estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
     if options.json {
@@ -161,7 +162,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         directory: options.directory.dir.clone(),
         copy_jobs: options.parallelism.copy_jobs,
         split_above_bytes: options.split_above,
-        index_jobs: options.parallelism.index_jobs,
+        index: index::Options { jobs: options.parallelism.index_jobs, memory_bytes: options.index_memory },
         apply_workers: options.parallelism.apply_workers,
         queue: queue::Options {
             max_bytes: options.parallelism.queue_max_bytes.unwrap_or_else(|| default_quota(&options.directory.dir)),

@@ -40,6 +40,7 @@ use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
+use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
 
 /// The longest pause before the phases begin again.
@@ -58,8 +59,8 @@ pub struct Config {
     pub copy_jobs: usize,
     /// A table of more bytes is copied in ranges.
     pub split_above_bytes: u64,
-    /// Indexes built at once.
-    pub index_jobs: usize,
+    /// How indexes are built.
+    pub index: index::Options,
     /// Sessions that apply changes. Fixed when the migration begins.
     pub apply_workers: usize,
     /// The queue on disk.
@@ -226,16 +227,16 @@ impl Running {
     /// `None` when it has been cut over: until it ended, a session of a walferry that was killed could still commit that decision.
     async fn take_up(&self, heal: &mut Heal) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
         self.end_sessions_left_behind().await?;
-        let migration = self.load().await?;
+        let mut target = self.target().await?;
+        let migration = self.load(&target).await?;
         if migration.phase == Phase::CutOver {
             return Ok(None);
         }
-        let (migration, held) = match self.prepare(migration).await? {
-            (migration, None) => self.heal(migration, heal).await?,
+        let (migration, held) = match self.prepare(&mut target, migration).await? {
+            (migration, None) => self.heal(&mut target, migration, heal).await?,
             // Its snapshot is that of a new slot: nothing can be wrong yet.
             prepared => prepared,
         };
-        let target = self.target().await?;
         let applied = ledger::apply_progress(&target).await?;
         // The queue is trimmed by it: the target's crash must not be able to take it back (I2).
         ledger::make_durable(&target).await?;
@@ -286,27 +287,29 @@ impl Running {
     ) -> Result<()> {
         // Before anything else: a cutover may have been cut off, and applications wait.
         background::lift_fence(&self.config).await?;
-        let migration = self.load().await?;
+        let mut target = self.target().await?;
+        let migration = self.load(&target).await?;
         if migration.phase == Phase::CutOver {
             // Decided, though the answer got lost.
             self.board.set_phase(ShownPhase::CutOver);
             return Ok(());
         }
-        let tables = self.show_tables().await?;
+        let tables = self.show_tables(&target).await?;
         if !migration.pre_data_restored {
-            self.restore_pre_data(&tables).await?;
+            self.restore_pre_data(&mut target, &tables).await?;
         }
         if migration.phase <= Phase::Copying {
-            self.copy_and_index(held).await?;
+            self.copy_and_index(&mut target, held).await?;
         }
         *held = None;
-        let mut layout = self.layout(&migration).await?;
+        let mut layout = self.layout(&target, &migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;
-            self.finish_schema().await?;
+            self.finish_schema(&target).await?;
             // The source may have changed tables meanwhile.
-            layout = self.layout(&migration).await?;
+            layout = self.layout(&target, &migration).await?;
         }
+        drop(target);
         self.follow(queue, &layout, requested).await
     }
 }
@@ -325,8 +328,8 @@ impl Backoff {
     }
 }
 
-/// Waits for SIGINT or SIGTERM.
-async fn stop_signal() -> Error {
+/// Waits for SIGINT or SIGTERM; answers the error with which a command then ends.
+pub async fn stop_signal() -> Error {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {

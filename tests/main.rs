@@ -6,6 +6,7 @@ mod support;
 
 mod clean;
 mod conflict;
+mod copying;
 mod cutover;
 mod flow;
 mod heal;

@@ -5,13 +5,15 @@
 //!                                               └──► objects (tables, what cannot move) ─┤
 //!                                               └──► target  (empty, writable)          ─┼──► findings, by severity ──► Report
 //!                                               └──► both    (do they fit)              ─┤
+//!  a short trial of the copy ──► estimate ───────────────────────────────────────────────┤
 //!  this machine ──► local (disk, directory, clock), tools (pg_dump)                     ─┘
 //! ```
 //!
 //! Everything is read in sessions whose transactions are read-only, with a few queries over whole catalogs and none per
-//! table. A finding says what was found on which object, why it matters, and the SQL that mends it.
+//! table; only the trial of a copy (`estimate`) writes, in a transaction that it rolls back. A finding says what was found on which object, why it matters, and the SQL that mends it.
 
 mod both;
+mod estimate;
 mod local;
 mod objects;
 mod report;
@@ -21,9 +23,12 @@ mod target;
 pub mod tools;
 
 use std::path::Path;
+use std::time::Duration;
 
+use futures_util::future::{join, try_join};
 use tokio_postgres::Client;
 
+pub use estimate::{Estimate, TriedTable};
 pub(crate) use report::that_stand;
 pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
@@ -57,9 +62,12 @@ pub struct Inputs<'a> {
     pub queue_max_bytes: Option<u64>,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
     pub resuming: bool,
+    /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
+    /// that goes on, either.
+    pub estimate: Duration,
 }
 
-/// Checks both servers and this machine. Changes nothing.
+/// Checks both servers and this machine. Changes nothing: what the trial writes on the target it takes back.
 ///
 /// A server that cannot be reached is a finding, so that the rest is still checked.
 ///
@@ -67,8 +75,12 @@ pub struct Inputs<'a> {
 /// A query of the check itself failed, or a connection broke on the way.
 pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     let mut findings = Vec::new();
-    let source = open(inputs.source, Side::Source, &mut findings).await.context(|| "checking the source".into())?;
-    let target = open(inputs.target, Side::Target, &mut findings).await.context(|| "checking the target".into())?;
+    let mut of_target = Vec::new();
+    let (source, target) =
+        join(open(inputs.source, Side::Source, &mut findings), open(inputs.target, Side::Target, &mut of_target)).await;
+    let source = source.context(|| "checking the source".into())?;
+    let target = target.context(|| "checking the target".into())?;
+    findings.append(&mut of_target);
 
     let mut tables = Vec::new();
     let mut references = None;
@@ -107,6 +119,31 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         findings.extend(local::state_directory(directory, inputs.queue_max_bytes, source_bytes));
     }
 
+    let mut estimate = None;
+    if let Some((client, server)) = &source
+        && !inputs.estimate.is_zero()
+        && !inputs.resuming
+        && server.major() >= *server::SUPPORTED.start()
+    {
+        let usable = target.as_ref().filter(|(_, target)| target.major() >= *server::SUPPORTED.start());
+        let trial = estimate::Trial {
+            source: inputs.source,
+            target: usable.map(|_| inputs.target),
+            tables: &tables,
+            index_bytes: estimate::index_bytes(client, &tables).await,
+            copy_jobs: inputs.copy_jobs,
+            index_jobs: inputs.index_jobs,
+            free_connections: usable
+                .map_or(i64::MAX, |(_, target)| target.free_connections)
+                .min(server.free_connections),
+            no_wal: usable.is_some_and(|(_, target)| target.setting("wal_level") == Some("minimal")),
+            limit: inputs.estimate,
+        };
+        let (found, finding) = estimate::run(&trial).await;
+        estimate = found;
+        findings.push(finding);
+    }
+
     // The order within a severity is that of the checks: settings first, single objects later.
     findings.sort_by_key(|finding| finding.severity);
     Ok(Report {
@@ -118,17 +155,15 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         bytes: tables.iter().map(|table| table.bytes).sum(),
         rows_estimate: tables.iter().map(|table| table.estimated_rows.max(0.0) as i64).sum(),
         tables_never_analysed: tables.iter().filter(|table| table.estimated_rows < 0.0).count(),
+        estimate,
         findings,
     })
 }
 
 /// Connects to a server and reads what it is. None, with a finding, when it cannot be reached or a pooler answers.
 async fn open(spec: &ConnectionSpec, side: Side, findings: &mut Vec<Finding>) -> Result<Option<(Client, Server)>> {
-    let connected = match spec.connect("walferry check").await {
-        Ok(first) => spec.connect("walferry check").await.map(|second| (first, second)),
-        Err(error) => Err(error),
-    };
-    let (client, second) = match connected {
+    let connected = try_join(spec.connect("walferry check"), spec.connect("walferry check"));
+    let (client, second) = match connected.await {
         Ok(clients) => clients,
         Err(error) => {
             let message = format!("It cannot be connected to: {error}.");

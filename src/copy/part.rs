@@ -8,8 +8,8 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::Outcome;
-use crate::connection::Session;
 use crate::connection::wire::RawSession;
+use crate::connection::{self, Session};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::table_progress::PartProgress;
@@ -20,6 +20,11 @@ use crate::target::ledger::{self, Part};
 
 /// The source sends a message per row; the target gets chunks of this size.
 const CHUNK_BYTES: usize = 128 * 1024;
+
+/// A table of at least so many bytes that is copied as one part arrives frozen (`COPY … FREEZE`), as TRUNCATE in the same
+/// transaction allows: its rows need no hint bits, no vacuum and no later freezing, and building the first index finds them all
+/// visible. For smaller tables the new file, and the commit that has to be flushed for it, cost more than that saves.
+const FREEZE_FROM_BYTES: i64 = 8 << 20;
 
 /// Copies one part, and marks it in the ledger, as one transaction on the target.
 pub(super) async fn copy(
@@ -56,18 +61,17 @@ async fn copy_rows(
     part: &Part,
     board: &StatusBoard,
 ) -> Result<Outcome> {
+    let transaction = target.transaction().await?;
+    let frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
+    begin_part(transaction.client(), table, frozen).await?;
+    // The source last, so that its lock waits for nobody on the target.
     source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
     if !is_same_file(source.first_row(&file_statements(table)).await, table)? {
         return Ok(Outcome::Stale);
     }
-    let transaction = target.transaction().await?;
-    // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
-    transaction
-        .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
-        .await?;
     let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
     source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
-    let mut into = CopyIn::begin(transaction.client(), table, progress.as_mut()).await?;
+    let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut()).await?;
     loop {
         let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
         into.pass_on(rows).await?;
@@ -84,6 +88,24 @@ async fn copy_rows(
     Ok(Outcome::Copied(complete))
 }
 
+/// Makes the target ready. What is to arrive frozen has no rows yet, and gets a new file.
+async fn begin_part(target: &Client, table: &Table, frozen: bool) -> Result<()> {
+    // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
+    const SETTINGS: &str = "SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica";
+    if !frozen {
+        return target.batch_execute(SETTINGS).await.map_err(Error::from);
+    }
+    let name = table.qualified();
+    let statements =
+        format!("{SETTINGS}; LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE; SELECT EXISTS (SELECT FROM ONLY {name})");
+    if connection::first_row(target, &statements).await?.first().and_then(Option::as_deref) != Some("f") {
+        let text = format!("{name} on the target holds rows that are not ours: somebody else writes there");
+        return Err(Error::new(ErrorKind::Divergence, text)
+            .hint("Find out who it is and stop it, then empty the table and run the same command again."));
+    }
+    target.batch_execute(&format!("TRUNCATE ONLY {name}")).await.map_err(Error::from)
+}
+
 /// What COPY sends for a table.
 pub(super) fn format_of(table: &Table) -> &'static str {
     if table.binary_safe() { "binary" } else { "text" }
@@ -98,7 +120,7 @@ pub(super) async fn send_rows(
     progress: Option<&mut PartProgress>,
 ) -> Result<u64> {
     let mut rows = pin!(source.copy_out(copy_out).await?);
-    let mut into = CopyIn::begin(target, table, progress).await?;
+    let mut into = CopyIn::begin(target, table, false, progress).await?;
     let mut waiting = 0;
     while let Some(row) = rows.try_next().await? {
         into.chunk.extend_from_slice(&row);
@@ -125,9 +147,19 @@ struct CopyIn<'a> {
 }
 
 impl<'a> CopyIn<'a> {
-    async fn begin(target: &Client, table: &Table, progress: Option<&'a mut PartProgress>) -> Result<CopyIn<'a>> {
+    async fn begin(
+        target: &Client,
+        table: &Table,
+        frozen: bool,
+        progress: Option<&'a mut PartProgress>,
+    ) -> Result<CopyIn<'a>> {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
-        let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {})", table.qualified(), format_of(table));
+        let statement = format!(
+            "COPY {}{columns} FROM STDIN (FORMAT {}{})",
+            table.qualified(),
+            format_of(table),
+            if frozen { ", FREEZE" } else { "" }
+        );
         let sink = Box::pin(target.copy_in::<_, Bytes>(&statement).await?);
         Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, messages: 0, rows_shown: 0 })
     }
@@ -220,8 +252,7 @@ pub(super) fn is_same_file(answer: Result<Vec<Option<String>>>, table: &Table) -
 }
 
 fn copy_out_statement(table: &Table, part: &Part, format: &str) -> String {
-    let whole = part.first_page == 0 && part.end_page.is_none();
-    if whole {
+    if part.is_whole() {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
         return format!("COPY {}{columns} TO STDOUT (FORMAT {format})", table.qualified());
     }

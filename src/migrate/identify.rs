@@ -85,10 +85,11 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         target: &config.target,
         state_directory: Some(directory.directory().path()),
         copy_jobs: config.copy_jobs,
-        index_jobs: config.index_jobs,
+        index_jobs: config.index.jobs,
         apply_workers: config.apply_workers,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        estimate: std::time::Duration::ZERO,
     })
     .await?;
     if let Some(identity) = &identity
