@@ -472,7 +472,7 @@ mod tests {
                 let mut table = begin;
                 let rows = net.take();
                 for net in rows.iter().filter(|net| net.effect == Effect::Delete) {
-                    prop_assert!(table.remove(&text(&net.key)[0]).is_some());
+                    prop_assert!(table.remove(&text(&net.row)[0]).is_some());
                 }
                 for net in rows.iter().filter(|net| matches!(net.effect, Effect::Update | Effect::Replace)) {
                     let row = text(&net.row);
