@@ -647,3 +647,31 @@ fn same_key(table: &Table) -> String {
     };
     table.key_columns().map(equal).collect::<Vec<_>>().join(" AND ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_statements_that_are_kept_are_bounded_and_the_newest() {
+        let mut statements = Statements::default();
+        let mut requests = Requests::default();
+        let mut ask = |statements: &mut Statements, number: usize| {
+            let (mut prepared, key) = (false, Key::Table(number, What::DeleteOne));
+            statements
+                .name(key, &mut requests, |_| {
+                    prepared = true;
+                    "SELECT".into()
+                })
+                .unwrap();
+            prepared
+        };
+        for number in 0..STATEMENTS_MAX * 3 {
+            assert!(ask(&mut statements, number));
+            assert!(!ask(&mut statements, number), "the newest is kept");
+            assert!(!ask(&mut statements, 0), "and what is used all the time");
+            assert!(statements.known.len() <= STATEMENTS_MAX);
+        }
+        assert!(ask(&mut statements, 1), "what was not used for long is gone");
+    }
+}
