@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::Outcome;
+use crate::care::pace::Pace;
 use crate::connection::Session;
 use crate::connection::wire::RawSession;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -28,9 +29,9 @@ pub(super) async fn copy(
     snapshot: &str,
     table: &Table,
     part: &Part,
-    board: &StatusBoard,
+    (board, pace): (&StatusBoard, &Pace),
 ) -> Result<Outcome> {
-    let outcome = copy_rows(source, target, snapshot, table, part, board).await;
+    let outcome = copy_rows(source, target, snapshot, table, part, (board, pace)).await;
     // Ends the transaction on the source, and with it the lock (H9), whatever happened. When the session is gone, so is
     // the lock; one that was left in the middle of a COPY goes with this error.
     if source.is_usable()
@@ -54,7 +55,7 @@ async fn copy_rows(
     snapshot: &str,
     table: &Table,
     part: &Part,
-    board: &StatusBoard,
+    (board, pace): (&StatusBoard, &Pace),
 ) -> Result<Outcome> {
     source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
     if !is_same_file(source.first_row(&file_statements(table)).await, table)? {
@@ -67,7 +68,7 @@ async fn copy_rows(
         .await?;
     let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
     source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
-    let mut into = CopyIn::begin(transaction.client(), table, progress.as_mut()).await?;
+    let mut into = CopyIn::begin(transaction.client(), table, progress.as_mut(), pace).await?;
     loop {
         let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
         into.pass_on(rows).await?;
@@ -96,9 +97,10 @@ pub(super) async fn send_rows(
     target: &Client,
     table: &Table,
     progress: Option<&mut PartProgress>,
+    pace: &Pace,
 ) -> Result<u64> {
     let mut rows = pin!(source.copy_out(copy_out).await?);
-    let mut into = CopyIn::begin(target, table, progress).await?;
+    let mut into = CopyIn::begin(target, table, progress, pace).await?;
     let mut waiting = 0;
     while let Some(row) = rows.try_next().await? {
         into.chunk.extend_from_slice(&row);
@@ -118,6 +120,8 @@ struct CopyIn<'a> {
     /// What is to be passed on next.
     chunk: BytesMut,
     progress: Option<&'a mut PartProgress>,
+    /// Where a chunk waits for its turn, out of care for the source.
+    pace: &'a Pace,
     /// Messages of the source: each is a row, but the last one in binary, which is the trailer. So the newest is not shown
     /// until another follows.
     messages: u64,
@@ -125,11 +129,16 @@ struct CopyIn<'a> {
 }
 
 impl<'a> CopyIn<'a> {
-    async fn begin(target: &Client, table: &Table, progress: Option<&'a mut PartProgress>) -> Result<CopyIn<'a>> {
+    async fn begin(
+        target: &Client,
+        table: &Table,
+        progress: Option<&'a mut PartProgress>,
+        pace: &'a Pace,
+    ) -> Result<CopyIn<'a>> {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
         let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {})", table.qualified(), format_of(table));
         let sink = Box::pin(target.copy_in::<_, Bytes>(&statement).await?);
-        Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, messages: 0, rows_shown: 0 })
+        Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, pace, messages: 0, rows_shown: 0 })
     }
 
     /// Passes the chunk on, which came in so many messages.
@@ -137,6 +146,7 @@ impl<'a> CopyIn<'a> {
         if self.chunk.is_empty() {
             return Ok(());
         }
+        self.pace.pass(self.chunk.len() as u64).await;
         if let Some(progress) = self.progress.as_deref_mut() {
             let rows = (self.messages + messages).saturating_sub(1);
             progress.add(self.chunk.len() as u64, rows - self.rows_shown);
