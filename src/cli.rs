@@ -72,12 +72,10 @@ pub enum Command {
     #[command(after_help = "Example: walferry resume --dir ./shop")]
     Resume(PauseOptions),
     /// Change how a running migration copies: how many jobs, how fast, for which lag of a standby it waits
-    #[command(
-        after_help = "Examples: walferry tune --dir ./shop --copy-jobs 2 --copy-rate 20MiB\n          \
+    #[command(after_help = "Examples: walferry tune --dir ./shop --copy-jobs 2 --copy-rate 20MiB\n          \
         walferry tune --dir ./shop --copy-rate off\n\
         More jobs begin at once; jobs that are too many end after their part. It stays so over a restart, unless an option \
-        of that start says otherwise. Without an option it shows how it is."
-    )]
+        of that start says otherwise. Without an option it shows how it is.")]
     Tune(TuneOptions),
     /// Compare all rows of both sides; both have to be quiet
     #[command(after_help = "Example: walferry verify --dir ./shop\n\

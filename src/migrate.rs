@@ -162,8 +162,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let pause = Pause::restore(directory.directory(), board);
     let copy_jobs_max = config.care.caps.copy_jobs_max(config.jobs(0));
     let tune = Tune::restore(directory.directory(), board, &config.care, copy_jobs_max)?;
-    let _control =
-        ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), cutovers)?;
+    let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), cutovers)?;
     let _http = match config.http_address {
         Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
         None => None,

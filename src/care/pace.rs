@@ -180,7 +180,14 @@ mod tests {
         let pace = Pace::new();
         pace.set_rate(Some(1));
         pace.pass(1 << 40).now_or_never().expect("nothing was owed");
-        let waiting: Vec<_> = (0..4).map(|_| tokio::spawn({ let pace = pace.clone(); async move { pace.pass(1).await } })).collect();
+        let waiting: Vec<_> = (0..4)
+            .map(|_| {
+                tokio::spawn({
+                    let pace = pace.clone();
+                    async move { pace.pass(1).await }
+                })
+            })
+            .collect();
         while pace.shared.waiting.load(Relaxed) < 4 {
             tokio::task::yield_now().await;
         }

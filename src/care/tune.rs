@@ -156,8 +156,10 @@ impl Tune {
         self.keep(kept)?;
         self.act(change);
         let now = self.now();
-        let rate = now.copy_rate_bytes_per_second.map_or("as fast as it goes".to_owned(), |rate| size_rate(rate as f64));
-        let lag = now.max_standby_lag_seconds.map_or("of no matter".to_owned(), |lag| format!("up to {}", duration(lag)));
+        let rate =
+            now.copy_rate_bytes_per_second.map_or("as fast as it goes".to_owned(), |rate| size_rate(rate as f64));
+        let lag =
+            now.max_standby_lag_seconds.map_or("of no matter".to_owned(), |lag| format!("up to {}", duration(lag)));
         let text = format!("tuned: {} copy jobs, {rate}, lag of the source's standbys {lag}", now.copy_jobs);
         self.shared.board.event(Level::Info, text);
         Ok(now)

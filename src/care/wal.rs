@@ -4,6 +4,8 @@
 //! still open on the source. The last two pass by themselves; a source whose disk is full does not. So it is only by explicit
 //! choice that the slot is given up for it, and [`GivenUp`] tells every later start so until a `resync` has made a new one.
 
+use std::time::{Duration, Instant};
+
 use serde::{Deserialize, Serialize};
 
 use crate::crashsafe;
@@ -34,14 +36,32 @@ pub(crate) enum Verdict {
     FineAgain,
 }
 
-/// Remembers what was said.
-#[derive(Debug, Default)]
+/// How long a slot that keeps too much when we come has to become less: what was not read while no process ran is read first of
+/// all, and the source forgets it with its next checkpoint or so.
+const CATCH_UP_MAX: Duration = Duration::from_secs(60);
+
+/// Remembers what was seen and said.
+#[derive(Debug)]
 pub(crate) struct Watch {
+    begun: Instant,
+    /// It has not been too much all the time.
+    was_fine: bool,
     /// How much it was when that was said last; zero while it is not too much.
     said_bytes: u64,
 }
 
 impl Watch {
+    /// Begins to watch a slot.
+    pub(crate) fn new(now: Instant) -> Watch {
+        Watch { begun: now, was_fine: false, said_bytes: 0 }
+    }
+
+    /// Whether the slot is to be given up, where that was said, for what it keeps now, in bytes.
+    pub(crate) fn gives_up(&mut self, retained: u64, max: u64, now: Instant) -> bool {
+        self.was_fine |= retained <= max;
+        retained > max && (self.was_fine || now.duration_since(self.begun) >= CATCH_UP_MAX)
+    }
+
     /// Judges what the slot keeps now, in bytes.
     pub(crate) fn judge(&mut self, retained: u64, max: u64) -> Verdict {
         if retained <= max {
@@ -121,13 +141,29 @@ mod tests {
 
     #[test]
     fn too_much_is_said_once_and_again_when_it_is_a_quarter_more() {
-        let mut watch = Watch::default();
-        let said: Vec<u64> =
-            [50, 100, 101, 110, 125, 126, 127, 150, 158, 159, 300].into_iter().filter(|&bytes| watch.judge(bytes, 100) == Verdict::TooMuch).collect();
+        let mut watch = Watch::new(Instant::now());
+        let said: Vec<u64> = [50, 100, 101, 110, 125, 126, 127, 150, 158, 159, 300]
+            .into_iter()
+            .filter(|&bytes| watch.judge(bytes, 100) == Verdict::TooMuch)
+            .collect();
         assert_eq!(said, [101, 126, 158, 300]);
         assert_eq!(watch.judge(100, 100), Verdict::FineAgain);
         assert_eq!(watch.judge(100, 100), Verdict::Nothing);
         assert_eq!(watch.judge(101, 100), Verdict::TooMuch);
+    }
+
+    #[test]
+    fn h28_a_slot_is_given_up_as_soon_as_it_keeps_too_much_but_may_catch_up_at_the_start() {
+        let begun = Instant::now();
+        let mut watch = Watch::new(begun);
+        let after = |seconds| begun + Duration::from_secs(seconds);
+        assert!(!watch.gives_up(500, 100, after(0)), "it is being read");
+        assert!(!watch.gives_up(400, 100, after(59)));
+        assert!(watch.gives_up(400, 100, after(60)));
+        let mut watch = Watch::new(begun);
+        assert!(!watch.gives_up(500, 100, after(0)));
+        assert!(!watch.gives_up(100, 100, after(5)));
+        assert!(watch.gives_up(101, 100, after(6)));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What goes on beside the phases: trimming the queue, watching the source, writing the status down.
 
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
 use tokio_postgres::types::PgLsn;
@@ -100,7 +100,7 @@ impl Background {
     /// # Errors
     /// `Blocked` when it is so much that the slot is to be given up, which is written down then.
     pub(super) async fn watch_source(&self) -> Result<()> {
-        let mut watch = wal::Watch::default();
+        let mut watch = wal::Watch::new(Instant::now());
         loop {
             match self.watch_source_while_connected(&mut watch).await {
                 Err(error) if error.kind() == ErrorKind::Blocked => return Err(error),
@@ -141,11 +141,10 @@ impl Background {
                 }
             }
         }
+        let gives_up = watch.gives_up(retained, max, Instant::now());
         // A cutover ends within seconds, and with it the need for the slot.
-        if retained > max
-            && self.on_source_wal_max == OnSourceWalMax::GiveUp
-            && self.board.phase() != Phase::CuttingOver
-        {
+        let wanted = self.on_source_wal_max == OnSourceWalMax::GiveUp && self.board.phase() != Phase::CuttingOver;
+        if gives_up && wanted {
             let given_up = wal::GivenUp {
                 slot: self.slot.clone(),
                 queue: self.queue.clone(),

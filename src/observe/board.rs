@@ -14,8 +14,8 @@ use crate::observe::lag::Pending;
 use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow, Rates};
 use crate::observe::status::{
-    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue, STATUS_VERSION, Source, Status,
-    Stream, Table, TableConflicts, TableState, Target,
+    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue,
+    STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
