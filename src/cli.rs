@@ -66,6 +66,7 @@ pub enum Command {
     Cutover(Cutover),
     /// Hold the apply or the copy while the queue goes on receiving
     #[command(after_help = "Example: walferry pause apply --dir ./shop\n\
+        The copy ends the parts that it has begun; walferry tune --copy-rate slows it at once.\n\
         It stays held over a restart, until: walferry resume --dir ./shop")]
     Pause(PauseOptions),
     /// Let what was paused go on

@@ -122,7 +122,12 @@ async fn h28_the_copy_rests_while_a_standby_of_the_source_lags() {
     let migration = servers.migration("shop").await;
     let source = migration.source().await;
     source.batch_execute(LARGE).await.unwrap();
-    let settings = [("fsync", "off"), ("max_connections", "60"), ("max_prepared_transactions", "5")];
+    let settings = [
+        ("fsync", "off"),
+        ("max_connections", "60"),
+        ("max_prepared_transactions", "5"),
+        ("wal_receiver_status_interval", "1"),
+    ];
     let standby = servers.source.start_standby("reserve", &settings).await.unwrap();
     let replay = standby.connect("postgres").await.unwrap();
     until_true(&source, "SELECT count(*) = 1 FROM pg_stat_replication WHERE state = 'streaming'").await;
@@ -136,26 +141,33 @@ async fn h28_the_copy_rests_while_a_standby_of_the_source_lags() {
     source.batch_execute("CREATE TABLE other (id int)").await.unwrap();
     let waits = |status: &Value| status["copy"]["waits_for"].as_str().is_some_and(|whom| whom.contains("reserve"));
     migration.wait_for_status(&mut running, "rest", waits).await;
-    // From now on only the standby is in the way.
+    replay.batch_execute("SELECT pg_wal_replay_resume()").await.unwrap();
+    let status = migration
+        .wait_for_status(&mut running, "end of the rest", |status| status["copy"]["waits_for"].is_null())
+        .await;
+    let count = |status: &Value, words: &str| {
+        let events = status["events"].as_array().unwrap();
+        events.iter().filter(|event| event["text"].as_str().unwrap().contains(words)).count()
+    };
+    let (begins, ends) = ("more than --max-standby-lag 2.0 s: the copy waits", "of waiting for the source's standbys");
+    assert_eq!((count(&status, begins), count(&status, ends)), (1, 1), "{status:#}");
+
+    // Again, and from now on only the standby is in the way.
+    replay.batch_execute("SELECT pg_wal_replay_pause()").await.unwrap();
+    migration.wait_for_status(&mut running, "rest", waits).await;
     tune(&migration, &["--copy-rate", "off"]).await;
     for _ in 0..10 {
         let status = migration.status().await.unwrap();
         assert_copying(&status);
         assert!(waits(&status) && status["attention"][0].as_str().unwrap().contains("standby reserve"), "{status:#}");
+        assert_eq!((count(&status, begins), count(&status, ends)), (2, 1), "{status:#}");
     }
     let shown = migration.with_directory("status", &[]).await.stdout;
     let shown = shown.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(shown.contains("the copy waits for the source's standby reserve"), "{shown}");
-
-    replay.batch_execute("SELECT pg_wal_replay_resume()").await.unwrap();
+    tune(&migration, &["--max-standby-lag", "off"]).await;
     ready(&migration, &mut running).await;
-    let events = migration.status().await.unwrap()["events"].clone();
-    let count = |words: &str| {
-        events.as_array().unwrap().iter().filter(|event| event["text"].as_str().unwrap().contains(words)).count()
-    };
-    assert_eq!(count("more than --max-standby-lag 2.0 s: the copy waits"), 1, "{events:#}");
-    assert_eq!(count("of waiting for the source's standbys: reserve"), 1, "{events:#}");
-    drop(application);
+    application.stop().await;
     running.terminate().await;
 }
 

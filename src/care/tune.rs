@@ -125,6 +125,7 @@ impl Tune {
             copy_rate: options.copy_rate,
             max_standby_lag: options.max_standby_lag,
         };
+        let kept = written.without(given);
         let tune = Tune {
             shared: Arc::new(Shared {
                 directory: directory.clone(),
@@ -133,12 +134,11 @@ impl Tune {
                 copy_jobs: watch::Sender::new(COPY_JOBS.min(copy_jobs_max.unwrap_or(usize::MAX))),
                 max_standby_lag: watch::Sender::new(Some(MAX_STANDBY_LAG)),
                 copy_jobs_max,
-                kept: Mutex::new(written),
+                kept: Mutex::new(kept),
             }),
         };
-        let kept = written.without(given);
         if kept != written {
-            tune.keep(kept)?;
+            tune.keep(&kept)?;
         }
         tune.act(kept.with(given));
         Ok(tune)
@@ -152,9 +152,14 @@ impl Tune {
         if change == Change::default() {
             return Ok(self.now());
         }
-        let kept = self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner).with(change);
-        self.keep(kept)?;
-        self.act(change);
+        {
+            // To the end: of two changes at once, none may undo the other.
+            let mut kept = self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            let newer = kept.with(change);
+            self.keep(&newer)?;
+            *kept = newer;
+            self.act(change);
+        }
         let now = self.now();
         let rate =
             now.copy_rate_bytes_per_second.map_or("as fast as it goes".to_owned(), |rate| size_rate(rate as f64));
@@ -190,11 +195,9 @@ impl Tune {
         self.shared.max_standby_lag.subscribe()
     }
 
-    fn keep(&self, kept: Change) -> Result<()> {
-        let json = serde_json::to_vec(&kept).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-        crashsafe::replace(&self.shared.directory.tuned(), &json)?;
-        *self.shared.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
-        Ok(())
+    fn keep(&self, kept: &Change) -> Result<()> {
+        let json = serde_json::to_vec(kept).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+        crashsafe::replace(&self.shared.directory.tuned(), &json)
     }
 
     fn act(&self, change: Change) {

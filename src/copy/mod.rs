@@ -175,6 +175,7 @@ impl Copier {
         parts: &[Part],
         completed: &mpsc::UnboundedSender<u32>,
     ) -> Result<BTreeSet<u32>> {
+        let _shown = Shown(&self.board);
         let all = async {
             let mut stale = BTreeSet::new();
             let mut pairs = Vec::new();
@@ -184,6 +185,7 @@ impl Copier {
                     pause::copy_may_go_on(&mut paused).await;
                     self.tune.pace().may_go_on().await;
                     let jobs = *self.tune.copy_jobs().borrow();
+                    self.board.set_copy_jobs(1);
                     match exchange::exchange(self, snapshot, part, jobs, &mut pairs).await? {
                         Outcome::Copied(_) => {
                             // The receiver outlives the copy; if it is gone, so is the migration.
