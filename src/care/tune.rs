@@ -202,7 +202,7 @@ impl Tune {
 
     fn act(&self, change: Change) {
         if let Some(jobs) = change.copy_jobs {
-            self.shared.copy_jobs.send_replace(jobs.clamp(1, self.shared.copy_jobs_max.unwrap_or(usize::MAX)));
+            self.shared.copy_jobs.send_replace(jobs.min(self.shared.copy_jobs_max.unwrap_or(usize::MAX)).max(1));
         }
         if let Some(rate) = change.copy_rate {
             self.shared.pace.set_rate(rate.max());

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
 /// How long a server may take to end the session of a connection that we closed. Matters only where there is a most.
-const LINGER: Duration = Duration::from_millis(250);
+const LINGER: Duration = Duration::from_millis(500);
 /// How long to wait for a connection that is about to be gone.
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
