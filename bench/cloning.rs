@@ -44,7 +44,7 @@ pub async fn large_table(setting: &Setting, results: &mut Results) -> Result<()>
             "SET maintenance_work_mem = '512MB';
              CREATE TABLE events (id bigint, device integer, at timestamptz, note text);
              INSERT INTO events SELECT n, n * 7919 % 100003, '2024-01-01'::timestamptz + n * interval '1 second', \
-                 md5(n::text) || md5((n + 1)::text) FROM generate_series(1, {rows}) n;
+                 md5(n::text) || md5((n + 1)::text) FROM generate_series(1, {rows}::bigint) n;
              ALTER TABLE events ADD PRIMARY KEY (id);
              CREATE INDEX ON events (device); CREATE INDEX ON events (at); ANALYZE"
         ))

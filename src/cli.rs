@@ -222,6 +222,10 @@ pub struct Migrate {
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,
+    /// Memory for all index builds together on the target (shared out as maintenance_work_mem) [default: a quarter of its
+    /// shared_buffers]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub index_memory: Option<u64>,
     /// How long applied changes are kept in the queue, for a target that fails over and loses its newest commits
     #[arg(long, default_value = "1h", value_parser = parse_duration, value_name = "DURATION")]
     pub queue_keep: std::time::Duration,

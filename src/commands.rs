@@ -29,7 +29,7 @@ use crate::pause::What;
 use crate::queue;
 use crate::source::catalog;
 use crate::state_directory::StateDirectory;
-use crate::target::ledger;
+use crate::target::{index, ledger};
 use crate::{clean, verify};
 
 /// Runs a command.
@@ -168,7 +168,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         target,
         directory: options.directory.dir.clone(),
         split_above_bytes: options.split_above,
-        index_jobs: options.parallelism.index_jobs,
+        index: index::Options { jobs: options.parallelism.index_jobs, memory_bytes: options.index_memory },
         apply_workers: options.parallelism.apply_workers,
         queue: queue::Options {
             max_bytes: options.parallelism.queue_max_bytes.unwrap_or_else(|| default_quota(&options.directory.dir)),

@@ -44,6 +44,7 @@ use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
+use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
 
 /// The longest pause before the phases begin again.
@@ -60,8 +61,8 @@ pub struct Config {
     pub directory: PathBuf,
     /// A table of more bytes is copied in ranges.
     pub split_above_bytes: u64,
-    /// Indexes built at once, where the connections suffice.
-    pub index_jobs: usize,
+    /// How indexes are built; by fewer sessions where the connections do not suffice.
+    pub index: index::Options,
     /// Sessions that apply changes, where the connections suffice. Fixed when the migration begins.
     pub apply_workers: usize,
     /// Care for the source, and how much is copied at once.
@@ -83,7 +84,7 @@ impl Config {
         self.source = self.source.with_connections_max(caps.source);
         self.target = self.target.with_connections_max(caps.target);
         let wanted =
-            Jobs { copy: self.care.copy_jobs.unwrap_or(COPY_JOBS), index: self.index_jobs, apply: self.apply_workers };
+            Jobs { copy: self.care.copy_jobs.unwrap_or(COPY_JOBS), index: self.index.jobs, apply: self.apply_workers };
         let jobs = caps.fit(wanted)?;
         if jobs != wanted {
             let text = format!(
@@ -92,13 +93,13 @@ impl Config {
             );
             board.event(Level::Info, text);
         }
-        (self.index_jobs, self.apply_workers) = (jobs.index, jobs.apply);
+        (self.index.jobs, self.apply_workers) = (jobs.index, jobs.apply);
         Ok(self)
     }
 
     /// What is done at once at the start.
     fn jobs(&self, copy: usize) -> Jobs {
-        Jobs { copy, index: self.index_jobs, apply: self.apply_workers }
+        Jobs { copy, index: self.index.jobs, apply: self.apply_workers }
     }
 }
 

@@ -7,6 +7,7 @@ mod support;
 mod care;
 mod clean;
 mod conflict;
+mod copying;
 mod cutover;
 mod flow;
 mod heal;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
 use super::report::{Finding, Severity, Side};
@@ -63,25 +63,23 @@ fn newest(found: Vec<Tools>) -> Option<Tools> {
 fn find_all() -> Result<Vec<Tools>> {
     if let Some(directory) = std::env::var_os(DIRECTORY_VARIABLE) {
         let directory = PathBuf::from(directory);
-        return match tools_in(&directory) {
-            Some(tools) => Ok(vec![tools]),
-            None => Err(Error::new(
-                ErrorKind::Blocked,
-                format!(
-                    "{DIRECTORY_VARIABLE} is {}, and no pg_dump and pg_restore of one version run there",
-                    directory.display()
-                ),
-            )
-            .hint(format!("set {DIRECTORY_VARIABLE} to the directory that holds both, or unset it"))),
-        };
+        let found = tools_in(std::slice::from_ref(&directory));
+        if found.is_empty() {
+            let text = format!(
+                "{DIRECTORY_VARIABLE} is {}, and no pg_dump and pg_restore of one version run there",
+                directory.display()
+            );
+            return Err(Error::new(ErrorKind::Blocked, text)
+                .hint(format!("set {DIRECTORY_VARIABLE} to the directory that holds both, or unset it")));
+        }
+        return Ok(found);
     }
     // Asked several times, and a wrapper in PATH takes its time to say its version.
     static INSTALLED: OnceLock<Vec<Tools>> = OnceLock::new();
-    let look = || directories().iter().filter_map(|directory| tools_in(directory)).collect();
-    Ok(INSTALLED.get_or_init(look).clone())
+    Ok(INSTALLED.get_or_init(|| tools_in(&directories())).clone())
 }
 
-/// Directories to look in, each once, those of packages last.
+/// Directories to look in, each once whatever links lead to it, those of packages last.
 fn directories() -> Vec<PathBuf> {
     let mut directories: Vec<PathBuf> =
         std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default();
@@ -95,28 +93,41 @@ fn directories() -> Vec<PathBuf> {
         directories.extend(names.map(|entry| entry.path().join("bin")));
     }
     let mut seen = BTreeSet::new();
-    directories.retain(|directory| directory.is_absolute() && seen.insert(directory.clone()));
+    directories.retain(|directory| {
+        directory.is_absolute() && seen.insert(directory.canonicalize().unwrap_or_else(|_| directory.clone()))
+    });
     directories
 }
 
-/// The tools in a directory, when both are there, run, and are of one version.
-fn tools_in(directory: &Path) -> Option<Tools> {
-    let (pg_dump, pg_restore) = (directory.join("pg_dump"), directory.join("pg_restore"));
-    let major = major_of(&pg_dump)?;
-    (major_of(&pg_restore)? == major).then_some(Tools { pg_dump, pg_restore, major })
+/// The tools in each directory, when both are there, run, and are of one version. All are asked at once: a wrapper takes its time.
+fn tools_in(directories: &[PathBuf]) -> Vec<Tools> {
+    let asked: Vec<_> = directories
+        .iter()
+        .map(|directory| (directory.join("pg_dump"), directory.join("pg_restore")))
+        .map(|(pg_dump, pg_restore)| (ask_version(&pg_dump), ask_version(&pg_restore), pg_dump, pg_restore))
+        .collect();
+    let tools = |(of_dump, of_restore, pg_dump, pg_restore)| {
+        let (major, other) = (major_of(of_dump), major_of(of_restore));
+        (major == other).then_some(Tools { pg_dump, pg_restore, major: major? })
+    };
+    asked.into_iter().filter_map(tools).collect()
 }
 
-fn major_of(program: &Path) -> Option<u32> {
+fn ask_version(program: &Path) -> Option<Child> {
     if !program.is_file() {
         return None;
     }
     let mut command = Command::new(program);
-    command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null());
+    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     // Whatever program stands there gets no password.
     for variable in SECRET_VARIABLES {
         command.env_remove(variable);
     }
-    let output = command.output().ok()?;
+    command.spawn().ok()
+}
+
+fn major_of(asked: Option<Child>) -> Option<u32> {
+    let output = asked?.wait_with_output().ok()?;
     output.status.success().then(|| parse_major(&String::from_utf8_lossy(&output.stdout))).flatten()
 }
 
@@ -203,6 +214,6 @@ mod tests {
 
     #[test]
     fn a_directory_without_both_programs_is_passed_over() {
-        assert_eq!(tools_in(Path::new("/nonexistent")), None);
+        assert_eq!(tools_in(&["/nonexistent".into()]), []);
     }
 }

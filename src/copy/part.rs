@@ -22,6 +22,11 @@ use crate::target::ledger::{self, Part};
 /// The source sends a message per row; the target gets chunks of this size.
 const CHUNK_BYTES: usize = 128 * 1024;
 
+/// A table of at least so many bytes that is copied as one part arrives frozen (`COPY … FREEZE`), as TRUNCATE in the same
+/// transaction allows: its rows need no hint bits, no vacuum and no later freezing, and building the first index finds them all
+/// visible. For smaller tables the new file, and the commit that has to be flushed for it, cost more than that saves.
+const FREEZE_FROM_BYTES: i64 = 8 << 20;
+
 /// Copies one part, and marks it in the ledger, as one transaction on the target.
 pub(super) async fn copy(
     source: &mut RawSession,
@@ -66,9 +71,13 @@ async fn copy_rows(
     transaction
         .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
         .await?;
+    let frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
+    if frozen {
+        truncate_empty(transaction.client(), table).await?;
+    }
     let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
     source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
-    let mut into = CopyIn::begin(transaction.client(), table, progress.as_mut(), pace).await?;
+    let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut(), pace).await?;
     loop {
         let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
         into.pass_on(rows).await?;
@@ -83,6 +92,18 @@ async fn copy_rows(
         progress.committed();
     }
     Ok(Outcome::Copied(complete))
+}
+
+/// Truncates a table that has no rows, for its new file.
+async fn truncate_empty(target: &Client, table: &Table) -> Result<()> {
+    let name = table.qualified();
+    target.batch_execute(&format!("LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE")).await?;
+    if target.query_one(&format!("SELECT EXISTS (SELECT FROM ONLY {name})"), &[]).await?.get(0) {
+        let text = format!("{name} on the target holds rows that are not ours: somebody else writes there");
+        return Err(Error::new(ErrorKind::Divergence, text)
+            .hint("Find out who it is and stop it, then empty the table and run the same command again."));
+    }
+    target.batch_execute(&format!("TRUNCATE ONLY {name}")).await.map_err(Error::from)
 }
 
 /// What COPY sends for a table.
@@ -100,7 +121,7 @@ pub(super) async fn send_rows(
     pace: &Pace,
 ) -> Result<u64> {
     let mut rows = pin!(source.copy_out(copy_out).await?);
-    let mut into = CopyIn::begin(target, table, progress, pace).await?;
+    let mut into = CopyIn::begin(target, table, false, progress, pace).await?;
     let mut waiting = 0;
     while let Some(row) = rows.try_next().await? {
         into.chunk.extend_from_slice(&row);
@@ -132,11 +153,17 @@ impl<'a> CopyIn<'a> {
     async fn begin(
         target: &Client,
         table: &Table,
+        frozen: bool,
         progress: Option<&'a mut PartProgress>,
         pace: &'a Pace,
     ) -> Result<CopyIn<'a>> {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
-        let statement = format!("COPY {}{columns} FROM STDIN (FORMAT {})", table.qualified(), format_of(table));
+        let statement = format!(
+            "COPY {}{columns} FROM STDIN (FORMAT {}{})",
+            table.qualified(),
+            format_of(table),
+            if frozen { ", FREEZE" } else { "" }
+        );
         let sink = Box::pin(target.copy_in::<_, Bytes>(&statement).await?);
         Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, pace, messages: 0, rows_shown: 0 })
     }
@@ -230,8 +257,7 @@ pub(super) fn is_same_file(answer: Result<Vec<Option<String>>>, table: &Table) -
 }
 
 fn copy_out_statement(table: &Table, part: &Part, format: &str) -> String {
-    let whole = part.first_page == 0 && part.end_page.is_none();
-    if whole {
+    if part.is_whole() {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
         return format!("COPY {}{columns} TO STDOUT (FORMAT {format})", table.qualified());
     }

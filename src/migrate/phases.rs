@@ -90,7 +90,7 @@ impl Running {
         self.board.set_indexes(items.values().map(|items| items.len() as u64).sum(), 0);
         // Partitioned tables have no rows to wait for, and their leaves' indexes hang on theirs.
         for (position, item) in items.remove(&0).unwrap_or_default() {
-            schema::run_post_data_item(&mut target, position, &item).await?;
+            schema::run_post_data_item(&target, position, &item).await?;
             self.board.index_done();
         }
         let (copied, of_index_jobs) = mpsc::unbounded_channel();
@@ -103,7 +103,7 @@ impl Running {
             &self.application_name,
             items,
             names,
-            self.config.index_jobs,
+            self.config.index,
             of_index_jobs,
             &self.board,
         );
@@ -300,14 +300,14 @@ impl Running {
 
     /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
     pub(super) async fn finish_schema(&self) -> Result<()> {
-        let mut target = self.target().await?;
+        let target = self.target().await?;
         let items = ledger::pending_items(&target, Section::PostData).await?;
         self.board.event(
             Level::Info,
             format!("restoring foreign keys, triggers and the rest of the schema ({} items)", items.len()),
         );
         for (position, item) in &items {
-            schema::run_post_data_item(&mut target, *position, item).await?;
+            schema::run_post_data_item(&target, *position, item).await?;
         }
         self.refresh_materialized_views(&target).await?;
         target

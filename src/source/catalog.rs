@@ -211,15 +211,22 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
     let rows = client
         .query(
             &format!(
-                // A domain goes over the wire as its base type does, so the base decides.
-                "WITH RECURSIVE base(type, root) AS ( \
-                   SELECT oid, oid FROM pg_catalog.pg_type WHERE typtype <> 'd' \
-                   UNION ALL SELECT t.oid, base.root FROM pg_catalog.pg_type t JOIN base ON t.typbasetype = base.type \
-                   WHERE t.typtype = 'd') \
-                 SELECT a.attrelid, a.attname, a.attnum, a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod), \
-                        a.atttypmod, a.attnotnull, a.attidentity = 'a', \
-                        b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e', \
-                        (b.oid IN ({BYTE_EQUAL_TYPES}) OR b.typtype = 'e') AND coalesce(l.collisdeterministic, true), \
+                // A domain goes over the wire as its base type does, so the base decides. What is asked of a type is asked once for
+                // each type (OFFSET 0 keeps it so), not for each of perhaps a hundred thousand columns.
+                "WITH RECURSIVE a AS ( \
+                   SELECT a.attrelid, a.attname, a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attidentity, a.attcollation \
+                   FROM pg_catalog.pg_attribute a \
+                   JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
+                   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                   WHERE c.relkind = 'r' AND {USER_RELATION} AND a.attnum > 0 AND NOT a.attisdropped \
+                     AND a.attgenerated = ''), \
+                 base(type, root) AS ( \
+                   SELECT DISTINCT atttypid, atttypid FROM a \
+                   UNION ALL SELECT base.type, t.typbasetype FROM base JOIN pg_catalog.pg_type t ON t.oid = base.root \
+                   WHERE t.typtype = 'd'), \
+                 facts AS ( \
+                   SELECT base.type, b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e' AS binary_safe, \
+                        b.oid IN ({BYTE_EQUAL_TYPES}) OR b.typtype = 'e' AS byte_equal, \
                         CASE WHEN b.typtype IN ('e', 'r', 'm', 'c') OR b.typcategory = 'A' OR b.oid IN ({BORROWED_EQUALITY}) THEN 'pg_catalog' \
                              ELSE (SELECT pg_catalog.min(on_.nspname) FROM pg_catalog.pg_opclass oc \
                                    JOIN pg_catalog.pg_am am ON am.oid = oc.opcmethod AND am.amname = 'btree' \
@@ -227,15 +234,13 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
                                      AND ao.amoplefttype = oc.opcintype AND ao.amoprighttype = oc.opcintype \
                                    JOIN pg_catalog.pg_operator o ON o.oid = ao.amopopr \
                                    JOIN pg_catalog.pg_namespace on_ ON on_.oid = o.oprnamespace \
-                                   WHERE oc.opcdefault AND oc.opcintype = b.oid) END \
-                 FROM pg_catalog.pg_attribute a \
-                 JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 JOIN base ON base.type = a.atttypid \
-                 JOIN pg_catalog.pg_type b ON b.oid = base.root \
+                                   WHERE oc.opcdefault AND oc.opcintype = b.oid) END AS equality_schema \
+                   FROM base JOIN pg_catalog.pg_type b ON b.oid = base.root WHERE b.typtype <> 'd' OFFSET 0) \
+                 SELECT a.attrelid, a.attname, a.attnum, a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod), \
+                        a.atttypmod, a.attnotnull, a.attidentity = 'a', facts.binary_safe, \
+                        facts.byte_equal AND coalesce(l.collisdeterministic, true), facts.equality_schema \
+                 FROM a JOIN facts ON facts.type = a.atttypid \
                  LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation \
-                 WHERE c.relkind = 'r' AND {USER_RELATION} AND a.attnum > 0 AND NOT a.attisdropped \
-                   AND a.attgenerated = '' \
                  ORDER BY a.attrelid, a.attnum"
             ),
             &[],

@@ -30,7 +30,7 @@ use crate::source::snapshot::SnapshotData;
 use crate::target::route::Routing;
 
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
-pub use schema_item::{SchemaItem, Section, item_done, pending_items};
+pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
 
 /// The version of the ledger's tables that this walferry writes (H18).
 ///
@@ -208,6 +208,13 @@ pub struct Part {
     pub first_page: i64,
     /// The page after the last; `None` for the last part, which is open-ended (H3).
     pub end_page: Option<i64>,
+}
+
+impl Part {
+    /// Whether it is all of its table.
+    pub fn is_whole(&self) -> bool {
+        self.first_page == 0 && self.end_page.is_none()
+    }
 }
 
 /// Makes the ledger, with its one migration; one transaction.

@@ -60,11 +60,7 @@ pub async fn pending_items(client: &Client, section: Section) -> Result<Vec<(i32
         .collect())
 }
 
-/// Marks an item as run, in the transaction that ran it.
-///
-/// # Errors
-/// Whatever the server says.
-pub async fn item_done(client: &Client, position: i32) -> Result<()> {
-    client.execute("UPDATE walferry.schema_item SET done = true WHERE position = $1", &[&position]).await?;
-    Ok(())
+/// The statement that marks an item as run, for the transaction that runs it.
+pub fn mark_done(position: i32) -> String {
+    format!("UPDATE walferry.schema_item SET done = true WHERE position = {position}")
 }
