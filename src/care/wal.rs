@@ -2,7 +2,7 @@
 //!
 //! A slot keeps WAL while nobody reads from it, while the queue is full, and from the beginning of the oldest transaction that is
 //! still open on the source. The last two pass by themselves; a source whose disk is full does not. So it is only by explicit
-//! choice that the slot is given up for it, and [`GivenUp`] tells every later start so until a `resync` has made a new one.
+//! choice that the slot is given up for it, and `GivenUp` tells every later start so until a `resync` has made a new one.
 
 use std::time::{Duration, Instant};
 

@@ -92,8 +92,8 @@ impl Copier {
         let jobs = async {
             let mut running = JoinSet::new();
             loop {
-                let to_begin = lock(&work).to_begin(*wanted.borrow_and_update());
-                for _ in 0..to_begin {
+                let begun = lock(&work).begin(*wanted.borrow_and_update());
+                for _ in 0..begun {
                     let job = Job {
                         copier: Arc::clone(self),
                         snapshot: snapshot.to_owned(),
@@ -149,7 +149,7 @@ struct Work {
 
 impl Work {
     /// How many jobs are to begin, which from now on count; for each there is a part.
-    fn to_begin(&mut self, wanted: usize) -> usize {
+    fn begin(&mut self, wanted: usize) -> usize {
         let count = wanted.max(1).saturating_sub(self.jobs).min(self.waiting.len());
         self.jobs += count;
         count
@@ -293,22 +293,22 @@ mod tests {
     #[test]
     fn as_many_jobs_begin_as_are_wanted_and_have_a_part() {
         let mut work = work(5);
-        assert_eq!(work.to_begin(2), 2);
-        assert_eq!(work.to_begin(2), 0);
-        assert_eq!(work.to_begin(3), 1, "one more is wanted now");
+        assert_eq!(work.begin(2), 2);
+        assert_eq!(work.begin(2), 0);
+        assert_eq!(work.begin(3), 1, "one more is wanted now");
         assert!((0..3).all(|_| work.next(3).is_some()));
-        assert_eq!(work.to_begin(100), 2, "no more than there are parts");
+        assert_eq!(work.begin(100), 2, "no more than there are parts");
     }
 
     #[test]
     fn h28_jobs_that_are_too_many_end_after_their_part_and_nothing_is_left_undone() {
         let mut work = work(10);
-        assert_eq!(work.to_begin(4), 4);
+        assert_eq!(work.begin(4), 4);
         assert!((0..4).all(|_| work.next(4).is_some()));
         assert!((0..3).all(|_| work.next(1).is_none()), "three of four end");
         assert_eq!(work.jobs, 1);
         assert!((0..6).all(|_| work.next(1).is_some()), "the last one does the rest");
         assert!(work.next(1).is_none());
-        assert_eq!((work.jobs, work.to_begin(4)), (0, 0));
+        assert_eq!((work.jobs, work.begin(4)), (0, 0));
     }
 }
