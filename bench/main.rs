@@ -29,6 +29,8 @@ mod native;
 mod plot;
 mod results;
 mod setting;
+#[allow(dead_code)] // criterion's benchmarks use the rest
+mod stream;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,6 +38,7 @@ use std::process::ExitCode;
 use results::Results;
 use setting::{Options, Setting};
 use walferry::error::{Error, ErrorKind, Result};
+use walferry::migrate::stop_signal;
 
 const USAGE: &str = "bench [--quick] [--only B1,B3] [--rounds N] [--out DIRECTORY] [--profile]
 
@@ -97,20 +100,6 @@ async fn run(options: Options) -> Result<()> {
     // What was measured is kept, whatever happened later.
     results.write(&setting.options)?;
     outcome
-}
-
-/// Waits for SIGINT or SIGTERM.
-async fn stop_signal() -> Error {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-    }
-    Error::new(ErrorKind::Interrupted, "stopped by a signal")
 }
 
 /// The bars in order of importance.

@@ -125,7 +125,7 @@ async fn end_sessions(source: &Client, id: &str) -> Result<()> {
 /// Ids of migrations whose slot or publication is in this database, though no ledger names them.
 async fn orphans(source: &Client) -> Result<Vec<String>> {
     let rows = source
-        .query(
+        .query_typed(
             "SELECT DISTINCT substr(name, 10, 8) FROM ( \
                  SELECT slot_name::text FROM pg_catalog.pg_replication_slots WHERE database = pg_catalog.current_database() AND NOT active \
                  UNION ALL SELECT pubname::text FROM pg_catalog.pg_publication) names(name) \
@@ -140,7 +140,10 @@ async fn orphans(source: &Client) -> Result<Vec<String>> {
 /// Takes back the setting that closed the source to writers, from a cutover that went through or was cut off.
 async fn open_again(source: &Client, target: &Client, database: &str, removed: &mut Vec<Removed>) -> Result<()> {
     let fence = target
-        .query_opt("SELECT fence->>'previous', fence->>'since' FROM walferry.migration WHERE fence IS NOT NULL", &[])
+        .query_typed_opt(
+            "SELECT fence->>'previous', fence->>'since' FROM walferry.migration WHERE fence IS NOT NULL",
+            &[],
+        )
         .await?;
     if let Some(row) = fence {
         let closed = cutover::Closed { previous: row.get(0), since: row.get(1) };

@@ -185,6 +185,9 @@ pub struct Check {
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
+    pub estimate_seconds: u64,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

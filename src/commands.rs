@@ -132,13 +132,16 @@ async fn check(options: cli::Check) -> Result<()> {
         index: options.parallelism.index_jobs,
         apply: options.parallelism.apply_workers,
     };
+    let caps = options.connections.caps();
+    let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
     let report = check::run(&check::Inputs {
         source: &source,
         target: &target,
         state_directory: options.dir.as_deref(),
-        jobs: options.connections.caps().fit(wanted)?,
+        jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
+        estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
     if options.json {

@@ -372,8 +372,8 @@ impl Backoff {
     }
 }
 
-/// Waits for SIGINT or SIGTERM.
-async fn stop_signal() -> Error {
+/// Waits for SIGINT or SIGTERM; answers the error with which a command then ends.
+pub async fn stop_signal() -> Error {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests too, which clippy does not see
 
+use std::time::Duration;
+
 use tokio_postgres::Client;
 use walferry::care::connections::Jobs;
 use walferry::check::{self, Finding, Inputs, Report, Severity, Side};
@@ -102,6 +104,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         jobs: Jobs { copy: 4, index: 2, apply: 4 },
         queue_max_bytes: None,
         resuming: false,
+        estimate: Duration::ZERO,
     }
 }
 
@@ -121,7 +124,7 @@ fn codes(report: &Report, severity: Severity) -> Vec<&'static str> {
     report.of(severity).map(|finding| finding.code).collect()
 }
 
-/// What a check could have changed: every catalog's rows, sessions' marks on transaction numbers, slots, settings.
+/// What a check could have changed: every catalog's rows, slots, settings, sessions, and last the next transaction number.
 async fn everything(client: &Client) -> Vec<String> {
     let catalogs = client
         .query(
@@ -137,14 +140,14 @@ async fn everything(client: &Client) -> Vec<String> {
     let mut all: Vec<String> = catalogs.iter().map(|row| row.get(0)).collect();
     let more = client
         .query_one(
-            "SELECT concat_ws('/', txid_snapshot_xmax(txid_current_snapshot()), \
+            "SELECT txid_snapshot_xmax(txid_current_snapshot())::text, concat_ws('/', \
                (SELECT count(*) FROM pg_replication_slots), (SELECT sum(hashtext(setting)::int8) FROM pg_settings WHERE source <> 'session'), \
                (SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'walferry%'))",
             &[],
         )
         .await
         .unwrap();
-    all.push(more.get(0));
+    all.extend([more.get(1), more.get(0)]);
     all
 }
 
@@ -171,6 +174,76 @@ async fn a_plain_database_is_ready_and_nothing_is_changed_on_either_server() {
     assert_eq!(codes(&report, Severity::Warning), Vec::<&str>::new(), "{report}");
     assert_eq!((report.tables, report.rows_estimate, report.tables_never_analysed), (2, 100, 1));
     assert!(report.to_string().ends_with("\nready"));
+}
+
+#[tokio::test]
+async fn a_trial_estimates_the_copy_and_leaves_nothing_on_either_server() {
+    let pair = Pair::start(&[]).await;
+    let (from, to) = (spec(&pair.source, "app", "shop"), spec(&pair.target, "app", "shop"));
+    // It ends when all has been copied, however busy the machine is.
+    let inputs = Inputs { estimate: Duration::from_secs(600), ..inputs(&from, &to) };
+    let report = check::run(&inputs).await.unwrap();
+    let estimate = report.estimate.as_ref().unwrap();
+    assert_eq!((estimate.seconds, estimate.bytes, estimate.bytes_per_second), (0.0, 0, None), "a source with no rows");
+    assert_eq!(estimate.index_seconds, Some(0.0));
+    assert!(the_finding(&report, "copy-time").message.starts_with("There are no rows"), "{report}");
+
+    // Types that the target does not know, with and without a binary form that is the same everywhere; TOAST; a table without rows.
+    pair.as_app(
+        "CREATE TYPE mood AS ENUM ('ok', 'sad'); CREATE DOMAIN amount AS bigint; CREATE TYPE pair AS (a int, b text); \
+         CREATE TABLE \"Or\"\"ders\" (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, mood mood, amount amount, note text); \
+         CREATE TABLE pairs (id int, pair pair, oid regclass, PRIMARY KEY (id) INCLUDE (oid)); CREATE TABLE fresh (id int PRIMARY KEY); \
+         CREATE TABLE documents (name text PRIMARY KEY, body text); ALTER TABLE documents ALTER body SET STORAGE EXTERNAL; \
+         INSERT INTO \"Or\"\"ders\" (mood, amount, note) SELECT 'sad', n, repeat('x', 50) FROM generate_series(1, 100000) n; \
+         INSERT INTO pairs SELECT n, ROW(n, 'x')::pair, 'pg_class' FROM generate_series(1, 1000) n; \
+         INSERT INTO documents SELECT n::text, repeat('long', 10000) FROM generate_series(1, 40) n;",
+    )
+    .await;
+    let (source, target) = (pair.on_source().await, pair.on_target().await);
+    let (source_before, mut target_before) = (everything(&source).await, everything(&target).await);
+    let report = check::run(&inputs).await.unwrap();
+    for client in [&source, &target] {
+        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'walferry%'";
+        while client.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0) > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert_eq!(source_before, everything(&source).await);
+    let mut target_after = everything(&target).await;
+    assert_ne!(target_before.pop(), target_after.pop(), "rows were written to the target");
+    assert_eq!(target_before, target_after);
+
+    let estimate = report.estimate.as_ref().unwrap();
+    let bytes: i64 = estimate.tables.iter().map(|table| table.bytes).sum();
+    let names: Vec<&str> = estimate.tables.iter().map(|table| table.table.as_str()).collect();
+    assert_eq!(names, ["\"public\".\"Or\"\"ders\"", "\"public\".\"documents\"", "\"public\".\"pairs\""]);
+    assert!(estimate.tables.iter().all(|table| table.left_out.is_none()), "{report}");
+    assert!(estimate.tables.iter().all(|table| table.measured_bytes == table.bytes && table.measured_seconds > 0.0));
+    assert!(estimate.complete && estimate.written, "{estimate:?}");
+    assert_eq!((estimate.bytes, estimate.streams), (bytes, 2));
+    assert!(estimate.seconds > 0.0 && estimate.measured_seconds > 0.0 && estimate.index_bytes > 2 << 20);
+    assert!(estimate.index_seconds.unwrap() > 0.0);
+    let message = &the_finding(&report, "copy-time").message;
+    assert!(message.contains(" with 2 streams of ") && message.contains("which is all there is"), "{message}");
+    let json = serde_json::to_value(&report).unwrap();
+    for field in ["seconds", "bytes", "bytes_per_second", "index_seconds", "index_bytes", "measured_seconds", "streams"]
+    {
+        assert!(json["estimate"][field].is_number(), "{field} in {json}");
+    }
+
+    let nothing = check::run(&Inputs { estimate: Duration::ZERO, ..inputs }).await.unwrap();
+    assert!(nothing.estimate.is_none() && nothing.findings.iter().all(|finding| finding.code != "copy-time"));
+
+    // Where nothing can be made on the target, and where there is none, the reading is tried.
+    run(&target, "REVOKE CREATE ON DATABASE shop FROM app; ALTER DATABASE shop OWNER TO postgres").await;
+    let gone = ConnectionSpec::parse("host=127.0.0.1 port=1 user=app dbname=shop").unwrap();
+    for (to, why) in [(&to, "permission denied for database shop"), (&gone, "the target cannot be used")] {
+        let report = check::run(&Inputs { target: to, ..inputs }).await.unwrap();
+        let estimate = report.estimate.as_ref().unwrap();
+        assert!(!estimate.written && estimate.complete && estimate.index_seconds.is_none(), "{estimate:?}");
+        let message = &the_finding(&report, "copy-time").message;
+        assert!(message.starts_with("The reading alone takes about ") && message.contains(why), "{message}");
+    }
 }
 
 #[tokio::test]

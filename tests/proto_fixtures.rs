@@ -106,6 +106,28 @@ fn every_fixture_decodes_as_it_says() {
 }
 
 #[test]
+fn decoding_allocates_nothing() {
+    for (name, mode) in NAMES.iter().flat_map(|name| MODES.map(|mode| (name, mode))) {
+        for one in captured(name, mode) {
+            let allocated = allocation_counter::measure(|| {
+                let count = |tuple: Tuple<'_>| tuple.columns().filter(|column| *column != Datum::Null).count();
+                // What each message is looked at for; the sum is used, so that none of it can be left out.
+                let seen = match decode(&one.bytes) {
+                    Ok(Message::Insert { new, .. } | Message::Update { old: None, new, .. }) => count(new),
+                    Ok(Message::Update { old: Some(old), new, .. }) => count(old.tuple()) + count(new),
+                    Ok(Message::Delete { old, .. }) => count(old.tuple()),
+                    Ok(Message::Relation(relation)) => relation.columns().map(|column| column.name.len()).sum(),
+                    Ok(Message::Truncate { relids, .. }) => relids.count(),
+                    other => usize::from(other.is_ok()),
+                };
+                std::hint::black_box(seen);
+            });
+            assert_eq!(allocated.count_total, 0, "{name}.{mode}: {}", one.description);
+        }
+    }
+}
+
+#[test]
 fn no_truncation_of_a_captured_message_is_a_message() {
     for name in NAMES {
         for one in MODES.iter().flat_map(|mode| captured(name, mode)) {

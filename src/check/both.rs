@@ -57,7 +57,7 @@ impl References {
 /// Whatever the server says.
 pub(crate) async fn references(source: &Client) -> Result<References> {
     let rows = source
-        .query(
+        .query_typed(
             &format!(
                 "WITH relations AS ( \
                    SELECT c.*, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
@@ -222,7 +222,7 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
         has_icu: false,
     };
     let extensions = target
-        .query(
+        .query_typed(
             "SELECT v.name::text, v.version, v.installed OR NOT v.superuser OR v.trusted \
              FROM pg_available_extension_versions v ORDER BY 1, 2",
             &[],
@@ -237,7 +237,7 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
     // From 16 on, giving an object away takes the SET option of the membership.
     let giving = if server.major() >= 16 { "SET" } else { "MEMBER" };
     let rows = target
-        .query(
+        .query_typed(
             &format!(
                 "SELECT 'role', rolname::text, pg_has_role(oid, '{giving}') FROM pg_roles \
                  UNION ALL SELECT 'tablespace', spcname, true FROM pg_tablespace \

@@ -87,7 +87,7 @@ pub(crate) async fn clock(client: &Client, side: Side) -> Result<Option<Finding>
     let seconds = || SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64()).unwrap_or(0.0);
     let before = seconds();
     let row = client
-        .query_one("SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8", &[])
+        .query_typed_one("SELECT extract(epoch FROM pg_catalog.clock_timestamp())::float8", &[])
         .await
         .context(|| "reading the server's clock".into())?;
     let after = seconds();

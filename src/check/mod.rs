@@ -5,13 +5,15 @@
 //!                                               └──► objects (tables, what cannot move) ─┤
 //!                                               └──► target  (empty, writable)          ─┼──► findings, by severity ──► Report
 //!                                               └──► both    (do they fit)              ─┤
+//!  a short trial of the copy ──► estimate ───────────────────────────────────────────────┤
 //!  this machine ──► local (disk, directory, clock), tools (pg_dump)                     ─┘
 //! ```
 //!
 //! Everything is read in sessions whose transactions are read-only, with a few queries over whole catalogs and none per
-//! table. A finding says what was found on which object, why it matters, and the SQL that mends it.
+//! table; only the trial of a copy (`estimate`) writes, in a transaction that it rolls back. A finding says what was found on which object, why it matters, and the SQL that mends it.
 
 mod both;
+mod estimate;
 mod local;
 mod objects;
 mod report;
@@ -21,9 +23,11 @@ mod target;
 pub mod tools;
 
 use std::path::Path;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 
+pub use estimate::{Estimate, TriedTable};
 pub(crate) use report::that_stand;
 pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
@@ -51,9 +55,12 @@ pub struct Inputs<'a> {
     pub queue_max_bytes: Option<u64>,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
     pub resuming: bool,
+    /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
+    /// that goes on, either.
+    pub estimate: Duration,
 }
 
-/// Checks both servers and this machine. Changes nothing.
+/// Checks both servers and this machine. Changes nothing: what the trial writes on the target it takes back.
 ///
 /// A server that cannot be reached is a finding, so that the rest is still checked.
 ///
@@ -101,6 +108,32 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         findings.extend(local::state_directory(directory, inputs.queue_max_bytes, source_bytes));
     }
 
+    let mut estimate = None;
+    if let Some((client, server)) = &source
+        && !inputs.estimate.is_zero()
+        && !inputs.resuming
+        && server.major() >= *server::SUPPORTED.start()
+    {
+        let usable = target.as_ref().filter(|(_, target)| target.major() >= *server::SUPPORTED.start());
+        let trial = estimate::Trial {
+            source: inputs.source,
+            target: usable.map(|_| inputs.target),
+            tables: &tables,
+            index_bytes: estimate::index_bytes(client, &tables).await,
+            copy_jobs: inputs.jobs.copy,
+            index_jobs: inputs.jobs.index,
+            free_connections: usable
+                .map_or(i64::MAX, |(_, target)| target.free_connections)
+                .min(server.free_connections)
+                .min(count(inputs.source.connections().room().min(inputs.target.connections().room()))),
+            no_wal: usable.is_some_and(|(_, target)| target.setting("wal_level") == Some("minimal")),
+            limit: inputs.estimate,
+        };
+        let (found, finding) = estimate::run(&trial).await;
+        estimate = found;
+        findings.push(finding);
+    }
+
     // The order within a severity is that of the checks: settings first, single objects later.
     findings.sort_by_key(|finding| finding.severity);
     Ok(Report {
@@ -112,6 +145,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         bytes: tables.iter().map(|table| table.bytes).sum(),
         rows_estimate: tables.iter().map(|table| table.estimated_rows.max(0.0) as i64).sum(),
         tables_never_analysed: tables.iter().filter(|table| table.estimated_rows < 0.0).count(),
+        estimate,
         findings,
     })
 }

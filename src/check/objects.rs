@@ -24,7 +24,7 @@ struct Keys {
 
 async fn keys(client: &Client) -> Result<Keys> {
     let rows = client
-        .query(
+        .query_typed(
             "SELECT i.indrelid, i.indisprimary, \
                     EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
                               AND a.attgenerated <> '') \
@@ -130,7 +130,7 @@ fn table_findings(tables: &[Table], keys: &Keys) -> Vec<Finding> {
 pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let rows = client
-        .query(
+        .query_typed(
             &format!(
                 "SELECT 'rule', format('%I.%I', n.nspname, c.relname), quote_ident(w.rulename), w.ev_enabled::text \
                  FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class JOIN pg_namespace n ON n.oid = c.relnamespace \
@@ -250,7 +250,7 @@ pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Findi
         None,
     );
     let row = client
-        .query_one("SELECT count(*) FROM pg_largeobject_metadata", &[])
+        .query_typed_one("SELECT count(*) FROM pg_largeobject_metadata", &[])
         .await
         .context(|| "counting the source's large objects".into())?;
     let large_objects: i64 = row.get(0);

@@ -4,6 +4,8 @@ use std::fmt::{self, Write};
 
 use serde::Serialize;
 
+use super::estimate::Estimate;
+
 /// How much a finding matters, the gravest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -106,6 +108,8 @@ pub struct Report {
     pub rows_estimate: i64,
     /// Tables that were never analysed, and so are missing in `rows_estimate`.
     pub tables_never_analysed: usize,
+    /// How long the copy is expected to take; none without a trial, and where the trial measured nothing.
+    pub estimate: Option<Estimate>,
     /// The findings, blockers first.
     pub findings: Vec<Finding>,
 }
@@ -297,6 +301,7 @@ mod tests {
             bytes: 1536,
             rows_estimate: 1_234_567,
             tables_never_analysed: 1,
+            estimate: None,
             findings,
         }
     }

@@ -116,7 +116,7 @@ pub(crate) async fn read(client: &Client) -> Result<Server> {
     let doing = || "reading the server's version, role and database".to_string();
     // Columns of pg_database that not every version has are reached through JSON.
     let row = client
-        .query_one(
+        .query_typed_one(
             "SELECT current_setting('server_version_num')::int4, current_setting('server_version'), \
                     pg_postmaster_start_time()::text, d.datname, pg_database_size(d.oid), \
                     pg_encoding_to_char(d.encoding), \
@@ -166,12 +166,12 @@ pub(crate) async fn read(client: &Client) -> Result<Server> {
     };
     // Some managed services keep this function to themselves; without it, the check for one server on both sides is
     // left to the start time alone.
-    if let Ok(row) = client.query_one("SELECT system_identifier::text FROM pg_control_system()", &[]).await {
+    if let Ok(row) = client.query_typed_one("SELECT system_identifier::text FROM pg_control_system()", &[]).await {
         server.system_identifier = row.get(0);
     }
     if server.major() >= 15 {
         let row = client
-            .query_one(
+            .query_typed_one(
                 "SELECT pg_database_collation_actual_version(oid) FROM pg_database WHERE datname = current_database()",
                 &[],
             )
@@ -181,7 +181,7 @@ pub(crate) async fn read(client: &Client) -> Result<Server> {
     }
     // reset_val: this session has just set some of them for itself.
     let rows = client
-        .query(
+        .query_typed(
             "SELECT name, coalesce(reset_val, setting, ''), coalesce(current_setting(name, true), '') FROM pg_settings",
             &[],
         )

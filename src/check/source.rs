@@ -105,7 +105,7 @@ pub(crate) fn settings(server: &Server) -> Vec<Finding> {
 /// Rights that only the cutover needs: to close the database to writers, and to end the other sessions (H29).
 pub(crate) async fn cutover(client: &Client, server: &Server) -> Result<Vec<Finding>> {
     let row = client
-        .query_one(
+        .query_typed_one(
             "SELECT pg_catalog.pg_has_role(current_user, d.datdba, 'USAGE'), \
                     pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'USAGE') \
              FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
@@ -138,7 +138,7 @@ pub(crate) async fn cutover(client: &Client, server: &Server) -> Result<Vec<Find
 pub(crate) async fn replication(client: &Client, server: &Server, resuming: bool) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let row = client
-        .query_one(
+        .query_typed_one(
             "SELECT (SELECT count(*) FROM pg_replication_slots), (SELECT count(*) FROM pg_stat_replication), \
                     ARRAY(SELECT slot_name::text FROM pg_replication_slots WHERE slot_name LIKE 'walferry%' \
                             AND database = current_database() ORDER BY 1), \
@@ -207,7 +207,7 @@ pub(crate) async fn slot_wal_limit(client: &Client, server: &Server) -> Result<O
         return Ok(None);
     }
     let row = client
-        .query_one(
+        .query_typed_one(
             "SELECT wal_bytes::float8, extract(epoch FROM clock_timestamp() - stats_reset)::float8 FROM pg_stat_wal",
             &[],
         )
@@ -239,7 +239,7 @@ pub(crate) async fn slot_wal_limit(client: &Client, server: &Server) -> Result<O
 /// target a read-only default is more: the application inherits it.
 pub(crate) async fn session_defaults(client: &Client, side: Side) -> Result<Vec<Finding>> {
     let rows = client
-        .query(
+        .query_typed(
             "WITH overrides AS ( \
                SELECT split_part(c.setting, '=', 1) AS name, split_part(c.setting, '=', 2) AS value, \
                       concat_ws(' in ', 'role ' || quote_ident(r.rolname), 'database ' || quote_ident(d.datname)) AS place, \
@@ -283,7 +283,7 @@ pub(crate) async fn transactions(client: &Client, server: &Server, longer_than: 
     let mut findings = Vec::new();
     // The query's text is left out: it holds values.
     let rows = client
-        .query(
+        .query_typed(
             &format!(
                 "SELECT a.pid, coalesce(a.usename, '')::text, coalesce(a.application_name, ''), \
                         date_trunc('second', clock_timestamp() - a.xact_start)::text, a.backend_xid IS NOT NULL, \
@@ -339,7 +339,7 @@ pub(crate) async fn transactions(client: &Client, server: &Server, longer_than: 
         );
     }
     let rows = client
-        .query("SELECT gid, database::text, owner::text FROM pg_prepared_xacts ORDER BY prepared", &[])
+        .query_typed("SELECT gid, database::text, owner::text FROM pg_prepared_xacts ORDER BY prepared", &[])
         .await
         .context(|| "reading the source's prepared transactions".into())?;
     if !rows.is_empty() {
@@ -375,7 +375,7 @@ pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<F
     let role = sql::identifier(&server.role);
     let mut findings = Vec::new();
     let rows = client
-        .query(
+        .query_typed(
             &format!(
                 "SELECT n.nspname::text, c.relname::text, c.relkind::text, \
                         has_schema_privilege(n.oid, 'USAGE'), \
@@ -503,7 +503,7 @@ mod tests {
         );
         writer.batch_execute("BEGIN; CREATE TABLE secret_name (id int)").await.unwrap();
         reader.batch_execute("BEGIN; SELECT 1").await.unwrap();
-        let pid: i32 = writer.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+        let pid: i32 = writer.query_typed_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
         let found = transactions(&checking, &server(), 0.0).await.unwrap();
         let codes: Vec<&str> = found.iter().map(|finding| finding.code).collect();
         assert_eq!(codes, ["long-transactions", "long-readers"]);

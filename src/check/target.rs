@@ -25,7 +25,7 @@ pub(crate) async fn emptiness(client: &Client, server: &Server) -> Result<Vec<Fi
         )
     };
     let rows = client
-        .query(
+        .query_typed(
             &format!(
                 "SELECT CASE c.relkind WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' \
                           WHEN 'f' THEN 'foreign table' WHEN 'c' THEN 'type' ELSE 'table' END, \

@@ -9,8 +9,8 @@ use tokio_postgres::error::SqlState;
 
 use super::Outcome;
 use crate::care::pace::Pace;
-use crate::connection::Session;
 use crate::connection::wire::RawSession;
+use crate::connection::{self, Session};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::table_progress::PartProgress;
@@ -62,18 +62,13 @@ async fn copy_rows(
     part: &Part,
     (board, pace): (&StatusBoard, &Pace),
 ) -> Result<Outcome> {
+    let transaction = target.transaction().await?;
+    let frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
+    begin_part(transaction.client(), table, frozen).await?;
+    // The source last, so that its lock waits for nobody on the target.
     source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
     if !is_same_file(source.first_row(&file_statements(table)).await, table)? {
         return Ok(Outcome::Stale);
-    }
-    let transaction = target.transaction().await?;
-    // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
-    transaction
-        .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
-        .await?;
-    let frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
-    if frozen {
-        truncate_empty(transaction.client(), table).await?;
     }
     let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
     source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
@@ -94,11 +89,17 @@ async fn copy_rows(
     Ok(Outcome::Copied(complete))
 }
 
-/// Truncates a table that has no rows, for its new file.
-async fn truncate_empty(target: &Client, table: &Table) -> Result<()> {
+/// Makes the target ready. What is to arrive frozen has no rows yet, and gets a new file.
+async fn begin_part(target: &Client, table: &Table, frozen: bool) -> Result<()> {
+    // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
+    const SETTINGS: &str = "SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica";
+    if !frozen {
+        return target.batch_execute(SETTINGS).await.map_err(Error::from);
+    }
     let name = table.qualified();
-    target.batch_execute(&format!("LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE")).await?;
-    if target.query_one(&format!("SELECT EXISTS (SELECT FROM ONLY {name})"), &[]).await?.get(0) {
+    let statements =
+        format!("{SETTINGS}; LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE; SELECT EXISTS (SELECT FROM ONLY {name})");
+    if connection::first_row(target, &statements).await?.first().and_then(Option::as_deref) != Some("f") {
         let text = format!("{name} on the target holds rows that are not ours: somebody else writes there");
         return Err(Error::new(ErrorKind::Divergence, text)
             .hint("Find out who it is and stop it, then empty the table and run the same command again."));

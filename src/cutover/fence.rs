@@ -133,7 +133,7 @@ impl<'a> Fence<'a> {
     pub(super) async fn close(&mut self) -> Result<()> {
         let row = self
             .source
-            .query_one(
+            .query_typed_one(
                 "SELECT (SELECT substr(setting, 31) FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) setting \
                          WHERE s.setrole = 0 AND s.setdatabase = d.oid AND setting LIKE 'default_transaction_read_only=%'), \
                         pg_catalog.clock_timestamp()::text \
@@ -156,7 +156,7 @@ impl<'a> Fence<'a> {
         let close = format!("ALTER DATABASE {} SET default_transaction_read_only = on", sql::identifier(self.database));
         self.source.batch_execute(&close).await.context(|| "closing the source's database to writers".into())?;
         // A session that begins after this moment is read-only by default; one that began before is ended.
-        self.closed_at = Some(self.source.query_one("SELECT pg_catalog.clock_timestamp()", &[]).await?.get(0));
+        self.closed_at = Some(self.source.query_typed_one("SELECT pg_catalog.clock_timestamp()", &[]).await?.get(0));
         self.end_sessions().await
     }
 
@@ -190,7 +190,7 @@ impl<'a> Fence<'a> {
         let locks = self.locks.as_ref().ok_or_else(lost)?;
         let held: i64 = locks
             .client
-            .query_one(
+            .query_typed_one(
                 "SELECT count(*) FROM pg_catalog.pg_locks WHERE pid = pg_catalog.pg_backend_pid() AND granted \
                  AND locktype = 'relation' AND mode = 'ShareRowExclusiveLock'",
                 &[],
@@ -282,7 +282,7 @@ impl<'a> Fence<'a> {
 }
 
 async fn backend_pid(client: &Client) -> Result<i32> {
-    Ok(client.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0))
+    Ok(client.query_typed_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0))
 }
 
 /// Whether the ledger has a fence that was not decided on.
@@ -291,7 +291,7 @@ async fn backend_pid(client: &Client) -> Result<i32> {
 /// Whatever the target says.
 pub async fn is_fence_left_over(target: &Client) -> Result<bool> {
     let row = target
-        .query_one(
+        .query_typed_one(
             "SELECT EXISTS (SELECT FROM walferry.migration WHERE fence IS NOT NULL AND phase <> 'cut_over')",
             &[],
         )
@@ -335,9 +335,9 @@ pub async fn lift_left_over_fence(
     // A ROLLBACK first: the session may come from a decision that failed.
     target.batch_execute("ROLLBACK; BEGIN; SET LOCAL synchronous_commit = on").await?;
     // Locked whatever it says, and read again after the wait.
-    target.execute("SELECT FROM walferry.migration FOR UPDATE", &[]).await?;
+    target.execute_typed("SELECT FROM walferry.migration FOR UPDATE", &[]).await?;
     let row = target
-        .query_opt(
+        .query_typed_opt(
             "SELECT fence->>'previous', fence->>'since' FROM walferry.migration \
              WHERE fence IS NOT NULL AND phase <> 'cut_over'",
             &[],

@@ -323,7 +323,7 @@ impl Cutover<'_> {
 
     async fn no_prepared_transactions(&self, source: &Client) -> Result<()> {
         let count: i64 = source
-            .query_one(
+            .query_typed_one(
                 "SELECT count(*) FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
                 &[],
             )

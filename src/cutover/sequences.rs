@@ -10,7 +10,7 @@ use crate::sql;
 /// Call it when nobody can call `nextval` any more (H31): table locks do not cover sequences.
 pub(super) async fn copy(source: &Client, target: &Client) -> Result<usize> {
     let names = source
-        .query(
+        .query_typed(
             "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              WHERE c.relkind = 'S' AND c.relpersistence <> 't' \
                AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') \
@@ -28,8 +28,10 @@ pub(super) async fn copy(source: &Client, target: &Client) -> Result<usize> {
     };
     let selects: Vec<String> = names.iter().map(select).collect();
     for part in selects.chunks(1000) {
-        let values =
-            source.query(&part.join(" UNION ALL "), &[]).await.context(|| "reading the source's sequences".into())?;
+        let values = source
+            .query_typed(&part.join(" UNION ALL "), &[])
+            .await
+            .context(|| "reading the source's sequences".into())?;
         let set = |row: &tokio_postgres::Row| {
             let (name, last, called): (&str, i64, bool) = (row.get(0), row.get(1), row.get(2));
             format!("SELECT pg_catalog.setval({}::regclass, {last}, {called})", sql::literal(name))

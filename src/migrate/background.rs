@@ -75,7 +75,7 @@ impl Background {
         let mut committed: Option<(Lsn, Lsn)> = None;
         loop {
             // The insert position is read after the progress became visible, so its commit record is before it.
-            let row = answer(target.query_one(
+            let row = answer(target.query_typed_one(
                 "SELECT (SELECT min(applied) FROM walferry.apply_progress), pg_catalog.pg_current_wal_insert_lsn(), \
                         pg_catalog.pg_current_wal_flush_lsn()",
                 &[],
@@ -114,7 +114,8 @@ impl Background {
     async fn watch_source_while_connected(&self, watch: &mut wal::Watch) -> Result<()> {
         let source = self.source.connect(&self.application_name).await?;
         loop {
-            let position: PgLsn = answer(source.query_one("SELECT pg_catalog.pg_current_wal_lsn()", &[])).await?.get(0);
+            let position: PgLsn =
+                answer(source.query_typed_one("SELECT pg_catalog.pg_current_wal_lsn()", &[])).await?.get(0);
             if let Some(state) = answer(slot::state(&source, &self.slot)).await? {
                 let retained = state.retained_bytes.max(0).cast_unsigned();
                 self.board.source_position(position.into(), retained);

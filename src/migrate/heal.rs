@@ -83,7 +83,7 @@ impl Running {
         };
         // Whatever was applied or lost is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let assigned: String = source
-            .query_one("SELECT pg_catalog.pg_current_xact_id()::text", &[])
+            .query_typed_one("SELECT pg_catalog.pg_current_xact_id()::text", &[])
             .await
             .context(|| "asking the source for a transaction's id".into())?
             .get(0);

@@ -323,7 +323,7 @@ impl Running {
     async fn refresh_materialized_views(&self, target: &tokio_postgres::Client) -> Result<()> {
         let source = self.config.source.connect(&self.application_name).await?;
         let views = source
-            .query(
+            .query_typed(
                 "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  WHERE c.relkind = 'm' AND c.relispopulated ORDER BY c.oid",
                 &[],

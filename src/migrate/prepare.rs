@@ -183,7 +183,7 @@ pub(super) async fn end_sessions(client: &tokio_postgres::Client, application_na
 
 async fn major(client: &tokio_postgres::Client) -> Result<u32> {
     let number: i32 =
-        client.query_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?.get(0);
+        client.query_typed_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?.get(0);
     Ok(u32::try_from(number / 10_000).unwrap_or_default())
 }
 

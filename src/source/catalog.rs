@@ -159,7 +159,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     let mut columns = columns(client).await?;
     let mut indexes = indexes(client).await?;
     let rows = client
-        .query(
+        .query_typed(
             &format!(
                 "SELECT c.oid, n.nspname, c.relname, c.relpersistence = 'u', c.relispartition, c.relreplident::text, \
                         pg_catalog.pg_relation_size(c.oid) / pg_catalog.current_setting('block_size')::int8, \
@@ -209,7 +209,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
 
 async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
     let rows = client
-        .query(
+        .query_typed(
             &format!(
                 // A domain goes over the wire as its base type does, so the base decides. What is asked of a type is asked once for
                 // each type (OFFSET 0 keeps it so), not for each of perhaps a hundred thousand columns.
@@ -310,7 +310,7 @@ struct Index {
 
 async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
     let rows = client
-        .query(
+        .query_typed(
             "SELECT i.indrelid, \
                     (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
                      FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
@@ -368,7 +368,7 @@ fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) 
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
     let rows = client
-        .query(
+        .query_typed(
             &format!(
                 "SELECT (CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'i' THEN 'index' \
                            WHEN 'I' THEN 'partitioned index' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' \

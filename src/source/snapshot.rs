@@ -104,7 +104,7 @@ impl HeldSnapshot {
         xmin_at_least: u64,
     ) -> Result<HeldSnapshot> {
         let client = source.connect(application_name).await?;
-        let standby: bool = client.query_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?.get(0);
+        let standby: bool = client.query_typed_one("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?.get(0);
         if standby {
             // H5: its snapshots show transactions that still run on the primary as finished.
             return Err(Error::new(ErrorKind::Transient, "the source is a standby, whose snapshots cannot be trusted")
@@ -112,7 +112,7 @@ impl HeldSnapshot {
         }
         // The control file shows a new timeline only after a checkpoint; the name of a WAL file shows it at once.
         let found = client
-            .query_one(
+            .query_typed_one(
                 "SELECT system_identifier::text, \
                         ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int4 \
                  FROM pg_catalog.pg_control_system()",
@@ -125,12 +125,12 @@ impl HeldSnapshot {
         loop {
             client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
             let row = client
-                .query_one("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()", &[])
+                .query_typed_one("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()", &[])
                 .await
                 .context(|| "taking a snapshot of the source".into())?;
             // Its own statement, so that it is read after the snapshot (H6).
             let insert: tokio_postgres::types::PgLsn =
-                client.query_one("SELECT pg_catalog.pg_current_wal_insert_lsn()", &[]).await?.get(0);
+                client.query_typed_one("SELECT pg_catalog.pg_current_wal_insert_lsn()", &[]).await?.get(0);
             let data = SnapshotData::parse(row.get(0), insert.into())?;
             if data.xmin >= xmin_at_least {
                 return Ok(HeldSnapshot { name: row.get(1), data, session: Session::Ordinary(client) });

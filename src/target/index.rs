@@ -163,9 +163,9 @@ fn is_plain_index(item: &SchemaItem) -> bool {
 async fn set_memory(client: &Client, options: Options) -> Result<()> {
     const DEFAULT_MAX_KILOBYTES: i64 = 1 << 20;
     let jobs = i64::try_from(options.jobs.max(1)).unwrap_or(i64::MAX);
-    let share = |bytes: i64| bytes / jobs >> 10;
+    let share = |bytes: i64| (bytes / jobs) >> 10;
     let settings = client
-        .query_one(
+        .query_typed_one(
             "SELECT pg_catalog.pg_size_bytes(pg_catalog.current_setting('maintenance_work_mem')), \
                     pg_catalog.pg_size_bytes(pg_catalog.current_setting('shared_buffers'))",
             &[],

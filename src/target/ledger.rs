@@ -19,9 +19,10 @@ mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use futures_util::future::try_join3;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
-use tokio_postgres::types::PgLsn;
+use tokio_postgres::types::{PgLsn, Type};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -253,14 +254,14 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
 /// `Blocked` for a ledger that a newer walferry wrote (H18).
 pub async fn load(client: &Client) -> Result<Option<Migration>> {
     let exists: bool = client
-        .query_one("SELECT pg_catalog.to_regclass('walferry.migration') IS NOT NULL", &[])
+        .query_typed_one("SELECT pg_catalog.to_regclass('walferry.migration') IS NOT NULL", &[])
         .await
         .context(|| "looking for the ledger on the target".into())?
         .get(0);
     if !exists {
         return Ok(None);
     }
-    let Some(row) = client.query_opt("SELECT * FROM walferry.migration", &[]).await? else { return Ok(None) };
+    let Some(row) = client.query_typed_opt("SELECT * FROM walferry.migration", &[]).await? else { return Ok(None) };
     let format: i32 = row.get("format");
     if format > FORMAT {
         return Err(Error::new(
@@ -379,7 +380,7 @@ pub async fn record_prepared(client: &mut Client, migration: &Migration, prepare
 /// Whatever the server says.
 pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
     let rows = client
-        .query(
+        .query_typed(
             "SELECT definition::text, insert_only, snapshot, copied, rows_copied, routing, compared FROM walferry.source_table \
              ORDER BY (definition->>'bytes')::int8 DESC, relid",
             &[],
@@ -408,7 +409,8 @@ pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
 /// # Errors
 /// Whatever the server says.
 pub async fn snapshots(client: &Client) -> Result<BTreeMap<i32, SnapshotData>> {
-    let rows = client.query("SELECT id, first_running, next, running, insert_lsn FROM walferry.snapshot", &[]).await?;
+    let rows =
+        client.query_typed("SELECT id, first_running, next, running, insert_lsn FROM walferry.snapshot", &[]).await?;
     Ok(rows
         .into_iter()
         .map(|row| {
@@ -426,7 +428,7 @@ pub async fn snapshots(client: &Client) -> Result<BTreeMap<i32, SnapshotData>> {
 
 /// With the number after the newest's.
 pub(super) async fn insert_next_snapshot(client: &Client, snapshot: &SnapshotData) -> Result<()> {
-    let next: i32 = client.query_one("SELECT max(id) + 1 FROM walferry.snapshot", &[]).await?.get(0);
+    let next: i32 = client.query_typed_one("SELECT max(id) + 1 FROM walferry.snapshot", &[]).await?.get(0);
     insert_snapshot(client, next, snapshot).await
 }
 
@@ -473,7 +475,7 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
     if let Some(snapshot) = snapshot {
         insert_next_snapshot(transaction.client(), snapshot).await?;
     }
-    let id: i32 = transaction.query_one("SELECT max(id) FROM walferry.snapshot", &[]).await?.get(0);
+    let id: i32 = transaction.query_typed_one("SELECT max(id) FROM walferry.snapshot", &[]).await?.get(0);
     let relids: Vec<i64> = unfinished.iter().map(|table| i64::from(table.table.relid)).collect();
     let copied_anew: Vec<i64> =
         unfinished.iter().filter(|table| !table.compared).map(|table| i64::from(table.table.relid)).collect();
@@ -513,33 +515,37 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
 /// # Errors
 /// `Transient` when the part was marked already or belongs to another plan: then the rows must not be committed.
 pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool> {
-    let rows = rows.cast_signed();
-    let relid = i64::from(part.relid);
-    let marked = client
-        .execute(
+    let (relid, rows) = (i64::from(part.relid), rows.cast_signed());
+    // Sent in this order without waiting for each answer.
+    let (marked, _, completed) = try_join3(
+        client.execute_typed(
             "UPDATE walferry.part SET copied = true, rows = $3 \
              WHERE relid = $1 AND part = $2 AND NOT copied AND first_page = $4 AND end_page IS NOT DISTINCT FROM $5",
-            &[&relid, &part.part, &rows, &part.first_page, &part.end_page],
-        )
-        .await?;
+            &[
+                (&relid, Type::INT8),
+                (&part.part, Type::INT4),
+                (&rows, Type::INT8),
+                (&part.first_page, Type::INT8),
+                (&part.end_page, Type::INT8),
+            ],
+        ),
+        // This holds the table's row until the commit, so that of two last parts the later sees the earlier.
+        client.execute_typed(
+            "UPDATE walferry.source_table SET rows_copied = rows_copied + $2 WHERE relid = $1",
+            &[(&relid, Type::INT8), (&rows, Type::INT8)],
+        ),
+        client.execute_typed(
+            "UPDATE walferry.source_table SET copied = true, compared = false \
+             WHERE relid = $1 AND NOT EXISTS (SELECT FROM walferry.part WHERE relid = $1 AND NOT copied)",
+            &[(&relid, Type::INT8)],
+        ),
+    )
+    .await?;
     if marked != 1 {
         // Perhaps our own, by a commit whose answer was lost.
         return Err(Error::new(ErrorKind::Transient, "the ledger has this part already, or has planned another"));
     }
-    // This update holds the table's row until the commit, so that of two last parts the later sees the earlier.
-    client
-        .execute("UPDATE walferry.source_table SET rows_copied = rows_copied + $2 WHERE relid = $1", &[&relid, &rows])
-        .await?;
-    let complete: bool = client
-        .query_one("SELECT NOT EXISTS (SELECT FROM walferry.part WHERE relid = $1 AND NOT copied)", &[&relid])
-        .await?
-        .get(0);
-    if complete {
-        client
-            .execute("UPDATE walferry.source_table SET copied = true, compared = false WHERE relid = $1", &[&relid])
-            .await?;
-    }
-    Ok(complete)
+    Ok(completed == 1)
 }
 
 /// How far each apply session has come, by its number.
@@ -548,7 +554,7 @@ pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool
 /// Whatever the server says.
 pub async fn apply_progress(client: &Client) -> Result<Vec<Lsn>> {
     let rows = client
-        .query("SELECT applied FROM walferry.apply_progress ORDER BY worker", &[])
+        .query_typed("SELECT applied FROM walferry.apply_progress ORDER BY worker", &[])
         .await
         .context(|| "reading the apply's progress".into())?;
     Ok(rows.into_iter().map(|row| row.get::<_, PgLsn>(0).into()).collect())
@@ -571,7 +577,7 @@ pub async fn make_durable(client: &Client) -> Result<()> {
 /// # Errors
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
-    let rows = client.query("SELECT object, hash FROM walferry.fingerprint", &[]).await?;
+    let rows = client.query_typed("SELECT object, hash FROM walferry.fingerprint", &[]).await?;
     Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 

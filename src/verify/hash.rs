@@ -39,7 +39,8 @@ pub(super) enum HashFunction {
 /// Asks both servers, and chooses.
 pub(super) async fn agree(source: &Client, target: &Client) -> Result<HashFunction> {
     let ask = async |client: &Client, side: &str| -> Result<(String, Vec<i64>)> {
-        let row = client.query_one(PROBE, &[]).await.context(|| format!("probing the hash function of the {side}"))?;
+        let row =
+            client.query_typed_one(PROBE, &[]).await.context(|| format!("probing the hash function of the {side}"))?;
         Ok((row.get(0), row.get(1)))
     };
     let ((source_encoding, source_probe), (target_encoding, target_probe)) =

@@ -20,10 +20,13 @@ async fn h09_the_copy_makes_way_for_ddl_whatever_it_waits_for_itself() {
     let pair = Pair::start().await;
     pair.on_source(
         "CREATE TABLE t (id bigserial PRIMARY KEY, v text); \
-         INSERT INTO t (v) SELECT repeat(md5(n::text), 20) FROM generate_series(1, 40000) n",
+         INSERT INTO t (v) SELECT repeat(md5(n::text), 20) FROM generate_series(1, 160000) n; ANALYZE",
     )
     .await;
-    let (_walferry, transaction) = pair.run_waiting(pair.migrate()).await;
+    // In parts, of which none empties the table first: that would wait before the source is asked for anything.
+    let mut command = pair.migrate();
+    command.args(["--split-above", "110MiB"]);
+    let (_walferry, transaction) = pair.run_waiting(command).await;
     let planned = Gate::close(&pair, 1, "INSERT", "part", "true").await;
     let copied = Gate::close(&pair, 2, "UPDATE", "part", "NEW.copied").await;
     transaction.batch_execute("COMMIT").await.unwrap();
@@ -45,7 +48,7 @@ async fn h09_the_copy_makes_way_for_ddl_whatever_it_waits_for_itself() {
     copied.open().await;
     pair.following().await;
     pair.caught_up().await;
-    assert_eq!(pair.same("SELECT count(*), sum(id) FROM t").await, ["40002|800100003"]);
+    assert_eq!(pair.same("SELECT count(*), sum(id) FROM t").await, ["160002|12800400003"]);
 }
 
 #[tokio::test]
