@@ -267,7 +267,8 @@ impl Running {
     /// `None` when it has been cut over: until it ended, a session of a walferry that was killed could still commit that decision.
     async fn take_up(&self, heal: &mut Heal) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
         self.end_sessions_left_behind().await?;
-        let migration = self.load().await?;
+        let mut target = self.target().await?;
+        let migration = self.load(&target).await?;
         if migration.phase == Phase::CutOver {
             return Ok(None);
         }
@@ -277,12 +278,11 @@ impl Running {
         {
             return Err(self.give_up(&given_up).await);
         }
-        let (migration, held) = match self.prepare(migration).await? {
-            (migration, None) => self.heal(migration, heal).await?,
+        let (migration, held) = match self.prepare(&mut target, migration).await? {
+            (migration, None) => self.heal(&mut target, migration, heal).await?,
             // Its snapshot is that of a new slot: nothing can be wrong yet.
             prepared => prepared,
         };
-        let target = self.target().await?;
         let applied = ledger::apply_progress(&target).await?;
         // The queue is trimmed by it: the target's crash must not be able to take it back (I2).
         ledger::make_durable(&target).await?;
@@ -333,27 +333,29 @@ impl Running {
     ) -> Result<()> {
         // Before anything else: a cutover may have been cut off, and applications wait.
         background::lift_fence(&self.config).await?;
-        let migration = self.load().await?;
+        let mut target = self.target().await?;
+        let migration = self.load(&target).await?;
         if migration.phase == Phase::CutOver {
             // Decided, though the answer got lost.
             self.board.set_phase(ShownPhase::CutOver);
             return Ok(());
         }
-        let tables = self.show_tables().await?;
+        let tables = self.show_tables(&target).await?;
         if !migration.pre_data_restored {
-            self.restore_pre_data(&tables).await?;
+            self.restore_pre_data(&mut target, &tables).await?;
         }
         if migration.phase <= Phase::Copying {
-            self.copy_and_index(held).await?;
+            self.copy_and_index(&mut target, held).await?;
         }
         *held = None;
-        let mut layout = self.layout(&migration).await?;
+        let mut layout = self.layout(&target, &migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;
-            self.finish_schema().await?;
+            self.finish_schema(&target).await?;
             // The source may have changed tables meanwhile.
-            layout = self.layout(&migration).await?;
+            layout = self.layout(&target, &migration).await?;
         }
+        drop(target);
         self.follow(queue, &layout, requested).await
     }
 }

@@ -25,6 +25,7 @@ pub mod tools;
 use std::path::Path;
 use std::time::Duration;
 
+use futures_util::future::{join, try_join};
 use tokio_postgres::Client;
 
 pub use estimate::{Estimate, TriedTable};
@@ -68,8 +69,12 @@ pub struct Inputs<'a> {
 /// A query of the check itself failed, or a connection broke on the way.
 pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     let mut findings = Vec::new();
-    let source = open(inputs.source, Side::Source, &mut findings).await.context(|| "checking the source".into())?;
-    let target = open(inputs.target, Side::Target, &mut findings).await.context(|| "checking the target".into())?;
+    let mut of_target = Vec::new();
+    let (source, target) =
+        join(open(inputs.source, Side::Source, &mut findings), open(inputs.target, Side::Target, &mut of_target)).await;
+    let source = source.context(|| "checking the source".into())?;
+    let target = target.context(|| "checking the target".into())?;
+    findings.append(&mut of_target);
 
     let mut tables = Vec::new();
     let mut references = None;
@@ -152,11 +157,8 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
 
 /// Connects to a server and reads what it is. None, with a finding, when it cannot be reached or a pooler answers.
 async fn open(spec: &ConnectionSpec, side: Side, findings: &mut Vec<Finding>) -> Result<Option<(Client, Server)>> {
-    let connected = match spec.connect("walferry check").await {
-        Ok(first) => spec.connect("walferry check").await.map(|second| (first, second)),
-        Err(error) => Err(error),
-    };
-    let (client, second) = match connected {
+    let connected = try_join(spec.connect("walferry check"), spec.connect("walferry check"));
+    let (client, second) = match connected.await {
         Ok(clients) => clients,
         Err(error) => {
             let message = format!("It cannot be connected to: {error}.");

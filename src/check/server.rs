@@ -164,29 +164,24 @@ pub(crate) async fn read(client: &Client) -> Result<Server> {
         free_connections: row.get(16),
         settings: BTreeMap::new(),
     };
-    // Some managed services keep this function to themselves; without it, the check for one server on both sides is
-    // left to the start time alone.
-    if let Ok(row) = client.query_typed_one("SELECT system_identifier::text FROM pg_control_system()", &[]).await {
-        server.system_identifier = row.get(0);
-    }
-    if server.major() >= 15 {
-        let row = client
-            .query_typed_one(
-                "SELECT pg_database_collation_actual_version(oid) FROM pg_database WHERE datname = current_database()",
-                &[],
-            )
-            .await
-            .context(doing)?;
-        server.collation_version = row.get(0);
-    }
-    // reset_val: this session has just set some of them for itself.
-    let rows = client
-        .query_typed(
+    // Below 15 there is none.
+    let collation_version =
+        if server.major() >= 15 { "pg_database_collation_actual_version(oid)" } else { "NULL::text" };
+    let collation_version = format!("SELECT {collation_version} FROM pg_database WHERE datname = current_database()");
+    let (identifier, collation_version, rows) = tokio::join!(
+        client.query_typed_one("SELECT system_identifier::text FROM pg_control_system()", &[]),
+        client.query_typed_one(&collation_version, &[]),
+        // reset_val: this session has just set some of them for itself.
+        client.query_typed(
             "SELECT name, coalesce(reset_val, setting, ''), coalesce(current_setting(name, true), '') FROM pg_settings",
             &[],
-        )
-        .await
-        .context(|| "reading the server's settings".into())?;
+        ),
+    );
+    // Some managed services keep this function to themselves; without it, the check for one server on both sides is
+    // left to the start time alone.
+    server.system_identifier = identifier.ok().and_then(|row| row.get(0));
+    server.collation_version = collation_version.context(doing)?.get(0);
+    let rows = rows.context(|| "reading the server's settings".into())?;
     server.settings = rows.iter().map(|row| (row.get(0), Setting { value: row.get(1), shown: row.get(2) })).collect();
     Ok(server)
 }
@@ -268,19 +263,19 @@ pub(crate) fn connections(server: &Server, side: Side, least: i64, wanted: i64, 
 /// # Errors
 /// Whatever the server says; a pooler may also fail the statements themselves.
 pub(crate) async fn is_pooled(first: &Client, second: &Client) -> Result<bool> {
-    let before = backend(first).await?;
+    let before = backend(first, BACKEND).await?;
     // An open transaction holds the server session, so that the first has to be given another one.
-    second.batch_execute("BEGIN READ ONLY").await.context(|| "looking for a connection pooler".into())?;
-    let other = backend(second).await?;
-    let after = backend(first).await?;
+    let other = backend(second, "BEGIN READ ONLY; SELECT pg_backend_pid()").await?;
+    let after = backend(first, BACKEND).await?;
     second.batch_execute("ROLLBACK").await.context(|| "looking for a connection pooler".into())?;
     Ok(before == other || before != after)
 }
 
-async fn backend(client: &Client) -> Result<String> {
+const BACKEND: &str = "SELECT pg_backend_pid()";
+
+async fn backend(client: &Client, statements: &str) -> Result<String> {
     // The simple protocol: prepared statements are the first thing that fails behind a pooler.
-    let messages =
-        client.simple_query("SELECT pg_backend_pid()").await.context(|| "looking for a connection pooler".into())?;
+    let messages = client.simple_query(statements).await.context(|| "looking for a connection pooler".into())?;
     let pid = messages.iter().find_map(|message| match message {
         SimpleQueryMessage::Row(row) => row.get(0).map(str::to_string),
         _ => None,

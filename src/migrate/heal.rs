@@ -32,25 +32,30 @@ use crate::verify;
 
 impl Running {
     /// Does what the operator asked for, once: `heal` is nothing afterwards. Answers like the preparation.
-    pub(super) async fn heal(&self, migration: Migration, heal: &mut Heal) -> Result<(Migration, Option<Held>)> {
+    pub(super) async fn heal(
+        &self,
+        target: &mut Client,
+        migration: Migration,
+        heal: &mut Heal,
+    ) -> Result<(Migration, Option<Held>)> {
         if *heal == Heal::Nothing {
             return Ok((migration, None));
         }
         // Before that there is nothing on the target to compare.
         if !migration.pre_data_restored {
-            let tables = ledger::tables(&self.target().await?).await?;
-            self.restore_pre_data(&tables).await?;
+            let tables = ledger::tables(target).await?;
+            self.restore_pre_data(target, &tables).await?;
         }
         let held = match heal {
             Heal::Nothing => None,
             Heal::Tables(names) => {
-                self.compare_tables_again(&migration, names).await?;
+                self.compare_tables_again(target, &migration, names).await?;
                 None
             }
-            Heal::Everything => Some(self.resync(&migration).await?),
+            Heal::Everything => Some(self.resync(target, &migration).await?),
         };
         *heal = Heal::Nothing;
-        Ok((self.load().await?, held))
+        Ok((self.load(target).await?, held))
     }
 
     /// A queue of a name that the ledger does not have yet can only be of an attempt that was not recorded.
@@ -59,12 +64,11 @@ impl Running {
         self.directory.discard_queues(kept)
     }
 
-    async fn compare_tables_again(&self, migration: &Migration, names: &[String]) -> Result<()> {
-        let mut target = self.target().await?;
-        let tables: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
+    async fn compare_tables_again(&self, target: &mut Client, migration: &Migration, names: &[String]) -> Result<()> {
+        let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
         let chosen = verify::choose(&tables, Some(names))?;
         let source = self.config.source.connect(&self.application_name).await?;
-        let lost = self.look_for_a_loss(migration, &source, &target).await?;
+        let lost = self.look_for_a_loss(migration, &source, target).await?;
         let up_to = match &lost {
             None => None,
             Some(Loss { labels: None, .. }) => {
@@ -92,12 +96,11 @@ impl Running {
             .map_err(|_| Error::new(ErrorKind::Other, format!("{assigned} is not a transaction's id")))?;
         let queue = up_to.map(queue_name);
         let thrown_away = up_to.zip(queue.as_deref()).map(|(up_to, queue)| ThrownAway { up_to, queue });
-        let tables =
-            reconcile::redefine(&source, &target, &chosen, Stream::GoesOn { binary: migration.binary }).await?;
+        let tables = reconcile::redefine(&source, target, &chosen, Stream::GoesOn { binary: migration.binary }).await?;
         if let Some(thrown_away) = &thrown_away {
             self.make_way_for_queue(thrown_away.queue, migration)?;
         }
-        ledger::compare_again(&mut target, &tables, floor, thrown_away.as_ref()).await?;
+        ledger::compare_again(target, &tables, floor, thrown_away.as_ref()).await?;
         self.board.event(Level::Info, format!("comparing with the source again: {}", names.join(", ")));
         if let Some(up_to) = up_to {
             let text = format!("the damaged queue is thrown away up to {up_to}; the source sends the rest again");
@@ -135,7 +138,7 @@ impl Running {
         }
         let command = async {
             let target = self.target().await?;
-            let migration = self.load().await?;
+            let migration = self.load(&target).await?;
             let source = self.config.source.connect(&self.application_name).await?;
             let loss = self.look_for_a_loss(&migration, &source, &target).await?;
             let Some(Loss { labels: Some(labels), .. }) = loss else { return Ok(None) };
@@ -157,7 +160,7 @@ impl Running {
     }
 
     /// A new slot, recorded, and a snapshot under which every table is compared.
-    async fn resync(&self, migration: &Migration) -> Result<Held> {
+    async fn resync(&self, target: &mut Client, migration: &Migration) -> Result<Held> {
         let source = self.config.source.connect(&self.application_name).await?;
         let mut session = ReplicationSession::connect(&self.config.source, &self.application_name).await?;
         let server = session.identify_system().await.context(|| "asking the source who it is".into())?;
@@ -179,10 +182,9 @@ impl Running {
             );
             return Err(Error::new(ErrorKind::Gap, text).hint("Give the --source that is the primary now."));
         }
-        let mut target = self.target().await?;
-        let recorded: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
+        let recorded: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
         let recorded: Vec<&Table> = recorded.iter().collect();
-        let tables = reconcile::redefine(&source, &target, &recorded, Stream::New).await?;
+        let tables = reconcile::redefine(&source, target, &recorded, Stream::New).await?;
         for gone in recorded.iter().filter(|table| !tables.iter().any(|now| now.table.relid == table.relid)) {
             let name = gone.qualified();
             let text =
@@ -212,7 +214,7 @@ impl Running {
             tables: &tables,
         };
         self.make_way_for_queue(&queue, migration)?;
-        ledger::record_resynced(&mut target, &resynced).await?;
+        ledger::record_resynced(target, &resynced).await?;
         GivenUp::forget(self.directory.directory());
         self.board.event(
             Level::Info,

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
+use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::Running;
@@ -44,21 +45,20 @@ const CATALOG_BLOCKER: &str = "on the source, ";
 const READY_LAG_SECONDS: f64 = 5.0;
 
 impl Running {
-    pub(super) async fn target(&self) -> Result<tokio_postgres::Client> {
+    pub(super) async fn target(&self) -> Result<Client> {
         self.config.target.connect(&self.application_name).await
     }
 
-    pub(super) async fn load(&self) -> Result<Migration> {
-        let migration = ledger::load(&self.target().await?).await?;
-        migration.ok_or_else(|| {
+    pub(super) async fn load(&self, target: &Client) -> Result<Migration> {
+        ledger::load(target).await?.ok_or_else(|| {
             Error::new(ErrorKind::Other, "the ledger (schema walferry) is gone from the target")
                 .hint("Somebody removed it. Start anew: `walferry clean`, then `walferry migrate`.")
         })
     }
 
     /// Shows every table with what is known of its copy.
-    pub(super) async fn show_tables(&self) -> Result<Vec<LedgerTable>> {
-        let tables = ledger::tables(&self.target().await?).await?;
+    pub(super) async fn show_tables(&self, target: &Client) -> Result<Vec<LedgerTable>> {
+        let tables = ledger::tables(target).await?;
         for entry in &tables {
             let table = &entry.table;
             if self.board.table(table.relid).is_none() {
@@ -73,24 +73,23 @@ impl Running {
         Ok(tables)
     }
 
-    pub(super) async fn restore_pre_data(&self, tables: &[LedgerTable]) -> Result<()> {
+    pub(super) async fn restore_pre_data(&self, target: &mut Client, tables: &[LedgerTable]) -> Result<()> {
         let tables: Vec<Table> = tables.iter().map(|entry| entry.table.clone()).collect();
         self.board.event(Level::Info, "restoring the schema on the target");
-        schema::restore_pre_data(&mut self.target().await?, &tables).await
+        schema::restore_pre_data(target, &tables).await
     }
 
     /// Copies every table that is not complete, and builds the indexes of each as soon as it is.
-    pub(super) async fn copy_and_index(&self, held: &mut Option<Held>) -> Result<()> {
+    pub(super) async fn copy_and_index(&self, target: &mut Client, held: &mut Option<Held>) -> Result<()> {
         self.board.set_phase(ShownPhase::Copying);
-        let mut target = self.target().await?;
-        let tables = ledger::tables(&target).await?;
+        let tables = ledger::tables(target).await?;
         let relids: Vec<u32> = tables.iter().map(|entry| entry.table.relid).collect();
-        let pending = ledger::pending_items(&target, Section::PostData).await?;
+        let pending = ledger::pending_items(target, Section::PostData).await?;
         let mut items = schema::items_by_table(pending, &relids);
         self.board.set_indexes(items.values().map(|items| items.len() as u64).sum(), 0);
         // Partitioned tables have no rows to wait for, and their leaves' indexes hang on theirs.
         for (position, item) in items.remove(&0).unwrap_or_default() {
-            schema::run_post_data_item(&target, position, &item).await?;
+            schema::run_post_data_item(target, position, &item).await?;
             self.board.index_done();
         }
         let (copied, of_index_jobs) = mpsc::unbounded_channel();
@@ -111,7 +110,7 @@ impl Running {
         let (source, name, pace) = (&self.config.source, &self.application_name, self.tune.pace());
         let copying = async {
             tokio::select! {
-                outcome = self.copy(&mut target, &tables, held, &copied) => outcome?,
+                outcome = self.copy(target, &tables, held, &copied) => outcome?,
                 never = standbys::watch(source, name, &max_standby_lag, pace, &self.board) => match never {},
             }
             // The index jobs end when they have worked off what is in the channel.
@@ -123,13 +122,13 @@ impl Running {
         // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
         // committed asynchronously, and has ended it. A new session would know nothing of that.
         // With a schema that is complete, tables were only compared again.
-        let complete = self.load().await?.post_data_restored;
-        ledger::enter_phase(&target, if complete { Phase::Following } else { Phase::CatchingUp }).await
+        let complete = self.load(target).await?.post_data_restored;
+        ledger::enter_phase(target, if complete { Phase::Following } else { Phase::CatchingUp }).await
     }
 
     async fn copy(
         &self,
-        target: &mut tokio_postgres::Client,
+        target: &mut Client,
         tables: &[LedgerTable],
         held: &mut Option<Held>,
         copied: &mpsc::UnboundedSender<u32>,
@@ -153,7 +152,7 @@ impl Running {
                 unfinished.iter().partition(|entry| entry.compared);
             let to_compare = copy::plan(compared.iter().map(|entry| &entry.table), u64::MAX);
             let to_copy = copy::plan(copied_anew.iter().map(|entry| &entry.table), self.config.split_above_bytes);
-            let held = self.living_snapshot(held).await?;
+            let held = self.living_snapshot(target, held).await?;
             let snapshot = (!held.is_recorded).then_some(&held.snapshot.data);
             let parts = [to_compare.as_slice(), to_copy.as_slice()].concat();
             ledger::plan_copy(target, snapshot, &parts).await?;
@@ -177,7 +176,7 @@ impl Running {
     }
 
     /// The snapshot at hand if it can serve; otherwise a new one that misses nothing (H1).
-    async fn living_snapshot<'a>(&self, held: &'a mut Option<Held>) -> Result<&'a mut Held> {
+    async fn living_snapshot<'a>(&self, target: &Client, held: &'a mut Option<Held>) -> Result<&'a mut Held> {
         let usable = match held {
             Some(held) if !held.was_planned => held.snapshot.ping().await.is_ok(),
             _ => false,
@@ -185,7 +184,7 @@ impl Running {
         if !usable {
             *held = None;
             self.board.event(Level::Info, "taking a new snapshot of the source for the tables that are not complete");
-            let migration = self.load().await?;
+            let migration = self.load(target).await?;
             let server =
                 ServerIdentity { system: migration.source_system, timeline: migration.source_timeline.cast_unsigned() };
             let floor = migration.snapshot_floor;
@@ -204,9 +203,8 @@ impl Running {
         Ok(held)
     }
 
-    pub(super) async fn layout(&self, migration: &Migration) -> Result<Arc<Layout>> {
-        let target = self.target().await?;
-        let (tables, snapshots) = (ledger::tables(&target).await?, ledger::snapshots(&target).await?);
+    pub(super) async fn layout(&self, target: &Client, migration: &Migration) -> Result<Arc<Layout>> {
+        let (tables, snapshots) = tokio::try_join!(ledger::tables(target), ledger::snapshots(target))?;
         Ok(Arc::new(Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?))
     }
 
@@ -299,17 +297,16 @@ impl Running {
     }
 
     /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
-    pub(super) async fn finish_schema(&self) -> Result<()> {
-        let target = self.target().await?;
-        let items = ledger::pending_items(&target, Section::PostData).await?;
+    pub(super) async fn finish_schema(&self, target: &Client) -> Result<()> {
+        let items = ledger::pending_items(target, Section::PostData).await?;
         self.board.event(
             Level::Info,
             format!("restoring foreign keys, triggers and the rest of the schema ({} items)", items.len()),
         );
         for (position, item) in &items {
-            schema::run_post_data_item(&target, *position, item).await?;
+            schema::run_post_data_item(target, *position, item).await?;
         }
-        self.refresh_materialized_views(&target).await?;
+        self.refresh_materialized_views(target).await?;
         target
             .batch_execute(
                 "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
@@ -320,7 +317,7 @@ impl Running {
 
     /// Those that have rows on the source, the older first. One that reads from another that is not refreshed yet is refused
     /// by the server, and comes after it.
-    async fn refresh_materialized_views(&self, target: &tokio_postgres::Client) -> Result<()> {
+    async fn refresh_materialized_views(&self, target: &Client) -> Result<()> {
         let source = self.config.source.connect(&self.application_name).await?;
         let views = source
             .query_typed(

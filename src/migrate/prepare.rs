@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::time::Duration;
 
+use tokio_postgres::Client;
+
 use super::Running;
 use crate::check::tools;
 use crate::connection::ConnectionSpec;
@@ -49,14 +51,14 @@ impl Running {
     }
 
     /// Makes what is missing until the copy can begin. The second answer is the slot's snapshot, if it was made just now.
-    pub(super) async fn prepare(&self, migration: Migration) -> Result<(Migration, Option<Held>)> {
+    pub(super) async fn prepare(&self, target: &mut Client, migration: Migration) -> Result<(Migration, Option<Held>)> {
         if migration.consistent_point.is_some() {
             return Ok((migration, None));
         }
         self.directory.discard_queues(None)?;
         for _ in 0..ATTEMPTS {
-            if let Some(held) = self.try_to_prepare(&migration).await? {
-                return Ok((self.load().await?, Some(held)));
+            if let Some(held) = self.try_to_prepare(target, &migration).await? {
+                return Ok((self.load(target).await?, Some(held)));
             }
             self.board.event(Level::Warn, "the source's tables changed while the slot was made; preparing anew");
         }
@@ -64,13 +66,8 @@ impl Running {
             .hint("Let no CREATE, ALTER or DROP TABLE run while the migration begins."))
     }
 
-    async fn tools(&self, source: &tokio_postgres::Client) -> Result<tools::Tools> {
-        let target = self.config.target.connect(&self.application_name).await?;
-        tools::find_tools_for(major(source).await?, major(&target).await?)
-    }
-
     /// `None` when a table came, went or changed meanwhile.
-    async fn try_to_prepare(&self, migration: &Migration) -> Result<Option<Held>> {
+    async fn try_to_prepare(&self, target: &mut Client, migration: &Migration) -> Result<Option<Held>> {
         let source = self.config.source.connect(&self.application_name).await?;
         slot::drop(&source, &migration.slot).await?;
         let published = catalog::tables(&source).await?;
@@ -85,7 +82,11 @@ impl Running {
         if identities(&published) != identities(&tables) {
             return Ok(None);
         }
-        let tools = self.tools(&source).await?;
+        if target.is_closed() {
+            // Making the slot may have taken hours.
+            *target = self.target().await?;
+        }
+        let tools = tools::find_tools_for(major(&source).await?, major(target).await?)?;
         let items = schema::dump(
             &tools,
             &self.config.source,
@@ -108,8 +109,7 @@ impl Running {
             fingerprint: &fingerprint,
             binary,
         };
-        let mut target = self.config.target.connect(&self.application_name).await?;
-        ledger::record_prepared(&mut target, migration, &prepared).await?;
+        ledger::record_prepared(target, migration, &prepared).await?;
         self.board.event(
             Level::Info,
             format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),
@@ -130,7 +130,7 @@ const OPEN_TRANSACTIONS: &str = "SELECT format('transaction of pid %s (%s, %s, d
 
 impl Running {
     /// Makes the slot, and says meanwhile whom that waits for; `source` is a session that is free for it.
-    pub(super) async fn make_slot(&self, source: &tokio_postgres::Client, name: &str) -> Result<slot::NewSlot> {
+    pub(super) async fn make_slot(&self, source: &Client, name: &str) -> Result<slot::NewSlot> {
         self.board.event(Level::Info, "making the slot; this waits for every transaction that is open on the source");
         tokio::select! {
             new = slot::create(&self.config.source, &self.application_name, name) => new,
@@ -139,7 +139,7 @@ impl Running {
     }
 
     /// Says whom the slot or a snapshot waits for, whenever it is somebody else: an operator can end a forgotten transaction.
-    pub(super) async fn name_what_is_waited_for(&self, source: &tokio_postgres::Client, waits: &str) -> Infallible {
+    pub(super) async fn name_what_is_waited_for(&self, source: &Client, waits: &str) -> Infallible {
         const SHOWN: usize = 3;
         let mut said = String::new();
         loop {
@@ -160,7 +160,7 @@ impl Running {
 }
 
 /// Ends the sessions of a name, and returns when they are gone: they could still commit what they have begun.
-pub(super) async fn end_sessions(client: &tokio_postgres::Client, application_name: &str) -> Result<()> {
+pub(super) async fn end_sessions(client: &Client, application_name: &str) -> Result<()> {
     for _ in 0..200 {
         let left = client
             .query(
@@ -181,7 +181,7 @@ pub(super) async fn end_sessions(client: &tokio_postgres::Client, application_na
     .hint("Look for them in pg_stat_activity on both servers, end them, then run the same command again."))
 }
 
-async fn major(client: &tokio_postgres::Client) -> Result<u32> {
+async fn major(client: &Client) -> Result<u32> {
     let number: i32 =
         client.query_typed_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?.get(0);
     Ok(u32::try_from(number / 10_000).unwrap_or_default())

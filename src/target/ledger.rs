@@ -14,12 +14,13 @@
 //! the row and the work one transaction.
 
 mod heal;
+mod part;
 mod schema_item;
 mod upgrade;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use futures_util::future::try_join3;
+use futures_util::future::try_join5;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 use tokio_postgres::types::{PgLsn, Type};
@@ -31,6 +32,7 @@ use crate::source::snapshot::SnapshotData;
 use crate::target::route::Routing;
 
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
+pub use part::{Part, part_copied, plan_copy};
 pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
 
 /// The version of the ledger's tables that this walferry writes (H18).
@@ -198,26 +200,6 @@ pub struct LedgerTable {
     pub rows_copied: i64,
 }
 
-/// A range of pages of a table.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// The table.
-    pub relid: u32,
-    /// Counted from 0 within the table.
-    pub part: i32,
-    /// The first page.
-    pub first_page: i64,
-    /// The page after the last; `None` for the last part, which is open-ended (H3).
-    pub end_page: Option<i64>,
-}
-
-impl Part {
-    /// Whether it is all of its table.
-    pub fn is_whole(&self) -> bool {
-        self.first_page == 0 && self.end_page.is_none()
-    }
-}
-
 /// Makes the ledger, with its one migration; one transaction.
 ///
 /// # Errors
@@ -326,51 +308,62 @@ pub struct Prepared<'a> {
 /// # Errors
 /// Whatever the server says; nothing is recorded then.
 pub async fn record_prepared(client: &mut Client, migration: &Migration, prepared: &Prepared<'_>) -> Result<()> {
-    let transaction = client.transaction().await?;
-    insert_snapshot(transaction.client(), 0, prepared.snapshot).await?;
     let relids: Vec<i64> = prepared.tables.iter().map(|(table, _)| i64::from(table.relid)).collect();
     let definitions = prepared.tables.iter().map(|(table, _)| to_json(table)).collect::<Result<Vec<String>>>()?;
     let insert_only: Vec<bool> = prepared.tables.iter().map(|(_, insert_only)| *insert_only).collect();
     let routings: Vec<&str> = prepared.tables.iter().map(|(table, _)| Routing::of(table).name()).collect();
-    transaction
-        .execute(
-            "INSERT INTO walferry.source_table (relid, definition, insert_only, routing) \
-             SELECT r, d::jsonb, i, g FROM unnest($1::int8[], $2::text[], $3::bool[], $4::text[]) u(r, d, i, g)",
-            &[&relids, &definitions, &insert_only, &routings],
-        )
-        .await
-        .context(|| "recording the tables in the ledger".into())?;
     let sections: Vec<&str> = prepared.items.iter().map(|item| item.section.name()).collect();
     let kinds: Vec<&str> = prepared.items.iter().map(|item| item.kind.as_str()).collect();
     let names: Vec<&str> = prepared.items.iter().map(|item| item.name.as_str()).collect();
     let item_relids: Vec<Option<i64>> = prepared.items.iter().map(|item| item.relid.map(i64::from)).collect();
     let statements: Vec<&str> = prepared.items.iter().map(|item| item.statement.as_str()).collect();
-    transaction
-        .execute(
-            "INSERT INTO walferry.schema_item (position, section, kind, name, relid, statement) \
-             SELECT (row_number() OVER ())::int4, s, k, n, r, t \
-             FROM unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::text[]) u(s, k, n, r, t)",
-            &[&sections, &kinds, &names, &item_relids, &statements],
-        )
-        .await
-        .context(|| "recording the schema in the ledger".into())?;
     let (objects, hashes): (Vec<&str>, Vec<&str>) =
         prepared.fingerprint.iter().map(|(object, hash)| (object.as_str(), hash.as_str())).unzip();
-    transaction
-        .execute("INSERT INTO walferry.fingerprint SELECT * FROM unnest($1::text[], $2::text[])", &[&objects, &hashes])
-        .await?;
-    transaction
-        .execute(
-            "INSERT INTO walferry.apply_progress SELECT worker, $2 FROM generate_series(0, $1::int4 - 1) worker",
-            &[&count(migration.apply_workers), &PgLsn::from(prepared.consistent_point)],
-        )
-        .await?;
-    transaction
-        .execute(
+    let consistent_point = PgLsn::from(prepared.consistent_point);
+    let transaction = client.transaction().await?;
+    insert_snapshot(transaction.client(), 0, prepared.snapshot).await?;
+    // Sent in this order without waiting for each answer.
+    try_join5(
+        transaction.execute_typed(
+            "INSERT INTO walferry.source_table (relid, definition, insert_only, routing) \
+             SELECT r, d::jsonb, i, g FROM unnest($1, $2, $3, $4) u(r, d, i, g)",
+            &[
+                (&relids, Type::INT8_ARRAY),
+                (&definitions, Type::TEXT_ARRAY),
+                (&insert_only, Type::BOOL_ARRAY),
+                (&routings, Type::TEXT_ARRAY),
+            ],
+        ),
+        transaction.execute_typed(
+            "INSERT INTO walferry.schema_item (position, section, kind, name, relid, statement) \
+             SELECT (row_number() OVER ())::int4, s, k, n, r, t FROM unnest($1, $2, $3, $4, $5) u(s, k, n, r, t)",
+            &[
+                (&sections, Type::TEXT_ARRAY),
+                (&kinds, Type::TEXT_ARRAY),
+                (&names, Type::TEXT_ARRAY),
+                (&item_relids, Type::INT8_ARRAY),
+                (&statements, Type::TEXT_ARRAY),
+            ],
+        ),
+        transaction.execute_typed(
+            "INSERT INTO walferry.fingerprint SELECT * FROM unnest($1, $2)",
+            &[(&objects, Type::TEXT_ARRAY), (&hashes, Type::TEXT_ARRAY)],
+        ),
+        transaction.execute_typed(
+            "INSERT INTO walferry.apply_progress SELECT worker, $2 FROM generate_series(0, $1 - 1) worker",
+            &[(&count(migration.apply_workers), Type::INT4), (&consistent_point, Type::PG_LSN)],
+        ),
+        transaction.execute_typed(
             "UPDATE walferry.migration SET consistent_point = $1, binary_format = $2, snapshot_floor = $3, phase = 'copying'",
-            &[&PgLsn::from(prepared.consistent_point), &prepared.binary, &prepared.snapshot.xmax.cast_signed()],
-        )
-        .await?;
+            &[
+                (&consistent_point, Type::PG_LSN),
+                (&prepared.binary, Type::BOOL),
+                (&prepared.snapshot.xmax.cast_signed(), Type::INT8),
+            ],
+        ),
+    )
+    .await
+    .context(|| "recording the tables and the schema in the ledger".into())?;
     transaction.commit().await.context(|| "recording the slot, its snapshot and the schema in the ledger".into())
 }
 
@@ -448,104 +441,6 @@ async fn insert_snapshot(client: &Client, id: i32, snapshot: &SnapshotData) -> R
         .await
         .context(|| "recording a snapshot in the ledger".into())?;
     Ok(())
-}
-
-/// Gives every table that is not complete a new copy under one snapshot (H3): what a dead copy left in it is thrown
-/// away in the same transaction, because ranges of two snapshots would miss rows that moved between them. A table whose rows
-/// are to be compared keeps them.
-///
-/// `snapshot` is `None` when the slot's own snapshot, which is recorded already as the newest, is still alive.
-///
-/// # Errors
-/// Whatever the server says; nothing is changed then.
-pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, parts: &[Part]) -> Result<()> {
-    let transaction = client.transaction().await?;
-    // A session of an earlier attempt may still have its commit on the way, though nobody hears the answer any more. This waits
-    // for it; otherwise its rows would stay beside those of the new copy, or count as rows of the new snapshot.
-    transaction
-        .batch_execute("LOCK TABLE walferry.source_table, walferry.part IN ACCESS EXCLUSIVE MODE")
-        .await
-        .context(|| "waiting for earlier copy sessions on the target".into())?;
-    let unfinished: Vec<LedgerTable> =
-        tables(transaction.client()).await?.into_iter().filter(|table| !table.copied).collect();
-    let planned: BTreeSet<u32> = parts.iter().map(|part| part.relid).collect();
-    if planned != unfinished.iter().map(|table| table.table.relid).collect() {
-        return Err(Error::new(ErrorKind::Transient, "an earlier copy session has completed a table meanwhile"));
-    }
-    if let Some(snapshot) = snapshot {
-        insert_next_snapshot(transaction.client(), snapshot).await?;
-    }
-    let id: i32 = transaction.query_typed_one("SELECT max(id) FROM walferry.snapshot", &[]).await?.get(0);
-    let relids: Vec<i64> = unfinished.iter().map(|table| i64::from(table.table.relid)).collect();
-    let copied_anew: Vec<i64> =
-        unfinished.iter().filter(|table| !table.compared).map(|table| i64::from(table.table.relid)).collect();
-    let begun: Vec<i64> = transaction
-        .query("SELECT DISTINCT relid FROM walferry.part WHERE relid = ANY ($1) AND copied", &[&copied_anew])
-        .await?
-        .iter()
-        .map(|row| row.get(0))
-        .collect();
-    for table in unfinished.iter().filter(|table| begun.contains(&i64::from(table.table.relid))) {
-        let statement = format!("TRUNCATE ONLY {}", table.table.qualified());
-        transaction.batch_execute(&statement).await.context(|| format!("emptying {}", table.table.qualified()))?;
-    }
-    transaction.execute("DELETE FROM walferry.part WHERE relid = ANY ($1)", &[&relids]).await?;
-    transaction
-        .execute(
-            "UPDATE walferry.source_table SET snapshot = $2, rows_copied = 0 WHERE relid = ANY ($1)",
-            &[&relids, &id],
-        )
-        .await?;
-    let part_relids: Vec<i64> = parts.iter().map(|part| i64::from(part.relid)).collect();
-    let numbers: Vec<i32> = parts.iter().map(|part| part.part).collect();
-    let first_pages: Vec<i64> = parts.iter().map(|part| part.first_page).collect();
-    let end_pages: Vec<Option<i64>> = parts.iter().map(|part| part.end_page).collect();
-    transaction
-        .execute(
-            "INSERT INTO walferry.part (relid, part, first_page, end_page) \
-             SELECT * FROM unnest($1::int8[], $2::int4[], $3::int8[], $4::int8[])",
-            &[&part_relids, &numbers, &first_pages, &end_pages],
-        )
-        .await?;
-    transaction.commit().await.context(|| "planning the copy in the ledger".into())
-}
-
-/// Marks a part as copied, in the transaction that copied it. Answers whether the whole table is complete with it.
-///
-/// # Errors
-/// `Transient` when the part was marked already or belongs to another plan: then the rows must not be committed.
-pub async fn part_copied(client: &Client, part: &Part, rows: u64) -> Result<bool> {
-    let (relid, rows) = (i64::from(part.relid), rows.cast_signed());
-    // Sent in this order without waiting for each answer.
-    let (marked, _, completed) = try_join3(
-        client.execute_typed(
-            "UPDATE walferry.part SET copied = true, rows = $3 \
-             WHERE relid = $1 AND part = $2 AND NOT copied AND first_page = $4 AND end_page IS NOT DISTINCT FROM $5",
-            &[
-                (&relid, Type::INT8),
-                (&part.part, Type::INT4),
-                (&rows, Type::INT8),
-                (&part.first_page, Type::INT8),
-                (&part.end_page, Type::INT8),
-            ],
-        ),
-        // This holds the table's row until the commit, so that of two last parts the later sees the earlier.
-        client.execute_typed(
-            "UPDATE walferry.source_table SET rows_copied = rows_copied + $2 WHERE relid = $1",
-            &[(&relid, Type::INT8), (&rows, Type::INT8)],
-        ),
-        client.execute_typed(
-            "UPDATE walferry.source_table SET copied = true, compared = false \
-             WHERE relid = $1 AND NOT EXISTS (SELECT FROM walferry.part WHERE relid = $1 AND NOT copied)",
-            &[(&relid, Type::INT8)],
-        ),
-    )
-    .await?;
-    if marked != 1 {
-        // Perhaps our own, by a commit whose answer was lost.
-        return Err(Error::new(ErrorKind::Transient, "the ledger has this part already, or has planned another"));
-    }
-    Ok(completed == 1)
 }
 
 /// How far each apply session has come, by its number.
