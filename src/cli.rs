@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::apply::conflict::OnConflict;
+use crate::care::tune::Limit;
+use crate::care::wal::OnSourceWalMax;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
 
@@ -43,6 +45,8 @@ pub enum Command {
     /// Migrate, and follow until the cutover; run again, it goes on where it was
     #[command(
         after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
+        With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 12 \
+        --source-wal-max 200GiB\n\
         Ctrl-C stops it; the same command goes on. Exit codes: 0 cut over, 3 blocked, 130 interrupted"
     )]
     Migrate(MigrateAgain),
@@ -62,11 +66,18 @@ pub enum Command {
     Cutover(Cutover),
     /// Hold the apply or the copy while the queue goes on receiving
     #[command(after_help = "Example: walferry pause apply --dir ./shop\n\
+        The copy ends the parts that it has begun; walferry tune --copy-rate slows it at once.\n\
         It stays held over a restart, until: walferry resume --dir ./shop")]
     Pause(PauseOptions),
     /// Let what was paused go on
     #[command(after_help = "Example: walferry resume --dir ./shop")]
     Resume(PauseOptions),
+    /// Change how a running migration copies: how many jobs, how fast, for which lag of a standby it waits
+    #[command(after_help = "Examples: walferry tune --dir ./shop --copy-jobs 2 --copy-rate 20MiB\n          \
+        walferry tune --dir ./shop --copy-rate off\n\
+        More jobs begin at once; jobs that are too many end after their part. It stays so over a restart, unless an option \
+        of that start says otherwise. Without an option it shows how it is.")]
+    Tune(TuneOptions),
     /// Compare all rows of both sides; both have to be quiet
     #[command(after_help = "Example: walferry verify --dir ./shop\n\
         Rows that change while it runs are reported as different. Exit codes: 0 equal, 4 different")]
@@ -100,9 +111,9 @@ pub struct Servers {
 /// How much is done at once.
 #[derive(Debug, Args)]
 pub struct Parallelism {
-    /// Tables, or ranges of large tables, copied at once
-    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
-    pub copy_jobs: usize,
+    /// Tables, or ranges of large tables, copied at once [default: 4, or what was tuned before]
+    #[arg(long, value_parser = at_least_one)]
+    pub copy_jobs: Option<usize>,
     /// Indexes built at once
     #[arg(long, default_value_t = 2, value_parser = at_least_one)]
     pub index_jobs: usize,
@@ -113,6 +124,42 @@ pub struct Parallelism {
     /// fifths of the free disk where that is less]
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
     pub queue_max_bytes: Option<u64>,
+}
+
+/// How many connections there may be.
+#[derive(Debug, Args)]
+pub struct Connections {
+    /// Open at most so many connections to the source; fewer jobs then do what there is to do
+    #[arg(long, value_parser = at_least_one, value_name = "N")]
+    pub max_source_connections: Option<usize>,
+    /// Open at most so many connections to the target
+    #[arg(long, value_parser = at_least_one, value_name = "N")]
+    pub max_target_connections: Option<usize>,
+}
+
+impl Connections {
+    /// The same for the rest of the program.
+    pub fn caps(&self) -> crate::care::connections::Caps {
+        crate::care::connections::Caps { source: self.max_source_connections, target: self.max_target_connections }
+    }
+}
+
+/// Care for the source.
+#[derive(Debug, Args)]
+pub struct Care {
+    /// Copy at most so many bytes a second, over all jobs; `off` for as fast as it goes [default: off, or what was tuned before]
+    #[arg(long, value_parser = parse_rate, value_name = "SIZE")]
+    pub copy_rate: Option<Limit<u64>>,
+    /// The copy waits while a physical standby of the source lags more than this; `off` to let it lag [default: 30s, or what was
+    /// tuned before]
+    #[arg(long, value_parser = parse_lag, value_name = "DURATION")]
+    pub max_standby_lag: Option<Limit<std::time::Duration>>,
+    /// Say so when our slot makes the source keep more WAL than this
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    pub source_wal_max: Option<u64>,
+    /// What happens then: a warning; or the slot is dropped to save the source, and the migration ends until `walferry resync`
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT", requires = "source_wal_max")]
+    pub on_source_wal_max: OnSourceWalMax,
 }
 
 /// Where the state directory is.
@@ -132,6 +179,9 @@ pub struct Check {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub parallelism: Parallelism,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub connections: Connections,
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
@@ -166,6 +216,12 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub parallelism: Parallelism,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub care: Care,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub connections: Connections,
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,
@@ -241,6 +297,26 @@ pub struct PauseOptions {
     pub json: bool,
 }
 
+/// `walferry tune`.
+#[derive(Debug, Args)]
+pub struct TuneOptions {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub directory: Directory,
+    /// Tables, or ranges of large tables, copied at once
+    #[arg(long, value_parser = at_least_one, value_name = "N")]
+    pub copy_jobs: Option<usize>,
+    /// Copy at most so many bytes a second, over all jobs; `off` for as fast as it goes
+    #[arg(long, value_parser = parse_rate, value_name = "SIZE")]
+    pub copy_rate: Option<Limit<u64>>,
+    /// The copy waits while a physical standby of the source lags more than this; `off` to let it lag
+    #[arg(long, value_parser = parse_lag, value_name = "DURATION")]
+    pub max_standby_lag: Option<Limit<std::time::Duration>>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `walferry verify`.
 #[derive(Debug, Args)]
 pub struct Verify {
@@ -256,6 +332,9 @@ pub struct Verify {
     /// Ranges compared at once
     #[arg(long, default_value_t = 4, value_parser = at_least_one)]
     pub jobs: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub connections: Connections,
     /// Show the values of rows that differ; they can be personal data
     #[arg(long)]
     pub show_values: bool,
@@ -330,6 +409,28 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned())
 }
 
+/// Bytes a second, or `off`.
+fn parse_rate(text: &str) -> Result<Limit<u64>, String> {
+    match text {
+        "off" => Ok(Limit::Off),
+        _ => match parse_bytes(text)? {
+            0 => Err("nothing would be copied; `walferry pause copy` holds the copy".to_owned()),
+            rate => Ok(Limit::Max(rate)),
+        },
+    }
+}
+
+/// How far a standby may be behind, or `off`.
+fn parse_lag(text: &str) -> Result<Limit<std::time::Duration>, String> {
+    match text {
+        "off" => Ok(Limit::Off),
+        _ => match parse_duration(text)? {
+            std::time::Duration::ZERO => Err("every standby lags a little; `off` lets it lag".to_owned()),
+            lag => Ok(Limit::Max(lag)),
+        },
+    }
+}
+
 /// A duration with a unit: `500ms`, `30s`, `5m`, `1h`, `2d`.
 fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
     let expected = || "expected a duration such as 500ms, 30s, 5m or 1h".to_owned();
@@ -374,6 +475,16 @@ mod tests {
         assert_eq!(parse_duration("1h"), Ok(std::time::Duration::from_secs(3600)));
         assert!(parse_duration("-1s").is_err());
         assert!(parse_duration("1y").is_err());
+    }
+
+    #[test]
+    fn limits_can_be_switched_off_and_are_never_nothing() {
+        assert_eq!(parse_rate("20MiB"), Ok(Limit::Max(20 << 20)));
+        assert_eq!(parse_rate("off"), Ok(Limit::Off));
+        assert!(parse_rate("0").unwrap_err().contains("pause copy"));
+        assert_eq!(parse_lag("30s"), Ok(Limit::Max(std::time::Duration::from_secs(30))));
+        assert_eq!(parse_lag("off"), Ok(Limit::Off));
+        assert!(parse_lag("0s").is_err());
     }
 
     #[test]

@@ -8,6 +8,9 @@ use indicatif::MultiProgress;
 use serde_json::json;
 use tracing::warn;
 
+use crate::care;
+use crate::care::connections::Jobs;
+use crate::care::tune::{COPY_JOBS, Change};
 use crate::check::{self, Report};
 use crate::cli::{self, Cli, Command};
 use crate::connection::ConnectionSpec;
@@ -17,6 +20,7 @@ use crate::demo::{self, DemoOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::migrate::{self, Config, Heal};
 use crate::observe::board::StatusBoard;
+use crate::observe::format::{duration, size_rate};
 use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
@@ -46,6 +50,7 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Cutover(options) => cutover(options).await,
         Command::Pause(options) => pause(options, What::Apply, true).await,
         Command::Resume(options) => pause(options, What::All, false).await,
+        Command::Tune(options) => tune(options).await,
         Command::Verify(options) => verify(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Demo(options) => {
@@ -122,13 +127,18 @@ async fn check(options: cli::Check) -> Result<()> {
     let resuming = identity.is_some_and(|identity| {
         (identity.source, identity.target) == (source.without_password(), target.without_password())
     });
+    let wanted = Jobs {
+        copy: options.parallelism.copy_jobs.unwrap_or(COPY_JOBS),
+        index: options.parallelism.index_jobs,
+        apply: options.parallelism.apply_workers,
+    };
+    let caps = options.connections.caps();
+    let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
     let report = check::run(&check::Inputs {
         source: &source,
         target: &target,
         state_directory: options.dir.as_deref(),
-        copy_jobs: options.parallelism.copy_jobs,
-        index_jobs: options.parallelism.index_jobs,
-        apply_workers: options.parallelism.apply_workers,
+        jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
         estimate: Duration::from_secs(options.estimate_seconds),
@@ -160,7 +170,6 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         source,
         target,
         directory: options.directory.dir.clone(),
-        copy_jobs: options.parallelism.copy_jobs,
         split_above_bytes: options.split_above,
         index: index::Options { jobs: options.parallelism.index_jobs, memory_bytes: options.index_memory },
         apply_workers: options.parallelism.apply_workers,
@@ -172,9 +181,17 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         http_address: options.http_addr.0,
         heal,
         on_conflict: options.on_conflict,
+        care: care::Options {
+            copy_jobs: options.parallelism.copy_jobs,
+            copy_rate: options.care.copy_rate,
+            max_standby_lag: options.care.max_standby_lag,
+            source_wal_max: options.care.source_wal_max,
+            on_source_wal_max: options.care.on_source_wal_max,
+            caps: options.connections.caps(),
+        },
     };
     let board = StatusBoard::new();
-    let mode = ProgressMode::detect(log_format, bars, config.copy_jobs);
+    let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
     let shown = progress::start(board.clone(), mode);
     let outcome = migrate::run(config, &board).await;
     drop(shown);
@@ -285,6 +302,29 @@ async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Resul
     print(&format!("apply {}, copy {}\n", state(paused.apply), state(paused.copy)))
 }
 
+async fn tune(options: cli::TuneOptions) -> Result<()> {
+    let directory = StateDirectory::at(&options.directory.dir);
+    let cli::TuneOptions { copy_jobs, copy_rate, max_standby_lag, .. } = options;
+    let request = Request::Tune(Change { copy_jobs, copy_rate, max_standby_lag });
+    let Answer::Tuned(tuned) = Conversation::begin(&directory, &request).await?.next().await? else {
+        return Err(Error::new(ErrorKind::Other, "the migration answered something else"));
+    };
+    if options.json {
+        return print_json(&json!({
+            "version": 1,
+            "copy_jobs": tuned.copy_jobs,
+            "copy_jobs_max": tuned.copy_jobs_max,
+            "copy_rate_bytes_per_second": tuned.copy_rate_bytes_per_second,
+            "max_standby_lag_seconds": tuned.max_standby_lag_seconds,
+        }));
+    }
+    let fewer = copy_jobs.filter(|wanted| *wanted > tuned.copy_jobs);
+    let fewer = fewer.map_or("", |_| " (no more fit below the most connections)");
+    let rate = tuned.copy_rate_bytes_per_second.map_or("off".to_owned(), |rate| size_rate(rate as f64));
+    let lag = tuned.max_standby_lag_seconds.map_or("off".to_owned(), duration);
+    print(&format!("copy jobs {}{fewer}, copy rate {rate}, standby lag {lag}\n", tuned.copy_jobs))
+}
+
 /// Shows both ends, and asks.
 fn ask(status: &Status) -> Result<()> {
     let lag = status.lag.seconds.map_or("unknown".to_owned(), |seconds| format!("{seconds:.1} s"));
@@ -316,6 +356,9 @@ async fn verify(options: cli::Verify) -> Result<()> {
             }
         },
     };
+    let caps = options.connections.caps();
+    let jobs = caps.fit_comparison(options.jobs)?;
+    let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
     // The tables that were migrated; without a ledger, those of the source.
     let ledger = target.connect("walferry verify").await?;
     let tables = match ledger::load(&ledger).await? {
@@ -329,7 +372,7 @@ async fn verify(options: cli::Verify) -> Result<()> {
         || source.connect("walferry verify"),
         || target.connect("walferry verify"),
         &verify::Options {
-            jobs: options.jobs,
+            jobs,
             tables: options.tables,
             show_values: options.show_values,
             ..verify::Options::default()

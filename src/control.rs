@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use crate::care::tune::{self, Tune, Tuned};
 use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
@@ -35,6 +36,8 @@ pub enum Request {
         /// Hold it.
         rest: bool,
     },
+    /// Change how it is copied.
+    Tune(tune::Change),
 }
 
 /// One line of an answer.
@@ -49,6 +52,8 @@ pub enum Answer {
     CutOver(cutover::Outcome),
     /// What rests now; the last line.
     Paused(Paused),
+    /// How it is copied now; the last line.
+    Tuned(Tuned),
     /// It did not work; the last line.
     Error {
         /// [`ErrorKind::exit_code`].
@@ -99,6 +104,7 @@ impl ControlServer {
         directory: &StateDirectory,
         board: StatusBoard,
         pause: Pause,
+        tune: Tune,
         cutovers: mpsc::Sender<CutoverRequest>,
     ) -> Result<ControlServer> {
         let socket = directory.socket();
@@ -112,9 +118,9 @@ impl ControlServer {
             while let Ok((stream, _)) = listener.accept().await {
                 // The ended ones are taken out, so that they do not pile up.
                 while running.try_join_next().is_some() {}
-                let (board, pause, cutovers) = (board.clone(), pause.clone(), cutovers.clone());
+                let (board, pause, tune, cutovers) = (board.clone(), pause.clone(), tune.clone(), cutovers.clone());
                 running.spawn(async move {
-                    if let Err(error) = serve(stream, &board, &pause, &cutovers).await {
+                    if let Err(error) = serve(stream, &board, &pause, &tune, &cutovers).await {
                         tracing::debug!(%error, "a control connection ended early");
                     }
                 });
@@ -128,6 +134,7 @@ async fn serve(
     stream: UnixStream,
     board: &StatusBoard,
     pause: &Pause,
+    tune: &Tune,
     cutovers: &mpsc::Sender<CutoverRequest>,
 ) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
@@ -144,6 +151,10 @@ async fn serve(
         Request::Status => send(&mut writer, &Answer::Status(Box::new(board.snapshot()))).await,
         Request::Pause { what, rest } => {
             let answer = pause.set(what, rest).map_or_else(|error| Answer::from(&error), Answer::Paused);
+            send(&mut writer, &answer).await
+        }
+        Request::Tune(change) => {
+            let answer = tune.change(change).map_or_else(|error| Answer::from(&error), Answer::Tuned);
             send(&mut writer, &answer).await
         }
         Request::Cutover(options) => {

@@ -25,6 +25,7 @@ pub mod decode;
 
 pub mod apply;
 
+pub mod care;
 pub mod copy;
 pub mod target;
 

@@ -29,6 +29,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::apply::conflict::OnConflict;
+use crate::care;
+use crate::care::connections::Jobs;
+use crate::care::tune::{COPY_JOBS, Tune};
+use crate::care::wal::GivenUp;
 use crate::connection::ConnectionSpec;
 use crate::control::{ControlServer, CutoverRequest};
 use crate::error::{Error, ErrorKind, Result};
@@ -55,14 +59,14 @@ pub struct Config {
     pub target: ConnectionSpec,
     /// The state directory.
     pub directory: PathBuf,
-    /// Parts of tables copied at once.
-    pub copy_jobs: usize,
     /// A table of more bytes is copied in ranges.
     pub split_above_bytes: u64,
-    /// How indexes are built.
+    /// How indexes are built; by fewer sessions where the connections do not suffice.
     pub index: index::Options,
-    /// Sessions that apply changes. Fixed when the migration begins.
+    /// Sessions that apply changes, where the connections suffice. Fixed when the migration begins.
     pub apply_workers: usize,
+    /// Care for the source, and how much is copied at once.
+    pub care: care::Options,
     /// The queue on disk.
     pub queue: queue::Options,
     /// Where metrics are served; `None` for nowhere.
@@ -71,6 +75,32 @@ pub struct Config {
     pub heal: Heal,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
+}
+
+impl Config {
+    /// With connections that are counted, and with as many jobs as fit below the most that there may be.
+    fn fitted(mut self, board: &StatusBoard) -> Result<Config> {
+        let caps = self.care.caps;
+        self.source = self.source.with_connections_max(caps.source);
+        self.target = self.target.with_connections_max(caps.target);
+        let wanted =
+            Jobs { copy: self.care.copy_jobs.unwrap_or(COPY_JOBS), index: self.index.jobs, apply: self.apply_workers };
+        let jobs = caps.fit(wanted)?;
+        if jobs != wanted {
+            let text = format!(
+                "to fit below the most connections: {} copy jobs, {} index jobs, {} apply workers",
+                jobs.copy, jobs.index, jobs.apply
+            );
+            board.event(Level::Info, text);
+        }
+        (self.index.jobs, self.apply_workers) = (jobs.index, jobs.apply);
+        Ok(self)
+    }
+
+    /// What is done at once at the start.
+    fn jobs(&self, copy: usize) -> Jobs {
+        Jobs { copy, index: self.index.jobs, apply: self.apply_workers }
+    }
 }
 
 /// What is compared with the source again, and copied again where it differs, before a migration goes on.
@@ -93,6 +123,8 @@ struct Running {
     application_name: String,
     /// What the operator holds.
     pause: Pause,
+    /// How the operator wants it copied.
+    tune: Tune,
     /// A snapshot waits for transactions of others (H1): nothing moves, and nothing is wrong.
     waits_for_snapshot: AtomicBool,
 }
@@ -103,6 +135,7 @@ struct Running {
 /// `Blocked` when a precondition does not hold (nothing is changed then); `Interrupted` on SIGINT and SIGTERM; otherwise what
 /// stopped it. Run again, it goes on.
 pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
+    let config = config.fitted(board)?;
     let directory = StateDirectory::at(&config.directory).lock()?;
     let shown = directory.directory().clone();
     let outcome = tokio::select! {
@@ -125,8 +158,12 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
     let (cutovers, mut requested) = mpsc::channel(1);
+    board.show_connections(config.source.connections(), config.target.connections());
+    board.set_source_wal_max(config.care.source_wal_max);
     let pause = Pause::restore(directory.directory(), board);
-    let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), cutovers)?;
+    let copy_jobs_max = config.care.caps.copy_jobs_max(config.jobs(0));
+    let tune = Tune::restore(directory.directory(), board, &config.care, copy_jobs_max)?;
+    let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), cutovers)?;
     let _http = match config.http_address {
         Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
         None => None,
@@ -136,7 +173,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
 
     let mut backoff = Backoff::new();
     let application_name = loop {
-        match identify::identify(&config, &directory, board).await {
+        match identify::identify(&config, config.jobs(tune.now().copy_jobs), &directory, board).await {
             // Once begun, a server that is away for a while is waited for.
             Err(error) if error.is_transient() && directory.directory().identity()?.is_some() => {
                 board.event(Level::Warn, format!("trying again: {error}"));
@@ -151,6 +188,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         directory,
         application_name,
         pause,
+        tune,
         waits_for_snapshot: AtomicBool::new(false),
     };
     migration.go(&mut requested).await
@@ -196,8 +234,8 @@ impl Running {
         let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
         beside.spawn(async move { receive::run(&source, &subscription, &to_queue, &mut appender, &board).await });
         let background = Arc::new(self.background(&migration));
-        let (watching, to_trim) = (Arc::clone(&background), queue.clone());
-        beside.spawn(async move { background.trim(to_trim).await });
+        let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
+        beside.spawn(async move { trimming.trim(to_trim).await });
         beside.spawn(async move { watching.watch_source().await });
         let outcome = tokio::select! {
             ended = beside.join_next() => match ended {
@@ -208,9 +246,11 @@ impl Running {
         };
         // The queue writes its last block before the directory's lock goes.
         beside.shutdown().await;
-        match outcome {
-            Err(error) => Err(self.explain(error).await),
-            outcome => outcome,
+        match (outcome, background.given_up()) {
+            // Our own stream has ended, so nothing reads from the slot any more.
+            (Err(_), Some(given_up)) => Err(self.give_up(given_up).await),
+            (Err(error), None) => Err(self.explain(error).await),
+            (Ok(()), _) => Ok(()),
         }
     }
 
@@ -231,6 +271,12 @@ impl Running {
         let migration = self.load(&target).await?;
         if migration.phase == Phase::CutOver {
             return Ok(None);
+        }
+        self.config.care.caps.fit_apply_workers(migration.apply_workers)?;
+        if *heal != Heal::Everything
+            && let Some(given_up) = GivenUp::of(self.directory.directory(), &migration)?
+        {
+            return Err(self.give_up(&given_up).await);
         }
         let (migration, held) = match self.prepare(&mut target, migration).await? {
             (migration, None) => self.heal(&mut target, migration, heal).await?,

@@ -1,6 +1,6 @@
 //! Holding the apply or the copy: what the operator asked for, kept over restarts.
 //!
-//! The apply rests at the end of a unit, the copy at the end of a part; meanwhile the queue goes on receiving, so the source
+//! The apply rests at the end of a unit, the copy at the end of a part (what slows it within one is `care::tune`); meanwhile the queue goes on receiving, so the source
 //! keeps no WAL because of it.
 
 use serde::{Deserialize, Serialize};

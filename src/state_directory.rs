@@ -143,6 +143,16 @@ impl StateDirectory {
         self.path.join("paused.json")
     }
 
+    /// What the operator has tuned.
+    pub fn tuned(&self) -> PathBuf {
+        self.path.join("tuned.json")
+    }
+
+    /// That the slot was given up, if it was.
+    pub fn given_up(&self) -> PathBuf {
+        self.path.join("given-up.json")
+    }
+
     /// Who the migration is; `None` in an empty directory.
     ///
     /// # Errors
@@ -264,6 +274,10 @@ impl LockedDirectory {
             "status.new",
             "paused.json",
             "paused.new",
+            "tuned.json",
+            "tuned.new",
+            "given-up.json",
+            "given-up.new",
             "migration.json",
             "migration.new",
             "schema.dump",

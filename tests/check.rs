@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use tokio_postgres::Client;
+use walferry::care::connections::Jobs;
 use walferry::check::{self, Finding, Inputs, Report, Severity, Side};
 use walferry::connection::ConnectionSpec;
 use walferry::demo::server::{ServerPrograms, StopMode, ThrowawayServer};
@@ -100,9 +101,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         source,
         target,
         state_directory: None,
-        copy_jobs: 4,
-        index_jobs: 2,
-        apply_workers: 4,
+        jobs: Jobs { copy: 4, index: 2, apply: 4 },
         queue_max_bytes: None,
         resuming: false,
         estimate: Duration::ZERO,

@@ -4,6 +4,7 @@
 
 mod support;
 
+mod care;
 mod clean;
 mod conflict;
 mod copying;

@@ -32,6 +32,7 @@ pub use estimate::{Estimate, TriedTable};
 pub(crate) use report::that_stand;
 pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
+use crate::care::connections::Jobs;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Result};
 use crate::source::catalog;
@@ -39,9 +40,6 @@ use server::Server;
 
 /// The version of the report's format.
 const REPORT_VERSION: u32 = 1;
-
-/// Connections besides those of the jobs: control, slot and snapshot, stream, ledger, and one to look with.
-const OTHER_CONNECTIONS: usize = 5;
 
 /// What to check.
 #[derive(Clone, Copy)]
@@ -52,12 +50,8 @@ pub struct Inputs<'a> {
     pub target: &'a ConnectionSpec,
     /// Where the queue will be, if that is known already.
     pub state_directory: Option<&'a Path>,
-    /// Tables and parts that are copied at once.
-    pub copy_jobs: usize,
-    /// Indexes that are built at once.
-    pub index_jobs: usize,
-    /// Sessions that apply changes.
-    pub apply_workers: usize,
+    /// What is done at once.
+    pub jobs: Jobs,
     /// Quota of the queue in bytes, if there is one.
     pub queue_max_bytes: Option<u64>,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
@@ -131,11 +125,12 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
             target: usable.map(|_| inputs.target),
             tables: &tables,
             index_bytes: estimate::index_bytes(client, &tables).await,
-            copy_jobs: inputs.copy_jobs,
-            index_jobs: inputs.index_jobs,
+            copy_jobs: inputs.jobs.copy,
+            index_jobs: inputs.jobs.index,
             free_connections: usable
                 .map_or(i64::MAX, |(_, target)| target.free_connections)
-                .min(server.free_connections),
+                .min(server.free_connections)
+                .min(count(inputs.source.connections().room().min(inputs.target.connections().room()))),
             no_wal: usable.is_some_and(|(_, target)| target.setting("wal_level") == Some("minimal")),
             limit: inputs.estimate,
         };
@@ -194,15 +189,17 @@ async fn check_source(
     let mut findings = source::settings(server);
     findings.extend(source::replication(client, server, inputs.resuming).await?);
     findings.extend(source::slot_wal_limit(client, server).await?);
-    let least = count(inputs.copy_jobs + OTHER_CONNECTIONS);
+    let Jobs { copy, apply, .. } = inputs.jobs;
+    let needed = inputs.jobs.source_connections();
     // The way back applies to the source.
-    let wanted = least.max(count(inputs.apply_workers + OTHER_CONNECTIONS));
+    let of_the_way_back = Jobs { copy: 0, index: 0, apply }.target_connections();
+    let what = format!("for {copy} copy jobs, or later the way back's {apply} apply workers, and some more");
     findings.extend(server::connections(
         server,
         Side::Source,
-        least,
-        wanted,
-        "copy jobs, or later the way back's apply workers, and 5 more",
+        count(needed),
+        count(needed.max(of_the_way_back)),
+        &what,
     ));
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server).await?);
@@ -215,14 +212,10 @@ async fn check_source(
 
 async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> Result<Vec<Finding>> {
     let mut findings = target::settings(server);
-    let needed = count(inputs.copy_jobs + inputs.index_jobs + inputs.apply_workers + OTHER_CONNECTIONS);
-    findings.extend(server::connections(
-        server,
-        Side::Target,
-        needed,
-        needed,
-        "copy jobs, index jobs, apply workers, and 5 more",
-    ));
+    let Jobs { copy, index, apply } = inputs.jobs;
+    let needed = count(inputs.jobs.target_connections());
+    let what = format!("for {copy} copy jobs and {index} index jobs, or later {apply} apply workers, and some more");
+    findings.extend(server::connections(server, Side::Target, needed, needed, &what));
     findings.extend(target::replica_role(client, server).await?);
     if !inputs.resuming {
         findings.extend(target::emptiness(client, server).await?);

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 
 use rustix::fs::{MemfdFlags, Mode, fchmod, memfd_create};
 
+use super::count::Counted;
 use super::environment::password_file_escaped;
 use super::keywords::KEYWORDS;
 use super::spec::ConnectionSpec;
@@ -18,6 +19,8 @@ pub struct ChildEnvironment {
     variables: Vec<(&'static str, String)>,
     /// What PGPASSFILE points at.
     password_file: Option<std::fs::File>,
+    /// Counts the child's connection, which is one.
+    _counted: Counted,
 }
 
 impl ChildEnvironment {
@@ -39,7 +42,8 @@ impl ChildEnvironment {
         if let (None, Some(limit)) = (spec.parameters.get("connect_timeout"), spec.connect_timeout) {
             variables.push(("PGCONNECT_TIMEOUT", limit.as_secs().to_string()));
         }
-        let mut environment = ChildEnvironment { variables, password_file: None };
+        let _counted = spec.connections.admit().await;
+        let mut environment = ChildEnvironment { variables, password_file: None, _counted };
         environment.add_password(spec).await?;
         Ok(environment)
     }

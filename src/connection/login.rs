@@ -10,6 +10,7 @@ use tokio_postgres::config::{ChannelBinding, SslMode as ClientSslMode, SslNegoti
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
+use super::count::Counted;
 use super::settings;
 use super::spec::{ConnectionSpec, Host, Wanted};
 use super::stream::{Address, Negotiated, Stream};
@@ -30,6 +31,8 @@ pub(crate) struct Login {
     pub(crate) application_name: String,
     /// Whether SCRAM has to be bound to the TLS session.
     pub(crate) channel_binding: ChannelBindingPolicy,
+    /// Counts the session for as long as it is open.
+    pub(super) counted: Counted,
 }
 
 /// `channel_binding`.
@@ -142,7 +145,8 @@ impl From<Error> for Failure {
 /// and tried again where it is another.
 pub(crate) async fn open<S: Session>(spec: &ConnectionSpec, application_name: &str) -> Result<S> {
     let from_command = spec.password_from_command().await?;
-    let refused = match open_with(spec, application_name, from_command.as_deref()).await {
+    let counted = spec.connections.admit().await;
+    let refused = match open_with(spec, application_name, from_command.as_deref(), &counted).await {
         Err(error) if from_command.is_some() && error.sqlstate() == Some(&SqlState::INVALID_PASSWORD) => error,
         outcome => return outcome,
     };
@@ -150,10 +154,15 @@ pub(crate) async fn open<S: Session>(spec: &ConnectionSpec, application_name: &s
     if newer == from_command {
         return Err(refused);
     }
-    open_with(spec, application_name, newer.as_deref()).await
+    open_with(spec, application_name, newer.as_deref(), &counted).await
 }
 
-async fn open_with<S: Session>(spec: &ConnectionSpec, application_name: &str, from_command: Option<&str>) -> Result<S> {
+async fn open_with<S: Session>(
+    spec: &ConnectionSpec,
+    application_name: &str,
+    from_command: Option<&str>,
+    counted: &Counted,
+) -> Result<S> {
     let passes: &[Wanted] = match spec.wanted {
         Wanted::PreferStandby => &[Wanted::Standby, Wanted::Any],
         Wanted::Any => &[Wanted::Any],
@@ -171,6 +180,7 @@ async fn open_with<S: Session>(spec: &ConnectionSpec, application_name: &str, fr
                 options: spec.options(),
                 application_name: application_name.to_owned(),
                 channel_binding: spec.channel_binding,
+                counted: counted.clone(),
             };
             match at_host(spec, host, &login, wanted).await {
                 Ok(session) => return Ok(session),
@@ -291,6 +301,7 @@ async fn attempt<S: Session>(
             TlsFailure::Refused(error) => Failure { error, try_other: true },
         })?;
     }
+    stream.count(login.counted.clone());
     S::log_in(stream, login).await.map_err(|error| Failure::from(explain(error)))
 }
 

@@ -14,6 +14,7 @@
 
 mod certificate;
 mod child;
+mod count;
 mod environment;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
@@ -30,6 +31,7 @@ pub(crate) mod wire;
 
 pub use child::ChildEnvironment;
 pub(crate) use child::{SECRET_VARIABLES, without_secrets};
+pub use count::ConnectionCount;
 pub(crate) use login::{ChannelBindingPolicy, Login, Session, first_row, no_password, open};
 pub use spec::ConnectionSpec;
 pub(crate) use stream::Stream;

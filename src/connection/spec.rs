@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_postgres::Client;
 
 use super::child::ChildEnvironment;
+use super::count::ConnectionCount;
 use super::environment::{self, Environment};
 use super::keywords::{KEYWORDS, Treatment};
 use super::login::{self, ChannelBindingPolicy};
@@ -44,6 +45,8 @@ pub struct ConnectionSpec {
     pub(super) connect_timeout: Option<Duration>,
     pub(super) keepalive: Keepalive,
     pub(super) wanted: Wanted,
+    /// What is open by this and its clones.
+    pub(super) connections: ConnectionCount,
 }
 
 /// One of the servers to try.
@@ -110,6 +113,18 @@ impl ConnectionSpec {
     pub fn with_password_command(mut self, command: String) -> ConnectionSpec {
         self.password_command = Some(command);
         self
+    }
+
+    /// Allows at most so many connections at once by this and its clones, from now on.
+    #[must_use]
+    pub fn with_connections_max(mut self, max: Option<usize>) -> ConnectionSpec {
+        self.connections = ConnectionCount::new(max);
+        self
+    }
+
+    /// How many connections are open by this and its clones.
+    pub fn connections(&self) -> &ConnectionCount {
+        &self.connections
     }
 
     /// Whether the password stood in the connection string itself, where the process list shows it.
@@ -218,6 +233,7 @@ impl ConnectionSpec {
             connect_timeout: connect_timeout(&parameters)?,
             keepalive: keepalive(&parameters)?,
             wanted: wanted(&parameters)?,
+            connections: ConnectionCount::new(None),
             password,
             password_is_inline,
             password_command: None,

@@ -13,6 +13,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 
+use super::count::Counted;
+
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Address {
@@ -56,6 +58,8 @@ pub(crate) struct Stream {
     transport: Transport,
     /// The hash of the server's certificate for SCRAM's channel binding (RFC 5929, `tls-server-end-point`).
     pub(super) end_point: Option<Vec<u8>>,
+    /// Counts it until it is closed.
+    _counted: Option<Counted>,
 }
 
 enum Transport {
@@ -75,7 +79,7 @@ impl Stream {
                 Transport::Tcp(stream)
             }
         };
-        Ok(Stream { transport, end_point: None })
+        Ok(Stream { transport, end_point: None, _counted: None })
     }
 
     /// The bare TCP stream, before TLS.
@@ -88,7 +92,12 @@ impl Stream {
 
     /// A stream over a TLS session.
     pub(super) fn secured(stream: tokio_rustls::client::TlsStream<TcpStream>, end_point: Option<Vec<u8>>) -> Stream {
-        Stream { transport: Transport::Tls(Box::new(stream)), end_point }
+        Stream { transport: Transport::Tls(Box::new(stream)), end_point, _counted: None }
+    }
+
+    /// Has it counted until it is closed.
+    pub(super) fn count(&mut self, counted: Counted) {
+        self._counted = Some(counted);
     }
 
     /// Whether what goes through it is encrypted.

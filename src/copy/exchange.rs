@@ -46,6 +46,8 @@ pub(super) async fn exchange(
     let wanted = if table.bytes > READ_IN_RANGES_ABOVE_BYTES { jobs.max(1) } else { 1 };
     // One may have made way since.
     pairs.retain(|(source, target)| !source.is_closed() && !target.is_closed());
+    // Nor does anybody need those that were tuned away.
+    pairs.truncate(jobs.max(1));
     while pairs.len() < wanted {
         pairs.push(tokio::try_join!(
             copier.source.connect(&copier.application_name),
@@ -115,7 +117,7 @@ async fn exchange_rows(
     let mut copied = 0;
     for condition in &mismatch.conditions {
         let statement = copy_out_statement(table, mismatch, condition);
-        copied += send_rows(source, &statement, target, table, progress.as_mut()).await?;
+        copied += send_rows(source, &statement, target, table, progress.as_mut(), copier.tune.pace()).await?;
     }
     let now = mismatch.rows_target - deleted.cast_signed() + copied.cast_signed();
     if now != mismatch.rows_source {

@@ -13,7 +13,9 @@
 //!
 //! A table that the target has rows of already is compared with the snapshot instead (`exchange`).
 //!
-//! Care for the source: a transaction is as short as one part, and is ended when anybody waits behind its lock (H9).
+//! Care for the source: a transaction is as short as one part, and is ended when anybody waits behind its lock (H9). Every chunk
+//! waits for its turn (`care::pace`), and the number of jobs may change at any time: more begin at once, and those that are too
+//! many end after their part (H28). A pause holds between two parts.
 
 mod exchange;
 mod part;
@@ -21,12 +23,13 @@ mod plan;
 mod watchdog;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::care::tune::Tune;
 use crate::connection::ConnectionSpec;
 use crate::connection::wire::RawSession;
 use crate::error::{Error, ErrorKind, Result};
@@ -55,6 +58,8 @@ pub struct Copier {
     pub board: StatusBoard,
     /// Whether it is to rest; it does so between parts.
     pub paused: watch::Receiver<Paused>,
+    /// How many jobs there are to be, and how fast.
+    pub tune: Tune,
 }
 
 /// What became of a part.
@@ -68,7 +73,7 @@ enum Outcome {
 }
 
 impl Copier {
-    /// Copies parts under a snapshot with several jobs. Sends the relid of each table that becomes complete.
+    /// Copies parts under a snapshot, with as many jobs as the operator wants. Sends the relid of each table that becomes complete.
     ///
     /// Answers with the tables that this snapshot cannot serve, because they were rewritten or emptied after it (H4): they
     /// need another.
@@ -79,36 +84,82 @@ impl Copier {
         self: &Arc<Copier>,
         snapshot: &str,
         parts: Vec<Part>,
-        jobs: usize,
         completed: &mpsc::UnboundedSender<u32>,
     ) -> Result<BTreeSet<u32>> {
-        let waiting = Arc::new(Mutex::new(VecDeque::from(parts)));
+        let work = Arc::new(Mutex::new(Work { waiting: VecDeque::from(parts), jobs: 0 }));
         let stale = Arc::new(Mutex::new(BTreeSet::new()));
-        let mut running = JoinSet::new();
-        for _ in 0..jobs.max(1) {
-            let job = Job {
-                copier: Arc::clone(self),
-                snapshot: snapshot.to_owned(),
-                waiting: Arc::clone(&waiting),
-                stale: Arc::clone(&stale),
-                completed: completed.clone(),
-            };
-            running.spawn(job.run());
-        }
+        let mut wanted = self.tune.copy_jobs();
         let jobs = async {
-            while let Some(ended) = running.join_next().await {
-                // With the first error the others are ended too; what they had begun is taken back by its transaction.
-                ended
-                    .unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("a copy job failed: {error}"))))?;
+            let mut running = JoinSet::new();
+            loop {
+                let begun = lock(&work).begin(*wanted.borrow_and_update());
+                for _ in 0..begun {
+                    let job = Job {
+                        copier: Arc::clone(self),
+                        snapshot: snapshot.to_owned(),
+                        work: Arc::clone(&work),
+                        wanted: self.tune.copy_jobs(),
+                        stale: Arc::clone(&stale),
+                        completed: completed.clone(),
+                    };
+                    running.spawn(job.run());
+                }
+                self.board.set_copy_jobs(lock(&work).jobs);
+                tokio::select! {
+                    ended = running.join_next() => match ended {
+                        None => return Result::<()>::Ok(()),
+                        // With the first error the others are ended too; what they had begun is taken back by its transaction.
+                        Some(ended) => ended.unwrap_or_else(|error| {
+                            Err(Error::new(ErrorKind::Other, format!("a copy job failed: {error}")))
+                        })?,
+                    },
+                    // Whoever tunes it is in here too, and never gone.
+                    _ = wanted.changed() => {}
+                }
             }
-            Result::<()>::Ok(())
         };
+        let _shown = Shown(&self.board);
         tokio::select! {
             outcome = jobs => outcome?,
             never = watchdog::run(&self.source, &self.application_name, &self.board) => match never {},
         }
-        let stale = stale.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(stale.clone())
+        Ok(lock(&stale).clone())
+    }
+}
+
+/// The status shows no job any more when this is dropped.
+struct Shown<'a>(&'a StatusBoard);
+
+impl Drop for Shown<'_> {
+    fn drop(&mut self) {
+        self.0.set_copy_jobs(0);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is to be done, and by how many.
+struct Work {
+    waiting: VecDeque<Part>,
+    /// Those that have begun and not ended.
+    jobs: usize,
+}
+
+impl Work {
+    /// How many jobs are to begin, which from now on count; for each there is a part.
+    fn begin(&mut self, wanted: usize) -> usize {
+        let count = wanted.max(1).saturating_sub(self.jobs).min(self.waiting.len());
+        self.jobs += count;
+        count
+    }
+
+    /// The next part for a job that has ended one. None where it is one too many, or nothing is left; then the job has ended.
+    fn next(&mut self, wanted: usize) -> Option<Part> {
+        let next = if self.jobs > wanted.max(1) { None } else { self.waiting.pop_front() };
+        self.jobs -= usize::from(next.is_none());
+        next
     }
 }
 
@@ -122,9 +173,9 @@ impl Copier {
         &self,
         snapshot: &str,
         parts: &[Part],
-        jobs: usize,
         completed: &mpsc::UnboundedSender<u32>,
     ) -> Result<BTreeSet<u32>> {
+        let _shown = Shown(&self.board);
         let all = async {
             let mut stale = BTreeSet::new();
             let mut pairs = Vec::new();
@@ -132,6 +183,9 @@ impl Copier {
             for part in parts {
                 loop {
                     pause::copy_may_go_on(&mut paused).await;
+                    self.tune.pace().may_go_on().await;
+                    let jobs = *self.tune.copy_jobs().borrow();
+                    self.board.set_copy_jobs(1);
                     match exchange::exchange(self, snapshot, part, jobs, &mut pairs).await? {
                         Outcome::Copied(_) => {
                             // The receiver outlives the copy; if it is gone, so is the migration.
@@ -158,7 +212,8 @@ impl Copier {
 struct Job {
     copier: Arc<Copier>,
     snapshot: String,
-    waiting: Arc<Mutex<VecDeque<Part>>>,
+    work: Arc<Mutex<Work>>,
+    wanted: watch::Receiver<usize>,
     stale: Arc<Mutex<BTreeSet<u32>>>,
     completed: mpsc::UnboundedSender<u32>,
 }
@@ -174,6 +229,7 @@ impl Job {
             pause::copy_may_go_on(&mut paused).await;
             if !source.is_usable() {
                 // It made way, perhaps only while the target committed the part.
+                drop(source);
                 source = RawSession::connect(&copier.source, &copier.application_name).await?;
             }
             let Some(table) = copier.tables.get(&next.relid) else {
@@ -183,7 +239,8 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
-                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, &copier.board).await? {
+                let shown_and_paced = (&copier.board, copier.tune.pace());
+                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, shown_and_paced).await? {
                     Outcome::Copied(complete) => {
                         if complete {
                             // The receiver outlives the copy; if it is gone, so is the migration.
@@ -196,7 +253,7 @@ impl Job {
                             table.qualified()
                         );
                         copier.board.event(Level::Warn, text);
-                        self.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(next.relid);
+                        lock(&self.stale).insert(next.relid);
                     }
                     Outcome::MadeWay => {
                         copier.board.event(
@@ -216,10 +273,42 @@ impl Job {
     }
 
     fn next(&self) -> Option<Part> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        lock(&self.work).next(*self.wanted.borrow())
     }
 
     fn is_stale(&self, relid: u32) -> bool {
-        self.stale.lock().unwrap_or_else(PoisonError::into_inner).contains(&relid)
+        lock(&self.stale).contains(&relid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn work(parts: i32) -> Work {
+        let part = |part| Part { relid: 1, part, first_page: 0, end_page: None };
+        Work { waiting: (0..parts).map(part).collect(), jobs: 0 }
+    }
+
+    #[test]
+    fn as_many_jobs_begin_as_are_wanted_and_have_a_part() {
+        let mut work = work(5);
+        assert_eq!(work.begin(2), 2);
+        assert_eq!(work.begin(2), 0);
+        assert_eq!(work.begin(3), 1, "one more is wanted now");
+        assert!((0..3).all(|_| work.next(3).is_some()));
+        assert_eq!(work.begin(100), 2, "no more than there are parts");
+    }
+
+    #[test]
+    fn h28_jobs_that_are_too_many_end_after_their_part_and_nothing_is_left_undone() {
+        let mut work = work(10);
+        assert_eq!(work.begin(4), 4);
+        assert!((0..4).all(|_| work.next(4).is_some()));
+        assert!((0..3).all(|_| work.next(1).is_none()), "three of four end");
+        assert_eq!(work.jobs, 1);
+        assert!((0..6).all(|_| work.next(1).is_some()), "the last one does the rest");
+        assert!(work.next(1).is_none());
+        assert_eq!((work.jobs, work.begin(4)), (0, 0));
     }
 }

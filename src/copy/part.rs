@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::Outcome;
+use crate::care::pace::Pace;
 use crate::connection::wire::RawSession;
 use crate::connection::{self, Session};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -33,9 +34,9 @@ pub(super) async fn copy(
     snapshot: &str,
     table: &Table,
     part: &Part,
-    board: &StatusBoard,
+    (board, pace): (&StatusBoard, &Pace),
 ) -> Result<Outcome> {
-    let outcome = copy_rows(source, target, snapshot, table, part, board).await;
+    let outcome = copy_rows(source, target, snapshot, table, part, (board, pace)).await;
     // Ends the transaction on the source, and with it the lock (H9), whatever happened. When the session is gone, so is
     // the lock; one that was left in the middle of a COPY goes with this error.
     if source.is_usable()
@@ -59,7 +60,7 @@ async fn copy_rows(
     snapshot: &str,
     table: &Table,
     part: &Part,
-    board: &StatusBoard,
+    (board, pace): (&StatusBoard, &Pace),
 ) -> Result<Outcome> {
     let transaction = target.transaction().await?;
     let frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
@@ -71,7 +72,7 @@ async fn copy_rows(
     }
     let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
     source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
-    let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut()).await?;
+    let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut(), pace).await?;
     loop {
         let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
         into.pass_on(rows).await?;
@@ -118,9 +119,10 @@ pub(super) async fn send_rows(
     target: &Client,
     table: &Table,
     progress: Option<&mut PartProgress>,
+    pace: &Pace,
 ) -> Result<u64> {
     let mut rows = pin!(source.copy_out(copy_out).await?);
-    let mut into = CopyIn::begin(target, table, false, progress).await?;
+    let mut into = CopyIn::begin(target, table, false, progress, pace).await?;
     let mut waiting = 0;
     while let Some(row) = rows.try_next().await? {
         into.chunk.extend_from_slice(&row);
@@ -140,6 +142,8 @@ struct CopyIn<'a> {
     /// What is to be passed on next.
     chunk: BytesMut,
     progress: Option<&'a mut PartProgress>,
+    /// Where a chunk waits for its turn, out of care for the source.
+    pace: &'a Pace,
     /// Messages of the source: each is a row, but the last one in binary, which is the trailer. So the newest is not shown
     /// until another follows.
     messages: u64,
@@ -152,6 +156,7 @@ impl<'a> CopyIn<'a> {
         table: &Table,
         frozen: bool,
         progress: Option<&'a mut PartProgress>,
+        pace: &'a Pace,
     ) -> Result<CopyIn<'a>> {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
         let statement = format!(
@@ -161,7 +166,7 @@ impl<'a> CopyIn<'a> {
             if frozen { ", FREEZE" } else { "" }
         );
         let sink = Box::pin(target.copy_in::<_, Bytes>(&statement).await?);
-        Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, messages: 0, rows_shown: 0 })
+        Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, pace, messages: 0, rows_shown: 0 })
     }
 
     /// Passes the chunk on, which came in so many messages.
@@ -169,6 +174,7 @@ impl<'a> CopyIn<'a> {
         if self.chunk.is_empty() {
             return Ok(());
         }
+        self.pace.pass(self.chunk.len() as u64).await;
         if let Some(progress) = self.progress.as_deref_mut() {
             let rows = (self.messages + messages).saturating_sub(1);
             progress.add(self.chunk.len() as u64, rows - self.rows_shown);

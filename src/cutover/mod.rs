@@ -361,11 +361,14 @@ impl Cutover<'_> {
         if tables.is_empty() {
             return Ok(());
         }
+        let default = verify::Options::default();
+        let room = self.source.connections().room().min(self.target.connections().room());
+        let options = verify::Options { jobs: default.jobs.min(room).max(1), ..default };
         let report = verify::compare(
             &tables,
             || self.source.connect(self.application_name),
             || self.target.connect(self.application_name),
-            &verify::Options::default(),
+            &options,
             &|_| {},
         )
         .await?;

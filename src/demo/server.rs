@@ -155,6 +155,52 @@ impl ThrowawayServer {
         Ok(server)
     }
 
+    /// Makes a physical standby of this server, which streams from it and answers queries.
+    ///
+    /// `settings` are those of the standby, as for [`ThrowawayServer::start`]; its `max_connections` and the like must not be less
+    /// than this server's.
+    ///
+    /// # Errors
+    /// What `pg_basebackup` or the standby's log said last.
+    pub async fn start_standby(&self, name: &str, settings: &[(&str, &str)]) -> Result<ThrowawayServer> {
+        let directory = TemporaryDirectory::create(name, self.user)?;
+        let data_directory = directory.path.join("data");
+        let port = self.port.to_string();
+        let mut command = Command::new(self.programs.bin("pg_basebackup"));
+        command.args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &port,
+            "-U",
+            "postgres",
+            "-X",
+            "stream",
+            "-c",
+            "fast",
+            "-R",
+            "-N",
+            "-D",
+        ]);
+        command.arg(&data_directory);
+        run_to_its_end(command, "pg_basebackup", &directory.path, self.user)
+            .await
+            .context(|| format!("making the standby {name:?}"))?;
+        let mut standby = ThrowawayServer {
+            programs: self.programs.clone(),
+            name: name.to_owned(),
+            port: free_port()?,
+            data_directory,
+            process: None,
+            pid: 0,
+            user: self.user,
+            directory,
+        };
+        standby.configure(settings)?;
+        standby.launch().await?;
+        Ok(standby)
+    }
+
     /// The connection string of the database `postgres`.
     pub fn url(&self) -> String {
         self.url_for("postgres")
@@ -449,16 +495,21 @@ fn base_directory(user: ServerUser) -> PathBuf {
 }
 
 async fn initialize(programs: &ServerPrograms, directory: &Path, data: &Path, user: ServerUser) -> Result<()> {
-    let log = directory.join("initdb.log");
-    let file = File::create(&log).context(|| format!("making {}", log.display()))?;
     let mut command = Command::new(programs.bin("initdb"));
     command.arg("-D").arg(data).args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"]);
+    run_to_its_end(command, "initdb", directory, user).await
+}
+
+/// Runs one of PostgreSQL's programs that makes a data directory; what it says goes to a file beside that.
+async fn run_to_its_end(mut command: Command, name: &str, directory: &Path, user: ServerUser) -> Result<()> {
+    let log = directory.join(format!("{name}.log"));
+    let file = File::create(&log).context(|| format!("making {}", log.display()))?;
     user.prepare(&mut command, directory);
     command.stdout(file.try_clone()?).stderr(file);
     let mut command = tokio::process::Command::from(command);
-    let status: ExitStatus = command.kill_on_drop(true).status().await.context(|| "running initdb".to_owned())?;
+    let status: ExitStatus = command.kill_on_drop(true).status().await.context(|| format!("running {name}"))?;
     if !status.success() {
-        let message = format!("initdb ended with {status}; it said last:\n{}", tail(&log, 15));
+        let message = format!("{name} ended with {status}; it said last:\n{}", tail(&log, 15));
         return Err(Error::new(ErrorKind::Other, message));
     }
     Ok(())

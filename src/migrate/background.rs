@@ -1,17 +1,21 @@
 //! What goes on beside the phases: trimming the queue, watching the source, writing the status down.
 
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
 use tokio_postgres::types::PgLsn;
 
 use super::{Config, Running};
+use crate::care::wal::{self, OnSourceWalMax};
 use crate::connection::ConnectionSpec;
 use crate::crashsafe;
 use crate::cutover;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::StatusBoard;
+use crate::observe::format::size;
+use crate::observe::status::{Level, Phase};
 use crate::queue::Queue;
 use crate::source::slot;
 use crate::state_directory::StateDirectory;
@@ -29,6 +33,12 @@ pub(super) struct Background {
     target: ConnectionSpec,
     application_name: String,
     slot: String,
+    queue: String,
+    directory: StateDirectory,
+    on_source_wal_max: OnSourceWalMax,
+    source_wal_max: Option<u64>,
+    /// Set when the slot is to be given up.
+    given_up: OnceLock<wal::GivenUp>,
     board: StatusBoard,
 }
 
@@ -39,6 +49,11 @@ impl Running {
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             slot: migration.slot.clone(),
+            queue: migration.queue.clone(),
+            directory: self.directory.directory().clone(),
+            on_source_wal_max: self.config.care.on_source_wal_max,
+            source_wal_max: self.config.care.source_wal_max,
+            given_up: OnceLock::new(),
             board: self.board.clone(),
         }
     }
@@ -81,24 +96,97 @@ impl Background {
     }
 
     /// Shows where the source's WAL is and how much of it our slot holds back, until it is dropped.
+    ///
+    /// # Errors
+    /// `Blocked` when it is so much that the slot is to be given up, which is written down then.
     pub(super) async fn watch_source(&self) -> Result<()> {
+        let mut watch = wal::Watch::new(Instant::now());
         loop {
-            if let Err(error) = self.watch_source_while_connected().await {
-                tracing::debug!(%error, "watching the source waits for a connection");
+            match self.watch_source_while_connected(&mut watch).await {
+                Err(error) if error.kind() == ErrorKind::Blocked => return Err(error),
+                Err(error) => tracing::debug!(%error, "watching the source waits for a connection"),
+                Ok(()) => {}
             }
             tokio::time::sleep(SOURCE_INTERVAL).await;
         }
     }
 
-    async fn watch_source_while_connected(&self) -> Result<()> {
+    async fn watch_source_while_connected(&self, watch: &mut wal::Watch) -> Result<()> {
         let source = self.source.connect(&self.application_name).await?;
         loop {
             let position: PgLsn =
                 answer(source.query_typed_one("SELECT pg_catalog.pg_current_wal_lsn()", &[])).await?.get(0);
             if let Some(state) = answer(slot::state(&source, &self.slot)).await? {
-                self.board.source_position(position.into(), state.retained_bytes.max(0).cast_unsigned());
+                let retained = state.retained_bytes.max(0).cast_unsigned();
+                self.board.source_position(position.into(), retained);
+                self.judge(watch, retained)?;
             }
             tokio::time::sleep(SOURCE_INTERVAL).await;
+        }
+    }
+}
+
+impl Background {
+    /// Says when our slot keeps too much WAL, or gives it up.
+    fn judge(&self, watch: &mut wal::Watch, retained: u64) -> Result<()> {
+        let Some(max) = self.source_wal_max else { return Ok(()) };
+        match watch.judge(retained, max) {
+            wal::Verdict::Nothing => {}
+            wal::Verdict::FineAgain => {
+                let text = format!("the source keeps {} of WAL for our slot: no longer too much", size(retained));
+                self.board.event(Level::Info, text);
+            }
+            wal::Verdict::TooMuch => {
+                if let Some(text) = self.board.snapshot().source.too_much_wal() {
+                    self.board.event(Level::Warn, text);
+                }
+            }
+        }
+        let gives_up = watch.gives_up(retained, max, Instant::now());
+        // A cutover ends within seconds, and with it the need for the slot.
+        let wanted = self.on_source_wal_max == OnSourceWalMax::GiveUp && self.board.phase() != Phase::CuttingOver;
+        if gives_up && wanted {
+            let given_up = wal::GivenUp {
+                slot: self.slot.clone(),
+                queue: self.queue.clone(),
+                retained_bytes: retained,
+                max_bytes: max,
+            };
+            // Where that cannot be written down, the source comes first all the same: a later start then says that the slot is gone.
+            if let Err(error) = given_up.write(&self.directory) {
+                self.board.event(Level::Warn, error.to_string());
+            }
+            return Err(self.given_up.get_or_init(|| given_up).error());
+        }
+        Ok(())
+    }
+
+    /// The slot, when it is to be given up.
+    pub(super) fn given_up(&self) -> Option<&wal::GivenUp> {
+        self.given_up.get()
+    }
+}
+
+impl Running {
+    /// Drops the slot that was given up, however often that has to be tried; answers what the migration ends with.
+    pub(super) async fn give_up(&self, given_up: &wal::GivenUp) -> Error {
+        let mut backoff = super::Backoff::new();
+        loop {
+            let dropped = async {
+                let source = self.config.source.connect(&self.application_name).await?;
+                slot::drop(&source, &given_up.slot).await
+            };
+            match dropped.await {
+                Ok(()) => return given_up.error(),
+                Err(error) if error.is_transient() => {
+                    self.board.event(Level::Warn, format!("dropping the slot, trying again: {error}"));
+                    backoff.wait().await;
+                }
+                Err(error) => {
+                    let by_hand = format!("Run on the source: SELECT pg_drop_replication_slot('{}')", given_up.slot);
+                    return given_up.error().context(format!("the slot could not be dropped ({error})")).hint(by_hand);
+                }
+            }
         }
     }
 }

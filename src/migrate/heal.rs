@@ -17,6 +17,7 @@ use tokio_postgres::Client;
 use super::prepare::{Held, identities};
 use super::{Heal, Running};
 use crate::apply::reconcile::{self, Stream};
+use crate::care::wal::GivenUp;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::status::Level;
@@ -214,6 +215,7 @@ impl Running {
         };
         self.make_way_for_queue(&queue, migration)?;
         ledger::record_resynced(target, &resynced).await?;
+        GivenUp::forget(self.directory.directory());
         self.board.event(
             Level::Info,
             format!("slot {} at {}: {} tables to compare", migration.slot, new.consistent_point, tables.len()),

@@ -1,6 +1,7 @@
 //! Which migration this is: a new one, or one that goes on.
 
 use super::{Config, Heal};
+use crate::care::connections::Jobs;
 use crate::check::{self, Severity};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
@@ -14,7 +15,12 @@ const ALONE_WITHIN_SECONDS: u32 = 15;
 
 /// Compares the state directory with the target's ledger, and checks both servers. Only when nothing stands against it is
 /// anything written: first the directory, then the ledger. Answers what the migration's sessions call themselves.
-pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board: &StatusBoard) -> Result<String> {
+pub(super) async fn identify(
+    config: &Config,
+    jobs: Jobs,
+    directory: &LockedDirectory,
+    board: &StatusBoard,
+) -> Result<String> {
     let identity = directory.directory().identity()?;
     let recorded = match config.target.connect("walferry").await {
         Ok(mut target) => {
@@ -84,9 +90,7 @@ pub(super) async fn identify(config: &Config, directory: &LockedDirectory, board
         source: &config.source,
         target: &config.target,
         state_directory: Some(directory.directory().path()),
-        copy_jobs: config.copy_jobs,
-        index_jobs: config.index.jobs,
-        apply_workers: config.apply_workers,
+        jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
         estimate: std::time::Duration::ZERO,

@@ -17,6 +17,7 @@ use crate::apply::change::{Adoption, Change};
 use crate::apply::layout::Layout;
 use crate::apply::reconcile::reconcile;
 use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
+use crate::care::standbys;
 use crate::control::{Answer, CutoverRequest};
 use crate::copy::{self, Copier};
 use crate::cutover::{self, Cutover, GivenUp};
@@ -105,8 +106,13 @@ impl Running {
             of_index_jobs,
             &self.board,
         );
+        let max_standby_lag = self.tune.max_standby_lag();
+        let (source, name, pace) = (&self.config.source, &self.application_name, self.tune.pace());
         let copying = async {
-            self.copy(target, &tables, held, &copied).await?;
+            tokio::select! {
+                outcome = self.copy(target, &tables, held, &copied) => outcome?,
+                never = standbys::watch(source, name, &max_standby_lag, pace, &self.board) => match never {},
+            }
             // The index jobs end when they have worked off what is in the channel.
             drop(copied);
             self.board.set_phase(ShownPhase::Indexing);
@@ -134,6 +140,7 @@ impl Running {
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
             board: self.board.clone(),
             paused: self.pause.subscribe(),
+            tune: self.tune.clone(),
         });
         loop {
             let unfinished: Vec<LedgerTable> =
@@ -158,8 +165,8 @@ impl Running {
             let name = held.snapshot.name.clone();
             // Tables that this snapshot could not serve (H4) are in the next round, under another.
             let both = async {
-                copier.compare(&name, &to_compare, self.config.copy_jobs, copied).await?;
-                copier.run(&name, to_copy, self.config.copy_jobs, copied).await
+                copier.compare(&name, &to_compare, copied).await?;
+                copier.run(&name, to_copy, copied).await
             };
             tokio::select! {
                 stale = both => drop(stale?),

@@ -31,7 +31,7 @@ impl Running {
             sleep(LOOK_INTERVAL).await;
             let status = self.board.snapshot();
             let now = Progress::of(&status);
-            let waits_for_others = self.waits_for_snapshot.load(Ordering::Relaxed);
+            let waits_for_others = self.waits_for_snapshot.load(Ordering::Relaxed) || self.tune.pace().holds_somebody();
             if progress.replace(now) != Some(now) || !has_work(&status) || waits_for_others {
                 moved = Instant::now();
             }

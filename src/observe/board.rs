@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use tokio::task::AbortHandle;
 
+use crate::connection::ConnectionCount;
 use crate::error::Error;
 use crate::lsn::Lsn;
 use crate::observe::lag::Pending;
 use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow, Rates};
 use crate::observe::status::{
-    Apply, ConflictKind, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue, STATUS_VERSION, Source, Status,
-    Stream, Table, TableConflicts, TableState, Target,
+    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue,
+    STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
@@ -78,11 +79,23 @@ struct Shared {
     indexes_done: AtomicU64,
     apply_paused: AtomicBool,
     copy_paused: AtomicBool,
+    copy_jobs: AtomicU64,
+    copy_limits: Mutex<CopyLimits>,
+    /// To the source and to the target.
+    connections: Mutex<Option<[ConnectionCount; 2]>>,
     pending: Mutex<Pending>,
     queue: Mutex<Queue>,
     tables: Mutex<Tables>,
     rates: Mutex<RateWindow>,
     text: Mutex<Text>,
+}
+
+/// What holds the copy back.
+#[derive(Clone, Debug, Default)]
+struct CopyLimits {
+    jobs: usize,
+    rate: Option<u64>,
+    waits_for: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -138,6 +151,9 @@ impl StatusBoard {
             indexes_done: AtomicU64::new(0),
             apply_paused: AtomicBool::new(false),
             copy_paused: AtomicBool::new(false),
+            copy_jobs: AtomicU64::new(0),
+            copy_limits: Mutex::default(),
+            connections: Mutex::default(),
             pending: Mutex::default(),
             queue: Mutex::default(),
             tables: Mutex::default(),
@@ -313,6 +329,32 @@ impl StatusBoard {
         self.shared.copy_paused.store(paused, Relaxed);
     }
 
+    /// How many parts may be copied at once, and how many bytes in a second.
+    pub fn set_copy_limits(&self, jobs: usize, bytes_per_second: Option<u64>) {
+        let mut limits = lock(&self.shared.copy_limits);
+        (limits.jobs, limits.rate) = (jobs, bytes_per_second);
+    }
+
+    /// How many parts are copied now.
+    pub fn set_copy_jobs(&self, jobs: usize) {
+        self.shared.copy_jobs.store(jobs as u64, Relaxed);
+    }
+
+    /// Whom the copy waits for, if it does.
+    pub fn set_copy_waits_for(&self, whom: Option<String>) {
+        lock(&self.shared.copy_limits).waits_for = whom;
+    }
+
+    /// How much WAL the source may keep because of our slot, in bytes.
+    pub fn set_source_wal_max(&self, bytes: Option<u64>) {
+        lock(&self.shared.text).source.wal_max_bytes = bytes;
+    }
+
+    /// Shows how many connections there are.
+    pub fn show_connections(&self, source: &ConnectionCount, target: &ConnectionCount) {
+        *lock(&self.shared.connections) = Some([source.clone(), target.clone()]);
+    }
+
     /// Samples the rates and brings the metrics up to date, every second until the guard is dropped. Needs a tokio runtime.
     pub fn start_ticker(&self) -> Ticker {
         let board = self.clone();
@@ -361,6 +403,7 @@ impl StatusBoard {
             phase: text.phase,
             ready_to_cutover: blockers.is_empty(),
             blockers,
+            attention: attention(&source, &copy),
             process_alive: true,
             updated_at: wall_clock::now_rfc3339(),
             lag,
@@ -375,6 +418,7 @@ impl StatusBoard {
             apply,
             source,
             target: Target { reconnects, ..text.target.clone() },
+            connections: self.connections(),
             events: text.events.iter().cloned().collect(),
             error: text.error.clone(),
             eta_seconds,
@@ -386,6 +430,7 @@ impl StatusBoard {
     }
 
     fn copy(&self, rates: &Rates, tables: &[Table]) -> Copy {
+        let limits = lock(&self.shared.copy_limits).clone();
         let copied = |state: TableState| matches!(state, TableState::Indexing | TableState::Done);
         Copy {
             tables_total: tables.len() as u64,
@@ -395,7 +440,24 @@ impl StatusBoard {
             rows_done: tables.iter().map(|table| table.rows_done).sum(),
             bytes_per_second: rates.copied_bytes,
             paused: self.shared.copy_paused.load(Relaxed),
+            jobs: self.shared.copy_jobs.load(Relaxed),
+            jobs_max: limits.jobs as u64,
+            rate_max_bytes_per_second: limits.rate,
+            waits_for: limits.waits_for,
         }
+    }
+
+    fn connections(&self) -> Connections {
+        let numbers = |count: &ConnectionCount| ConnectionNumbers {
+            now: count.now() as u64,
+            peak: count.peak() as u64,
+            max: count.max().map(|max| max as u64),
+        };
+        let counts = lock(&self.shared.connections);
+        counts.as_ref().map_or_else(Connections::default, |[source, target]| Connections {
+            source: numbers(source),
+            target: numbers(target),
+        })
     }
 
     fn stream(&self, rates: &Rates) -> Stream {
@@ -502,6 +564,12 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
     }
     blockers.extend(text.blockers.iter().cloned());
     blockers
+}
+
+/// What does not stop a cutover, but somebody should look after.
+fn attention(source: &Source, copy: &Copy) -> Vec<String> {
+    let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
+    source.too_much_wal().into_iter().chain(waits).collect()
 }
 
 /// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.

@@ -58,6 +58,14 @@ declare_metrics! {
 
     SOURCE_RETAINED_WAL_BYTES: Gauge, Some(Unit::Bytes), "walferry_source_retained_wal_bytes",
         "WAL that the source keeps because of the slot; NaN where unknown.";
+    SOURCE_WAL_MAX_BYTES: Gauge, Some(Unit::Bytes), "walferry_source_wal_max_bytes",
+        "WAL that the source may keep because of the slot; NaN without a limit.";
+    SOURCE_WAL_OVER_MAX: Gauge, None, "walferry_source_wal_over_max",
+        "Whether the source keeps more WAL because of the slot than it may.";
+    CONNECTIONS: Gauge, None, "walferry_connections", "Our connections to a server.";
+    CONNECTIONS_PEAK: Gauge, None, "walferry_connections_peak", "The most of our connections to a server at once.";
+    CONNECTIONS_MAX: Gauge, None, "walferry_connections_max",
+        "The most of our connections to a server that there may be; NaN without a limit.";
     SOURCE_CONNECTED: Gauge, None, "walferry_source_connected", "Whether the source sends.";
     RECONNECTS_TOTAL: Counter, None, "walferry_reconnects_total", "Connections lost and made again.";
     RECEIVED_BYTES_TOTAL: Counter, Some(Unit::Bytes), "walferry_received_bytes_total",
@@ -84,6 +92,9 @@ declare_metrics! {
     TABLE_CONFLICTS_TOTAL: Counter, None, "walferry_table_conflicts_total",
         "The same of each table that had any.";
 
+    COPY_JOBS: Gauge, None, "walferry_copy_jobs", "Parts of tables that are copied now.";
+    COPY_WAITS_FOR_STANDBY: Gauge, None, "walferry_copy_waits_for_standby",
+        "Whether the copy waits because a standby of the source lags.";
     COPY_TABLES: Gauge, None, "walferry_copy_tables", "Tables to copy.";
     COPY_DONE_TABLES: Gauge, None, "walferry_copy_done_tables", "Tables whose rows are all on the target.";
     COPY_SIZE_BYTES: Gauge, Some(Unit::Bytes), "walferry_copy_size_bytes",
@@ -173,6 +184,13 @@ pub fn publish(status: &Status) {
     gauge!(LAG_SECONDS).set(status.lag.seconds.unwrap_or(f64::NAN));
 
     gauge!(SOURCE_RETAINED_WAL_BYTES).set(status.source.retained_wal_bytes.map_or(f64::NAN, |bytes| bytes as f64));
+    gauge!(SOURCE_WAL_MAX_BYTES).set(status.source.wal_max_bytes.map_or(f64::NAN, |bytes| bytes as f64));
+    gauge!(SOURCE_WAL_OVER_MAX).set(flag(status.source.too_much_wal().is_some()));
+    for (side, numbers) in [("source", &status.connections.source), ("target", &status.connections.target)] {
+        gauge!(CONNECTIONS, "side" => side).set(numbers.now as f64);
+        gauge!(CONNECTIONS_PEAK, "side" => side).set(numbers.peak as f64);
+        gauge!(CONNECTIONS_MAX, "side" => side).set(numbers.max.map_or(f64::NAN, |max| max as f64));
+    }
     gauge!(SOURCE_CONNECTED).set(flag(status.stream.connected));
     counter!(RECONNECTS_TOTAL, "side" => "source").absolute(status.stream.reconnects);
     counter!(RECONNECTS_TOTAL, "side" => "target").absolute(status.target.reconnects);
@@ -202,6 +220,8 @@ pub fn publish(status: &Status) {
 }
 
 fn publish_copy(status: &Status) {
+    gauge!(COPY_JOBS).set(status.copy.jobs as f64);
+    gauge!(COPY_WAITS_FOR_STANDBY).set(if status.copy.waits_for.is_some() { 1.0 } else { 0.0 });
     gauge!(COPY_TABLES).set(status.copy.tables_total as f64);
     gauge!(COPY_DONE_TABLES).set(status.copy.tables_done as f64);
     gauge!(COPY_SIZE_BYTES).set(status.copy.bytes_total as f64);

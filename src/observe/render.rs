@@ -37,6 +37,7 @@ pub fn render(status: &Status, width: usize) -> String {
     } else {
         page.line("cutover", &format!("not yet: {}", status.blockers.join("; ")));
     }
+    page.line("attention", &status.attention.join("; "));
     render_tables(&mut page, &status.tables);
     render_events(&mut page, status);
     page.line("as of", &status.updated_at);
@@ -75,6 +76,7 @@ pub fn one_line(status: &Status) -> String {
         (status.queue.full, "queue full"),
         (status.apply.paused, "apply paused"),
         (copy.paused && status.phase == Phase::Copying, "copy paused"),
+        (copy.waits_for.is_some(), "copy waits for a standby of the source"),
         (!status.stream.connected && status.phase > Phase::Preparing, "source not connected"),
     ] {
         if holds {
@@ -171,7 +173,13 @@ fn copy_text(status: &Status) -> String {
     }
     let (done, total) = (size(copy.bytes_done), size(copy.bytes_total));
     let (tables_done, percent) = (count(copy.tables_done), percent(copy.bytes_done, copy.bytes_total));
-    let pace = if copy.paused { "paused".to_string() } else { size_rate(copy.bytes_per_second) };
+    let mut pace = if copy.paused { "paused".to_string() } else { size_rate(copy.bytes_per_second) };
+    if let Some(rate) = copy.rate_max_bytes_per_second {
+        pace.push_str(&format!(" of at most {}", size_rate(rate as f64)));
+    }
+    if copy.jobs > 0 {
+        pace.push_str(&format!(" by {}", counted(copy.jobs, "job")));
+    }
     format!("{tables_done} of {tables}, {done} of {total} ({percent}%), {rows}, {pace}")
 }
 
@@ -308,7 +316,7 @@ mod tests {
             bytes_done: 4 << 30,
             rows_done: 12_345_678,
             bytes_per_second: 85.0 * 1048576.0,
-            paused: false,
+            ..Copy::default()
         };
         let table = |name: &str, bytes_done: u64, state| Table {
             schema: "public".into(),

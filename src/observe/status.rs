@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
 use crate::lsn::Lsn;
+use crate::observe::format::size;
 use crate::observe::wall_clock;
 
 /// The version of the layout below.
@@ -25,6 +26,9 @@ pub struct Status {
     pub ready_to_cutover: bool,
     /// What stands in the way of a cutover, a sentence each.
     pub blockers: Vec<String>,
+    /// What somebody should look after though it does not stop a cutover, a sentence each.
+    #[serde(default)]
+    pub attention: Vec<String>,
     /// Whether the process of the migration runs. What reads a status from a dead one sets it to false.
     pub process_alive: bool,
     /// When this was taken: RFC 3339, UTC.
@@ -47,6 +51,9 @@ pub struct Status {
     pub source: Source,
     /// The server that is moved to.
     pub target: Target,
+    /// Our connections to both servers.
+    #[serde(default)]
+    pub connections: Connections,
     /// The newest events, oldest first.
     pub events: Vec<Event>,
     /// Why the migration stopped, if it did.
@@ -63,6 +70,7 @@ impl Status {
             phase,
             ready_to_cutover: false,
             blockers: vec!["the migration is not running".to_string()],
+            attention: Vec::new(),
             process_alive: false,
             updated_at: wall_clock::now_rfc3339(),
             lag: Lag::default(),
@@ -74,6 +82,7 @@ impl Status {
             apply: Apply::default(),
             source: Source::default(),
             target: Target::default(),
+            connections: Connections::default(),
             events: Vec::new(),
             error: None,
             eta_seconds: None,
@@ -172,6 +181,18 @@ pub struct Copy {
     pub bytes_per_second: f64,
     /// Whether the operator holds the copy.
     pub paused: bool,
+    /// Parts that are copied at this moment.
+    #[serde(default)]
+    pub jobs: u64,
+    /// Parts that may be copied at once.
+    #[serde(default)]
+    pub jobs_max: u64,
+    /// Bytes that may be copied in a second; null for as many as it goes.
+    #[serde(default)]
+    pub rate_max_bytes_per_second: Option<u64>,
+    /// Whom it waits for, out of care: a standby of the source that lags. Null when it does not wait.
+    #[serde(default)]
+    pub waits_for: Option<String>,
 }
 
 /// The initial copy of a table.
@@ -347,6 +368,23 @@ pub struct Source {
     pub wal_lsn: Lsn,
     /// WAL that it keeps because of our slot, in bytes; null until it was asked.
     pub retained_wal_bytes: Option<u64>,
+    /// WAL that it may keep because of our slot before somebody is to hear of it, in bytes; null where no limit was given.
+    #[serde(default)]
+    pub wal_max_bytes: Option<u64>,
+}
+
+impl Source {
+    /// What is to be said when it keeps more WAL because of our slot than it may.
+    pub fn too_much_wal(&self) -> Option<String> {
+        let (retained, max) = (self.retained_wal_bytes?, self.wal_max_bytes?);
+        (retained > max).then(|| {
+            format!(
+                "the source keeps {} of WAL for our slot, more than --source-wal-max {}: its disk can fill up",
+                size(retained),
+                size(max)
+            )
+        })
+    }
 }
 
 /// The server that is moved to.
@@ -356,6 +394,26 @@ pub struct Target {
     pub description: String,
     /// Connections lost and made again.
     pub reconnects: u64,
+}
+
+/// Our connections to both servers, those of replication and of `pg_dump` too.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Connections {
+    /// To the server that is moved away from.
+    pub source: ConnectionNumbers,
+    /// To the server that is moved to.
+    pub target: ConnectionNumbers,
+}
+
+/// How many connections to one server there are.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionNumbers {
+    /// Now.
+    pub now: u64,
+    /// The most at once since the start of the process.
+    pub peak: u64,
+    /// The most that there may be; null where no limit was given.
+    pub max: Option<u64>,
 }
 
 /// Something that happened.
@@ -457,11 +515,17 @@ mod tests {
         };
         assert_eq!(
             keys(""),
-            "apply blockers copy error eta_seconds events indexes lag phase process_alive queue ready_to_cutover \
+            "apply attention blockers connections copy error eta_seconds events indexes lag phase process_alive queue ready_to_cutover \
              source stream tables target updated_at version"
         );
         assert_eq!(keys("/lag"), "bytes seconds");
-        assert_eq!(keys("/copy"), "bytes_done bytes_per_second bytes_total paused rows_done tables_done tables_total");
+        assert_eq!(
+            keys("/copy"),
+            "bytes_done bytes_per_second bytes_total jobs jobs_max paused rate_max_bytes_per_second rows_done tables_done \
+             tables_total waits_for"
+        );
+        assert_eq!(keys("/connections"), "source target");
+        assert_eq!(keys("/connections/source"), "max now peak");
         assert_eq!(keys("/tables/0"), "bytes_done bytes_total name rows_done schema state");
         assert_eq!(keys("/indexes"), "done total");
         assert_eq!(keys("/queue"), "bytes durable_lsn full limit_bytes written_lsn");
@@ -471,7 +535,7 @@ mod tests {
             "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table paused \
              serial_replays transactions transactions_per_second"
         );
-        assert_eq!(keys("/source"), "description retained_wal_bytes wal_lsn");
+        assert_eq!(keys("/source"), "description retained_wal_bytes wal_lsn wal_max_bytes");
         assert_eq!(keys("/target"), "description reconnects");
         assert_eq!(keys("/events/0"), "level text time");
         assert_eq!(keys("/error"), "hint kind message");

@@ -106,8 +106,17 @@ impl Migration {
 
     /// `walferry migrate`, with these arguments besides those it must have.
     pub fn migrate(&self, arguments: &[&str]) -> Running {
+        self.run("migrate", arguments)
+    }
+
+    /// `walferry resync`, likewise.
+    pub fn resync(&self, arguments: &[&str]) -> Running {
+        self.run("resync", arguments)
+    }
+
+    fn run(&self, command: &str, arguments: &[&str]) -> Running {
         let dir = self.dir();
-        let mut all = vec!["migrate", "--source", &self.source_url, "--target", &self.target_url, "--dir", &dir];
+        let mut all = vec![command, "--source", &self.source_url, "--target", &self.target_url, "--dir", &dir];
         if !arguments.contains(&"--http-addr") {
             all.extend(["--http-addr", "off"]);
         }
