@@ -111,7 +111,7 @@ pub struct Servers {
 /// How much is done at once.
 #[derive(Debug, Args)]
 pub struct Parallelism {
-    /// Tables, or ranges of large tables, copied at once [default: 4, or what was tuned before]
+    /// Tables, or ranges of large tables, copied at once [default: 4; `migrate`: or what was tuned before]
     #[arg(long, value_parser = at_least_one)]
     pub copy_jobs: Option<usize>,
     /// Indexes built at once
@@ -225,8 +225,8 @@ pub struct Migrate {
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,
-    /// Memory for all index builds together on the target (shared out as maintenance_work_mem) [default: a quarter of its
-    /// shared_buffers]
+    /// Memory for all index builds together on the target, shared out as maintenance_work_mem [default: a quarter of its
+    /// shared_buffers, at most 1GiB for each build and at least the server's own setting]
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
     pub index_memory: Option<u64>,
     /// How long applied changes are kept in the queue, for a target that fails over and loses its newest commits

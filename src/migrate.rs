@@ -315,9 +315,10 @@ impl Running {
                         backoff = Backoff::new();
                     }
                     backoff.wait().await;
-                    // What the phases had open there. If it cannot be done now, neither can the phases.
-                    if let Err(error) = self.end_sessions(&self.config.target).await {
-                        tracing::debug!(%error, "sessions that broke off could not be ended on the target");
+                    // What the phases had open there could still commit, and would meet what they begin again.
+                    while let Err(error) = self.end_sessions(&self.config.target).await {
+                        self.board.event(Level::Warn, format!("trying again: {error}"));
+                        backoff.wait().await;
                     }
                 }
                 outcome => return outcome,

@@ -1,6 +1,7 @@
 //! How the rows of the initial copy arrive, and what is built on them.
 
-use crate::support::{Servers, hold_pg_dump, until_true};
+use crate::support::process::Running;
+use crate::support::{Migration, Servers, hold_pg_dump, until_true};
 
 /// Tables of this size are copied as a whole, and frozen.
 const ROWS: &str = "SELECT n, n % 7, 'row ' || n, repeat('x', 100) FROM generate_series(1, 100000) n";
@@ -32,10 +33,9 @@ async fn a_whole_table_arrives_frozen_and_with_everything_that_hangs_on_its_inde
     migration.assert_equal().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_that_a_stranger_has_written_to_the_target_are_not_emptied_away() {
-    let servers = Servers::start().await;
-    let mut migration = servers.migration("stranger").await;
+/// A migration of one table that rests before its copy, with the table on the target.
+async fn resting_before_the_copy(servers: &Servers, name: &str) -> (Migration, Running) {
+    let mut migration = servers.migration(name).await;
     let setup = format!(
         "CREATE TABLE item (id int, kind int, name text, filler text); INSERT INTO item {ROWS}; ALTER TABLE item ADD PRIMARY KEY (id)"
     );
@@ -46,8 +46,31 @@ async fn rows_that_a_stranger_has_written_to_the_target_are_not_emptied_away() {
     let paused = migration.with_directory("pause", &["copy"]).await;
     assert_eq!(paused.code, Some(0), "{}", paused.stderr);
     held.release();
+    until_true(&migration.target().await, "SELECT to_regclass('public.item') IS NOT NULL").await;
+    (migration, running)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_copy_waits_for_nobody_who_reads_on_the_target() {
+    let servers = Servers::start().await;
+    let (migration, mut running) = resting_before_the_copy(&servers, "read").await;
+    let reader = migration.target().await;
+    reader.batch_execute("BEGIN; LOCK TABLE item IN ACCESS SHARE MODE").await.unwrap();
+    assert_eq!(migration.with_directory("resume", &[]).await.code, Some(0));
     let target = migration.target().await;
-    until_true(&target, "SELECT to_regclass('public.item') IS NOT NULL").await;
+    until_true(&target, "SELECT bool_and(copied) FROM walferry.source_table").await;
+    // Its key needs the table for itself.
+    reader.batch_execute("COMMIT").await.unwrap();
+    migration.wait_for_phase(&mut running, "following").await;
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_a_stranger_has_written_to_the_target_are_not_emptied_away() {
+    let servers = Servers::start().await;
+    let (migration, running) = resting_before_the_copy(&servers, "stranger").await;
+    let target = migration.target().await;
     target.batch_execute("INSERT INTO item VALUES (0, 0, 'theirs', '')").await.unwrap();
     assert_eq!(migration.with_directory("resume", &[]).await.code, Some(0));
 

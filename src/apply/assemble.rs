@@ -30,7 +30,11 @@ use crate::target::writer::TableWrites;
 pub const MARKER_PREFIX: &str = "walferry";
 
 /// A chunk is written once it has read this much of the queue. Part of the format: see the module's head.
-const CHUNK_BYTES: usize = 8 << 20;
+///
+/// A unit ends at half of it, so a backlog goes in units of 16 MiB. They cost two round trips each: with a target 20 ms away, inserts
+/// go at 0.7 of their speed beside it, and went at 0.5 in units of 4 MiB. A target near at hand takes both alike, and larger units
+/// only cost memory.
+const CHUNK_BYTES: usize = 32 << 20;
 
 /// What a change costs beside its own bytes, so that a chunk of tiny rows stays small in memory too (I7).
 const CHANGE_BYTES: usize = 64;
@@ -313,7 +317,7 @@ enum Kind<'a> {
 }
 
 /// Encodes the net effect on one table for the sessions that write it.
-fn spread(layout: &Layout, place: usize, rows: Vec<Net>, chunk: &mut Chunk) -> Result<()> {
+fn spread(layout: &Layout, place: usize, mut rows: Vec<Net>, chunk: &mut Chunk) -> Result<()> {
     let entry = &layout.tables[place];
     let (key, binary) = (&entry.table.key, layout.binary);
     let small = chunk.small;
@@ -322,6 +326,10 @@ fn spread(layout: &Layout, place: usize, rows: Vec<Net>, chunk: &mut Chunk) -> R
     let mut changed = vec![0; chunk.writes.len()];
     for net in rows.iter().filter(|net| matches!(net.effect, Effect::Update | Effect::Replace | Effect::Delete)) {
         changed[worker_of(net)] += 1;
+    }
+    if changed.iter().any(|&rows| rows > layout.single_rows_max) {
+        // Neighbours in the key's index are found in the same pages of it, and often of the table.
+        rows.sort_by_cached_key(|net| key_prefix(net, key));
     }
     for net in rows {
         if net.effect == Effect::Nothing {
@@ -349,6 +357,16 @@ fn spread(layout: &Layout, place: usize, rows: Vec<Net>, chunk: &mut Chunk) -> R
         }
     }
     Ok(())
+}
+
+/// The first bytes of the key, in their order.
+fn key_prefix(net: &Net, key: &[usize]) -> u64 {
+    let first = key.first().and_then(|&at| net.row.tuple().columns().nth(at));
+    let Some(Datum::Text(value) | Datum::Binary(value)) = first else { return 0 };
+    let mut prefix = [0; 8];
+    let length = value.len().min(prefix.len());
+    prefix[..length].copy_from_slice(&value[..length]);
+    u64::from_be_bytes(prefix)
 }
 
 fn writes_to(tables: &mut Vec<TableWrites>, place: usize, binary: bool) -> &mut TableWrites {

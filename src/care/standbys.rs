@@ -129,7 +129,8 @@ impl Rest<'_> {
         self.pace.set_rests(true);
         let (lag, max) = (lag.as_secs_f64(), max.as_secs_f64());
         let text = format!(
-            "the source's standby {name} is {} behind, more than --max-standby-lag {}: the copy waits",
+            "the source's standby {name} is {} behind, more than --max-standby-lag {}: the copy waits. If it is behind on purpose: \
+             `walferry tune --max-standby-lag off --dir …`",
             duration(lag),
             duration(max)
         );

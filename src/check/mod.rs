@@ -119,7 +119,9 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         && !inputs.resuming
         && server.major() >= *server::SUPPORTED.start()
     {
-        let usable = target.as_ref().filter(|(_, target)| target.major() >= *server::SUPPORTED.start());
+        // What was found to be the wrong target gets no load.
+        let wrong = findings.iter().any(|found| found.side == Side::Target && found.severity == Severity::Blocker);
+        let usable = target.as_ref().filter(|(_, target)| target.major() >= *server::SUPPORTED.start() && !wrong);
         let trial = estimate::Trial {
             source: inputs.source,
             target: usable.map(|_| inputs.target),

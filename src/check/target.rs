@@ -95,13 +95,12 @@ pub(crate) fn settings(server: &Server) -> Vec<Finding> {
     // Kilobytes and megabytes: the units of these two settings.
     if server.number("maintenance_work_mem") <= 64 * 1024 {
         let message = format!(
-            "It is {}, no more than the default. Indexes are built faster with more, for each of --index-jobs.",
-            server.shown("maintenance_work_mem")
+            "It is {}, no more than the default. Index builds get a quarter of shared_buffers ({}) together, if that is more; with \
+             more memory they are faster: `migrate --index-memory`.",
+            server.shown("maintenance_work_mem"),
+            server.shown("shared_buffers")
         );
-        findings.push(
-            finding(Severity::Info, "maintenance-work-mem", "maintenance_work_mem", message)
-                .fix("ALTER SYSTEM SET maintenance_work_mem = '1GB';\nSELECT pg_reload_conf();"),
-        );
+        findings.push(finding(Severity::Info, "maintenance-work-mem", "maintenance_work_mem", message));
     }
     if server.number("max_wal_size") <= 1024 {
         let message = format!(

@@ -86,7 +86,7 @@ impl Copier {
         parts: Vec<Part>,
         completed: &mpsc::UnboundedSender<u32>,
     ) -> Result<BTreeSet<u32>> {
-        let work = Arc::new(Mutex::new(Work { waiting: VecDeque::from(parts), jobs: 0 }));
+        let work = Arc::new(Mutex::new(Work::of(parts)));
         let stale = Arc::new(Mutex::new(BTreeSet::new()));
         let mut wanted = self.tune.copy_jobs();
         let jobs = async {
@@ -114,7 +114,7 @@ impl Copier {
                         })?,
                     },
                     // Whoever tunes it is in here too, and never gone.
-                    _ = wanted.changed() => {}
+                    _ = wanted.changed() => lock(&work).most = usize::MAX,
                 }
             }
         };
@@ -145,12 +145,29 @@ struct Work {
     waiting: VecDeque<Part>,
     /// Those that have begun and not ended.
     jobs: usize,
+    /// No more than these, until the operator wants another number: a server has no connection for another.
+    most: usize,
 }
 
 impl Work {
+    fn of(parts: Vec<Part>) -> Work {
+        Work { waiting: parts.into(), jobs: 0, most: usize::MAX }
+    }
+
+    /// Ends a job that cannot connect, and leaves its part to the others. Not where there are none: answers whether it did.
+    fn leave_to_others(&mut self, part: Part) -> bool {
+        if self.jobs <= 1 {
+            return false;
+        }
+        self.waiting.push_front(part);
+        self.jobs -= 1;
+        self.most = self.jobs;
+        true
+    }
+
     /// How many jobs are to begin, which from now on count; for each there is a part.
     fn begin(&mut self, wanted: usize) -> usize {
-        let count = wanted.max(1).saturating_sub(self.jobs).min(self.waiting.len());
+        let count = wanted.min(self.most).max(1).saturating_sub(self.jobs).min(self.waiting.len());
         self.jobs += count;
         count
     }
@@ -222,8 +239,22 @@ impl Job {
     async fn run(self) -> Result<()> {
         let Some(mut next) = self.next() else { return Ok(()) };
         let copier = &self.copier;
-        let mut source = RawSession::connect(&copier.source, &copier.application_name).await?;
-        let mut target = copier.target.connect(&copier.application_name).await?;
+        let sessions = tokio::try_join!(
+            RawSession::connect(&copier.source, &copier.application_name),
+            copier.target.connect(&copier.application_name)
+        );
+        let (mut source, mut target) = match sessions {
+            // What others have copied stays: the end of one job would be the end of all, and of their snapshot.
+            Err(error) if error.is_transient() && lock(&self.work).leave_to_others(next.clone()) => {
+                let text = format!(
+                    "a copy job could not begin, and the copy goes on with {} of them: {error}",
+                    lock(&self.work).jobs
+                );
+                copier.board.event(Level::Warn, text);
+                return Ok(());
+            }
+            sessions => sessions?,
+        };
         let mut paused = copier.paused.clone();
         loop {
             pause::copy_may_go_on(&mut paused).await;
@@ -287,7 +318,7 @@ mod tests {
 
     fn work(parts: i32) -> Work {
         let part = |part| Part { relid: 1, part, first_page: 0, end_page: None };
-        Work { waiting: (0..parts).map(part).collect(), jobs: 0 }
+        Work::of((0..parts).map(part).collect())
     }
 
     #[test]
@@ -310,5 +341,17 @@ mod tests {
         assert!((0..6).all(|_| work.next(1).is_some()), "the last one does the rest");
         assert!(work.next(1).is_none());
         assert_eq!((work.jobs, work.begin(4)), (0, 0));
+    }
+
+    #[test]
+    fn h28_a_job_for_which_a_server_has_no_connection_leaves_its_part_to_the_others() {
+        let mut work = work(3);
+        assert_eq!(work.begin(2), 2);
+        let part = work.next(2).unwrap();
+        assert!(work.leave_to_others(part));
+        assert_eq!(work.begin(2), 0, "it is not tried again and again");
+        assert!((0..3).all(|_| work.next(2).is_some()), "the other one does all");
+        let last = Part { relid: 1, part: 9, first_page: 0, end_page: None };
+        assert!(!work.leave_to_others(last), "the last one says what is wrong");
     }
 }

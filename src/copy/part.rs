@@ -62,9 +62,18 @@ async fn copy_rows(
     part: &Part,
     (board, pace): (&StatusBoard, &Pace),
 ) -> Result<Outcome> {
-    let transaction = target.transaction().await?;
-    let frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
-    begin_part(transaction.client(), table, frozen).await?;
+    let mut transaction = target.transaction().await?;
+    let mut frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
+    if frozen && !make_empty(transaction.client(), table).await? {
+        tracing::info!("somebody reads {} on the target: its rows do not arrive frozen", table.qualified());
+        frozen = false;
+        transaction.rollback().await?;
+        transaction = target.transaction().await?;
+    }
+    // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
+    transaction
+        .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
+        .await?;
     // The source last, so that its lock waits for nobody on the target.
     source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
     if !is_same_file(source.first_row(&file_statements(table)).await, table)? {
@@ -89,22 +98,23 @@ async fn copy_rows(
     Ok(Outcome::Copied(complete))
 }
 
-/// Makes the target ready. What is to arrive frozen has no rows yet, and gets a new file.
-async fn begin_part(target: &Client, table: &Table, frozen: bool) -> Result<()> {
-    // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
-    const SETTINGS: &str = "SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica";
-    if !frozen {
-        return target.batch_execute(SETTINGS).await.map_err(Error::from);
-    }
+/// Gives a table that has no rows a new file, for a COPY with FREEZE. Not where somebody has a lock on it: then the transaction
+/// is to be rolled back.
+async fn make_empty(target: &Client, table: &Table) -> Result<bool> {
     let name = table.qualified();
     let statements =
-        format!("{SETTINGS}; LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE; SELECT EXISTS (SELECT FROM ONLY {name})");
-    if connection::first_row(target, &statements).await?.first().and_then(Option::as_deref) != Some("f") {
+        format!("LOCK TABLE ONLY {name} IN ACCESS EXCLUSIVE MODE NOWAIT; SELECT EXISTS (SELECT FROM ONLY {name})");
+    let has_rows = match connection::first_row(target, &statements).await {
+        Err(error) if error.sqlstate() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(false),
+        row => row?.first().and_then(Option::as_deref) != Some("f"),
+    };
+    if has_rows {
         let text = format!("{name} on the target holds rows that are not ours: somebody else writes there");
         return Err(Error::new(ErrorKind::Divergence, text)
             .hint("Find out who it is and stop it, then empty the table and run the same command again."));
     }
-    target.batch_execute(&format!("TRUNCATE ONLY {name}")).await.map_err(Error::from)
+    target.batch_execute(&format!("TRUNCATE ONLY {name}")).await?;
+    Ok(true)
 }
 
 /// What COPY sends for a table.

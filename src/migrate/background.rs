@@ -103,7 +103,7 @@ impl Background {
         let mut watch = wal::Watch::new(Instant::now());
         loop {
             match self.watch_source_while_connected(&mut watch).await {
-                Err(error) if error.kind() == ErrorKind::Blocked => return Err(error),
+                Err(error) if self.given_up().is_some() => return Err(error),
                 Err(error) => tracing::debug!(%error, "watching the source waits for a connection"),
                 Ok(()) => {}
             }
@@ -116,8 +116,10 @@ impl Background {
         loop {
             let position: PgLsn =
                 answer(source.query_typed_one("SELECT pg_catalog.pg_current_wal_lsn()", &[])).await?.get(0);
-            if let Some(state) = answer(slot::state(&source, &self.slot)).await? {
-                let retained = state.retained_bytes.max(0).cast_unsigned();
+            // A slot that was invalidated keeps nothing back, and that is no good news: the stream says what it is.
+            let state = answer(slot::state(&source, &self.slot)).await?;
+            if let Some(retained) = state.and_then(|state| state.retained_bytes) {
+                let retained = retained.max(0).cast_unsigned();
                 self.board.source_position(position.into(), retained);
                 self.judge(watch, retained)?;
             }
@@ -144,7 +146,8 @@ impl Background {
         }
         let gives_up = watch.gives_up(retained, max, Instant::now());
         // A cutover ends within seconds, and with it the need for the slot.
-        let wanted = self.on_source_wal_max == OnSourceWalMax::GiveUp && self.board.phase() != Phase::CuttingOver;
+        let switches = matches!(self.board.phase(), Phase::CuttingOver | Phase::CutOver);
+        let wanted = self.on_source_wal_max == OnSourceWalMax::GiveUp && !switches;
         if gives_up && wanted {
             let given_up = wal::GivenUp {
                 slot: self.slot.clone(),
@@ -177,7 +180,7 @@ impl Running {
                 slot::drop(&source, &given_up.slot).await
             };
             match dropped.await {
-                Ok(()) => return given_up.error(),
+                Ok(()) => break,
                 Err(error) if error.is_transient() => {
                     self.board.event(Level::Warn, format!("dropping the slot, trying again: {error}"));
                     backoff.wait().await;
@@ -188,6 +191,12 @@ impl Running {
                 }
             }
         }
+        // A cutover may have been given up with its fence still there, and nobody else would lift it now.
+        while let Err(error) = lift_fence(&self.config).await {
+            self.board.event(Level::Warn, format!("looking for a cutover's fence, trying again: {error}"));
+            backoff.wait().await;
+        }
+        given_up.error()
     }
 }
 

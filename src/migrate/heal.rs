@@ -205,6 +205,10 @@ impl Running {
             return Err(Error::new(ErrorKind::Transient, "the source's tables changed while the slot was made"));
         }
 
+        if target.is_closed() {
+            // Making the slot may have taken hours.
+            *target = self.target().await?;
+        }
         let queue = queue_name(new.consistent_point);
         let resynced = Resynced {
             consistent_point: new.consistent_point,

@@ -37,8 +37,8 @@ pub struct SlotState {
     pub wal_status: Option<String>,
     /// The backend that reads from it.
     pub active_pid: Option<i32>,
-    /// How many bytes of WAL the source keeps because of it.
-    pub retained_bytes: i64,
+    /// How many bytes of WAL the source keeps because of it; `None` when it has lost them.
+    pub retained_bytes: Option<i64>,
 }
 
 /// Makes both publications anew: one for the tables whose updates and deletes can be told, one for inserts only
@@ -192,7 +192,7 @@ pub async fn state(client: &Client, slot: &str) -> Result<Option<SlotState>> {
         confirmed_flush: row.get::<_, tokio_postgres::types::PgLsn>(0).into(),
         wal_status: row.get(1),
         active_pid: row.get(2),
-        retained_bytes: row.get::<_, Option<i64>>(3).unwrap_or(0),
+        retained_bytes: row.get(3),
     }))
 }
 

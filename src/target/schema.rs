@@ -146,8 +146,9 @@ pub fn items_by_table(items: Vec<(i32, SchemaItem)>, tables: &[u32]) -> BTreeMap
     by_table
 }
 
-/// How many items of the schema are sent ahead of the server's answers.
-const ITEMS_IN_FLIGHT: usize = 64;
+/// How many items of the schema are sent ahead of the server's answers. Up to 30 futures `join_all` polls in their order, which is
+/// the order in which they are sent.
+const ITEMS_IN_FLIGHT: usize = 30;
 
 /// What an item may have set for its session; `pg_dump` itself starts from these.
 const RESET_SETTINGS: &str = "RESET default_tablespace; RESET default_table_access_method";

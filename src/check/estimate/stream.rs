@@ -20,6 +20,8 @@ use crate::sql;
 
 /// How much longer than it was given the trial may take by the server's clock, for when ours has gone.
 const SERVER_GRACE: Duration = Duration::from_secs(2);
+/// How long a piece may hold its lock on the source, whatever the target does; by plan it takes a quarter of that.
+const PIECE_MAX: Duration = Duration::from_secs(2);
 /// The rows come in messages, one each; they are sent on in chunks of this size, as the copy does.
 const CHUNK_BYTES: usize = 128 * 1024;
 /// OIDs from here on are given to what users make ("System Catalog Initial Data" in the manual).
@@ -125,11 +127,17 @@ impl Stream {
         }
         let begun = Instant::now();
         self.source.copy_out(&copy_out_statement(table, piece)).await.map_err(Failed::Refused)?;
-        let rows = match &mut self.target {
-            Some(target) => target.take(&mut self.source, piece.sample, table).await,
-            None => read(&mut self.source).await,
+        let copied = async {
+            match &mut self.target {
+                Some(target) => target.take(&mut self.source, piece.sample, table).await,
+                None => read(&mut self.source).await,
+            }
         };
-        let rows = rows.map_err(Failed::Broken)?;
+        let too_long = || {
+            let text = format!("{} took too long for a trial, which holds a lock", table.qualified());
+            Failed::Broken(Error::new(ErrorKind::Transient, text))
+        };
+        let rows = tokio::time::timeout(PIECE_MAX, copied).await.map_err(|_| too_long())?.map_err(Failed::Broken)?;
         let ended = Instant::now();
         let mut progress = lock(progress);
         progress.streams[number] = true;
