@@ -237,12 +237,15 @@ async fn a_trial_estimates_the_copy_and_leaves_nothing_on_either_server() {
     // Where nothing can be made on the target, and where there is none, the reading is tried.
     run(&target, "REVOKE CREATE ON DATABASE shop FROM app; ALTER DATABASE shop OWNER TO postgres").await;
     let gone = ConnectionSpec::parse("host=127.0.0.1 port=1 user=app dbname=shop").unwrap();
-    for (to, why) in [(&to, "permission denied for database shop"), (&gone, "the target cannot be used")] {
+    for to in [&to, &gone] {
         let report = check::run(&Inputs { target: to, ..inputs }).await.unwrap();
         let estimate = report.estimate.as_ref().unwrap();
         assert!(!estimate.written && estimate.complete && estimate.index_seconds.is_none(), "{estimate:?}");
         let message = &the_finding(&report, "copy-time").message;
-        assert!(message.starts_with("The reading alone takes about ") && message.contains(why), "{message}");
+        assert!(
+            message.starts_with("The reading alone takes about ") && message.contains("the target cannot be used"),
+            "{message}"
+        );
     }
 }
 

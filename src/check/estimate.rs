@@ -131,7 +131,8 @@ pub(super) async fn run(trial: &Trial<'_>) -> (Option<Estimate>, Finding) {
     let progress = lock(&progress);
     let written = refused.is_none() && trial.target.is_some();
     let estimate = progress.estimate(trial, bytes, written);
-    let why_not_written = refused.or_else(|| trial.target.is_none().then(|| "the target cannot be used".to_owned()));
+    let why_not_written = refused
+        .or_else(|| trial.target.is_none().then(|| "the target cannot be used, as another finding says".to_owned()));
     let message = match &estimate {
         Some(estimate) => progress.message(estimate, trial, why_not_written.as_deref()),
         None => {

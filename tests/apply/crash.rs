@@ -74,7 +74,7 @@ async fn i02_a_death_between_the_commits_of_a_unit_loses_and_doubles_nothing() {
 async fn i02_a_unit_of_several_chunks_is_made_again_as_it_was() {
     let mut bed = Bed::new(SCHEMA, ROWS, 2).await;
     bed.on_source(&format!(
-        "BEGIN; INSERT INTO plain SELECT g * 20011, repeat('x', 150), g FROM generate_series(20001, 100000) g; {}; \
+        "BEGIN; INSERT INTO plain SELECT g * 20011, repeat('x', 900), g FROM generate_series(20001, 100000) g; {}; \
          UPDATE plain SET n = 0, id = id + 1000000 WHERE id % 10 = 0; COMMIT",
         CHANGES.join(";")
     ))
