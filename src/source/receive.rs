@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::time::{Instant, MissedTickBehavior};
+use tokio_postgres::error::SqlState;
 
 use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
 use super::slot::{RESYNC, ServerIdentity};
@@ -142,7 +143,19 @@ async fn receive(
     if outcome.is_ok() {
         stream.stop().await?;
     }
-    outcome
+    outcome.map_err(with_a_way_out)
+}
+
+/// Some releases of PostgreSQL can come to a place in their own WAL that they cannot decode ("could not map filenode … to relation
+/// OID"), and will not get past it.
+fn with_a_way_out(error: Error) -> Error {
+    if error.sqlstate() != Some(&SqlState::INTERNAL_ERROR) {
+        return error;
+    }
+    error.context("decoding the source's WAL").hint(format!(
+        "Run the same command again. If it ends here again, the source cannot decode what the slot stands at; newer minor releases \
+         of PostgreSQL mend such faults. {RESYNC}"
+    ))
 }
 
 /// H15: START_REPLICATION silently skips forward when it is asked for a position before the slot's confirmed one, and

@@ -414,10 +414,8 @@ async fn under_fire(
                 }
             }
             Some(5) => sleep(Duration::from_millis(500)).await,
-            // It had not come back yet.
-            Some(1) if said.contains("not running") || said.contains("does not run") => {
-                sleep(Duration::from_millis(500)).await
-            }
+            // It had not come back yet, or is just ending because the one before went through.
+            Some(1) if said.contains("no migration is running") => sleep(Duration::from_millis(500)).await,
             _ => return Err(format!("without any fault, the cutover ended with {code:?}: {said}")),
         }
     }
