@@ -418,14 +418,18 @@ impl Faults<'_> {
     async fn positions(&self) -> Option<(walferry::lsn::Lsn, walferry::lsn::Lsn)> {
         let source = connect(&self.sides[0].server, self.database).await.ok()?;
         let target = connect(&self.sides[1].server, self.database).await.ok()?;
-        let applied = "SELECT max(applied) FROM walferry.apply_progress";
-        let applied: PgLsn = target.query_one(applied, &[]).await.ok()?.try_get(0).ok()?;
-        let slot = "SELECT confirmed_flush_lsn, active FROM pg_replication_slots";
+        // What the servers still have from walferry may be a confirmation, or a commit.
+        let gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name LIKE 'walferry/%'";
         for _ in 0..100 {
-            let row = source.query_opt(slot, &[]).await.ok()??;
-            // What the walsender still has from walferry may be a confirmation.
-            if !row.get::<_, bool>(1) {
-                let confirmed: PgLsn = row.try_get(0).ok()?;
+            let mut all_gone = true;
+            for server in [&source, &target] {
+                all_gone &= server.query_one(gone, &[]).await.ok()?.get::<_, bool>(0);
+            }
+            if all_gone {
+                let applied = "SELECT max(applied) FROM walferry.apply_progress";
+                let applied: PgLsn = target.query_one(applied, &[]).await.ok()?.try_get(0).ok()?;
+                let slot = "SELECT confirmed_flush_lsn FROM pg_replication_slots";
+                let confirmed: PgLsn = source.query_opt(slot, &[]).await.ok()??.try_get(0).ok()?;
                 return Some((confirmed.into(), applied.into()));
             }
             sleep(Duration::from_millis(50)).await;
