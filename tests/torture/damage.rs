@@ -33,6 +33,11 @@ pub struct Damage {
     pub stops_at: Option<Block>,
 }
 
+/// Whether a segment's header reached the disk: one that was never synced can be all zeros.
+fn has_header(content: &[u8]) -> bool {
+    content.len() as u64 >= SEGMENT_HEADER_BYTES && u32_at(content, 8) != 0
+}
+
 /// Segments in order, each with its blocks.
 fn segments(queue: &Path) -> Vec<(PathBuf, Vec<Block>)> {
     let mut paths: Vec<PathBuf> = fs::read_dir(queue).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -42,9 +47,9 @@ fn segments(queue: &Path) -> Vec<(PathBuf, Vec<Block>)> {
     let mut all = Vec::new();
     for (at, (path, content)) in paths.into_iter().zip(&contents).enumerate() {
         // The next one's header says how much of this one counts.
-        let next = contents.get(at + 1).filter(|next| next.len() as u64 >= SEGMENT_HEADER_BYTES);
+        let next = contents.get(at + 1).filter(|next| has_header(next));
         let limit = next.map_or(content.len() as u64, |next| u64_at(next, 32));
-        if content.len() as u64 >= SEGMENT_HEADER_BYTES {
+        if has_header(content) {
             // Blocks that it does not understand would look to this reader like a tail that was never acknowledged.
             assert_eq!(
                 u32_at(content, 8),
