@@ -86,7 +86,9 @@ impl Setting {
             ("fsync", "on".into()),
         ];
         let mut of_source: Vec<(&str, &str)> = settings.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        let of_target = of_source.clone();
+        let mut of_target = of_source.clone();
+        // A subscription that was disabled a moment ago would else wait up to five seconds before it begins again.
+        of_target.push(("wal_retrieve_retry_interval", "10ms"));
         of_source.extend([("wal_level", "logical"), ("max_replication_slots", "20"), ("max_wal_senders", "20")]);
         let source = ThrowawayServer::start(&programs, "benchsource", &of_source).await?;
         let target = ThrowawayServer::start(&programs, "benchtarget", &of_target).await?;
