@@ -265,18 +265,14 @@ impl Apply {
         for outcome in join_all(writes).await {
             outcome?;
         }
-        if end.is_none() {
-            return Ok(());
-        }
+        let Some(end) = end else { return Ok(()) };
         // The barrier: nobody commits before all have written, and nothing but the commit is left to do.
         let commits = self.writers.iter_mut().filter(|writer| writer.in_transaction()).map(Writer::commit);
         for outcome in join_all(commits).await {
             // Whether it was committed is only in the ledger now; the caller reads it again.
             outcome.map_err(WriteError::Failed)?;
         }
-        if let Some(end) = end {
-            self.progress.fill(end.end_lsn);
-        }
+        self.progress.fill(end.end_lsn);
         Ok(())
     }
 
