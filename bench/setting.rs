@@ -32,7 +32,7 @@ impl Options {
 
     /// How often a case is repeated.
     pub fn rounds(&self) -> usize {
-        self.rounds.unwrap_or(if self.quick { 2 } else { 3 })
+        self.rounds.unwrap_or(if self.quick { 1 } else { 3 })
     }
 
     /// One of two sizes.
