@@ -21,7 +21,7 @@ use tokio::io::{AsyncBufRead, AsyncWrite, BufReader};
 
 use super::Stream;
 use super::wire::{HEADER_BYTES, RawSession, lost, protocol, server_error, unexpected};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// A value of a statement, in the form in which the server sent it or another would.
 #[derive(Clone, Copy, Debug)]
@@ -250,6 +250,11 @@ impl Answers {
                 length.checked_sub(4).ok_or_else(|| protocol("a message of the server has no length"))?;
             let Some(payload) = rest.get(..payload_bytes) else { break };
             match header[0] {
+                // What a COMMIT answers when its transaction had failed. Nothing here asks for a rollback.
+                b'C' if payload == b"ROLLBACK\0" => {
+                    let text = "the server has rolled a transaction back instead of committing it";
+                    self.refused.get_or_insert(Error::new(ErrorKind::Transient, text));
+                }
                 b'C' => self.met.push(rows_met(payload)),
                 b'I' => self.met.push(0),
                 b'E' => {
@@ -307,6 +312,16 @@ mod tests {
             assert!(answers.take(&bytes[cut..]).unwrap(), "cut at {cut}");
             assert_eq!(answers.met, [3, 0]);
         }
+    }
+
+    #[test]
+    fn i02_a_commit_that_was_a_rollback_is_none() {
+        let mut answers = Answers::default();
+        let mut bytes = vec![b'C'];
+        bytes.extend((b"ROLLBACK\0".len() as u32 + 4).to_be_bytes());
+        bytes.extend(b"ROLLBACK\0");
+        answers.take(&bytes).unwrap();
+        assert!(answers.refused.unwrap().is_transient());
     }
 
     #[test]
