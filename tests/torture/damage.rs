@@ -20,6 +20,8 @@ pub struct Block {
     pub segment: PathBuf,
     pub offset: u64,
     pub bytes: u64,
+    /// Of its labels, which stand between header and payload.
+    label_bytes: u64,
     pub ends_at_boundary: bool,
     pub first_lsn: Lsn,
     pub last_lsn: Lsn,
@@ -77,6 +79,7 @@ fn segments(queue: &Path) -> Vec<(PathBuf, Vec<Block>)> {
                 segment: path.clone(),
                 offset,
                 bytes,
+                label_bytes: labels,
                 ends_at_boundary: header[5] & 1 != 0,
                 first_lsn: Lsn(u64_at(header, 32)),
                 last_lsn: Lsn(u64_at(header, 40)),
@@ -124,6 +127,8 @@ pub fn tear(queue: &Path, confirmed: Lsn, random: &mut Random) -> Option<Damage>
 }
 
 /// Damages what was acknowledged, and not applied by anybody: a block that ends past `applied`, at or below `confirmed`.
+///
+/// A bit flipped in a block's labels harms nobody, for they only name tables in an error: walferry goes on.
 pub fn corrupt(queue: &Path, confirmed: Lsn, applied: Lsn, random: &mut Random) -> Option<Damage> {
     let segments = segments(queue);
     let wanted = |block: &&Block| block.ends_at_boundary && block.last_lsn <= confirmed && block.first_lsn >= applied;
@@ -133,20 +138,20 @@ pub fn corrupt(queue: &Path, confirmed: Lsn, applied: Lsn, random: &mut Random) 
     }
     let block = (*random.pick(&all)).clone();
     let name = block.segment.file_name().unwrap().to_string_lossy().into_owned();
-    let text = if random.chance(30) {
-        let at = random.between(block.offset, block.offset + block.bytes - 1);
+    let at = random.between(block.offset, block.offset + block.bytes - 1);
+    let labels = block.offset + BLOCK_HEADER_BYTES..block.offset + BLOCK_HEADER_BYTES + block.label_bytes;
+    let (text, harmless) = if random.chance(30) {
         cut(&block.segment, at);
-        format!("{name} cut at {at}")
+        (format!("{name} cut at {at}"), false)
     } else {
-        let at = random.between(block.offset, block.offset + block.bytes - 1);
         flip(&block.segment, at, random);
-        format!("a bit flipped at {at} of {name}")
+        (format!("a bit flipped at {at} of {name}"), labels.contains(&at))
     };
     let text = format!(
         "{text}, in the acknowledged block at {} after {}, up to {}; confirmed {confirmed}, applied {applied}",
         block.offset, block.first_lsn, block.last_lsn
     );
-    Some(Damage { text, stops_at: Some(block) })
+    Some(Damage { text, stops_at: (!harmless).then_some(block) })
 }
 
 /// A copy of a queue's files.

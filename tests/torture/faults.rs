@@ -394,7 +394,7 @@ impl Faults<'_> {
         let Some(damage) = damage else { return self.start() };
         self.log.add(format!("killed, and {}", damage.text));
         if damage.stops_at.is_none() {
-            self.counts.add("torn tails", 1);
+            self.counts.add(if acknowledged { "damaged labels" } else { "torn tails" }, 1);
             return self.start();
         }
         self.corruptions_left -= 1;
