@@ -55,7 +55,12 @@ fn lock(directory: &StateDirectory) -> Result<LockedDirectory> {
 /// # Errors
 /// What a server says.
 pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Option<&str>) -> Result<Vec<Removed>> {
-    let (from, to) = (source.connect("walferry").await?, target.connect("walferry").await?);
+    let to = target.connect("walferry").await?;
+    if ledger::load(&to).await?.is_some() && cutover::may_refuse_connections(&to).await? {
+        // Behind the fence `connections` the source refuses us too.
+        cutover::open_for_good(source, &to).await?;
+    }
+    let from = source.connect("walferry").await?;
     let mut removed = Vec::new();
     let migration = ledger::load(&to).await?;
     if let (Some(migration), Some(id)) = (&migration, id)
@@ -78,7 +83,9 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
     if migration.is_none() {
         return Ok(removed);
     }
-    open_again(&from, &to, source.database(), &mut removed).await?;
+    if cutover::open_for_good(source, &to).await? {
+        removed.push(format!("fence: the database {} on the source takes writes again", source.database()));
+    }
     if !cut_over {
         // What the migration changed on the target for its own time only.
         let tables: Vec<_> = ledger::tables(&to).await?.into_iter().map(|entry| entry.table).collect();
@@ -135,20 +142,4 @@ async fn orphans(source: &Client) -> Result<Vec<String>> {
         .await
         .context(|| "looking for what migrations left on the source".into())?;
     Ok(rows.into_iter().map(|row| row.get(0)).collect())
-}
-
-/// Takes back the setting that closed the source to writers, from a cutover that went through or was cut off.
-async fn open_again(source: &Client, target: &Client, database: &str, removed: &mut Vec<Removed>) -> Result<()> {
-    let fence = target
-        .query_typed_opt(
-            "SELECT fence->>'previous', fence->>'since' FROM walferry.migration WHERE fence IS NOT NULL",
-            &[],
-        )
-        .await?;
-    if let Some(row) = fence {
-        let closed = cutover::Closed { previous: row.get(0), since: row.get(1) };
-        cutover::open_again(source, database, &closed, "walferry").await?;
-        removed.push(format!("fence: the database {database} on the source takes writes again"));
-    }
-    Ok(())
 }

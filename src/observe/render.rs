@@ -33,15 +33,22 @@ pub fn render(status: &Status, width: usize) -> String {
         page.line("error", &error.message);
         page.line("next", error.hint.as_deref().unwrap_or_default());
     } else if status.ready_to_cutover {
-        page.line("cutover", "ready");
+        page.line("cutover", &format!("ready{}", expected_downtime(status)));
     } else {
         page.line("cutover", &format!("not yet: {}", status.blockers.join("; ")));
+    }
+    if let Some(last) = &status.cutover.last_given_up {
+        page.line("last try", &format!("given up during {}, {}: {}", last.step, last.at, last.reason));
     }
     page.line("attention", &status.attention.join("; "));
     render_tables(&mut page, &status.tables);
     render_events(&mut page, status);
     page.line("as of", &status.updated_at);
     page.text
+}
+
+fn expected_downtime(status: &Status) -> String {
+    status.cutover.expected_downtime_ms.map_or(String::new(), |ms| format!(", writers would wait about {ms:.0} ms"))
 }
 
 /// Phase, progress, lag and rate in one line, for a live line or a log.
