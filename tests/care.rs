@@ -327,7 +327,7 @@ async fn h28_a_migration_never_opens_more_connections_than_it_may() {
     let mut running = migration.migrate(&caps);
     ready(&migration, &mut running).await;
     application.goes_on(20).await;
-    let cutover = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
+    let cutover = migration.with_directory("cutover", &["--yes", "--no-reverse", "--max-write-stall", "25s"]).await;
     assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
     let ended = running.wait().await;
     assert!(!ended.stderr.contains("more connections to a server are needed"), "{}", ended.stderr);

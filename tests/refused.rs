@@ -259,7 +259,7 @@ async fn a_migration_that_was_stopped_is_shown_and_takes_no_cutover() {
     assert_eq!(check.code, Some(0), "{}", check.stdout);
     assert_eq!(migration.with_servers("check", &[]).await.code, Some(3));
     let before = both(&migration).await;
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(1, &["walferry migrate"]);
     assert_eq!(both(&migration).await, before);

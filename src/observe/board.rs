@@ -14,8 +14,8 @@ use crate::observe::lag::Pending;
 use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow, Rates};
 use crate::observe::status::{
-    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue,
-    STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target,
+    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Direction, Event, Failure, Indexes, Lag, Level, Phase,
+    Queue, STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
@@ -107,11 +107,24 @@ struct Tables {
 #[derive(Debug)]
 struct Text {
     phase: Phase,
+    /// The changes go from the server that took over to the one that was left.
+    turned_back: bool,
     blockers: Vec<String>,
     source: Source,
     target: Target,
     events: VecDeque<Event>,
     error: Option<Failure>,
+}
+
+impl Text {
+    /// The phase of the whole: while the way back follows, the migration is cut over.
+    fn shown_phase(&self) -> Phase {
+        match self.phase {
+            Phase::CutOver if self.turned_back => Phase::Reversed,
+            Phase::Preparing | Phase::CatchingUp | Phase::Following if self.turned_back => Phase::CutOver,
+            phase => phase,
+        }
+    }
 }
 
 impl Default for StatusBoard {
@@ -125,6 +138,7 @@ impl StatusBoard {
     pub fn new() -> StatusBoard {
         let text = Text {
             phase: Phase::Preparing,
+            turned_back: false,
             blockers: Vec::new(),
             source: Source::default(),
             target: Target::default(),
@@ -170,11 +184,31 @@ impl StatusBoard {
             std::mem::replace(&mut text.phase, phase) != phase
         };
         if changed {
-            self.event(Level::Info, format!("phase: {}", phase.title()));
+            let shown = lock(&self.shared.text).shown_phase();
+            self.event(Level::Info, format!("phase: {}", shown.title()));
         }
     }
 
-    /// What the migration does now.
+    /// From now on it is about the way back: from the server that took over to the one that was left, as `set_servers` would name them.
+    pub fn turn_back(&self, source: impl Into<String>, target: impl Into<String>) {
+        *lock(&self.shared.tables) = Tables::default();
+        *lock(&self.shared.pending) = Pending::default();
+        *lock(&self.shared.queue) = Queue::default();
+        self.set_indexes(0, 0);
+        for position in [&self.shared.source_wal_lsn, &self.shared.streamed_lsn] {
+            position.store(0, Relaxed);
+        }
+        self.shared.source_clock_offset.store(i64::MIN, Relaxed);
+        self.set_connected(false);
+        let mut text = lock(&self.shared.text);
+        text.turned_back = true;
+        text.phase = Phase::Preparing;
+        text.blockers = Vec::new();
+        text.source = Source { description: source.into(), ..Source::default() };
+        text.target = Target { description: target.into(), ..Target::default() };
+    }
+
+    /// What the migration does now; on the way back, as if it were a migration of its own.
     pub fn phase(&self) -> Phase {
         lock(&self.shared.text).phase
     }
@@ -400,7 +434,8 @@ impl StatusBoard {
         let reconnects = self.shared.reconnects[Side::Target as usize].load(Relaxed);
         Status {
             version: STATUS_VERSION,
-            phase: text.phase,
+            phase: text.shown_phase(),
+            direction: if text.turned_back { Direction::Back } else { Direction::There },
             ready_to_cutover: blockers.is_empty(),
             blockers,
             attention: attention(&source, &copy),
@@ -546,6 +581,7 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
     match text.phase {
         Phase::Following => {}
         Phase::CuttingOver => blockers.push("a cutover is running".to_string()),
+        Phase::CutOver if text.turned_back => blockers.push("the migration was switched back".to_string()),
         Phase::CutOver => blockers.push("the cutover is done".to_string()),
         Phase::Reversed => blockers.push("the migration was switched back".to_string()),
         Phase::Failed => blockers.push("the migration failed".to_string()),

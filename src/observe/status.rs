@@ -22,7 +22,10 @@ pub struct Status {
     pub version: u32,
     /// What the migration is doing.
     pub phase: Phase,
-    /// Whether a cutover can start now: exactly when `blockers` is empty.
+    /// Which way the changes go: `back` once a way back is open. `source` is where they come from, whichever it is.
+    #[serde(default)]
+    pub direction: Direction,
+    /// Whether a cutover (on the way back: a switchback) can start now: exactly when `blockers` is empty.
     pub ready_to_cutover: bool,
     /// What stands in the way of a cutover, a sentence each.
     pub blockers: Vec<String>,
@@ -68,6 +71,7 @@ impl Status {
         Status {
             version: STATUS_VERSION,
             phase,
+            direction: Direction::There,
             ready_to_cutover: false,
             blockers: vec!["the migration is not running".to_string()],
             attention: Vec::new(),
@@ -88,6 +92,17 @@ impl Status {
             eta_seconds: None,
         }
     }
+}
+
+/// Which way the changes go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// From the server that is moved away from to the one that is moved to.
+    #[default]
+    There,
+    /// From the server that took over to the one that was left, which is kept current.
+    Back,
 }
 
 /// What the migration is doing, in the order in which the phases come.

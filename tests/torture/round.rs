@@ -428,9 +428,9 @@ fn last_line(text: &str) -> &str {
 /// Asks in a process of its own.
 fn ask_for_cutover(walferry: &Walferry) -> tokio::task::JoinHandle<(Option<i32>, String)> {
     let asking = Walferry::new(Vec::new(), walferry.directory.clone(), Default::default());
-    tokio::spawn(
-        async move { asking.command(&["cutover", "--yes", "--timeout", "20s", "--max-write-stall", "15s"]).await },
-    )
+    tokio::spawn(async move {
+        asking.command(&["cutover", "--yes", "--no-reverse", "--timeout", "20s", "--max-write-stall", "15s"]).await
+    })
 }
 
 async fn until_following(faults: &mut Faults<'_>) -> Result<(), String> {
