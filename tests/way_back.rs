@@ -118,8 +118,11 @@ async fn the_way_back_goes_on_after_a_kill_at_any_time() {
         }
         // It ends the session that could still decide.
         running = migration.migrate(&[]);
+        // A session that began behind the fence is ended when it is lifted.
         until("the new primary takes writes again", || async {
-            (shown(&migration.target_url, "default_transaction_read_only").await == "off").then_some(())
+            let client = crate::support::connect(&migration.target_url).await;
+            let row = client.query_one("SHOW default_transaction_read_only", &[]).await.ok()?;
+            (row.get::<_, &str>(0) == "off").then_some(())
         })
         .await;
         application.goes_on(30).await;
@@ -181,4 +184,45 @@ async fn without_the_means_for_a_way_back_the_cutover_refuses_unless_told() {
     let done = migration.cut_over(running).await;
     assert_eq!(done["reverse"], "none");
     application.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h33_the_slot_of_the_way_back_is_made_while_following_and_no_cutover_waits_for_strangers_behind_its_fence() {
+    let servers = Servers::start().await;
+    // In another database, whose transactions a new slot waits for all the same.
+    let stranger = servers.target.connect("postgres").await.unwrap();
+    stranger.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+    let (migration, application, mut running) = follows(&servers).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--timeout", "3s"]).await;
+    refused.assert_refused(
+        5,
+        &["making the way back ready, before the fence", "open on the target's cluster", "--no-reverse"],
+    );
+    assert!(
+        migration.ledger("SELECT FROM walferry.migration WHERE fence IS NULL").await.len() == 1,
+        "nothing was touched"
+    );
+
+    stranger.batch_execute("COMMIT").await.unwrap();
+    until_true(
+        &migration.target().await,
+        "SELECT count(*) = 1 FROM pg_replication_slots WHERE confirmed_flush_lsn IS NOT NULL",
+    )
+    .await;
+    // It is there now, and moves on: WAL is not kept for the whole time of following.
+    let since: String = servers
+        .target
+        .connect("postgres")
+        .await
+        .unwrap()
+        .query_one("SELECT pg_current_wal_flush_lsn()::text", &[])
+        .await
+        .unwrap()
+        .get(0);
+    until_true(&migration.target().await, &format!("SELECT confirmed_flush_lsn > '{since}' FROM pg_replication_slots"))
+        .await;
+    stranger.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+    let application = cut_over_with_way_back(&migration, &mut running, application).await;
+    stranger.batch_execute("COMMIT").await.unwrap();
+    switch_back(&migration, running, application).await;
 }

@@ -209,6 +209,7 @@ async fn check_source(
     findings.extend(objects::tables(client, tables).await?);
     findings.extend(objects::others(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
+    findings.extend(target::replica_role(client, server, Side::Source).await?);
     Ok(findings)
 }
 
@@ -218,7 +219,7 @@ async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> 
     let needed = count(inputs.jobs.target_connections());
     let what = format!("for {copy} copy jobs and {index} index jobs, or later {apply} apply workers, and some more");
     findings.extend(server::connections(server, Side::Target, needed, needed, &what));
-    findings.extend(target::replica_role(client, server).await?);
+    findings.extend(target::replica_role(client, server, Side::Target).await?);
     if !inputs.resuming {
         findings.extend(target::emptiness(client, server).await?);
     }

@@ -156,7 +156,12 @@ impl Cutover<'_> {
                 wait_until_ready(arming.clone()).await?;
                 way_back.draft(&target, &migrated).await
             };
-            timer.within(ready).await.map_err(untouched)?;
+            timer.within(ready).await.map_err(|error| {
+                let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's cluster: \
+                             end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
+                let hint = error.next_step().unwrap_or(waits).to_owned();
+                untouched(error.context("making the way back ready, before the fence").hint(hint))
+            })?;
         }
         timer.done("check");
 
