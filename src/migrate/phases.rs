@@ -24,7 +24,7 @@ use crate::copy::{self, Copier};
 use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, WayBack};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
-use crate::observe::status::{Level, Phase as ShownPhase, TableState};
+use crate::observe::status::{Level, Phase as ShownPhase, TableState, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
 use crate::source::slot::ServerIdentity;
@@ -364,7 +364,6 @@ impl Running {
             drop(applied);
             outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
         });
-        let mut watching_readiness = pin!(self.watch_readiness());
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
@@ -375,6 +374,8 @@ impl Running {
         } else {
             None
         };
+        let arming = way_back.as_ref().map(|(_, arming)| arming.clone());
+        let mut watching_readiness = pin!(self.watch_readiness(arming));
         loop {
             let request = tokio::select! {
                 outcome = &mut applying => return outcome,
@@ -484,6 +485,14 @@ impl Running {
         Err(Error::new(ErrorKind::Aborted, text).hint(hint))
     }
 
+    fn show_way_back(&self, arming: &Arming) {
+        match arming {
+            Arming::Preparing(why) => self.board.set_way_back(ShownWayBack::Preparing, why.clone()),
+            Arming::Ready => self.board.set_way_back(ShownWayBack::Ready, None),
+            Arming::Impossible(why, _) => self.board.set_way_back(ShownWayBack::Impossible, Some(why.clone())),
+        }
+    }
+
     /// What the way back is made from.
     async fn way_back(&self) -> Result<WayBack> {
         Ok(WayBack {
@@ -495,7 +504,7 @@ impl Running {
     }
 
     /// Says what stands against a cutover, until a connection breaks.
-    async fn watch_readiness(&self) -> Error {
+    async fn watch_readiness(&self, arming: Option<watch::Receiver<Arming>>) -> Error {
         let watch = async {
             let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
             let mut changed = BTreeMap::new();
@@ -504,6 +513,9 @@ impl Running {
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 tick.tick().await;
+                if let Some(arming) = &arming {
+                    self.show_way_back(&arming.borrow());
+                }
                 if self.board.phase() != ShownPhase::Following {
                     continue;
                 }

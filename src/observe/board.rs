@@ -15,7 +15,7 @@ use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow, Rates};
 use crate::observe::status::{
     Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Direction, Event, Failure, Indexes, Lag, Level, Phase,
-    Queue, STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target,
+    Queue, STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target, WayBack,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
@@ -109,6 +109,9 @@ struct Text {
     phase: Phase,
     /// The changes go from the server that took over to the one that was left.
     turned_back: bool,
+    way_back: WayBack,
+    /// Why the way back is not ready.
+    way_back_lacks: Option<String>,
     blockers: Vec<String>,
     source: Source,
     target: Target,
@@ -139,6 +142,8 @@ impl StatusBoard {
         let text = Text {
             phase: Phase::Preparing,
             turned_back: false,
+            way_back: WayBack::None,
+            way_back_lacks: None,
             blockers: Vec::new(),
             source: Source::default(),
             target: Target::default(),
@@ -202,6 +207,7 @@ impl StatusBoard {
         self.set_connected(false);
         let mut text = lock(&self.shared.text);
         text.turned_back = true;
+        (text.way_back, text.way_back_lacks) = (WayBack::Open, None);
         text.phase = Phase::Preparing;
         text.blockers = Vec::new();
         text.source = Source { description: source.into(), ..Source::default() };
@@ -233,6 +239,12 @@ impl StatusBoard {
         lock(&self.shared.text).error = Some(Failure::from(error));
         self.event(Level::Error, error.to_string());
         self.set_phase(Phase::Failed);
+    }
+
+    /// How far the way back is, and why it is not ready where something is in its way.
+    pub fn set_way_back(&self, way_back: WayBack, lacks: Option<String>) {
+        let mut text = lock(&self.shared.text);
+        (text.way_back, text.way_back_lacks) = (way_back, lacks);
     }
 
     /// What besides the phase, a pause and a lost source stands in the way of a cutover.
@@ -435,10 +447,11 @@ impl StatusBoard {
         Status {
             version: STATUS_VERSION,
             phase: text.shown_phase(),
+            way_back: text.way_back,
             direction: if text.turned_back { Direction::Back } else { Direction::There },
             ready_to_cutover: blockers.is_empty(),
             blockers,
-            attention: attention(&source, &copy),
+            attention: attention(&source, &copy, text.way_back_lacks.as_deref()),
             process_alive: true,
             updated_at: wall_clock::now_rfc3339(),
             lag,
@@ -603,9 +616,10 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
 }
 
 /// What does not stop a cutover, but somebody should look after.
-fn attention(source: &Source, copy: &Copy) -> Vec<String> {
+fn attention(source: &Source, copy: &Copy, way_back_lacks: Option<&str>) -> Vec<String> {
     let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
-    source.too_much_wal().into_iter().chain(waits).collect()
+    let way_back = way_back_lacks.map(|why| format!("a cutover has no way back: {why}"));
+    source.too_much_wal().into_iter().chain(waits).chain(way_back).collect()
 }
 
 /// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.

@@ -312,7 +312,7 @@ async fn sigterm_ends_it_within_seconds_also_while_a_child_hangs_or_an_index_or_
 
     // The apply waits for a row.
     run(&source, "UPDATE item SET v = 'new'").await;
-    let mut running = migration.migrate(&[]);
+    let running = migration.migrate(&[]);
     is_blocked(&target, "other_pkey").await;
     until_true(&target, "SELECT EXISTS (SELECT FROM pg_constraint WHERE conname = 'item_pkey')").await;
     let second = migration.target().await;
