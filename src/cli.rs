@@ -45,7 +45,7 @@ pub enum Command {
     /// Migrate, and follow until the cutover; run again, it goes on where it was
     #[command(
         after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
-        With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 12 \
+        With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 13 \
         --source-wal-max 200GiB\n\
         Ctrl-C stops it; the same command goes on. Exit codes: 0 cut over, 3 blocked, 130 interrupted"
     )]

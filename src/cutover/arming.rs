@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio_postgres::Client;
 use tokio_postgres::types::{PgLsn, Type};
 
+use crate::care::connections::Caps;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -93,6 +94,8 @@ pub struct WayBack {
     pub application_name: String,
     /// The migration whose way back it is.
     pub migration: Migration,
+    /// The most connections that there may be.
+    pub caps: Caps,
 }
 
 impl WayBack {
@@ -179,6 +182,15 @@ impl WayBack {
             return blocked(
                 format!("the target's wal_level is {level}, and its changes can be read only at the level logical"),
                 "the target: ALTER SYSTEM SET wal_level = 'logical', then restart it".into(),
+            );
+        }
+        if let Some(needed) = self.caps.lacking_for_way_back(self.migration.apply_workers) {
+            return blocked(
+                format!(
+                    "writing back with {} apply workers takes {needed} connections to the source",
+                    self.migration.apply_workers
+                ),
+                format!("the command line of `migrate`: --max-source-connections {needed} or more"),
             );
         }
         let source = self.source.connect(&self.application_name).await?;

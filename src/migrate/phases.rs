@@ -500,6 +500,7 @@ impl Running {
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             migration: self.load(&self.target().await?).await?,
+            caps: self.config.care.caps,
         })
     }
 
