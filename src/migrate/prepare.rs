@@ -127,9 +127,8 @@ const OPEN_TRANSACTIONS: &str = "SELECT format('transaction of pid %s (%s, %s, d
      UNION ALL SELECT format('prepared transaction %L (%s, database %s)', gid, owner, database), prepared \
          FROM pg_catalog.pg_prepared_xacts ORDER BY since";
 
-/// How often the slot is made anew because tables got other files meanwhile, and for how long: each time waits for whoever has a
-/// transaction open by then. Most slots that are made beside a TRUNCATE do work; where they keep coming, one of those is taken.
-const SLOT_ATTEMPTS: usize = 5;
+/// For how long the slot is made anew because tables got other files meanwhile: each time waits for whoever has a transaction open
+/// by then.
 const SLOT_PATIENCE: Duration = Duration::from_secs(300);
 
 impl Running {
@@ -155,7 +154,7 @@ impl Running {
                 return Ok(new);
             }
             let text = format!("emptied, rewritten or altered while the slot was made: {}", shortened(changed));
-            if attempt == SLOT_ATTEMPTS || begun.elapsed() > SLOT_PATIENCE {
+            if attempt == slot::ATTEMPTS_BESIDE_CHANGES || begun.elapsed() > SLOT_PATIENCE {
                 let text =
                     format!("{text}; the slot is taken as it is, and if the source cannot decode it, that is said");
                 self.board.event(Level::Warn, text);

