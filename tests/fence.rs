@@ -91,14 +91,17 @@ async fn h29_h30_every_fence_switches_and_loses_nothing() {
             application.take().unwrap().stop().await;
         }
         let cutover = migration
-            .with_directory("cutover", &["--yes", "--json", "--fence", mode, "--max-write-stall", "25s"])
+            .with_directory(
+                "cutover",
+                &["--yes", "--no-reverse", "--json", "--fence", mode, "--max-write-stall", "25s"],
+            )
             .await;
         assert_eq!(cutover.code, Some(0), "{mode}: {}\n{}", cutover.stderr, running.log());
         let outcome = cutover.json();
         assert_eq!(outcome["fence"], mode);
         let steps: Vec<&str> =
             outcome["steps"].as_array().unwrap().iter().map(|step| step["name"].as_str().unwrap()).collect();
-        assert_eq!(steps.join(" "), "check fence drain close settle switch release");
+        assert_eq!(steps.join(" "), "check fence drain close settle arm switch release");
         assert_eq!(outcome["warnings"].as_array().unwrap().len(), 0, "{outcome}");
         assert_eq!(running.wait().await.code, Some(0));
         // Everybody can look at the old database, and nobody writes to it.
@@ -126,6 +129,7 @@ async fn h30_who_writes_behind_a_fence_stops_the_cutover() {
         "cutover",
         &[
             "--yes",
+            "--no-reverse",
             "--fence",
             "none",
             "--timeout",
@@ -156,6 +160,7 @@ async fn h30_who_writes_behind_a_fence_stops_the_cutover() {
         "cutover",
         &[
             "--yes",
+            "--no-reverse",
             "--fence",
             "read-only",
             "--timeout",
@@ -188,7 +193,7 @@ async fn h30_who_writes_behind_a_fence_stops_the_cutover() {
         )
         .await
         .unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(
         5,
@@ -199,15 +204,16 @@ async fn h30_who_writes_behind_a_fence_stops_the_cutover() {
             "ALTER SUBSCRIPTION \"inbound\" DISABLE",
         ],
     );
-    let refused = migration.with_directory("cutover", &["--yes", "--waive", "role exempt"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse", "--waive", "role exempt"]).await;
     refused.assert_refused(5, &["subscription inbound"]);
     assert!(!refused.stderr.contains("role exempt"), "waived: {}", refused.stderr);
     source
         .batch_execute("ALTER SUBSCRIPTION inbound DISABLE; ALTER SUBSCRIPTION inbound SET (slot_name = NONE); DROP SUBSCRIPTION inbound")
         .await
         .unwrap();
-    let waived =
-        migration.with_directory("cutover", &["--yes", "--waive", "role exempt", "--max-write-stall", "25s"]).await;
+    let waived = migration
+        .with_directory("cutover", &["--yes", "--no-reverse", "--waive", "role exempt", "--max-write-stall", "25s"])
+        .await;
     assert_eq!(waived.code, Some(0), "{}", waived.stderr);
     assert_eq!(running.wait().await.code, Some(0));
     application.stop().await;
@@ -223,6 +229,7 @@ async fn h30_behind_a_fence_that_refuses_connections_a_killed_migration_gets_in_
         let text = command.text();
         [
             "--yes",
+            "--no-reverse",
             "--fence",
             "connections",
             "--timeout",
@@ -299,7 +306,9 @@ async fn h32_an_autovacuum_makes_way_for_the_lock() {
            AND relation = 'app.big'::regclass AND mode = 'ShareUpdateExclusiveLock')",
     )
     .await;
-    let cutover = migration.with_directory("cutover", &["--yes", "--timeout", "20s", "--waive", "table app.big"]).await;
+    let cutover = migration
+        .with_directory("cutover", &["--yes", "--no-reverse", "--timeout", "20s", "--waive", "table app.big"])
+        .await;
     assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
     assert_eq!(running.wait().await.code, Some(0));
 }
@@ -334,15 +343,15 @@ async fn h29_sessions_that_our_role_cannot_see_stop_the_cutover() {
     beside.batch_execute("REVOKE pg_read_all_stats, pg_signal_backend FROM mover").await.unwrap();
     let other = connect(&superuser.replace("postgres@", "other@")).await;
     other.batch_execute("SELECT 1").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["sessions of other", "GRANT pg_read_all_stats, pg_signal_backend TO \"mover\""]);
     beside.batch_execute("GRANT pg_read_all_stats TO mover").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["sessions of other", "may not end them"]);
     beside.batch_execute("GRANT pg_signal_backend TO mover").await.unwrap();
-    let done = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
+    let done = migration.with_directory("cutover", &["--yes", "--no-reverse", "--max-write-stall", "25s"]).await;
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     assert!(other.batch_execute("UPDATE app.heavy SET n = 7").await.is_err(), "it was ended");
     assert_eq!(running.wait().await.code, Some(0));
@@ -437,7 +446,7 @@ async fn a_migration_cuts_over_by_itself_when_it_may() {
     let application = Application::start(&migration.source_url, 2);
     let long = migration.source().await;
     // Nothing happens before the time, whatever else is ready.
-    let mut running = migration.migrate(&["--cutover", "auto", "--not-before", "2099-01-01T00:00:00Z"]);
+    let mut running = migration.migrate(&["--cutover", "auto", "--no-reverse", "--not-before", "2099-01-01T00:00:00Z"]);
     ready(&migration, &mut running).await;
     assert!(!running.log().contains("a cutover begins"));
     running.terminate().await;
@@ -446,6 +455,7 @@ async fn a_migration_cuts_over_by_itself_when_it_may() {
     let mut running = migration.migrate(&[
         "--cutover",
         "auto",
+        "--no-reverse",
         "--max-lag",
         "60s",
         "--not-before",

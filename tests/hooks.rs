@@ -25,7 +25,7 @@ async fn commands_are_run_in_their_places_also_by_whoever_comes_after_a_crash() 
     let (abort, switch) = (HeldCommand::new(&migration, "abort"), HeldCommand::new(&migration, "switch"));
     abort.let_go();
     let (on_abort, on_switch) = (abort.text(), switch.text());
-    let usual = ["--yes", "--timeout", "60s", "--max-write-stall", "60s", "--hook-timeout", "60s"];
+    let usual = ["--yes", "--no-reverse", "--timeout", "60s", "--max-write-stall", "60s", "--hook-timeout", "60s"];
 
     // It fails, and so does the cutover.
     let refused = migration
@@ -45,7 +45,7 @@ async fn commands_are_run_in_their_places_also_by_whoever_comes_after_a_crash() 
     let refused = migration
         .with_directory(
             "cutover",
-            &["--yes", "--hook-timeout", "300ms", "--on-fence", "sleep 1000", "--on-abort", "exit 4"],
+            &["--yes", "--no-reverse", "--hook-timeout", "300ms", "--on-fence", "sleep 1000", "--on-abort", "exit 4"],
         )
         .await;
     println!("{}", refused.stderr);
@@ -98,7 +98,7 @@ async fn a_command_that_fails_after_the_decision_takes_nothing_back() {
     let cutover = migration
         .with_directory(
             "cutover",
-            &["--yes", "--json", "--sequence-margin", "100", "--on-switch", "echo to the log; exit 7"],
+            &["--yes", "--no-reverse", "--json", "--sequence-margin", "100", "--on-switch", "echo to the log; exit 7"],
         )
         .await;
     assert_eq!(cutover.code, Some(0), "{}", cutover.stderr);
@@ -107,7 +107,7 @@ async fn a_command_that_fails_after_the_decision_takes_nothing_back() {
     assert!(warnings.contains("exit status: 7") && warnings.contains("by hand"), "{warnings}");
     let steps: Vec<&str> =
         outcome["steps"].as_array().unwrap().iter().map(|step| step["name"].as_str().unwrap()).collect();
-    assert_eq!(steps.join(" "), "check fence drain close settle switch on-switch release");
+    assert_eq!(steps.join(" "), "check fence drain close settle arm switch on-switch release");
     let ended = running.wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(ended.stderr.contains("to the log"), "{}", ended.stderr);

@@ -18,3 +18,5 @@ mod large_transaction;
 mod pooler;
 mod refused;
 mod schema_change;
+mod warm;
+mod way_back;

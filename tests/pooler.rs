@@ -164,7 +164,7 @@ async fn clients_of_pgbouncer_see_no_error_across_a_cutover() {
     let mut running = migration.migrate(&[]);
     ready(&migration, &mut running).await;
     let (source, target) = (migration.source().await, migration.target().await);
-    let bench = pooler.bench(25);
+    let bench = pooler.bench(40);
     until_true(&source, "SELECT count(*) > 200 FROM pgbench_history").await;
     let (console, include) = (pooler.console_url(), pooler.include.to_str().unwrap().to_owned());
     let by_pooler =
@@ -212,7 +212,6 @@ async fn clients_of_pgbouncer_see_no_error_across_a_cutover() {
     let outcome = cutover.json();
     println!("{outcome:#}");
     assert_eq!(outcome["warnings"].as_array().unwrap().len(), 0, "{outcome:#}");
-    assert_eq!(running.wait().await.code, Some(0));
     assert_eq!(pooler.state().await, (false, servers.target.port().to_string()));
     let entry = std::fs::read_to_string(&pooler.include).unwrap();
     assert!(entry.contains("pool_size=5") && entry.contains("\nother = "), "the rest of the file stays: {entry}");
@@ -220,16 +219,33 @@ async fn clients_of_pgbouncer_see_no_error_across_a_cutover() {
     until("the clients write to the target", || async { (transactions(&target).await > at_switch + 20).then_some(()) })
         .await;
 
+    // And back, in the same way.
+    migration
+        .wait_for_status(&mut running, "a switchback is ready", |status| {
+            status["direction"] == "back" && status["ready_to_cutover"] == true
+        })
+        .await;
+    let switchback = [&by_pooler[..], &["--json", "--max-write-stall", "25s"]].concat();
+    let switchback = migration.with_directory("switchback", &switchback).await;
+    assert_eq!(switchback.code, Some(0), "{}\n{}\n{}", switchback.stderr, running.log(), pooler.log());
+    println!("{:#}", switchback.json());
+    assert_eq!(running.wait().await.code, Some(0));
+    assert_eq!(pooler.state().await, (false, servers.source.port().to_string()));
+    let source = migration.source().await;
+    let at_switch = transactions(&source).await;
+    until("the clients write to the source", || async { (transactions(&source).await > at_switch + 20).then_some(()) })
+        .await;
+
     let (succeeded, said) = bench.await.unwrap();
     println!("{said}");
     assert!(succeeded && said.contains("number of failed transactions: 0 "), "{said}\n{}", pooler.log());
-    // What pgbench was told is committed is there: on one server up to the switch, on the other all of it.
+    // What pgbench was told is committed is there: on one server up to the last switch, on the other all of it.
     let processed =
         said.lines().find_map(|line| line.strip_prefix("number of transactions actually processed: ")).unwrap();
     let processed: i64 = processed.split(['/', ' ']).next().unwrap().parse().unwrap();
-    assert_eq!(transactions(&target).await, processed);
-    balances_are_right(&target).await;
-    balances_are_right(&migration.source().await).await;
+    assert_eq!(transactions(&source).await, processed);
+    balances_are_right(&source).await;
+    balances_are_right(&migration.target().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -246,6 +262,7 @@ async fn a_migration_killed_after_the_decision_points_pgbouncer_at_the_target_wh
         "cutover",
         &[
             "--yes",
+            "--no-reverse",
             "--pgbouncer",
             &console,
             "--pgbouncer-database",

@@ -1,9 +1,9 @@
 //! The cutover: from "the target follows" to "the target is the primary", all or nothing (I8).
 //!
 //! ```text
-//!   check ► fence ► marker, drain ► close ► settle (sequences, last check, second marker: at once) ► switch ► release
-//!           └─────────── anything fails, or time is up: open, unlock, follow again ──────────────┘ │
-//!                                                                       one synchronous commit on the target
+//!   check ► fence ► marker, drain ► close ► settle (sequences, last check, second marker: at once) ► arm ► switch ► release
+//!           └─────────── anything fails, or time is up: open, unlock, follow again ────────────────────┘ │
+//!                                                                             one synchronous commit on the target
 //! ```
 //!
 //! | step | what holds afterwards |
@@ -14,6 +14,7 @@
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
 //! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
+//! | arm | the stream back to the server that is left begins behind all that was applied (H33) |
 //! | switch | the fence has proved that it still stands; one synchronous commit on the target decides |
 //! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
 //! | release | nobody waits any more |
@@ -21,6 +22,7 @@
 //! What is done to the source stands in the ledger before it is done ([`record`]), so that after a crash [`lift_left_over_fence`]
 //! undoes it; what is left to do after the decision stands in the deciding commit, and [`finish_pending`] does it.
 
+pub mod arming;
 mod automatic;
 mod fence;
 mod hook;
@@ -51,13 +53,14 @@ use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
 
+pub use arming::{Arming, WayBack};
 pub use automatic::Automatic;
 use fence::Fence;
 use hook::{Hook, Surroundings};
 pub use options::{FenceMode, Hooks, Options, PgBouncer};
 pub(crate) use ready::obstacles;
 pub use ready::{Finding, Weight};
-pub use record::{GivenUpTry, Lifted, finish_pending, is_fence_left_over, lift_left_over_fence};
+pub use record::{Closed, GivenUpTry, Lifted, finish_pending, is_fence_left_over, lift_left_over_fence};
 pub(crate) use record::{last_given_up, may_refuse_connections, open_for_good};
 pub(crate) use rehearse::Measured;
 pub use rehearse::Rehearsal;
@@ -80,6 +83,10 @@ pub struct Cutover<'a> {
     pub applied: watch::Receiver<Applied>,
     /// What stands against it, besides what it finds itself.
     pub blockers: Vec<String>,
+    /// What the way back is made from, and how far it is; `None` on the way back itself.
+    pub way_back: Option<(WayBack, watch::Receiver<Arming>)>,
+    /// How the target was closed to writers by the cutover before, which this one takes back; `None` where there was none.
+    pub target_closed: Option<Closed>,
 }
 
 /// A cutover that did not go through.
@@ -116,7 +123,7 @@ pub struct Outcome {
     pub sequences_synced: usize,
     /// Whether all rows of all tables were compared; this cutover compares those of tables without a replica identity only.
     pub verified: bool,
-    /// The way back: `none`.
+    /// The way back: `armed` or `none`.
     pub reverse: String,
     /// How writers were held.
     #[serde(default)]
@@ -164,6 +171,20 @@ impl Cutover<'_> {
             sequences::list(&sessions.source, options.sequence_margin).await
         });
         let sequences = known.await.map_err(untouched)?;
+        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
+        if let Some((way_back, arming)) = way_back {
+            let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
+            let ready = async {
+                wait_until_ready(arming.clone()).await?;
+                way_back.draft(&sessions.target, &migrated).await
+            };
+            timer.within(Box::pin(ready)).await.map_err(|error| {
+                let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's cluster: \
+                             end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
+                let hint = error.next_step().unwrap_or(waits).to_owned();
+                untouched(error.context("making the way back ready, before the fence").hint(hint))
+            })?;
+        }
         let around = timer.within(async { Ok(Surroundings::gather(self.source, self.target).await) });
         let around = around.await.map_err(untouched)?;
 
@@ -190,7 +211,7 @@ impl Cutover<'_> {
                     steps: timer.steps,
                     sequences_synced: sequences.count(),
                     verified: false,
-                    reverse: "none".into(),
+                    reverse: if way_back.is_some() { "armed" } else { "none" }.into(),
                     fence: options.fence,
                     warnings,
                 })
@@ -254,6 +275,11 @@ impl Cutover<'_> {
         }
         if let Err(error) = fence.release().await {
             tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
+        }
+        if let Some(since) = self.target_closed.as_ref().and_then(|closed| closed.since.as_deref())
+            && let Err(error) = record::end_sessions_since(target, since, self.application_name).await
+        {
+            tracing::warn!(%error, "after the decision, sessions that are still read-only could not be ended");
         }
         if let Some(pending) = &pending {
             if let Err(error) = pending.let_in(self.source).await {
@@ -322,6 +348,13 @@ impl Cutover<'_> {
         }
         timer.done();
 
+        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
+        if let Some((way_back, _)) = way_back {
+            // All that was applied is before, and the sequences are set: from here on, what comes is the applications'.
+            timer.within(Box::pin(way_back.arm(source, target))).await?;
+        }
+        timer.done();
+
         tokio::try_join!(timer.within(fence.prove(tables.len())), timer.within(note(timer.current())))?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let pending = match fence.record().pending() {
@@ -331,10 +364,12 @@ impl Cutover<'_> {
             None => String::new(),
         };
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
+            ledger::decide(way_back.is_some()),
+            self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
             second.lsn
         );
         let decided = timer
@@ -536,6 +571,22 @@ async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applie
 fn unique() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     format!("{}-{}", std::process::id(), now.as_nanos())
+}
+
+/// Waits until the slot of the way back is there.
+///
+/// # Errors
+/// `Aborted` when it cannot be.
+async fn wait_until_ready(mut arming: watch::Receiver<Arming>) -> Result<()> {
+    let settled = |arming: &Arming| !matches!(arming, Arming::Preparing(_));
+    let outcome = arming.wait_for(settled).await.map(|arming| arming.clone());
+    match outcome {
+        Ok(Arming::Impossible(why, mend)) => {
+            Err(Error::new(ErrorKind::Aborted, format!("there would be no way back: {why}")).hint(mend))
+        }
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::new(ErrorKind::Other, "nobody makes the way back ready")),
+    }
 }
 
 /// Takes back the setting that closes a database to writers.

@@ -24,7 +24,7 @@ impl<'a> Timer<'a> {
         let now = Instant::now();
         let mut plan = vec!["check", "fence"];
         plan.extend(options.hooks.on_fence.as_ref().map(|_| "on-fence"));
-        plan.extend(["drain", "close", "settle", "switch"]);
+        plan.extend(["drain", "close", "settle", "arm", "switch"]);
         plan.extend(options.hooks.on_switch.as_ref().map(|_| "on-switch"));
         plan.extend(options.pgbouncer.as_ref().map(|_| "pgbouncer"));
         plan.push("release");
@@ -100,6 +100,8 @@ mod tests {
             timeout_seconds,
             max_write_stall_seconds,
             waive: vec![],
+            reverse: false,
+            back: false,
             fence: Default::default(),
             sequence_margin: 0,
             hooks: Hooks::default(),
@@ -130,6 +132,6 @@ mod tests {
         while timer.current() != "the end" {
             timer.done();
         }
-        assert_eq!(names.join(" "), "check fence on-fence drain close settle switch on-switch release");
+        assert_eq!(names.join(" "), "check fence on-fence drain close settle arm switch on-switch release");
     }
 }

@@ -235,19 +235,22 @@ pub(super) async fn lift_fence(config: &Config, board: &StatusBoard) -> Result<(
     Ok(())
 }
 
-/// Behind the fence `connections` the source refuses us too: it is opened before anything else is asked of it.
+/// Behind the fence `connections` a server refuses us too: it is opened before anything else is asked of it. Which one that is depends
+/// on which way the cutover went; its ledger stands on the other.
 ///
 /// # Errors
 /// Whatever the servers say.
 pub(super) async fn let_ourselves_in(config: &Config, directory: &StateDirectory, board: &StatusBoard) -> Result<()> {
     let Some(identity) = directory.identity()? else { return Ok(()) };
-    let target = config.target.connect("walferry").await?;
-    let ours = ledger::load(&target).await?.is_some_and(|migration| migration.id == identity.id);
-    if !ours || !cutover::may_refuse_connections(&target).await? {
-        return Ok(());
+    for config in [config.clone(), config.clone().reversed()] {
+        let Ok(ledger) = config.target.connect("walferry").await else { continue };
+        let ours = ledger::load(&ledger).await?.is_some_and(|migration| migration.id == identity.id);
+        if ours && cutover::may_refuse_connections(&ledger).await? {
+            finish_cutover(&config, board).await?;
+            lift_fence(&config, board).await?;
+        }
     }
-    finish_cutover(config, board).await?;
-    lift_fence(config, board).await
+    Ok(())
 }
 
 /// Does what a cutover that went through had left to do when its process died.
@@ -267,7 +270,17 @@ const LIFT_AT_THE_END: Duration = Duration::from_secs(3);
 
 /// The same at the end of the process, when it cannot wait. Done at the next start when it cannot be done now.
 pub(super) async fn lift_fence_if_possible(config: &Config, board: &StatusBoard) {
-    match tokio::time::timeout(LIFT_AT_THE_END, lift_fence(config, board)).await {
+    let both_ways = async {
+        lift_fence(config, board).await?;
+        let migration = ledger::load(&config.target.connect("walferry").await?).await?;
+        match migration {
+            Some(migration) if migration.way_back == Some(ledger::WayBack::Armed) => {
+                lift_fence(&config.clone().reversed(), board).await
+            }
+            _ => Ok(()),
+        }
+    };
+    match tokio::time::timeout(LIFT_AT_THE_END, both_ways).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "could not look for a fence that was left over"),
         Err(_) => tracing::debug!("looking for a fence that was left over took too long"),
