@@ -361,6 +361,8 @@ async fn h29_sessions_that_our_role_cannot_see_stop_the_cutover() {
 async fn a_dry_run_shows_everything_at_once_and_touches_nothing() {
     let servers = Servers::start().await;
     let (migration, application, mut running) = follows(&servers, "shop").await;
+    // The way back is made ready beside, and that does touch the source.
+    migration.wait_for_status(&mut running, "a way back", |status| status["way_back"] == "ready").await;
     let before = touched(&migration).await;
     let dry = migration.with_directory("cutover", &["--dry-run", "--json"]).await;
     assert_eq!(dry.code, Some(0), "{}\n{}", dry.stdout, dry.stderr);
@@ -421,7 +423,15 @@ async fn a_dry_run_shows_everything_at_once_and_touches_nothing() {
     assert_eq!((dry.code, dry.json()["ready"].as_bool()), (Some(5), Some(false)), "{}", dry.stdout);
     assert!(dry.json()["estimate"].is_null());
     migration.with_directory("resume", &[]).await;
-    assert_eq!(touched(&migration).await, before, "nothing was touched");
+    let after = touched(&migration).await;
+    let differs: Vec<&String> = before
+        .0
+        .iter()
+        .filter(|one| !after.0.contains(one))
+        .chain(after.0.iter().filter(|one| !before.0.contains(one)))
+        .collect();
+    assert_eq!(differs, Vec::<&String>::new(), "nothing was touched on the source");
+    assert_eq!(after.1, before.1, "nothing was touched in the ledger");
     let measured = migration
         .wait_for_status(&mut running, "an expected downtime", |status| {
             status["cutover"]["expected_downtime_ms"].as_f64().is_some()
@@ -485,4 +495,84 @@ async fn a_migration_cuts_over_by_itself_when_it_may() {
     let [on_source, on_target] = [&source, &target].map(|client| client.query_one(counter, &[]));
     let (on_source, on_target) = tokio::try_join!(on_source, on_target).unwrap();
     assert_eq!(on_source.get::<_, i64>(0) + 7, on_target.get::<_, i64>(0), "--sequence-margin");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h29_h31_no_lock_that_dies_or_goes_lets_a_writer_in_and_no_sequence_gives_a_value_twice() {
+    let servers = Servers::start().await;
+    let (migration, application, mut running) = follows(&servers, "shop").await;
+    let usual = ["--yes", "--no-reverse", "--timeout", "60s", "--max-write-stall", "60s", "--hook-timeout", "60s"];
+
+    // The session with the locks dies while they are needed: writers go on, and the cutover must not.
+    let command = HeldCommand::new(&migration, "fence");
+    let cutover = migration.start("cutover", &[&usual[..], &["--on-fence", &command.text()]].concat());
+    command.has_run(1).await;
+    let locks = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE mode = 'ShareRowExclusiveLock' AND granted \
+                 AND relation = 'app.big'::regclass";
+    assert_eq!(migration.source().await.query(locks, &[]).await.unwrap().len(), 1);
+    application.goes_on(5).await;
+    command.let_go();
+    let refused = cutover.wait().await;
+    println!("{}", refused.stderr);
+    assert_eq!(refused.code, Some(5));
+    nothing_has_happened(&migration, &mut running, &application).await;
+
+    // Tables are locked, and sequences are not: what is handed out meanwhile is handed out for good.
+    let (fence, switch) = (HeldCommand::new(&migration, "fence too"), HeldCommand::new(&migration, "switch"));
+    let hooks = ["--on-fence", &fence.text(), "--on-switch", &switch.text()];
+    let cutover = migration.start("cutover", &[&usual[..], &hooks].concat());
+    fence.has_run(1).await;
+    let caller = migration.source().await;
+    let calling = tokio::spawn(async move {
+        let mut newest = 0;
+        while let Ok(row) = caller.query_one("SELECT nextval('app.counter')", &[]).await {
+            newest = row.get::<_, i64>(0);
+        }
+        newest
+    });
+    let counter = "SELECT last_value FROM app.counter";
+    let before: i64 = migration.source().await.query_one(counter, &[]).await.unwrap().get(0);
+    let more = format!("SELECT last_value > {before} + 50 FROM app.counter");
+    until_true(&migration.source().await, &more).await;
+    fence.let_go();
+    switch.has_run(1).await;
+
+    // It is decided, and the locks are still there. Who defies the default waits for them, and would write when they go.
+    let defiant = migration.source().await;
+    defiant.batch_execute("BEGIN READ WRITE").await.unwrap();
+    let writes =
+        tokio::spawn(async move { defiant.batch_execute("UPDATE app.heavy SET n = -1 WHERE id = 1; COMMIT").await });
+    is_blocked(&migration.source().await, "SET n = -1").await;
+    switch.let_go();
+    let done = cutover.wait().await;
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    assert!(writes.await.unwrap().is_err(), "it would have written to the old primary");
+    let newest = calling.await.unwrap();
+    let on_target: i64 = migration.target().await.query_one(counter, &[]).await.unwrap().get(0);
+    assert!(newest > before && on_target >= newest, "{newest} was handed out, and the target goes on from {on_target}");
+    assert_eq!(running.wait().await.code, Some(0));
+    application.stop().await;
+    migration.assert_equal().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h34_a_dead_synchronous_standby_does_not_hold_up_a_fence_and_its_end() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    load::fill(&migration.source().await, 500).await;
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    let source = connect(&migration.source_url.replace("/shop", "/postgres")).await;
+    // Every commit waits for ever, unless it says that it does not.
+    source.batch_execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'").await.unwrap();
+    source.batch_execute("SET synchronous_commit = local; SELECT pg_reload_conf()").await.unwrap();
+    until_true(&source, "SELECT current_setting('synchronous_standby_names') = 'nobody'").await;
+    let usual = ["--yes", "--no-reverse", "--timeout", "30s", "--max-write-stall", "20s", "--fence"];
+    let refused =
+        migration.with_directory("cutover", &[&usual[..], &["connections", "--on-fence", "exit 1"]].concat()).await;
+    println!("{}", refused.stderr);
+    refused.assert_refused(5, &["during on-fence", "The fence is lifted"]);
+    let done = migration.with_directory("cutover", &[&usual[..], &["connections"]].concat()).await;
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    assert_eq!(running.wait().await.code, Some(0));
 }

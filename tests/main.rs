@@ -9,6 +9,7 @@ mod clean;
 mod conflict;
 mod copying;
 mod cutover;
+mod downtime;
 mod fence;
 mod flow;
 mod heal;

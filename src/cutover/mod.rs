@@ -256,6 +256,12 @@ impl Cutover<'_> {
         timer: &mut Timer<'_>,
     ) -> Vec<String> {
         let mut warnings = Vec::new();
+        // Before anybody is sent to the target: whoever comes then finds it open, and is not to be ended.
+        if let Some(since) = self.target_closed.as_ref().and_then(|closed| closed.since.as_deref())
+            && let Err(error) = record::end_sessions_since(target, since, self.application_name).await
+        {
+            tracing::warn!(%error, "after the decision, sessions that are still read-only could not be ended");
+        }
         let pending = fence.record().pending();
         let mut hook_succeeded = true;
         if let Some(pending) = &pending {
@@ -275,11 +281,6 @@ impl Cutover<'_> {
         }
         if let Err(error) = fence.release().await {
             tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
-        }
-        if let Some(since) = self.target_closed.as_ref().and_then(|closed| closed.since.as_deref())
-            && let Err(error) = record::end_sessions_since(target, since, self.application_name).await
-        {
-            tracing::warn!(%error, "after the decision, sessions that are still read-only could not be ended");
         }
         if let Some(pending) = &pending {
             if let Err(error) = pending.let_in(self.source).await {
@@ -552,7 +553,7 @@ struct Drained {
 async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applied>) -> Result<Drained> {
     let content = format!("cutover {}", unique());
     // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up. Sent at once.
-    let local = async { source.batch_execute("SET synchronous_commit = local").await };
+    let local = async { source.batch_execute(record::LOCAL_COMMITS).await };
     let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&MARKER_PREFIX, Type::TEXT), (&content, Type::TEXT)];
     let emit = source.query_typed("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2)", &parameters);
     let ((), rows) = tokio::try_join!(local, emit).context(|| "sending a marker into the stream".into())?;

@@ -202,12 +202,18 @@ pub(super) fn allow_connections(database: &str, allowed: bool) -> String {
     format!("ALTER DATABASE {} WITH ALLOW_CONNECTIONS {allowed}", sql::identifier(database))
 }
 
+/// A dead standby must not hold up what a fence is made and unmade with (H34).
+pub(super) const LOCAL_COMMITS: &str = "SET synchronous_commit = local";
+
 /// A session in another database of the same server than the one that is moved.
 pub(super) async fn beside(source: &ConnectionSpec, application_name: &str) -> Result<Client> {
     let mut first = None;
     for database in ["postgres", "template1"].into_iter().filter(|database| *database != source.database()) {
         match source.with_database(database).connect(application_name).await {
-            Ok(client) => return Ok(client),
+            Ok(client) => {
+                client.batch_execute(LOCAL_COMMITS).await?;
+                return Ok(client);
+            }
             Err(error) => drop(first.get_or_insert(error)),
         }
     }
@@ -366,6 +372,7 @@ impl Record {
     /// Opens the database to writers again, and ends the sessions that began while it was closed: a session keeps the default it
     /// began with, and a pool that reconnected behind the fence would refuse its application's writes from then on.
     async fn open_to_writers(&self, source: &Client, database: &str, application_name: &str) -> Result<()> {
+        source.batch_execute(LOCAL_COMMITS).await?;
         let now = setting(source).await?;
         source
             .batch_execute(&reopen_statement(database, self.previous.as_deref()))
