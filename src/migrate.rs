@@ -213,7 +213,7 @@ impl Running {
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         self.directory.discard_queues(Some(&migration.queue))?;
         let directory = self.directory.directory().queue(&migration.queue);
-        let (queue, mut appender) = match queue::open(&directory, start, self.config.queue) {
+        let (queue, appender) = match queue::open(&directory, start, self.config.queue) {
             Err(error) => return Err(self.explain(error).await),
             opened => opened?,
         };
@@ -232,7 +232,7 @@ impl Running {
         // Tasks of their own, so that receiving never waits for a phase; they end with this set.
         let mut beside = JoinSet::new();
         let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
-        beside.spawn(async move { receive::run(&source, &subscription, &to_queue, &mut appender, &board).await });
+        beside.spawn(receive::run(source, subscription, to_queue, appender, board));
         let background = Arc::new(self.background(&migration));
         let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
         beside.spawn(async move { trimming.trim(to_trim).await });
