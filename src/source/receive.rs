@@ -19,6 +19,7 @@
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::error::SqlState;
@@ -45,10 +46,13 @@ const GATHER: Duration = Duration::from_millis(5);
 /// How long the queue's disk may refuse everything. A path that fails over or a volume that is extended is waited for, since the
 /// apply goes on meanwhile; a disk that is gone needs somebody, who hears of it by the end of the process.
 const DISK_PATIENCE: Duration = Duration::from_secs(60);
-/// The source sends each message by itself. While they come closer than `BUSY`, the socket is left alone for `LET_BE` after each
-/// look: what has come by then is read at once, instead of waking up for every message beside a server that needs the processor.
+/// The source sends each message by itself. While they come closer than `BUSY`, the socket is let be after each look at it that
+/// found no more: what has come by then is read at once, instead of waking up for every message beside a server that needs the
+/// processor. Longer where a look brings so much as only a backlog or a heavy load does.
 const BUSY: Duration = Duration::from_micros(500);
 const LET_BE: Duration = Duration::from_millis(1);
+const LET_BE_LONG: Duration = Duration::from_millis(4);
+const MUCH_BYTES: u64 = 16 << 10;
 /// The longest wait between two attempts to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -101,7 +105,8 @@ pub async fn run(
         // Not waiting for a name that is still being looked up.
         runtime.shutdown_background();
     });
-    let _receiving = Receiving { stop: Some(stop), thread: Some(thread.context(|| "starting the thread that receives".into())?) };
+    let _receiving =
+        Receiving { stop: Some(stop), thread: Some(thread.context(|| "starting the thread that receives".into())?) };
     outcome.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Other, "the thread that receives the stream has ended")))
 }
 
@@ -297,6 +302,7 @@ struct Run {
     bytes: u64,
     /// What the source's clock said last.
     server_time: Option<i64>,
+    /// Whether the source wants to hear from us.
     reply_requested: bool,
 }
 
@@ -313,15 +319,19 @@ impl<'a> Receiver<'a> {
         let mut confirmed = Lsn::ZERO;
         let mut handed_over = Instant::now();
         let mut is_gathering = false;
-        let mut let_be = false;
+        let mut let_be = None;
+        let mut rested = LET_BE;
         loop {
             // Back-pressure (I7): while the queue has no room, the socket is not read, and the connection is kept
             // alive by the status messages below.
             let event = async {
                 self.appender.ready().await?;
-                if std::mem::take(&mut let_be) {
+                if let Some(rest) = let_be.take() {
+                    if let Some(event) = stream.next().now_or_never() {
+                        return event;
+                    }
                     // Not the runtime's sleep, during which it would hear of each message.
-                    std::thread::sleep(LET_BE);
+                    std::thread::sleep(rest);
                 }
                 stream.next().await
             };
@@ -360,8 +370,10 @@ impl<'a> Receiver<'a> {
             };
             if let Some(event) = event {
                 let before = std::mem::replace(&mut heard, Instant::now());
-                let_be = heard < before + BUSY + LET_BE;
-                let reply_requested = self.take_buffered(event, stream)?;
+                let Run { bytes, reply_requested, .. } = self.take_buffered(event, stream)?;
+                let is_busy = heard < before + BUSY + rested;
+                rested = if bytes < MUCH_BYTES { LET_BE } else { LET_BE_LONG };
+                let_be = is_busy.then_some(rested);
                 if !stream.has_buffered() {
                     self.write_position(reply_requested)?;
                     is_gathering = heard < handed_over + GATHER;
@@ -386,10 +398,10 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    /// Takes a message and those that have been read with it, without waiting for anything; answers whether the source wants
-    /// to hear from us. It is never more than one socket buffer, so that room in the queue need be asked for only once (I7) and
+    /// Takes a message and those that have been read with it, without waiting for anything; answers what they have in
+    /// common. It is never more than one socket buffer, so that room in the queue need be asked for only once (I7) and
     /// the status messages have their turn.
-    fn take_buffered(&mut self, event: StreamEvent, stream: &mut ReplicationStream) -> Result<bool> {
+    fn take_buffered(&mut self, event: StreamEvent, stream: &mut ReplicationStream) -> Result<Run> {
         let mut run = Run::default();
         match event {
             StreamEvent::Data { server_time, data, .. } => self.take_data(&mut run, server_time, &data)?,
@@ -410,7 +422,7 @@ impl<'a> Receiver<'a> {
         if let Some(server_time) = run.server_time {
             self.board.source_clock(server_time);
         }
-        Ok(run.reply_requested)
+        Ok(run)
     }
 
     fn take_keepalive(&mut self, run: &mut Run, wal_end: Lsn, server_time: i64, reply_requested: bool) {
