@@ -27,8 +27,10 @@ use crate::state_directory::StateDirectory;
 pub enum Request {
     /// How it is.
     Status,
-    /// Switch over to the target.
+    /// Switch over to the target, or back.
     Cutover(cutover::Options),
+    /// End the way back.
+    Finish,
     /// Hold something, or let it go on.
     Pause {
         /// What.
@@ -50,6 +52,8 @@ pub enum Answer {
     Step(cutover::Step),
     /// The cutover went through; the last line.
     CutOver(cutover::Outcome),
+    /// The way back has ended; the last line.
+    Finished,
     /// What rests now; the last line.
     Paused(Paused),
     /// How it is copied now; the last line.
@@ -83,6 +87,12 @@ pub struct CutoverRequest {
     pub answers: mpsc::UnboundedSender<Answer>,
 }
 
+/// An operator's request to end the way back.
+pub struct FinishRequest {
+    /// Where the outcome goes.
+    pub answers: mpsc::UnboundedSender<Answer>,
+}
+
 /// Answers requests until it is dropped.
 pub struct ControlServer {
     _connections: JoinSet<()>,
@@ -106,6 +116,7 @@ impl ControlServer {
         pause: Pause,
         tune: Tune,
         cutovers: mpsc::Sender<CutoverRequest>,
+        finishes: mpsc::Sender<FinishRequest>,
     ) -> Result<ControlServer> {
         let socket = directory.socket();
         let _ = std::fs::remove_file(&socket);
@@ -118,9 +129,10 @@ impl ControlServer {
             while let Ok((stream, _)) = listener.accept().await {
                 // The ended ones are taken out, so that they do not pile up.
                 while running.try_join_next().is_some() {}
-                let (board, pause, tune, cutovers) = (board.clone(), pause.clone(), tune.clone(), cutovers.clone());
+                let (board, pause, tune) = (board.clone(), pause.clone(), tune.clone());
+                let (cutovers, finishes) = (cutovers.clone(), finishes.clone());
                 running.spawn(async move {
-                    if let Err(error) = serve(stream, &board, &pause, &tune, &cutovers).await {
+                    if let Err(error) = serve(stream, &board, &pause, &tune, &cutovers, &finishes).await {
                         tracing::debug!(%error, "a control connection ended early");
                     }
                 });
@@ -136,6 +148,7 @@ async fn serve(
     pause: &Pause,
     tune: &Tune,
     cutovers: &mpsc::Sender<CutoverRequest>,
+    finishes: &mpsc::Sender<FinishRequest>,
 ) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
@@ -170,6 +183,17 @@ async fn serve(
                 }
             }
             Ok(())
+        }
+        Request::Finish => {
+            let (answers, mut received) = mpsc::unbounded_channel();
+            if finishes.try_send(FinishRequest { answers }).is_err() {
+                let error = Error::new(ErrorKind::Blocked, "the way back is being ended already");
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
+            match received.recv().await {
+                Some(answer) => send(&mut writer, &answer).await,
+                None => Ok(()),
+            }
         }
     }
 }

@@ -7,6 +7,8 @@
 //!                        └────► receive into the queue, from the slot's first moment to the cutover ►
 //! ```
 //!
+//! After the cutover, the way back is the same again with both servers in each other's place, from "follow" on (`way_back.rs`).
+//!
 //! Every phase can be interrupted anywhere. A transient error (a server restarts, a connection breaks) makes the phases begin
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
@@ -16,8 +18,10 @@ mod identify;
 mod phases;
 mod prepare;
 mod stall;
+mod way_back;
 
 pub(crate) use identify::application_name;
+pub(crate) use way_back::finish_without_process;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -75,6 +79,8 @@ pub struct Config {
     pub heal: Heal,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
+    /// Whether a way back is made ready while following.
+    pub reverse: bool,
 }
 
 impl Config {
@@ -127,6 +133,16 @@ struct Running {
     tune: Tune,
     /// A snapshot waits for transactions of others (H1): nothing moves, and nothing is wrong.
     waits_for_snapshot: AtomicBool,
+    direction: Direction,
+}
+
+/// Which way the changes go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Direction {
+    /// From the server that is moved away from to the one that is moved to.
+    There,
+    /// From the one that took over, to keep the old one current.
+    Back,
 }
 
 /// Migrates, until the cutover has gone through.
@@ -158,12 +174,14 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
     let (cutovers, mut requested) = mpsc::channel(1);
+    let (finishes, mut finish) = mpsc::channel(1);
     board.show_connections(config.source.connections(), config.target.connections());
     board.set_source_wal_max(config.care.source_wal_max);
     let pause = Pause::restore(directory.directory(), board);
     let copy_jobs_max = config.care.caps.copy_jobs_max(config.jobs(0));
     let tune = Tune::restore(directory.directory(), board, &config.care, copy_jobs_max)?;
-    let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), cutovers)?;
+    let _control =
+        ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), cutovers, finishes)?;
     let _http = match config.http_address {
         Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
         None => None,
@@ -190,8 +208,14 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         pause,
         tune,
         waits_for_snapshot: AtomicBool::new(false),
+        direction: Direction::There,
     };
-    migration.go(&mut requested).await
+    // Boxed, as below: the states of whole migrations together are more than a thread's stack should hold.
+    tokio::select! {
+        outcome = Box::pin(migration.go(&mut requested)) => outcome?,
+        never = way_back::refuse_to_finish(&mut finish) => match never {},
+    }
+    Box::pin(migration.keep_the_old_primary_current(&mut requested, &mut finish)).await
 }
 
 impl Running {
@@ -256,7 +280,10 @@ impl Running {
 
     fn is_over(&self) -> Result<()> {
         self.board.set_phase(ShownPhase::CutOver);
-        let text = "this migration has been cut over already; `walferry clean` removes what it left";
+        let text = match self.direction {
+            Direction::There => "this migration has been cut over already",
+            Direction::Back => "this migration has been switched back already",
+        };
         self.board.event(Level::Info, text);
         Ok(())
     }
@@ -300,7 +327,7 @@ impl Running {
         loop {
             let begun = std::time::Instant::now();
             let (outcome, stalled) = tokio::select! {
-                outcome = self.phases(queue, held, requested) => (outcome, false),
+                outcome = Box::pin(self.phases(queue, held, requested)) => (outcome, false),
                 error = self.stall() => (Err(error), true),
             };
             if stalled {
@@ -340,6 +367,9 @@ impl Running {
             // Decided, though the answer got lost.
             self.board.set_phase(ShownPhase::CutOver);
             return Ok(());
+        }
+        if self.direction == Direction::Back {
+            self.fit_the_old_primary(&target).await?;
         }
         let tables = self.show_tables(&target).await?;
         if !migration.pre_data_restored {

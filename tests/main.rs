@@ -15,3 +15,4 @@ mod killed;
 mod large_transaction;
 mod refused;
 mod schema_change;
+mod way_back;

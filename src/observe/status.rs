@@ -22,7 +22,13 @@ pub struct Status {
     pub version: u32,
     /// What the migration is doing.
     pub phase: Phase,
-    /// Whether a cutover can start now: exactly when `blockers` is empty.
+    /// Which way the changes go: `back` once a way back is open. `source` is where they come from, whichever it is.
+    #[serde(default)]
+    pub direction: Direction,
+    /// Whether a cutover has a way back.
+    #[serde(default)]
+    pub way_back: WayBack,
+    /// Whether a cutover (on the way back: a switchback) can start now: exactly when `blockers` is empty.
     pub ready_to_cutover: bool,
     /// What stands in the way of a cutover, a sentence each.
     pub blockers: Vec<String>,
@@ -68,6 +74,8 @@ impl Status {
         Status {
             version: STATUS_VERSION,
             phase,
+            direction: Direction::There,
+            way_back: WayBack::None,
             ready_to_cutover: false,
             blockers: vec!["the migration is not running".to_string()],
             attention: Vec::new(),
@@ -88,6 +96,34 @@ impl Status {
             eta_seconds: None,
         }
     }
+}
+
+/// Which way the changes go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// From the server that is moved away from to the one that is moved to.
+    #[default]
+    There,
+    /// From the server that took over to the one that was left, which is kept current.
+    Back,
+}
+
+/// How far the way back is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WayBack {
+    /// There is none, or not yet.
+    #[default]
+    None,
+    /// Its slot is being made.
+    Preparing,
+    /// A cutover arms it.
+    Ready,
+    /// It cannot be, as things are; `attention` says why.
+    Impossible,
+    /// The old primary is kept current.
+    Open,
 }
 
 /// What the migration is doing, in the order in which the phases come.
@@ -515,8 +551,8 @@ mod tests {
         };
         assert_eq!(
             keys(""),
-            "apply attention blockers connections copy error eta_seconds events indexes lag phase process_alive queue ready_to_cutover \
-             source stream tables target updated_at version"
+            "apply attention blockers connections copy direction error eta_seconds events indexes lag phase process_alive queue \
+             ready_to_cutover source stream tables target updated_at version way_back"
         );
         assert_eq!(keys("/lag"), "bytes seconds");
         assert_eq!(

@@ -41,6 +41,13 @@ pub struct SlotState {
     pub retained_bytes: Option<i64>,
 }
 
+impl SlotState {
+    /// Whether the server still has what it needs to read from it.
+    pub fn is_usable(&self) -> bool {
+        self.wal_status.as_deref() != Some("lost")
+    }
+}
+
 /// Makes both publications anew: one for the tables whose updates and deletes can be told, one for inserts only
 /// (H27: a table without usable identity in the first would make the application's own updates fail).
 ///

@@ -398,6 +398,7 @@ async fn record(
         post_data_restored: false,
         snapshot_floor: 0,
         queue: "queue".into(),
+        way_back: None,
     };
     ledger::create(target, &migration).await.unwrap();
     let entries: Vec<(Table, bool)> =

@@ -145,7 +145,7 @@ impl Pair {
     /// What `walferry cutover` answers: its exit code and everything it said.
     pub async fn cutover(&self) -> (i32, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
-        command.args(["cutover", "--yes", "--dir"]).arg(self.directory());
+        command.args(["cutover", "--yes", "--no-reverse", "--dir"]).arg(self.directory());
         let output = tokio::process::Command::from(command).stdin(Stdio::null()).output().await.unwrap();
         let text = [output.stdout, output.stderr].concat();
         (output.status.code().unwrap(), String::from_utf8_lossy(&text).into_owned())
