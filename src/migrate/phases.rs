@@ -367,7 +367,9 @@ impl Running {
         });
         let mut warming = JoinSet::new();
         let keep_warm = |warming: &mut JoinSet<Infallible>| {
-            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone()));
+            let board = self.board.clone();
+            let is_close = move || board.snapshot().lag.seconds.is_some_and(|lag| lag <= READY_LAG_SECONDS);
+            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone(), is_close));
         };
         keep_warm(&mut warming);
         let (tell, arming) = watch::channel(Arming::Preparing(None));
