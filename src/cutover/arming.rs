@@ -147,15 +147,7 @@ impl WayBack {
         slot::create_publications(&target, &names.publication, &names.insert_only_publication, &published).await?;
         let usable = slot::state(&target, &names.slot).await?.is_some_and(|state| state.is_usable());
         if !usable {
-            slot::drop(&target, &names.slot).await?;
-            // Waits for every transaction that is open on the target's cluster (H33); nobody waits for this.
-            target
-                .query_typed(
-                    "SELECT pg_catalog.pg_create_logical_replication_slot($1, 'pgoutput')",
-                    &[(&names.slot, Type::TEXT)],
-                )
-                .await
-                .context(|| format!("creating the slot {} on the target", names.slot))?;
+            make_slot(&target, &names.slot).await?;
         }
         // Also to find out now, and not behind the fence, whether it can be written.
         self.draft(&target, &migrated).await?;
@@ -254,6 +246,24 @@ impl WayBack {
         ledger::begin_at(source, release.into()).await?;
         Ok(release.into())
     }
+}
+
+/// Makes the slot; anew, a few times, where a TRUNCATE was applied meanwhile, because it may then be unable to decode (H37).
+async fn make_slot(target: &Client, name: &str) -> Result<()> {
+    for _ in 0..slot::ATTEMPTS_BESIDE_CHANGES {
+        slot::drop(target, name).await?;
+        let before = slot::Relations::read(target).await?;
+        // Waits for every transaction that is open on the target's cluster (H33); nobody waits for this.
+        target
+            .query_typed("SELECT pg_catalog.pg_create_logical_replication_slot($1, 'pgoutput')", &[(&name, Type::TEXT)])
+            .await
+            .context(|| format!("creating the slot {name} on the target"))?;
+        if slot::Relations::read(target).await? == before {
+            break;
+        }
+        tracing::info!("tables of the target were emptied or altered while the slot of the way back was made");
+    }
+    Ok(())
 }
 
 /// The migrated tables as the target has them; identity columns as the source has them, because the decision makes them so.

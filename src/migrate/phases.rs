@@ -1,6 +1,7 @@
 //! The phases between the preparation and the cutover, each of which goes on where the ledger says.
 
 use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,7 +22,7 @@ use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
 use crate::care::standbys;
 use crate::control::{Answer, CutoverRequest};
 use crate::copy::{self, Copier};
-use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, WayBack};
+use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, Measured, SOURCE_BLOCKER, WayBack};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::status::{Level, Phase as ShownPhase, TableState, WayBack as ShownWayBack};
@@ -32,7 +33,7 @@ use crate::source::snapshot::HeldSnapshot;
 use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
-use crate::target::{index, schema};
+use crate::target::{index, schema, warm};
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -40,8 +41,8 @@ const SNAPSHOT_PING: Duration = Duration::from_secs(10);
 const CATALOG_INTERVAL: Duration = Duration::from_secs(30);
 /// How often it is looked at whether a cutover could begin.
 const READINESS_INTERVAL: Duration = Duration::from_secs(1);
-/// How a blocker begins that names a change of the source's catalog.
-const CATALOG_BLOCKER: &str = "on the source, ";
+/// How long markers are waited for that only measure the way.
+const MARKER_MAX: Duration = Duration::from_secs(10);
 /// With more lag than this, a cutover would keep the applications waiting.
 const READY_LAG_SECONDS: f64 = 5.0;
 
@@ -364,6 +365,13 @@ impl Running {
             drop(applied);
             outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
         });
+        let mut warming = JoinSet::new();
+        let keep_warm = |warming: &mut JoinSet<Infallible>| {
+            let board = self.board.clone();
+            let is_close = move || board.snapshot().lag.seconds.is_some_and(|lag| lag <= READY_LAG_SECONDS);
+            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone(), is_close));
+        };
+        keep_warm(&mut warming);
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
@@ -375,7 +383,7 @@ impl Running {
             None
         };
         let arming = way_back.as_ref().map(|(_, arming)| arming.clone());
-        let mut watching_readiness = pin!(self.watch_readiness(arming));
+        let mut watching_readiness = Box::pin(self.watch_readiness(&watching, arming));
         loop {
             let request = tokio::select! {
                 outcome = &mut applying => return outcome,
@@ -383,15 +391,17 @@ impl Running {
                 request = requested.recv() => request,
             };
             let request = request.ok_or_else(|| Error::new(ErrorKind::Other, "the control socket is gone"))?;
+            warming.abort_all();
             // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
-            let mut cutover = Box::pin(self.cut_over(&watching, &way_back, request));
+            // On the heap: it is large, and the stack of an unoptimized build is not.
+            let mut cutover = Box::pin(self.answer(&watching, &way_back, request));
             let (went_through, ended) = tokio::select! {
                 went_through = &mut cutover => (went_through, None),
                 outcome = &mut applying => (cutover.await, Some(outcome)),
             };
             match (went_through, ended) {
                 (CutOver::Done, _) => return Ok(()),
-                (CutOver::GivenUp, None) => {}
+                (CutOver::GivenUp, None) => keep_warm(&mut warming),
                 (CutOver::GivenUp, Some(outcome)) => return outcome,
                 (CutOver::FenceLeft, _) => {
                     return Err(Error::new(ErrorKind::Transient, "the cutover's fence is still up on the source"));
@@ -400,8 +410,8 @@ impl Running {
         }
     }
 
-    /// Does it, and tells whoever asked.
-    async fn cut_over(
+    /// Does it, or rehearses it, and tells whoever asked.
+    async fn answer(
         &self,
         applied: &watch::Receiver<Applied>,
         way_back: &Option<(WayBack, watch::Receiver<Arming>)>,
@@ -409,6 +419,7 @@ impl Running {
     ) -> CutOver {
         let known = async {
             self.is_the_right_way(&request)?;
+            warm::stop(&self.target().await?, &self.application_name).await?;
             // As they are now: they can have changed since the migration began.
             let tables = ledger::tables(&self.target().await?).await?;
             let target_closed = match self.direction {
@@ -429,19 +440,31 @@ impl Running {
             }
         };
         let blockers = self.board.snapshot().blockers;
-        self.board.set_phase(ShownPhase::CuttingOver);
-        self.board.event(Level::Info, "a cutover begins");
         let cutover = Cutover {
             source: &self.config.source,
             target: &self.config.target,
             application_name: &self.application_name,
             tables: &tables,
             applied: applied.clone(),
-            // What changed on the source it looks at itself, and knows what is waived.
-            blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(CATALOG_BLOCKER)).collect(),
+            // What stands against it on the source it looks at itself, and knows what is waived.
+            blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(SOURCE_BLOCKER)).collect(),
             way_back: way_back.clone(),
             target_closed,
         };
+        if request.dry_run {
+            let rehearsed = Box::pin(cutover.rehearse(&request.options)).await;
+            if let Ok(Some(measured)) = rehearsed.as_ref().map(|rehearsal| rehearsal.estimate.as_ref()) {
+                self.show_expected_downtime(measured);
+            }
+            let _ = request.answers.send(rehearsed.map_or_else(|error| Answer::from(&error), Answer::Rehearsed));
+            return CutOver::GivenUp;
+        }
+        Box::pin(self.cut_over(&cutover, request)).await
+    }
+
+    async fn cut_over(&self, cutover: &Cutover<'_>, request: CutoverRequest) -> CutOver {
+        self.board.set_phase(ShownPhase::CuttingOver);
+        self.board.event(Level::Info, "a cutover begins");
         let outcome = cutover
             .run(&request.options, |step| {
                 // Whoever asked may have gone; the cutover goes on.
@@ -455,9 +478,15 @@ impl Running {
                     Level::Info,
                     format!("cut over at {} with {:.0} ms of downtime", outcome.cutover_lsn, outcome.downtime_ms),
                 );
+                for warning in &outcome.warnings {
+                    self.board.event(Level::Warn, warning);
+                }
                 (Answer::CutOver(outcome), CutOver::Done)
             }
-            Err(GivenUp { error, fence_is_left }) => {
+            Err(GivenUp { error, given_up, fence_is_left }) => {
+                if let Some(given_up) = given_up {
+                    self.board.set_given_up(given_up);
+                }
                 self.board.set_phase(ShownPhase::Following);
                 self.board.event(Level::Warn, error.to_string());
                 (Answer::from(&error), if fence_is_left { CutOver::FenceLeft } else { CutOver::GivenUp })
@@ -504,11 +533,23 @@ impl Running {
         })
     }
 
-    /// Says what stands against a cutover, until a connection breaks.
-    async fn watch_readiness(&self, arming: Option<watch::Receiver<Arming>>) -> Error {
+    fn show_expected_downtime(&self, measured: &Measured) {
+        self.board.set_expected_downtime(measured.downtime_ms, measured.marker_ms, measured.at.clone());
+    }
+
+    /// Says what stands against a cutover and how long it would take, until a connection breaks.
+    async fn watch_readiness(
+        &self,
+        applied: &watch::Receiver<Applied>,
+        arming: Option<watch::Receiver<Arming>>,
+    ) -> Error {
         let watch = async {
             let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
+            if let Some(given_up) = cutover::last_given_up(&target).await? {
+                self.board.set_given_up(given_up);
+            }
             let mut changed = BTreeMap::new();
+            let mut obstacles: Vec<String> = Vec::new();
             let mut compared: Option<std::time::Instant> = None;
             let mut tick = tokio::time::interval(READINESS_INTERVAL);
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -523,15 +564,23 @@ impl Running {
                 if compared.is_none_or(|at| at.elapsed() >= CATALOG_INTERVAL) {
                     compared = Some(std::time::Instant::now());
                     let before = ledger::fingerprint(&target).await?;
+                    let began = std::time::Instant::now();
                     let now = cutover::changes(&before, &catalog::fingerprint(&source).await?);
+                    let looked = began.elapsed();
                     let fresh = now.iter().filter(|change| !changed.contains_key(*change));
                     for change in fresh {
                         self.board.event(Level::Warn, format!("on the source, {change}: the stream does not show it"));
                     }
                     changed = now.into_iter().map(|change| (change, ())).collect();
+                    obstacles = self.obstacles(&source, &target).await?;
+                    let measured = Measured::take(&source, &target, applied, looked);
+                    // Where nothing moves there is nothing to say.
+                    if let Ok(measured) = tokio::time::timeout(MARKER_MAX, measured).await {
+                        self.show_expected_downtime(&measured?);
+                    }
                 }
                 let mut blockers: Vec<String> =
-                    changed.keys().map(|change| format!("{CATALOG_BLOCKER}{change}")).collect();
+                    changed.keys().chain(&obstacles).map(|obstacle| format!("{SOURCE_BLOCKER}{obstacle}")).collect();
                 let lag = self.board.snapshot().lag.seconds;
                 if let Some(lag) = lag.filter(|lag| *lag > READY_LAG_SECONDS) {
                     blockers.push(format!("the target is {lag:.0} s behind"));
@@ -541,6 +590,17 @@ impl Running {
         };
         let outcome: Result<()> = watch.await;
         outcome.err().unwrap_or_else(|| Error::new(ErrorKind::Other, "nobody looks at readiness any more"))
+    }
+}
+
+impl Running {
+    /// What on the source stands against the usual fence. Prepared transactions come and go, and are looked at by the cutover.
+    async fn obstacles(&self, source: &Client, target: &Client) -> Result<Vec<String>> {
+        let tables = ledger::tables(target).await?;
+        let tables: Vec<&Table> = tables.iter().map(|entry| &entry.table).collect();
+        let findings = cutover::obstacles(source, &tables, cutover::FenceMode::default(), &[]).await?;
+        let blocking = findings.into_iter().filter(|finding| finding.weight == cutover::Weight::Blocks);
+        Ok(blocking.map(|finding| finding.text).collect())
     }
 }
 

@@ -69,8 +69,17 @@ impl Pair {
     }
 
     pub fn migrate_from(&self, source: &str) -> Command {
+        self.command("migrate", source)
+    }
+
+    /// `walferry resync` with the same.
+    pub fn resync(&self) -> Command {
+        self.command("resync", &self.source.url())
+    }
+
+    fn command(&self, verb: &str, source: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
-        command.args(["migrate", "--http-addr", "off", "--source", source]);
+        command.args([verb, "--http-addr", "off", "--source", source]);
         command.args(["--target", &self.target.url(), "--dir"]).arg(self.directory());
         command
     }

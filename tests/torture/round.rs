@@ -22,6 +22,8 @@ use super::writers::{Control, Writer};
 const CATCH_UP_MAX: Duration = Duration::from_secs(600);
 /// How long the cutover may be tried.
 const CUTOVER_MAX: Duration = Duration::from_secs(240);
+/// How long writers rest after each transaction when there is to be a cutover.
+const CALM_MS: u64 = 60;
 const DATABASE: &str = "der Laden";
 /// Who migrates, and whose everything is, where it is no superuser.
 const ROLE: &str = "ferryman";
@@ -393,6 +395,7 @@ async fn under_fire(
         until_following(faults).await?;
     }
     control.no_prepared.store(true, Ordering::Relaxed);
+    control.calm_ms.store(CALM_MS, Ordering::Relaxed);
     let mut crashes = 0;
     if plan.cutover_under_fire {
         faults.log.add("a cutover under fire");
@@ -450,7 +453,11 @@ async fn under_fire(
                     return Err("after the cutover `walferry migrate` did not end with 0".into());
                 }
             }
-            Some(5) => sleep(Duration::from_millis(500)).await,
+            Some(5) => {
+                // Where it never gets ready because the machine has other work too, ever less is written.
+                control.calm_ms.fetch_add(CALM_MS / 4, Ordering::Relaxed);
+                sleep(Duration::from_millis(500)).await;
+            }
             // It had not come back yet, or is just ending because the one before went through.
             Some(1) if said.contains("no migration is running") => sleep(Duration::from_millis(500)).await,
             _ => return Err(format!("without any fault, the cutover ended with {code:?}: {said}")),
