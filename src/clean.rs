@@ -96,9 +96,11 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
     removed.extend(of_the_way_back.into_iter().map(|what| format!("{what} on the target")));
     if reversed {
         // The source is the primary again; who is closed now is the target.
-        open_again(target, &from, "target", &mut removed).await?;
-    } else {
-        open_again(source, &to, "source", &mut removed).await?;
+        if cutover::open_for_good(target, &from).await? {
+            removed.push(format!("fence: the database {} on the target takes writes again", target.database()));
+        }
+    } else if cutover::open_for_good(source, &to).await? {
+        removed.push(format!("fence: the database {} on the source takes writes again", source.database()));
     }
     if back.is_some() {
         from.batch_execute("DROP SCHEMA walferry CASCADE")
@@ -163,12 +165,4 @@ async fn orphans(server: &Client, way: &str) -> Result<Vec<String>> {
         .await
         .context(|| "looking for what migrations left".into())?;
     Ok(rows.into_iter().map(|row| row.get(0)).collect())
-}
-
-/// Takes back what closed a server to writers, from a cutover that went through or was cut off.
-async fn open_again(server: &ConnectionSpec, ledger: &Client, side: &str, removed: &mut Vec<Removed>) -> Result<()> {
-    if cutover::open_for_good(server, ledger).await? {
-        removed.push(format!("fence: the database {} on the {side} takes writes again", server.database()));
-    }
-    Ok(())
 }

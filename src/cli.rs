@@ -65,7 +65,6 @@ pub enum Command {
     #[command(after_help = "Examples: walferry cutover --dir ./shop --dry-run\n          \
         walferry cutover --dir ./shop --max-write-stall 2s\n          \
         walferry cutover --dir ./shop --pgbouncer postgres://admin@pooler:6432 --pgbouncer-include /etc/pgbouncer/shop.ini\n\
-        The old primary is kept current from then on, for a switchback; --no-reverse does without.\n\
         What the applications see:\n  \
         --fence lock         writes wait, reads go on; then every session is ended once, and has to connect to the target\n  \
         --fence read-only    every session is ended at once; who comes back can read, and gets an error for each write\n  \
@@ -74,6 +73,7 @@ pub enum Command {
         --pgbouncer …        one slow query and no error, where all go through it in transaction mode\n\
         Commands get WALFERRY_HOOK, WALFERRY_CUTOVER_ID, WALFERRY_SOURCE_HOST, _PORT, _DATABASE, _USER, the same for TARGET, and in \
         WALFERRY_CONNECTION_FILE the path of a file with WALFERRY_SOURCE_URL, _PASSWORD and the target's, to be read by a shell.\n\
+        The old primary is kept current from then on, for a switchback; --no-reverse does without.\n\
         Exit codes: 0 switched (or, with --dry-run, ready), 5 given up and following again (not ready)")]
     Cutover(Cutover),
     /// Switch back to the old primary, with all that was written since the cutover

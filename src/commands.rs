@@ -186,8 +186,8 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         http_address: options.http_addr.0,
         heal,
         on_conflict: options.on_conflict,
-        automatic: automatic(options)?,
         reverse: !options.no_reverse,
+        automatic: automatic(options)?,
         care: care::Options {
             copy_jobs: options.parallelism.copy_jobs,
             copy_rate: options.care.copy_rate,
@@ -282,7 +282,8 @@ async fn switch(options: cli::Switch, way: Way) -> Result<()> {
     if !options.yes && !options.dry_run && std::io::stdin().is_terminal() {
         ask(&status)?;
     }
-    let how = cutover_options(&options.how, way)?;
+    let mut how = cutover_options(&options.how)?;
+    (how.no_reverse, how.back) = (way == Way::There { reverse: false }, way == Way::Back);
     let request = if options.dry_run { Request::Rehearse(how) } else { Request::Cutover(how) };
     let mut conversation = Conversation::begin(&directory, &request).await?;
     loop {
@@ -291,7 +292,6 @@ async fn switch(options: cli::Switch, way: Way) -> Result<()> {
             Answer::Step(step) if !options.json => print(&format!("  {:<14}{:>9.1} ms\n", step.name, step.ms))?,
             Answer::CutOver(outcome) if options.json => return print_json(&outcome),
             Answer::CutOver(outcome) => {
-                let warnings: String = outcome.warnings.iter().map(|warning| format!("WARNING: {warning}\n")).collect();
                 let next = if outcome.reverse == "armed" {
                     format!(
                         "The old primary is kept current: `walferry switchback --dir {0}` leads back, `walferry finish --dir {0}` ends that.\n",
@@ -300,6 +300,7 @@ async fn switch(options: cli::Switch, way: Way) -> Result<()> {
                 } else {
                     String::new()
                 };
+                let warnings: String = outcome.warnings.iter().map(|warning| format!("WARNING: {warning}\n")).collect();
                 return print(&format!(
                     "Switched at {}. Writers waited {:.0} ms. {} sequences set.\n{} is the primary now.\n{next}{warnings}",
                     outcome.cutover_lsn, outcome.downtime_ms, outcome.sequences_synced, status.target.description
@@ -310,8 +311,32 @@ async fn switch(options: cli::Switch, way: Way) -> Result<()> {
     }
 }
 
+async fn finish(options: cli::Finish) -> Result<()> {
+    let directory = StateDirectory::at(&options.directory.dir);
+    let asked = async { Conversation::begin(&directory, &Request::Finish).await?.next().await };
+    match asked.await {
+        Ok(Answer::Finished) => {}
+        Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
+        Err(error) => {
+            // Where none runs, what it would do is done here.
+            let Ok(_locked) = directory.lock() else { return Err(error) };
+            let (_, target) = either_or_known(&options.servers, directory.path())?;
+            let Some(target) = target else { return Err(error) };
+            migrate::finish_without_process(&target).await?;
+        }
+    }
+    if options.json {
+        return print_json(&json!({ "version": 1, "finished": true }));
+    }
+    print(&format!(
+        "The way back has ended; the old primary stays read-only by default, and falls behind from now on.\n\
+         When you need it no more: walferry clean --dir {}\n",
+        directory.path().display()
+    ))
+}
+
 /// How a cutover is to be done, from the command line.
-fn cutover_options(how: &cli::CutoverHow, way: Way) -> Result<cutover::Options> {
+fn cutover_options(how: &cli::CutoverHow) -> Result<cutover::Options> {
     let pgbouncer = match &how.pgbouncer {
         Some(console) => {
             let spec = ConnectionSpec::parse(console).map_err(|error| error.context("--pgbouncer"))?;
@@ -351,8 +376,8 @@ fn cutover_options(how: &cli::CutoverHow, way: Way) -> Result<cutover::Options> 
             timeout_seconds: how.hook_timeout.as_secs_f64(),
         },
         pgbouncer,
-        reverse: way == Way::There { reverse: true },
-        back: way == Way::Back,
+        no_reverse: false,
+        back: false,
     })
 }
 
@@ -362,8 +387,10 @@ fn automatic(options: &cli::Migrate) -> Result<Option<cutover::Automatic>> {
     if when.cutover == cli::CutoverStart::Asked {
         return Ok(None);
     }
+    let mut how = cutover_options(&options.how)?;
+    how.no_reverse = options.no_reverse;
     Ok(Some(cutover::Automatic {
-        options: cutover_options(&options.how, Way::There { reverse: !options.no_reverse })?,
+        options: how,
         max_lag: when.max_lag,
         not_before: when.not_before.map(|time| time.0),
         not_after: when.not_after.map(|time| time.0),
@@ -404,30 +431,6 @@ fn rehearsed(rehearsal: &cutover::Rehearsal, json: bool) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(ErrorKind::Aborted, "a cutover would not begin now; nothing was touched"))
-}
-
-async fn finish(options: cli::Finish) -> Result<()> {
-    let directory = StateDirectory::at(&options.directory.dir);
-    let asked = async { Conversation::begin(&directory, &Request::Finish).await?.next().await };
-    match asked.await {
-        Ok(Answer::Finished) => {}
-        Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
-        Err(error) => {
-            // Where none runs, what it would do is done here.
-            let Ok(_locked) = directory.lock() else { return Err(error) };
-            let (_, target) = either_or_known(&options.servers, directory.path())?;
-            let Some(target) = target else { return Err(error) };
-            migrate::finish_without_process(&target).await?;
-        }
-    }
-    if options.json {
-        return print_json(&json!({ "version": 1, "finished": true }));
-    }
-    print(&format!(
-        "The way back has ended; the old primary stays read-only by default, and falls behind from now on.\n\
-         When you need it no more: walferry clean --dir {}\n",
-        directory.path().display()
-    ))
 }
 
 async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Result<()> {

@@ -29,10 +29,10 @@ pub enum Request {
     Status,
     /// Switch over to the target, or back.
     Cutover(cutover::Options),
-    /// Look at everything that a cutover would, and touch nothing.
-    Rehearse(cutover::Options),
     /// End the way back.
     Finish,
+    /// Look at everything that a cutover would, and touch nothing.
+    Rehearse(cutover::Options),
     /// Hold something, or let it go on.
     Pause {
         /// What.
@@ -54,10 +54,10 @@ pub enum Answer {
     Step(cutover::Step),
     /// The cutover went through; the last line.
     CutOver(cutover::Outcome),
-    /// What a rehearsal found; the last line.
-    Rehearsed(cutover::Rehearsal),
     /// The way back has ended; the last line.
     Finished,
+    /// What a rehearsal found; the last line.
+    Rehearsed(cutover::Rehearsal),
     /// What rests now; the last line.
     Paused(Paused),
     /// How it is copied now; the last line.

@@ -80,10 +80,10 @@ pub struct Config {
     pub heal: Heal,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
-    /// When it is to cut over by itself.
-    pub automatic: Option<Automatic>,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
+    /// When it is to cut over by itself.
+    pub automatic: Option<Automatic>,
 }
 
 impl Config {
@@ -177,8 +177,8 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
     let (cutovers, mut requested) = mpsc::channel(1);
-    let cutovers_by_itself = cutovers.clone();
     let (finishes, mut finish) = mpsc::channel(1);
+    let cutovers_by_itself = cutovers.clone();
     board.show_connections(config.source.connections(), config.target.connections());
     board.set_source_wal_max(config.care.source_wal_max);
     let pause = Pause::restore(directory.directory(), board);
@@ -248,7 +248,7 @@ impl Running {
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         self.directory.discard_queues(Some(&migration.queue))?;
         let directory = self.directory.directory().queue(&migration.queue);
-        let (queue, mut appender) = match queue::open(&directory, start, self.config.queue) {
+        let (queue, appender) = match queue::open(&directory, start, self.config.queue) {
             Err(error) => return Err(self.explain(error).await),
             opened => opened?,
         };
@@ -267,7 +267,7 @@ impl Running {
         // Tasks of their own, so that receiving never waits for a phase; they end with this set.
         let mut beside = JoinSet::new();
         let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
-        beside.spawn(async move { receive::run(&source, &subscription, &to_queue, &mut appender, &board).await });
+        beside.spawn(receive::run(source, subscription, to_queue, appender, board));
         let background = Arc::new(self.background(&migration));
         let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
         beside.spawn(async move { trimming.trim(to_trim).await });

@@ -101,7 +101,7 @@ async fn h29_h30_every_fence_switches_and_loses_nothing() {
         assert_eq!(outcome["fence"], mode);
         let steps: Vec<&str> =
             outcome["steps"].as_array().unwrap().iter().map(|step| step["name"].as_str().unwrap()).collect();
-        assert_eq!(steps.join(" "), "check fence drain close settle arm switch release");
+        assert_eq!(steps.join(" "), "check fence drain close settle switch release");
         assert_eq!(outcome["warnings"].as_array().unwrap().len(), 0, "{outcome}");
         assert_eq!(running.wait().await.code, Some(0));
         // Everybody can look at the old database, and nobody writes to it.

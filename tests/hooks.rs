@@ -107,7 +107,7 @@ async fn a_command_that_fails_after_the_decision_takes_nothing_back() {
     assert!(warnings.contains("exit status: 7") && warnings.contains("by hand"), "{warnings}");
     let steps: Vec<&str> =
         outcome["steps"].as_array().unwrap().iter().map(|step| step["name"].as_str().unwrap()).collect();
-    assert_eq!(steps.join(" "), "check fence drain close settle arm switch on-switch release");
+    assert_eq!(steps.join(" "), "check fence drain close settle switch on-switch release");
     let ended = running.wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(ended.stderr.contains("to the log"), "{}", ended.stderr);

@@ -14,7 +14,7 @@
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
 //! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
-//! | arm | the stream back to the server that is left begins behind all that was applied (H33) |
+//! | arm | the stream back to the server that is left begins behind all that was applied (H33); not without a way back |
 //! | switch | the fence has proved that it still stands; one synchronous commit on the target decides |
 //! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
 //! | release | nobody waits any more |
@@ -140,7 +140,7 @@ impl Cutover<'_> {
     /// `Aborted` when a precondition does not hold and nothing was touched, or with the step and the reason when it was given
     /// up: then the fence is lifted, and the migration follows as before.
     pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step) + Send + Sync) -> Result<Outcome, GivenUp> {
-        let mut timer = Timer::new(options, &mut step);
+        let mut timer = Timer::new(options, self.way_back(options).is_some(), &mut step);
         let untouched =
             |error: Error| GivenUp { error: error.with_kind(ErrorKind::Aborted), given_up: None, fence_is_left: false };
         let sessions = timer.within(Box::pin(Sessions::open(self, options))).await.map_err(untouched)?;
@@ -171,14 +171,13 @@ impl Cutover<'_> {
             sequences::list(&sessions.source, options.sequence_margin).await
         });
         let sequences = known.await.map_err(untouched)?;
-        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
-        if let Some((way_back, arming)) = way_back {
+        if let Some((way_back, arming)) = self.way_back(options) {
             let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
             let ready = async {
                 wait_until_ready(arming.clone()).await?;
                 way_back.draft(&sessions.target, &migrated).await
             };
-            timer.within(Box::pin(ready)).await.map_err(|error| {
+            timer.within(ready).await.map_err(|error| {
                 let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's cluster: \
                              end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
                 let hint = error.next_step().unwrap_or(waits).to_owned();
@@ -211,7 +210,7 @@ impl Cutover<'_> {
                     steps: timer.steps,
                     sequences_synced: sequences.count(),
                     verified: false,
-                    reverse: if way_back.is_some() { "armed" } else { "none" }.into(),
+                    reverse: if self.way_back(options).is_some() { "armed" } else { "none" }.into(),
                     fence: options.fence,
                     warnings,
                 })
@@ -256,14 +255,14 @@ impl Cutover<'_> {
         timer: &mut Timer<'_>,
     ) -> Vec<String> {
         let mut warnings = Vec::new();
-        // Before anybody is sent to the target: whoever comes then finds it open, and is not to be ended.
-        if let Some(since) = self.target_closed.as_ref().and_then(|closed| closed.since.as_deref())
-            && let Err(error) = record::end_sessions_since(target, since, self.application_name).await
+        // Before anybody is sent to the target: who comes then finds it open, and is not to be ended.
+        if let Some(closed) = &self.target_closed
+            && let Err(error) = closed.end_read_only_sessions(target, self.application_name).await
         {
-            tracing::warn!(%error, "after the decision, sessions that are still read-only could not be ended");
+            warnings.push(format!("sessions of the new primary that are still read-only could not be ended: {error}"));
         }
         let pending = fence.record().pending();
-        let mut hook_succeeded = true;
+        let (so_far, mut hook_succeeded) = (warnings.len(), true);
         if let Some(pending) = &pending {
             if pending.on_switch.is_some() {
                 if let Err(error) = pending.run_hook(around).await {
@@ -286,7 +285,7 @@ impl Cutover<'_> {
             if let Err(error) = pending.let_in(self.source).await {
                 warnings.push(error.to_string());
             }
-            if let Err(error) = pending.settle(target, warnings.is_empty()).await {
+            if let Err(error) = pending.settle(target, warnings.len() == so_far).await {
                 tracing::warn!(%error, "what was done after the decision is done again at the next start");
             }
         }
@@ -349,12 +348,12 @@ impl Cutover<'_> {
         }
         timer.done();
 
-        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
+        let way_back = self.way_back(options);
         if let Some((way_back, _)) = way_back {
             // All that was applied is before, and the sequences are set: from here on, what comes is the applications'.
-            timer.within(Box::pin(way_back.arm(source, target))).await?;
+            timer.within(way_back.arm(source, target)).await?;
+            timer.done();
         }
-        timer.done();
 
         tokio::try_join!(timer.within(fence.prove(tables.len())), timer.within(note(timer.current())))?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
@@ -383,6 +382,11 @@ impl Cutover<'_> {
         }
         timer.done();
         Ok(second.lsn)
+    }
+
+    /// What the way back is made from, where there is to be one.
+    fn way_back(&self, options: &Options) -> Option<&(WayBack, watch::Receiver<Arming>)> {
+        self.way_back.as_ref().filter(|_| !options.no_reverse)
     }
 
     /// Sends a marker through the stream, and waits until the apply has committed it (H34).

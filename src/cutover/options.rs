@@ -15,12 +15,6 @@ pub struct Options {
     pub max_write_stall_seconds: f64,
     /// Objects whose change since the start does not matter, as the error names them (I11).
     pub waive: Vec<String>,
-    /// Whether the way back is armed.
-    #[serde(default)]
-    pub reverse: bool,
-    /// Whether it leads back to the server that was left: a switchback.
-    #[serde(default)]
-    pub back: bool,
     /// How writers are held.
     #[serde(default)]
     pub fence: FenceMode,
@@ -33,6 +27,12 @@ pub struct Options {
     /// The pooler in front of the applications, where there is one to be told.
     #[serde(default)]
     pub pgbouncer: Option<PgBouncer>,
+    /// Without a way back.
+    #[serde(default)]
+    pub no_reverse: bool,
+    /// On the way back: a switchback.
+    #[serde(default)]
+    pub back: bool,
 }
 
 /// How writers are held while the target takes over.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use super::options::{FenceMode, Options};
-use super::{Cutover, Sessions, fence, record};
+use super::{Arming, Cutover, Sessions, fence, record};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
@@ -112,6 +112,9 @@ impl Cutover<'_> {
             "there are none on the source",
             self.no_prepared_transactions(source).await,
         )?);
+        if let Some((_, arming)) = self.way_back(options) {
+            findings.push(way_back(&arming.borrow()));
+        }
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
         findings.extend(obstacles(source, &tables, options.fence, &options.waive).await?);
         if options.fence == FenceMode::Connections {
@@ -122,6 +125,21 @@ impl Cutover<'_> {
             )?);
         }
         Ok(findings)
+    }
+}
+
+/// Whether the old primary could be kept current. One that is only not ready yet is waited for.
+fn way_back(arming: &Arming) -> Finding {
+    const NAME: &str = "way back";
+    match arming {
+        Arming::Ready => Finding::ok(NAME, "its slot is on the target, and moves on"),
+        Arming::Preparing(None) => Finding::ok(NAME, "its slot is being made on the target"),
+        Arming::Preparing(Some(why)) => Finding::warning(
+            NAME,
+            format!("it is not ready: {why}"),
+            "A cutover waits for it up to --timeout; --no-reverse does without.",
+        ),
+        Arming::Impossible(why, mend) => Finding::blocks(NAME, format!("there would be no way back: {why}"), mend),
     }
 }
 

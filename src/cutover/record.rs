@@ -151,52 +151,6 @@ pub(super) async fn note(target: &Client, cutover: &str, step: &str) -> Result<(
     target.batch_execute(&statement).await.context(|| "noting the cutover's step in the ledger".into())
 }
 
-/// How a database was closed to writers by a cutover that went through.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Closed {
-    /// The setting that was in the place of ours.
-    previous: Option<String>,
-    /// When that cutover began, by the server's clock, as text.
-    pub(super) since: Option<String>,
-}
-
-impl Closed {
-    /// How the source of a ledger's migration was closed; `None` when it was not.
-    ///
-    /// # Errors
-    /// Whatever the server says.
-    pub async fn load(ledger: &Client) -> Result<Option<Closed>> {
-        let row = ledger
-            .query_typed_opt(
-                "SELECT fence->>'previous', fence->>'since' FROM walferry.migration WHERE fence IS NOT NULL",
-                &[],
-            )
-            .await
-            .context(|| "reading from the ledger how the source was closed".into())?;
-        Ok(row.map(|row| Closed { previous: row.get(0), since: row.get(1) }))
-    }
-
-    /// Statements that open the database again; for a transaction.
-    pub(super) fn reopen(&self, database: &str) -> String {
-        format!("{};", reopen_statement(database, self.previous.as_deref()))
-    }
-}
-
-/// Ends the sessions that began since a moment, by the server's clock.
-pub(super) async fn end_sessions_since(server: &Client, since: &str, application_name: &str) -> Result<()> {
-    server
-        .query(
-            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
-             WHERE datname = pg_catalog.current_database() AND backend_type = 'client backend' \
-               AND pid <> pg_catalog.pg_backend_pid() AND application_name <> $1 \
-               AND backend_start >= $2::text::timestamptz",
-            &[&application_name, &since],
-        )
-        .await
-        .context(|| "ending the sessions that began behind the fence".into())?;
-    Ok(())
-}
-
 /// Lets others connect to a database, or nobody. To be run in another one: PostgreSQL refuses it for the database that it is run in.
 pub(super) fn allow_connections(database: &str, allowed: bool) -> String {
     format!("ALTER DATABASE {} WITH ALLOW_CONNECTIONS {allowed}", sql::identifier(database))
@@ -385,6 +339,56 @@ impl Record {
         }
         end_sessions_since(source, since, application_name).await
     }
+}
+
+/// How a server was closed to writers by a cutover that went through: what opens it again when it takes over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Closed {
+    previous: Option<String>,
+    since: Option<String>,
+}
+
+impl Closed {
+    /// Reads it from the ledger of that cutover; `None` where there was no fence.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn load(ledger: &Client) -> Result<Option<Closed>> {
+        let row = ledger
+            .query_typed_opt("SELECT fence::text FROM walferry.migration WHERE fence IS NOT NULL", &[])
+            .await
+            .context(|| "reading from the ledger how the source was closed".into())?;
+        let record = row.map(|row| from_json::<Record>(row.get(0))).transpose()?;
+        Ok(record.map(|record| Closed { previous: record.previous, since: record.since }))
+    }
+
+    /// Statements that open the database again; for a transaction.
+    pub(super) fn reopen(&self, database: &str) -> String {
+        format!("{};", reopen_statement(database, self.previous.as_deref()))
+    }
+
+    /// A session keeps the default that it began with.
+    pub(super) async fn end_read_only_sessions(&self, server: &Client, application_name: &str) -> Result<()> {
+        match &self.since {
+            Some(since) => end_sessions_since(server, since, application_name).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Ends the sessions that began since a moment, by the server's clock.
+async fn end_sessions_since(server: &Client, since: &str, application_name: &str) -> Result<()> {
+    server
+        .query(
+            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
+             WHERE datname = pg_catalog.current_database() AND backend_type = 'client backend' \
+               AND pid <> pg_catalog.pg_backend_pid() AND application_name <> $1 \
+               AND backend_start >= $2::text::timestamptz",
+            &[&application_name, &since],
+        )
+        .await
+        .context(|| "ending the sessions that began behind the fence".into())?;
+    Ok(())
 }
 
 /// The database's own `default_transaction_read_only`.

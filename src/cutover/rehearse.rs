@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_postgres::Client;
 
 use super::ready::{Finding, Weight};
-use super::{Arming, Cutover, FenceMode, Options, Sessions, pgbouncer, sequences, unique};
+use super::{Cutover, FenceMode, Options, Sessions, pgbouncer, sequences, unique};
 use crate::apply::Applied;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::wall_clock;
@@ -104,26 +104,6 @@ impl Measured {
     }
 }
 
-/// What a cutover would find of the way back.
-fn way_back(arming: &Arming) -> Finding {
-    let (weight, text, hint) = match arming {
-        Arming::Ready => (Weight::Ok, "its slot is there, and moves on".to_owned(), None),
-        Arming::Preparing(why) => (
-            Weight::Warning,
-            format!(
-                "its slot is being made, and a cutover would wait for it{}",
-                why.as_ref().map_or(String::new(), |why| format!(": {why}"))
-            ),
-            Some(
-                "End the old transactions that pg_stat_activity shows on the target; or cut over with --no-reverse."
-                    .to_owned(),
-            ),
-        ),
-        Arming::Impossible(why, mend) => (Weight::Blocks, format!("there would be none: {why}"), Some(mend.clone())),
-    };
-    Finding { name: "way back".into(), weight, text, hint }
-}
-
 async fn timed<T, E: Into<Error>>(work: impl Future<Output = Result<T, E>>) -> Result<f64> {
     let began = Instant::now();
     work.await.map_err(Into::into)?;
@@ -182,9 +162,6 @@ impl Cutover<'_> {
                 hint: Some("`walferry status` shows the lag, and whether the apply is paused.".into()),
             },
         });
-        if let Some((_, arming)) = self.way_back.as_ref().filter(|_| options.reverse) {
-            preconditions.push(way_back(&arming.borrow()));
-        }
         let insert_only = self.tables.iter().filter(|(_, insert_only)| *insert_only).count();
         let mut estimated_from = "a marker through source, queue and apply (the median of three), round trips to both servers, a commit \
              on the target and a look at catalog and constraints, added up as the steps wait for them. Not in it: waiting for \

@@ -20,11 +20,13 @@ pub(super) struct Timer<'a> {
 }
 
 impl<'a> Timer<'a> {
-    pub(super) fn new(options: &Options, tell: &'a mut (dyn FnMut(&Step) + Send + Sync)) -> Timer<'a> {
+    pub(super) fn new(options: &Options, arms: bool, tell: &'a mut (dyn FnMut(&Step) + Send + Sync)) -> Timer<'a> {
         let now = Instant::now();
         let mut plan = vec!["check", "fence"];
         plan.extend(options.hooks.on_fence.as_ref().map(|_| "on-fence"));
-        plan.extend(["drain", "close", "settle", "arm", "switch"]);
+        plan.extend(["drain", "close", "settle"]);
+        plan.extend(arms.then_some("arm"));
+        plan.push("switch");
         plan.extend(options.hooks.on_switch.as_ref().map(|_| "on-switch"));
         plan.extend(options.pgbouncer.as_ref().map(|_| "pgbouncer"));
         plan.push("release");
@@ -100,25 +102,25 @@ mod tests {
             timeout_seconds,
             max_write_stall_seconds,
             waive: vec![],
-            reverse: false,
-            back: false,
             fence: Default::default(),
             sequence_margin: 0,
             hooks: Hooks::default(),
             pgbouncer: None,
+            no_reverse: false,
+            back: false,
         }
     }
 
     #[tokio::test]
     async fn a_cutover_ends_at_the_write_stall_or_the_timeout() {
         let mut tell = |_: &Step| {};
-        let mut timer = Timer::new(&options(30.0, 0.0), &mut tell);
+        let mut timer = Timer::new(&options(30.0, 0.0), false, &mut tell);
         timer.stall();
         let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();
         assert!(error.to_string().contains("--max-write-stall"), "{error}");
         timer.resume();
         let mut tell = |_: &Step| {};
-        let timer = Timer::new(&options(0.0, 9.0), &mut tell);
+        let timer = Timer::new(&options(0.0, 9.0), false, &mut tell);
         let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();
         assert!(error.to_string().contains("--timeout"), "{error}");
     }
@@ -128,10 +130,10 @@ mod tests {
         let mut names = Vec::new();
         let mut tell = |step: &Step| names.push(step.name.clone());
         let hooks = Hooks { on_fence: Some("true".into()), on_switch: Some("true".into()), ..Hooks::default() };
-        let mut timer = Timer::new(&Options { hooks, ..options(1.0, 1.0) }, &mut tell);
+        let mut timer = Timer::new(&Options { hooks, ..options(1.0, 1.0) }, false, &mut tell);
         while timer.current() != "the end" {
             timer.done();
         }
-        assert_eq!(names.join(" "), "check fence on-fence drain close settle arm switch on-switch release");
+        assert_eq!(names.join(" "), "check fence on-fence drain close settle switch on-switch release");
     }
 }

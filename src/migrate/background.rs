@@ -18,7 +18,7 @@ use crate::observe::format::size;
 use crate::observe::status::{Level, Phase};
 use crate::queue::Queue;
 use crate::source::slot;
-use crate::state_directory::StateDirectory;
+use crate::state_directory::{Identity, StateDirectory};
 use crate::target::ledger::{self, Migration};
 
 const TRIM_INTERVAL: Duration = Duration::from_secs(2);
@@ -235,22 +235,27 @@ pub(super) async fn lift_fence(config: &Config, board: &StatusBoard) -> Result<(
     Ok(())
 }
 
-/// Behind the fence `connections` a server refuses us too: it is opened before anything else is asked of it. Which one that is depends
-/// on which way the cutover went; its ledger stands on the other.
+/// Behind the fence `connections` the source refuses us too: it is opened before anything else is asked of it.
 ///
 /// # Errors
 /// Whatever the servers say.
 pub(super) async fn let_ourselves_in(config: &Config, directory: &StateDirectory, board: &StatusBoard) -> Result<()> {
     let Some(identity) = directory.identity()? else { return Ok(()) };
-    for config in [config.clone(), config.clone().reversed()] {
-        let Ok(ledger) = config.target.connect("walferry").await else { continue };
-        let ours = ledger::load(&ledger).await?.is_some_and(|migration| migration.id == identity.id);
-        if ours && cutover::may_refuse_connections(&ledger).await? {
-            finish_cutover(&config, board).await?;
-            lift_fence(&config, board).await?;
-        }
+    // On the way back it is the new primary that refuses, and the ledger that says so stands on the old one, which may be gone.
+    if let Err(error) = let_in(&config.clone().reversed(), &identity, board).await {
+        tracing::debug!(%error, "could not look whether a switchback was cut off");
     }
-    Ok(())
+    let_in(config, &identity, board).await
+}
+
+async fn let_in(config: &Config, identity: &Identity, board: &StatusBoard) -> Result<()> {
+    let target = config.target.connect("walferry").await?;
+    let ours = ledger::load(&target).await?.is_some_and(|migration| migration.id == identity.id);
+    if !ours || !cutover::may_refuse_connections(&target).await? {
+        return Ok(());
+    }
+    finish_cutover(config, board).await?;
+    lift_fence(config, board).await
 }
 
 /// Does what a cutover that went through had left to do when its process died.

@@ -367,7 +367,9 @@ impl Running {
         });
         let mut warming = JoinSet::new();
         let keep_warm = |warming: &mut JoinSet<Infallible>| {
-            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone()));
+            let board = self.board.clone();
+            let is_close = move || board.snapshot().lag.seconds.is_some_and(|lag| lag <= READY_LAG_SECONDS);
+            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone(), is_close));
         };
         keep_warm(&mut warming);
         let (tell, arming) = watch::channel(Arming::Preparing(None));
@@ -381,7 +383,7 @@ impl Running {
             None
         };
         let arming = way_back.as_ref().map(|(_, arming)| arming.clone());
-        let mut watching_readiness = Box::pin(self.watch_readiness(arming, &watching));
+        let mut watching_readiness = Box::pin(self.watch_readiness(&watching, arming));
         loop {
             let request = tokio::select! {
                 outcome = &mut applying => return outcome,
@@ -417,9 +419,7 @@ impl Running {
     ) -> CutOver {
         let known = async {
             self.is_the_right_way(&request)?;
-            if !request.dry_run {
-                warm::stop(&self.target().await?, &self.application_name).await?;
-            }
+            warm::stop(&self.target().await?, &self.application_name).await?;
             // As they are now: they can have changed since the migration began.
             let tables = ledger::tables(&self.target().await?).await?;
             let target_closed = match self.direction {
@@ -499,10 +499,6 @@ impl Running {
         became
     }
 
-    fn show_expected_downtime(&self, measured: &Measured) {
-        self.board.set_expected_downtime(measured.downtime_ms, measured.marker_ms, measured.at.clone());
-    }
-
     /// `cutover` and `switchback` are not each other's repetition.
     fn is_the_right_way(&self, request: &CutoverRequest) -> Result<()> {
         let (text, hint) = match (&self.direction, request.options.back) {
@@ -537,11 +533,15 @@ impl Running {
         })
     }
 
+    fn show_expected_downtime(&self, measured: &Measured) {
+        self.board.set_expected_downtime(measured.downtime_ms, measured.marker_ms, measured.at.clone());
+    }
+
     /// Says what stands against a cutover and how long it would take, until a connection breaks.
     async fn watch_readiness(
         &self,
-        arming: Option<watch::Receiver<Arming>>,
         applied: &watch::Receiver<Applied>,
+        arming: Option<watch::Receiver<Arming>>,
     ) -> Error {
         let watch = async {
             let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);

@@ -37,14 +37,8 @@ pub fn render(status: &Status, width: usize) -> String {
         page.line("next", error.hint.as_deref().unwrap_or_default());
     } else if status.ready_to_cutover {
         let way_back = if status.way_back == WayBack::Ready { ", with a way back" } else { "" };
-        page.line(
-            "cutover",
-            &if back {
-                "done; a switchback is ready".to_owned()
-            } else {
-                format!("ready{way_back}{}", expected_downtime(status))
-            },
-        );
+        let what = if back { "done; a switchback is ready".to_owned() } else { format!("ready{way_back}") };
+        page.line("cutover", &format!("{what}{}", expected_downtime(status)));
     } else {
         let done = if back { "done; no switchback: " } else { "not yet: " };
         page.line("cutover", &format!("{done}{}", status.blockers.join("; ")));
