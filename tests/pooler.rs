@@ -164,7 +164,7 @@ async fn clients_of_pgbouncer_see_no_error_across_a_cutover() {
     let mut running = migration.migrate(&[]);
     ready(&migration, &mut running).await;
     let (source, target) = (migration.source().await, migration.target().await);
-    let bench = pooler.bench(30);
+    let bench = pooler.bench(25);
     until_true(&source, "SELECT count(*) > 200 FROM pgbench_history").await;
     let (console, include) = (pooler.console_url(), pooler.include.to_str().unwrap().to_owned());
     let by_pooler =

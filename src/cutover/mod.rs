@@ -320,7 +320,7 @@ impl Cutover<'_> {
         timer.done();
         if let Some(command) = &options.hooks.on_fence {
             let limit = options.hooks.timeout();
-            let run = hook::run(Hook::OnFence, command, limit, &id, around);
+            let run = hook::run(Hook::Fence, command, limit, &id, around);
             tokio::try_join!(timer.within(run), timer.within(note(timer.current())))?;
             timer.done();
         }
