@@ -15,18 +15,18 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// Which of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hook {
-    OnFence,
-    OnSwitch,
-    OnAbort,
+    Fence,
+    Switch,
+    Abort,
 }
 
 impl Hook {
     /// As `WALFERRY_HOOK` has it.
     fn name(self) -> &'static str {
         match self {
-            Hook::OnFence => "on-fence",
-            Hook::OnSwitch => "on-switch",
-            Hook::OnAbort => "on-abort",
+            Hook::Fence => "on-fence",
+            Hook::Switch => "on-switch",
+            Hook::Abort => "on-abort",
         }
     }
 }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     async fn run_here(command: &str, time_max: Duration) -> Result<()> {
-        run(Hook::OnSwitch, command, time_max, "7-7", &around()).await
+        run(Hook::Switch, command, time_max, "7-7", &around()).await
     }
 
     #[tokio::test]

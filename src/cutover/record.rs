@@ -279,7 +279,7 @@ pub(super) async fn undo(
 /// The second half: the operator's command, and then nothing of it is left in the ledger but how it ended.
 pub(super) async fn finish_lifting(target: &Client, record: &Record, around: &hook::Surroundings) -> Result<Lifted> {
     let on_abort = match &record.hooks.on_abort {
-        Some(command) => hook::run(Hook::OnAbort, command, record.hooks.timeout(), &record.cutover, around).await.err(),
+        Some(command) => hook::run(Hook::Abort, command, record.hooks.timeout(), &record.cutover, around).await.err(),
         None => None,
     };
     let given_up = record.given_up();
@@ -448,7 +448,7 @@ impl Pending {
     pub(super) async fn run_hook(&self, around: &hook::Surroundings) -> Result<()> {
         match &self.on_switch {
             Some(command) => {
-                hook::run(Hook::OnSwitch, command, limit(self.hook_timeout_seconds), &self.cutover, around).await
+                hook::run(Hook::Switch, command, limit(self.hook_timeout_seconds), &self.cutover, around).await
             }
             None => Ok(()),
         }
