@@ -15,4 +15,5 @@ mod killed;
 mod large_transaction;
 mod refused;
 mod schema_change;
+mod warm;
 mod way_back;

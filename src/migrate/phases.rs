@@ -1,6 +1,7 @@
 //! The phases between the preparation and the cutover, each of which goes on where the ledger says.
 
 use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,7 +33,7 @@ use crate::source::snapshot::HeldSnapshot;
 use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
-use crate::target::{index, schema};
+use crate::target::{index, schema, warm};
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -364,6 +365,11 @@ impl Running {
             drop(applied);
             outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
         });
+        let mut warming = JoinSet::new();
+        let keep_warm = |warming: &mut JoinSet<Infallible>| {
+            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone()));
+        };
+        keep_warm(&mut warming);
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
@@ -383,6 +389,7 @@ impl Running {
                 request = requested.recv() => request,
             };
             let request = request.ok_or_else(|| Error::new(ErrorKind::Other, "the control socket is gone"))?;
+            warming.abort_all();
             // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
             let mut cutover = Box::pin(self.cut_over(&watching, &way_back, request));
             let (went_through, ended) = tokio::select! {
@@ -391,7 +398,7 @@ impl Running {
             };
             match (went_through, ended) {
                 (CutOver::Done, _) => return Ok(()),
-                (CutOver::GivenUp, None) => {}
+                (CutOver::GivenUp, None) => keep_warm(&mut warming),
                 (CutOver::GivenUp, Some(outcome)) => return outcome,
                 (CutOver::FenceLeft, _) => {
                     return Err(Error::new(ErrorKind::Transient, "the cutover's fence is still up on the source"));
@@ -409,6 +416,7 @@ impl Running {
     ) -> CutOver {
         let known = async {
             self.is_the_right_way(&request)?;
+            warm::stop(&self.target().await?, &self.application_name).await?;
             // As they are now: they can have changed since the migration began.
             let tables = ledger::tables(&self.target().await?).await?;
             let target_closed = match self.direction {
