@@ -53,6 +53,7 @@ use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
 
+use arming::Drafted;
 pub use arming::{Arming, WayBack};
 pub use automatic::Automatic;
 use fence::Fence;
@@ -171,19 +172,22 @@ impl Cutover<'_> {
             sequences::list(&sessions.source, options.sequence_margin).await
         });
         let sequences = known.await.map_err(untouched)?;
-        if let Some((way_back, arming)) = self.way_back(options) {
-            let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
-            let ready = async {
-                wait_until_ready(arming.clone()).await?;
-                way_back.draft(&sessions.target, &migrated).await
-            };
-            timer.within(ready).await.map_err(|error| {
-                let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's cluster: \
-                             end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
-                let hint = error.next_step().unwrap_or(waits).to_owned();
-                untouched(error.context("making the way back ready, before the fence").hint(hint))
-            })?;
-        }
+        let way_back = match self.way_back(options) {
+            None => None,
+            Some((way_back, arming)) => {
+                let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
+                let ready = timer.within(async {
+                    wait_until_ready(arming.clone()).await?;
+                    way_back.draft_for_cutover(&sessions.target, &migrated).await
+                });
+                Some(Box::pin(ready).await.map_err(|error| {
+                    let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's \
+                                 cluster: end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
+                    let hint = error.next_step().unwrap_or(waits).to_owned();
+                    untouched(error.context("making the way back ready, before the fence").hint(hint))
+                })?)
+            }
+        };
         let around = timer.within(async { Ok(Surroundings::gather(self.source, self.target).await) });
         let around = around.await.map_err(untouched)?;
 
@@ -192,7 +196,13 @@ impl Cutover<'_> {
         let outcome = match prepared {
             Ok(()) => {
                 timer.done();
-                Box::pin(self.switch(&sessions, &mut fence, (&sequences, options, &around), &mut timer)).await
+                Box::pin(self.switch(
+                    &sessions,
+                    &mut fence,
+                    (&sequences, options, &around, way_back.as_ref()),
+                    &mut timer,
+                ))
+                .await
             }
             Err(error) => Err(error),
         };
@@ -210,7 +220,7 @@ impl Cutover<'_> {
                     steps: timer.steps,
                     sequences_synced: sequences.count(),
                     verified: false,
-                    reverse: if self.way_back(options).is_some() { "armed" } else { "none" }.into(),
+                    reverse: if way_back.is_some() { "armed" } else { "none" }.into(),
                     fence: options.fence,
                     warnings,
                 })
@@ -308,7 +318,7 @@ impl Cutover<'_> {
         &self,
         sessions: &Sessions,
         fence: &mut Fence<'_>,
-        (sequences, options, around): (&sequences::Sequences, &Options, &Surroundings),
+        (sequences, options, around, way_back): (&sequences::Sequences, &Options, &Surroundings, Option<&Drafted<'_>>),
         timer: &mut Timer<'_>,
     ) -> Result<Lsn> {
         let Sessions { source, target, inspector, checker, before, .. } = sessions;
@@ -348,8 +358,7 @@ impl Cutover<'_> {
         }
         timer.done();
 
-        let way_back = self.way_back(options);
-        if let Some((way_back, _)) = way_back {
+        if let Some(way_back) = way_back {
             // All that was applied is before, and the sequences are set: from here on, what comes is the applications'.
             timer.within(way_back.arm(source, target)).await?;
             timer.done();

@@ -530,6 +530,7 @@ impl Running {
             application_name: self.application_name.clone(),
             migration: self.load(&self.target().await?).await?,
             caps: self.config.care.caps,
+            work: Arc::default(),
         })
     }
 
