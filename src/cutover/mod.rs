@@ -19,7 +19,7 @@
 //! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
 //! | release | nobody waits any more |
 //!
-//! What is done to the source stands in the ledger before it is done ([`record`]), so that after a crash [`lift_left_over_fence`]
+//! What is done to the source stands in the ledger before it is done (`record.rs`), so that after a crash [`lift_left_over_fence`]
 //! undoes it; what is left to do after the decision stands in the deciding commit, and [`finish_pending`] does it.
 
 pub mod arming;
