@@ -79,7 +79,7 @@ mod tests {
     async fn a_disclosed_url_reads_back_as_the_same_connection() {
         for text in [
             "postgres://me:p%40ss%2Fw%25@server:6543/shop?sslmode=require",
-            "host=a,b port=1,2 user='o''neil' dbname='my shop' password='it''s'",
+            "host=a,b port=1,2 user='o\\'neil' dbname='my shop' password='it\\'s'",
             "host=/var/run/postgresql user=me dbname=a/b",
             "hostaddr=::1 user=me dbname=d",
         ] {

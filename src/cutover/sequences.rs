@@ -166,7 +166,7 @@ mod tests {
             sequence(i64::MAX, i64::MIN, i64::MAX, true),
         ];
         for sequence in &sequences {
-            for last in [sequence.min, sequence.max, sequence.min / 2 + sequence.max / 2] {
+            for last in [sequence.min, sequence.max, (sequence.min / 2 + sequence.max / 2).max(sequence.min)] {
                 for margin in 0..200 {
                     let (value, is_whole) = sequence.ahead(last, margin);
                     match called(sequence, last, margin) {
