@@ -9,7 +9,6 @@ mod clean;
 mod conflict;
 mod copying;
 mod cutover;
-mod downtime;
 mod fence;
 mod flow;
 mod heal;
