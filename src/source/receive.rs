@@ -75,7 +75,7 @@ pub struct Subscription {
 
 /// Receives until it is dropped, or until something happens that no new attempt can mend.
 ///
-/// In a thread of its own: there the socket can be let be (see [`LET_BE`]), while a runtime that also serves others hears of each
+/// In a thread of its own: there the socket can be let be (see `LET_BE`), while a runtime that also serves others hears of each
 /// of the source's messages from the kernel. The thread has ended, and the appender with it, when this future is dropped.
 ///
 /// # Errors
