@@ -19,6 +19,7 @@ use crate::observe::status::{
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
+use crate::verify::Verification;
 
 /// Events that are kept.
 const EVENTS_MAX: usize = 50;
@@ -112,6 +113,7 @@ struct Text {
     target: Target,
     events: VecDeque<Event>,
     error: Option<Failure>,
+    verification: Option<Verification>,
 }
 
 impl Default for StatusBoard {
@@ -130,6 +132,7 @@ impl StatusBoard {
             target: Target::default(),
             events: VecDeque::with_capacity(EVENTS_MAX),
             error: None,
+            verification: None,
         };
         let shared = Shared {
             started: Instant::now(),
@@ -204,6 +207,11 @@ impl StatusBoard {
     /// What besides the phase, a pause and a lost source stands in the way of a cutover.
     pub fn set_blockers(&self, blockers: Vec<String>) {
         lock(&self.shared.text).blockers = blockers;
+    }
+
+    /// Says what the last comparison of both sides came to.
+    pub fn set_verification(&self, verification: Option<Verification>) {
+        lock(&self.shared.text).verification = verification;
     }
 
     /// Names both servers: host, port, database, version; no user, no password.
@@ -419,6 +427,7 @@ impl StatusBoard {
             source,
             target: Target { reconnects, ..text.target.clone() },
             connections: self.connections(),
+            verification: text.verification.clone(),
             events: text.events.iter().cloned().collect(),
             error: text.error.clone(),
             eta_seconds,

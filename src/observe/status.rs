@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind};
 use crate::lsn::Lsn;
 use crate::observe::format::size;
 use crate::observe::wall_clock;
+use crate::verify::Verification;
 
 /// The version of the layout below.
 pub const STATUS_VERSION: u32 = 1;
@@ -54,6 +55,9 @@ pub struct Status {
     /// Our connections to both servers.
     #[serde(default)]
     pub connections: Connections,
+    /// What the last comparison of both sides came to; null where there was none.
+    #[serde(default)]
+    pub verification: Option<Verification>,
     /// The newest events, oldest first.
     pub events: Vec<Event>,
     /// Why the migration stopped, if it did.
@@ -83,6 +87,7 @@ impl Status {
             source: Source::default(),
             target: Target::default(),
             connections: Connections::default(),
+            verification: None,
             events: Vec::new(),
             error: None,
             eta_seconds: None,
