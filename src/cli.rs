@@ -347,6 +347,9 @@ pub struct Verify {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub connections: Connections,
+    /// Differing rows that are named per table
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    pub max_keys: u32,
     /// Show the values of rows that differ; they can be personal data
     #[arg(long)]
     pub show_values: bool,

@@ -14,6 +14,7 @@ use crate::care;
 use crate::care::connections::Jobs;
 use crate::care::tune::{COPY_JOBS, Change};
 use crate::check::{self, Report};
+use crate::clean;
 use crate::cli::{self, Cli, Command};
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, Conversation, Request};
@@ -30,7 +31,6 @@ use crate::observe::{logging, progress, render};
 use crate::pause::What;
 use crate::queue;
 use crate::state_directory::StateDirectory;
-use crate::clean;
 use crate::target::index;
 
 /// Runs a command.

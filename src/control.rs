@@ -137,10 +137,7 @@ pub fn requests() -> (Senders, Requests) {
     let (to_cutovers, cutovers) = mpsc::channel(1);
     let (to_points, points) = mpsc::channel(4);
     let (to_repairs, repairs) = mpsc::channel(1);
-    (
-        Senders { cutovers: to_cutovers, points: to_points, repairs: to_repairs },
-        Requests { cutovers, points, repairs },
-    )
+    (Senders { cutovers: to_cutovers, points: to_points, repairs: to_repairs }, Requests { cutovers, points, repairs })
 }
 
 /// Answers requests until it is dropped.
@@ -190,13 +187,7 @@ impl ControlServer {
     }
 }
 
-async fn serve(
-    stream: UnixStream,
-    board: &StatusBoard,
-    pause: &Pause,
-    tune: &Tune,
-    senders: &Senders,
-) -> Result<()> {
+async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tune, senders: &Senders) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
     let mut reader = BufReader::new(reader);
     let mut line = String::new();

@@ -13,5 +13,6 @@ mod flow;
 mod heal;
 mod killed;
 mod large_transaction;
+mod online;
 mod refused;
 mod schema_change;

@@ -54,6 +54,7 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
         jobs,
         tables: options.tables.clone(),
         show_values: options.show_values,
+        max_keys: usize::try_from(options.max_keys).unwrap_or(usize::MAX),
         sample_percent: options.sample.filter(|percent| *percent < 100.0),
         ..verify::Options::default()
     };
@@ -87,7 +88,8 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
     }
     show(&report, point.as_ref(), held, began.elapsed(), options.json)?;
     if !report.stale.is_empty() {
-        let text = format!("not compared, because they are truncated or rewritten all the time: {}", report.stale.join(", "));
+        let text =
+            format!("not compared, because they are truncated or rewritten all the time: {}", report.stale.join(", "));
         return Err(Error::new(ErrorKind::Other, text).hint("Compare these again when that has ended: --tables."));
     }
     if report.equal {
@@ -174,7 +176,8 @@ async fn rows_to_compare(source: &ConnectionSpec, tables: &[Table], wanted: &ver
     let chosen = verify::choose(tables, wanted.tables.as_deref())?;
     let relids: Vec<u32> = chosen.iter().map(|table| table.relid).collect();
     let client = source.connect(APPLICATION_NAME).await?;
-    let statement = "SELECT coalesce(sum(greatest(reltuples, 0)), 0)::float8 FROM pg_catalog.pg_class WHERE oid = ANY ($1)";
+    let statement =
+        "SELECT coalesce(sum(greatest(reltuples, 0)), 0)::float8 FROM pg_catalog.pg_class WHERE oid = ANY ($1)";
     let rows = client.query_typed_one(statement, &[(&relids, Type::OID_ARRAY)]).await;
     let rows: f64 = rows.context(|| "asking the source how many rows there are".into())?.get(0);
     Ok(rows * wanted.sample_percent.map_or(1.0, |percent| percent / 100.0))
@@ -222,7 +225,8 @@ impl Shown {
         let seconds = self.began.elapsed().as_secs_f64().max(0.001);
         let rate = rows as f64 / seconds;
         let left = (self.rows_total - rows as f64).max(0.0);
-        let eta = if rate > 0.0 && left > 0.0 { format!(", about {} left", duration(left / rate)) } else { String::new() };
+        let eta =
+            if rate > 0.0 && left > 0.0 { format!(", about {} left", duration(left / rate)) } else { String::new() };
         let total = count((self.rows_total.max(rows as f64)) as u64);
         format!("compared {} of about {total} rows, {} rows/s{eta}; now {table}", count(rows), count(rate as u64))
     }

@@ -79,6 +79,7 @@ struct Shared {
     indexes_total: AtomicU64,
     indexes_done: AtomicU64,
     apply_paused: AtomicBool,
+    apply_held: AtomicBool,
     copy_paused: AtomicBool,
     copy_jobs: AtomicU64,
     copy_limits: Mutex<CopyLimits>,
@@ -153,6 +154,7 @@ impl StatusBoard {
             indexes_total: AtomicU64::new(0),
             indexes_done: AtomicU64::new(0),
             apply_paused: AtomicBool::new(false),
+            apply_held: AtomicBool::new(false),
             copy_paused: AtomicBool::new(false),
             copy_jobs: AtomicU64::new(0),
             copy_limits: Mutex::default(),
@@ -332,6 +334,11 @@ impl StatusBoard {
         self.shared.apply_paused.store(paused, Relaxed);
     }
 
+    /// A comparison holds or releases the apply.
+    pub fn set_apply_held(&self, held: bool) {
+        self.shared.apply_held.store(held, Relaxed);
+    }
+
     /// The operator holds or releases the copy.
     pub fn set_copy_paused(&self, paused: bool) {
         self.shared.copy_paused.store(paused, Relaxed);
@@ -502,6 +509,7 @@ impl StatusBoard {
             conflicts_by_kind,
             conflicts_by_table,
             paused: self.shared.apply_paused.load(Relaxed),
+            held: self.shared.apply_held.load(Relaxed),
         }
     }
 

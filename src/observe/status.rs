@@ -312,6 +312,9 @@ pub struct Apply {
     pub conflicts_by_table: Vec<TableConflicts>,
     /// Whether the operator holds the apply.
     pub paused: bool,
+    /// Whether a comparison holds it, for a moment.
+    #[serde(default)]
+    pub held: bool,
 }
 
 /// Changes of a table that did not meet the row they should have.

@@ -76,7 +76,9 @@ impl Online<'_> {
                 never = say_how_old_the_snapshots_are(began) => match never {},
             };
             let found = found.map_err(|error| match error.next_step() {
-                None => error.hint("The snapshots last as long as the migration's process, and until a cutover. Try again."),
+                None => {
+                    error.hint("The snapshots last as long as the migration's process, and until a cutover. Try again.")
+                }
                 Some(_) => error,
             })?;
             held = held.max(began.elapsed());
@@ -116,6 +118,8 @@ async fn say_how_old_the_snapshots_are(began: Instant) -> std::convert::Infallib
     loop {
         tokio::time::sleep(SNAPSHOT_AGE).await;
         let age = duration(began.elapsed().as_secs_f64());
-        warn!("the snapshots have been held for {age}: vacuum waits for them on both servers; --tables compares in smaller steps");
+        warn!(
+            "the snapshots have been held for {age}: vacuum waits for them on both servers; --tables compares in smaller steps"
+        );
     }
 }

@@ -202,12 +202,16 @@ impl PointTaker {
     fn look_whether_it_follows(&self) -> Result<()> {
         let phase = self.board.phase();
         if phase != Phase::Following {
-            let text = format!("the migration is {}: only one that follows can be compared while writes go on", phase.title());
+            let text =
+                format!("the migration is {}: only one that follows can be compared while writes go on", phase.title());
             return Err(Error::new(ErrorKind::Blocked, text).hint("`walferry status` says what it waits for."));
         }
         if self.paused.borrow().apply {
-            return Err(Error::new(ErrorKind::Blocked, "the apply is paused, so the target comes to no point of the source")
-                .hint("Let it go on first: `walferry resume`."));
+            return Err(Error::new(
+                ErrorKind::Blocked,
+                "the apply is paused, so the target comes to no point of the source",
+            )
+            .hint("Let it go on first: `walferry resume`."));
         }
         Ok(())
     }
@@ -234,8 +238,27 @@ impl PointTaker {
     }
 }
 
+/// Shows that the apply is held, until it is dropped.
+struct ShownAsHeld<'a>(&'a StatusBoard);
+
+impl<'a> ShownAsHeld<'a> {
+    fn on(board: &'a StatusBoard) -> ShownAsHeld<'a> {
+        board.set_apply_held(true);
+        ShownAsHeld(board)
+    }
+}
+
+impl Drop for ShownAsHeld<'_> {
+    fn drop(&mut self) {
+        self.0.set_apply_held(false);
+    }
+}
+
 enum Attempt {
-    Taken { target_snapshot: String, source_lsn: Lsn },
+    Taken {
+        target_snapshot: String,
+        source_lsn: Lsn,
+    },
     /// Why what the snapshot shows is not on the target.
     Hindered(String),
 }
@@ -258,7 +281,7 @@ impl Taking<'_> {
         let Ok(applied) = timeout(UNIT_MAX, hold.rests(Lsn::ZERO)).await else {
             return Ok(Attempt::Hindered("the apply did not come to rest".into()));
         };
-        let began = Instant::now();
+        let (began, _shown) = (Instant::now(), ShownAsHeld::on(&self.taker.board));
         let outcome = timeout(HOLD_MAX, async {
             loop {
                 let attempt = self.attempt(&hold, applied, snapshot).await?;
@@ -321,12 +344,8 @@ impl Taking<'_> {
             .context(|| "looking for the source's long transactions".into())?;
         let waits_for_standbys = !rows.first().is_none_or(|row| row.get::<_, bool>(5));
         for row in rows {
-            let session = Session {
-                is_there: row.get(1),
-                is_prepared: row.get(2),
-                state: row.get(3),
-                wait_event: row.get(4),
-            };
+            let session =
+                Session { is_there: row.get(1), is_prepared: row.get(2), state: row.get(3), wait_event: row.get(4) };
             let one_commits_prepared = row.get(6);
             let lingering = session.lingers(waits_for_standbys, one_commits_prepared, self.history.begun.elapsed());
             if let Some(why) = lingering {
@@ -366,7 +385,9 @@ enum Lingering {
 impl Lingering {
     fn text(self) -> &'static str {
         match self {
-            Lingering::ForStandby => "waits for a synchronous standby within its commit: the target has it, nobody else sees it",
+            Lingering::ForStandby => {
+                "waits for a synchronous standby within its commit: the target has it, nobody else sees it"
+            }
             Lingering::JustEnded => "has just ended",
             Lingering::Perhaps => "is at work and may be committing",
             Lingering::NotShown => {

@@ -85,7 +85,8 @@ impl Verification {
 /// Whatever the server says.
 pub async fn record(target: &Client, verification: &Verification) -> Result<()> {
     let doing = || "keeping what the comparison came to in the ledger".to_owned();
-    let outcome = serde_json::to_string(verification).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+    let outcome =
+        serde_json::to_string(verification).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
     target.batch_execute(TABLE).await.context(doing)?;
     target
         .execute(

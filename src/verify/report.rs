@@ -128,7 +128,10 @@ impl fmt::Display for Report {
 impl TableReport {
     fn explain(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.insert_only {
-            writeln!(f, "    the stream carries only inserts into it (no replica identity): it can differ until the cutover")?;
+            writeln!(
+                f,
+                "    the stream carries only inserts into it (no replica identity): it can differ until the cutover"
+            )?;
         }
         if self.missing_on_target {
             return writeln!(f, "    the target has no such table");
