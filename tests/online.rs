@@ -304,31 +304,43 @@ async fn h35_a_commit_that_others_do_not_see_yet_is_no_difference() {
     // Others do not wait for it.
     source.batch_execute("SET synchronous_commit = local").await.unwrap();
     standbys("nobody").await;
-    for long_ago in [false, true] {
-        let hanging = connect(&migration.source_url).await;
-        let commit =
-            tokio::spawn(async move { hanging.batch_execute("UPDATE app.heavy SET n = -1 WHERE id = 5").await });
-        until_true(&source, "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'").await;
-        // Its record is in the stream, so the target has it. On the source nobody sees it.
-        until_true(&target, "SELECT n = -1 FROM app.heavy WHERE id = 5").await;
-        assert_ne!(source.query_one("SELECT n FROM app.heavy WHERE id = 5", &[]).await.unwrap().get::<_, i32>(0), -1);
-        if long_ago {
-            for _ in 0..50 {
-                source.batch_execute("UPDATE app.heavy SET n = n + 1 WHERE id = 6").await.unwrap();
-            }
-        }
-        let finished = verify(&migration, &[]).await;
-        println!("{}", finished.stderr);
-        finished.assert_refused(3, &["synchronous standby", "SyncRep", "the apply goes on"]);
-        applies_locally(&source, &target).await;
-        standbys("").await;
-        commit.await.unwrap().unwrap();
-        is_equal_online(&verify(&migration, &[]).await);
-        source.batch_execute("UPDATE app.heavy SET n = 0 WHERE id = 5").await.unwrap();
-        standbys("nobody").await;
-    }
+    // One that hangs since before the comparison.
+    let (pid, first) = hanging_commit(&migration, 5).await;
+    let finished = verify(&migration, &[]).await;
+    println!("{}", finished.stderr);
+    finished.assert_refused(3, &["synchronous standby", "SyncRep", "the apply goes on"]);
+    applies_locally(&source, &target).await;
+
+    // One that comes to hang while the comparison is at work, and only then that one hangs no longer.
+    let comparing = migration.start("verify", &[]);
+    until("the comparison tries again", || async { comparing.log().contains("more snapshots").then_some(()) }).await;
+    let (_, second) = hanging_commit(&migration, 8).await;
+    source.query("SELECT pg_cancel_backend($1)", &[&pid]).await.unwrap();
+    first.await.unwrap().unwrap();
+    let finished = comparing.wait().await;
+    println!("{}", finished.stderr);
+    finished.assert_refused(3, &["SyncRep", "the apply goes on"]);
+
     standbys("").await;
+    second.await.unwrap().unwrap();
+    is_equal_online(&verify(&migration, &[]).await);
     drop(running);
+}
+
+/// A commit whose record is in the stream, so that the target has it, and on the source nobody sees it.
+async fn hanging_commit(
+    migration: &Migration,
+    row: i32,
+) -> (i32, tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>) {
+    let (source, target, hanging) = (migration.source().await, migration.target().await, migration.source().await);
+    let pid: i32 = hanging.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let statement = format!("UPDATE app.heavy SET n = -1 WHERE id = {row}");
+    let commit = tokio::spawn(async move { hanging.batch_execute(&statement).await });
+    until_true(&source, &format!("SELECT wait_event = 'SyncRep' FROM pg_stat_activity WHERE pid = {pid}")).await;
+    let query = format!("SELECT n = -1 FROM app.heavy WHERE id = {row}");
+    until_true(&target, &query).await;
+    assert!(!source.query_one(&query, &[]).await.unwrap().get::<_, bool>(0), "it is visible already");
+    (pid, commit)
 }
 
 async fn applies_locally(source: &Client, target: &Client) {

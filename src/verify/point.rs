@@ -54,11 +54,15 @@ const UNIT_MAX: Duration = Duration::from_secs(120);
 /// show one of these and not one of those before it; each costs a few milliseconds.
 const REST_MAX: Duration = Duration::from_millis(400);
 /// How often the apply is held before it is given up.
-const RESTS: u32 = 20;
+const RESTS: u32 = 30;
+/// How long one transaction may stand in the way while the apply rests: no longer than a commit that waits for the disk.
+const HIDDEN_MAX: Duration = Duration::from_millis(50);
 /// How long the apply goes on in between; a little longer each time.
 const GO_ON: Duration = Duration::from_millis(30);
 /// How long a commit takes at most that waits for no standby. What has been seen running for longer, and waits for none, has not begun to commit.
 const COMMIT_MAX: Duration = Duration::from_millis(500);
+/// Connections that have to be left on each side, below the most that there may be: two for us on the source, and one for what comes now and then.
+const ROOM_MIN: usize = 3;
 /// How often the snapshots' sessions are used, so that nothing in between takes them for idle.
 const PING: Duration = Duration::from_secs(10);
 /// How long the queue is waited for before it is looked at whether anybody still wants to know.
@@ -155,6 +159,7 @@ impl PointTaker {
     /// else what a server or the queue says. The apply goes on in any case.
     pub async fn take(&self, tell: &(dyn Fn(String) + Sync)) -> Result<HeldPoint> {
         self.look_whether_it_follows()?;
+        self.look_for_room()?;
         let source = self.source.connect(APPLICATION_NAME).await?;
         // `local`: a dead standby must not hold up the marker (H34).
         source.batch_execute("SET synchronous_commit = local").await?;
@@ -182,9 +187,9 @@ impl PointTaker {
                     let point = CommonPoint { source_snapshot, target_snapshot, source_lsn, tries, rested_ms };
                     return Ok(HeldPoint { point, source: snapshot, target });
                 }
-                Attempt::Hindered(why) => hindered = why,
+                Attempt::Hindered { why, .. } => hindered = why,
             }
-            if rests % 5 == 0 {
+            if rests % 5 == 3 {
                 tell(format!("taking more snapshots of the source: {hindered}"));
             }
             tokio::time::sleep(GO_ON * rests).await;
@@ -212,6 +217,19 @@ impl PointTaker {
                 "the apply is paused, so the target comes to no point of the source",
             )
             .hint("Let it go on first: `walferry resume`."));
+        }
+        Ok(())
+    }
+
+    /// H28: more connections than there may be are not worth a comparison.
+    fn look_for_room(&self) -> Result<()> {
+        for (side, spec) in [("source", &self.source), ("target", &self.target)] {
+            if spec.connections().room() < ROOM_MIN {
+                let text = format!("a comparison needs {ROOM_MIN} more connections to the {side} than there may be");
+                return Err(Error::new(ErrorKind::Blocked, text).hint(format!(
+                    "Give `migrate` a larger --max-{side}-connections, or wait for what else goes on."
+                )));
+            }
         }
         Ok(())
     }
@@ -259,8 +277,19 @@ enum Attempt {
         target_snapshot: String,
         source_lsn: Lsn,
     },
-    /// Why what the snapshot shows is not on the target.
-    Hindered(String),
+    /// What the snapshot shows is not on the target.
+    Hindered {
+        /// Why.
+        why: String,
+        /// The transaction that stands in the way, when it may be out of it at once.
+        by: Option<u32>,
+    },
+}
+
+impl Attempt {
+    fn hindered(why: impl Into<String>) -> Attempt {
+        Attempt::Hindered { why: why.into(), by: None }
+    }
 }
 
 /// What the tries share.
@@ -279,13 +308,18 @@ impl Taking<'_> {
     async fn at_one_rest(&mut self, snapshot: &mut HeldSnapshot) -> Result<Attempt> {
         let hold = self.taker.gate.hold();
         let Ok(applied) = timeout(UNIT_MAX, hold.rests(Lsn::ZERO)).await else {
-            return Ok(Attempt::Hindered("the apply did not come to rest".into()));
+            return Ok(Attempt::hindered("the apply did not come to rest"));
         };
         let (began, _shown) = (Instant::now(), ShownAsHeld::on(&self.taker.board));
         let outcome = timeout(HOLD_MAX, async {
+            let mut hidden = (0, Instant::now());
             loop {
                 let attempt = self.attempt(&hold, applied, snapshot).await?;
-                if matches!(attempt, Attempt::Taken { .. }) || began.elapsed() > REST_MAX {
+                let Attempt::Hindered { by: Some(xid), .. } = attempt else { return Ok(attempt) };
+                if xid != hidden.0 {
+                    hidden = (xid, Instant::now());
+                }
+                if began.elapsed() > REST_MAX || hidden.1.elapsed() > HIDDEN_MAX {
                     return Ok(attempt);
                 }
             }
@@ -295,7 +329,7 @@ impl Taking<'_> {
         self.rested += began.elapsed();
         outcome.unwrap_or_else(|_| {
             let text = format!("it took longer than the {} seconds that the apply may rest", HOLD_MAX.as_secs());
-            Ok(Attempt::Hindered(text))
+            Ok(Attempt::hindered(text))
         })
     }
 
@@ -308,17 +342,17 @@ impl Taking<'_> {
             Ok(end) => end,
             Err(hidden) => {
                 let xid = hidden.xid;
-                let text = format!("transaction {xid} has committed at {} and is not visible yet", hidden.commit_lsn);
-                return Ok(Attempt::Hindered(text));
+                let why = format!("transaction {xid} has committed at {} and is not visible yet", hidden.commit_lsn);
+                return Ok(Attempt::Hindered { why, by: Some(xid) });
             }
         };
         if let Some(why) = self.lingering(&snapshot.data).await? {
-            return Ok(Attempt::Hindered(why));
+            return Ok(Attempt::hindered(why));
         }
         hold.up_to(end);
         let source_lsn = hold.rests(end).await;
         if source_lsn != end {
-            return Ok(Attempt::Hindered(format!("the apply has gone past {end}")));
+            return Ok(Attempt::hindered(format!("the apply has gone past {end}")));
         }
         let doing = || "taking a snapshot of the target".to_owned();
         if std::mem::replace(&mut self.target_has_begun, true) {
