@@ -8,7 +8,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::migrate::application_name;
 use crate::source::slot;
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{self, Phase};
+use crate::target::ledger::{self, Phase, WayBack};
 use crate::target::schema;
 
 /// Something that was removed, for people.
@@ -68,17 +68,39 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         .hint("Run clean with that migration's --dir."));
     }
     let cut_over = migration.as_ref().is_some_and(|migration| migration.phase == Phase::CutOver);
+    let back = if migration.is_some() { ledger::load(&from).await? } else { None };
+    let back = back.filter(|back| migration.as_ref().is_some_and(|migration| migration.id == back.id));
+    let reversed = cut_over && back.as_ref().is_some_and(|back| back.phase == Phase::CutOver);
+    if cut_over && !reversed && migration.as_ref().is_some_and(|migration| migration.way_back == Some(WayBack::Armed)) {
+        return Err(Error::new(ErrorKind::Blocked, "the way back is armed: the old server is kept current")
+            .hint("`walferry finish` ends the way back; then `walferry clean` removes what is left."));
+    }
     if let Some(id) = id.map(str::to_owned).or_else(|| migration.as_ref().map(|migration| migration.id.clone())) {
         source_of(&from, &id, &mut removed).await?;
     } else {
-        for id in orphans(&from).await? {
+        for id in orphans(&from, "").await? {
             source_of(&from, &id, &mut removed).await?;
         }
+        for id in orphans(&to, "_back").await? {
+            let names = cutover::arming::Names::of(&id);
+            removed.extend(names.remove(&to).await?.into_iter().map(|what| format!("{what} on the target")));
+        }
     }
-    if migration.is_none() {
-        return Ok(removed);
+    let Some(migration) = migration else { return Ok(removed) };
+    let of_the_way_back = cutover::arming::Names::of(&migration.id).remove(&to).await?;
+    removed.extend(of_the_way_back.into_iter().map(|what| format!("{what} on the target")));
+    if reversed {
+        // The source is the primary again; who is closed now is the target.
+        open_again(&to, &from, target.database(), "target", &mut removed).await?;
+    } else {
+        open_again(&from, &to, source.database(), "source", &mut removed).await?;
     }
-    open_again(&from, &to, source.database(), &mut removed).await?;
+    if back.is_some() {
+        from.batch_execute("DROP SCHEMA walferry CASCADE")
+            .await
+            .context(|| "removing the ledger of the way back from the source".into())?;
+        removed.push("schema walferry (the ledger of the way back) on the source".into());
+    }
     if !cut_over {
         // What the migration changed on the target for its own time only.
         let tables: Vec<_> = ledger::tables(&to).await?.into_iter().map(|entry| entry.table).collect();
@@ -122,33 +144,33 @@ async fn end_sessions(source: &Client, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Ids of migrations whose slot or publication is in this database, though no ledger names them.
-async fn orphans(source: &Client) -> Result<Vec<String>> {
-    let rows = source
-        .query_typed(
+/// Ids of migrations whose slot or publication is in this database, though no ledger names them; those of a way back have `_back`
+/// in their names.
+async fn orphans(server: &Client, way: &str) -> Result<Vec<String>> {
+    let rows = server
+        .query(
             "SELECT DISTINCT substr(name, 10, 8) FROM ( \
                  SELECT slot_name::text FROM pg_catalog.pg_replication_slots WHERE database = pg_catalog.current_database() AND NOT active \
                  UNION ALL SELECT pubname::text FROM pg_catalog.pg_publication) names(name) \
-             WHERE name ~ '^walferry_[0-9a-f]{8}(_inserts)?$'",
-            &[],
+             WHERE name ~ ('^walferry_[0-9a-f]{8}' || $1 || '(_inserts)?$')",
+            &[&way],
         )
         .await
-        .context(|| "looking for what migrations left on the source".into())?;
+        .context(|| "looking for what migrations left".into())?;
     Ok(rows.into_iter().map(|row| row.get(0)).collect())
 }
 
-/// Takes back the setting that closed the source to writers, from a cutover that went through or was cut off.
-async fn open_again(source: &Client, target: &Client, database: &str, removed: &mut Vec<Removed>) -> Result<()> {
-    let fence = target
-        .query_typed_opt(
-            "SELECT fence->>'previous', fence->>'since' FROM walferry.migration WHERE fence IS NOT NULL",
-            &[],
-        )
-        .await?;
-    if let Some(row) = fence {
-        let closed = cutover::Closed { previous: row.get(0), since: row.get(1) };
-        cutover::open_again(source, database, &closed, "walferry").await?;
-        removed.push(format!("fence: the database {database} on the source takes writes again"));
+/// Takes back the setting that closed a server to writers, from a cutover that went through or was cut off.
+async fn open_again(
+    server: &Client,
+    ledger: &Client,
+    database: &str,
+    side: &str,
+    removed: &mut Vec<Removed>,
+) -> Result<()> {
+    if let Some(closed) = cutover::Closed::load(ledger).await? {
+        cutover::open_again(server, database, &closed, "walferry").await?;
+        removed.push(format!("fence: the database {database} on the {side} takes writes again"));
     }
     Ok(())
 }

@@ -45,7 +45,7 @@ pub enum Command {
     /// Migrate, and follow until the cutover; run again, it goes on where it was
     #[command(
         after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
-        With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 12 \
+        With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 13 \
         --source-wal-max 200GiB\n\
         Ctrl-C stops it; the same command goes on. Exit codes: 0 cut over, 3 blocked, 130 interrupted"
     )]
@@ -62,8 +62,17 @@ pub enum Command {
     Status(Status),
     /// Switch to the target
     #[command(after_help = "Example: walferry cutover --dir ./shop --max-write-stall 2s\n\
+        The old primary is kept current from then on, for a switchback; --no-reverse does without.\n\
         Exit codes: 0 switched, 5 given up and following again")]
     Cutover(Cutover),
+    /// Switch back to the old primary, with all that was written since the cutover
+    #[command(after_help = "Example: walferry switchback --dir ./shop --max-write-stall 2s\n\
+        The same as a cutover, the other way. Exit codes: 0 switched, 5 given up and following again")]
+    Switchback(Switch),
+    /// End the way back: the old primary is no longer kept current, and `migrate` exits
+    #[command(after_help = "Example: walferry finish --dir ./shop\n\
+        It asks only the new primary, so it works when the old one is gone. Then: walferry clean --dir ./shop")]
+    Finish(Finish),
     /// Hold the apply or the copy while the queue goes on receiving
     #[command(after_help = "Example: walferry pause apply --dir ./shop\n\
         The copy ends the parts that it has begun; walferry tune --copy-rate slows it at once.\n\
@@ -244,6 +253,9 @@ pub struct Migrate {
     /// Who wins where somebody else has written to the target: nobody, and the migration stops; the source's row; or the target's
     #[arg(long, value_enum, default_value_t, value_name = "WHO")]
     pub on_conflict: OnConflict,
+    /// Make no way back ready: nothing of it is written to the source, and the cutover is for good
+    #[arg(long)]
+    pub no_reverse: bool,
     /// Where metrics, health and status are served, for reading only; `off` for nowhere
     #[arg(long, default_value = "127.0.0.1:9617", value_parser = parse_http_address, value_name = "ADDRESS")]
     pub http_addr: HttpAddress,
@@ -272,6 +284,31 @@ pub struct Status {
 /// `walferry cutover`.
 #[derive(Debug, Args)]
 pub struct Cutover {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub switch: Switch,
+    /// Without a way back: the old primary is not kept current, and `migrate` exits
+    #[arg(long)]
+    pub no_reverse: bool,
+}
+
+/// `walferry finish`.
+#[derive(Debug, Args)]
+pub struct Finish {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub servers: Servers,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub directory: Directory,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry switchback`, and what `walferry cutover` has of it.
+#[derive(Debug, Args)]
+pub struct Switch {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub directory: Directory,

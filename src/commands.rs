@@ -48,7 +48,12 @@ pub async fn run(cli: Cli) -> Result<()> {
         }
         Command::Resync(options) => migrate(&options, Heal::Everything, log_format, bars).await,
         Command::Status(options) => status(options).await,
-        Command::Cutover(options) => cutover(options).await,
+        Command::Cutover(options) => {
+            let way = Way::There { reverse: !options.no_reverse };
+            switch(options.switch, way).await
+        }
+        Command::Switchback(options) => switch(options, Way::Back).await,
+        Command::Finish(options) => finish(options).await,
         Command::Pause(options) => pause(options, What::Apply, true).await,
         Command::Resume(options) => pause(options, What::All, false).await,
         Command::Tune(options) => tune(options).await,
@@ -183,6 +188,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         http_address: options.http_addr.0,
         heal,
         on_conflict: options.on_conflict,
+        reverse: !options.no_reverse,
         care: care::Options {
             copy_jobs: options.parallelism.copy_jobs,
             copy_rate: options.care.copy_rate,
@@ -205,11 +211,11 @@ fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
     if options.json {
         return print_json(&board.snapshot());
     }
-    print(&format!(
-        "The target is the primary now. The source's database stays read-only by default.\n\
-         When you need the source no more: walferry clean --dir {}\n",
-        options.directory.dir.display()
-    ))
+    let who = match board.snapshot().phase {
+        Phase::Reversed => "The old primary is the primary again. The other database stays read-only by default.",
+        _ => "The target is the primary now. The source's database stays read-only by default.",
+    };
+    print(&format!("{who}\nWhen you need that one no more: walferry clean --dir {}\n", options.directory.dir.display()))
 }
 
 async fn status(options: cli::Status) -> Result<()> {
@@ -229,7 +235,7 @@ async fn status(options: cli::Status) -> Result<()> {
         }
         if !options.watch {
             let healthy = status.process_alive && status.phase != Phase::Failed;
-            let over = status.phase == Phase::CutOver;
+            let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
             return if options.exit_code && !healthy && !over {
                 Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"))
             } else {
@@ -258,13 +264,20 @@ async fn read_status(directory: &StateDirectory) -> Result<Status> {
         .map_err(|error| Error::new(ErrorKind::Other, format!("{}: {error}", directory.status().display())))?;
     status.process_alive = false;
     status.ready_to_cutover = false;
-    if status.phase != Phase::CutOver {
+    if !matches!(status.phase, Phase::CutOver | Phase::Reversed) {
         status.blockers = vec!["no migration is running".into()];
     }
     Ok(status)
 }
 
-async fn cutover(options: cli::Cutover) -> Result<()> {
+/// Which way a switch goes.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    There { reverse: bool },
+    Back,
+}
+
+async fn switch(options: cli::Switch, way: Way) -> Result<()> {
     let directory = StateDirectory::at(&options.directory.dir);
     let status = read_status(&directory).await?;
     if !options.yes && std::io::stdin().is_terminal() {
@@ -274,6 +287,8 @@ async fn cutover(options: cli::Cutover) -> Result<()> {
         timeout_seconds: options.timeout.as_secs_f64(),
         max_write_stall_seconds: options.max_write_stall.as_secs_f64(),
         waive: options.waive,
+        reverse: way == Way::There { reverse: true },
+        back: way == Way::Back,
     });
     let mut conversation = Conversation::begin(&directory, &request).await?;
     loop {
@@ -281,14 +296,46 @@ async fn cutover(options: cli::Cutover) -> Result<()> {
             Answer::Step(step) if !options.json => print(&format!("  {:<14}{:>9.1} ms\n", step.name, step.ms))?,
             Answer::CutOver(outcome) if options.json => return print_json(&outcome),
             Answer::CutOver(outcome) => {
+                let next = if outcome.reverse == "armed" {
+                    format!(
+                        "The old primary is kept current: `walferry switchback --dir {0}` leads back, `walferry finish --dir {0}` ends that.\n",
+                        directory.path().display()
+                    )
+                } else {
+                    String::new()
+                };
                 return print(&format!(
-                    "Switched at {}. Writers waited {:.0} ms. {} sequences set.\n{} is the primary now.\n",
+                    "Switched at {}. Writers waited {:.0} ms. {} sequences set.\n{} is the primary now.\n{next}",
                     outcome.cutover_lsn, outcome.downtime_ms, outcome.sequences_synced, status.target.description
                 ));
             }
             _ => {}
         }
     }
+}
+
+async fn finish(options: cli::Finish) -> Result<()> {
+    let directory = StateDirectory::at(&options.directory.dir);
+    let asked = async { Conversation::begin(&directory, &Request::Finish).await?.next().await };
+    match asked.await {
+        Ok(Answer::Finished) => {}
+        Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
+        Err(error) => {
+            // Where none runs, what it would do is done here.
+            let Ok(_locked) = directory.lock() else { return Err(error) };
+            let (_, target) = either_or_known(&options.servers, directory.path())?;
+            let Some(target) = target else { return Err(error) };
+            migrate::finish_without_process(&target).await?;
+        }
+    }
+    if options.json {
+        return print_json(&json!({ "version": 1, "finished": true }));
+    }
+    print(&format!(
+        "The way back has ended; the old primary stays read-only by default, and falls behind from now on.\n\
+         When you need it no more: walferry clean --dir {}\n",
+        directory.path().display()
+    ))
 }
 
 async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Result<()> {

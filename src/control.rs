@@ -28,8 +28,10 @@ use crate::verify::point::CommonPoint;
 pub enum Request {
     /// How it is.
     Status,
-    /// Switch over to the target.
+    /// Switch over to the target, or back.
     Cutover(cutover::Options),
+    /// End the way back.
+    Finish,
     /// Hold something, or let it go on.
     Pause {
         /// What.
@@ -58,6 +60,8 @@ pub enum Answer {
     Step(cutover::Step),
     /// The cutover went through; the last line.
     CutOver(cutover::Outcome),
+    /// The way back has ended; the last line.
+    Finished,
     /// What rests now; the last line.
     Paused(Paused),
     /// How it is copied now; the last line.
@@ -111,6 +115,12 @@ pub struct RepairRequest {
     pub answers: mpsc::UnboundedSender<Answer>,
 }
 
+/// An operator's request to end the way back.
+pub struct FinishRequest {
+    /// Where the outcome goes.
+    pub answers: mpsc::UnboundedSender<Answer>,
+}
+
 /// Where requests go that the control server cannot answer by itself.
 #[derive(Clone)]
 pub struct Senders {
@@ -120,9 +130,11 @@ pub struct Senders {
     pub points: mpsc::Sender<PointRequest>,
     /// Repairs, one at a time.
     pub repairs: mpsc::Sender<RepairRequest>,
+    /// Ends of the way back, one at a time.
+    pub finishes: mpsc::Sender<FinishRequest>,
 }
 
-/// The other ends of [`Senders`].
+/// The other ends of [`Senders`], for the migration in either direction.
 pub struct Requests {
     /// Cutovers.
     pub cutovers: mpsc::Receiver<CutoverRequest>,
@@ -132,12 +144,14 @@ pub struct Requests {
     pub repairs: mpsc::Receiver<RepairRequest>,
 }
 
-/// The way of requests from the control server to the migration.
-pub fn requests() -> (Senders, Requests) {
+/// The way of requests from the control server to the migration. Those to end the way back come apart from the others.
+pub fn requests() -> (Senders, Requests, mpsc::Receiver<FinishRequest>) {
     let (to_cutovers, cutovers) = mpsc::channel(1);
     let (to_points, points) = mpsc::channel(4);
     let (to_repairs, repairs) = mpsc::channel(1);
-    (Senders { cutovers: to_cutovers, points: to_points, repairs: to_repairs }, Requests { cutovers, points, repairs })
+    let (to_finishes, finishes) = mpsc::channel(1);
+    let senders = Senders { cutovers: to_cutovers, points: to_points, repairs: to_repairs, finishes: to_finishes };
+    (senders, Requests { cutovers, points, repairs }, finishes)
 }
 
 /// Answers requests until it is dropped.
@@ -245,6 +259,17 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
             let (answers, mut received) = mpsc::unbounded_channel();
             if senders.repairs.try_send(RepairRequest { tables, answers }).is_err() {
                 let error = Error::new(ErrorKind::Blocked, "another repair is waiting for its turn");
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
+            match received.recv().await {
+                Some(answer) => send(&mut writer, &answer).await,
+                None => Ok(()),
+            }
+        }
+        Request::Finish => {
+            let (answers, mut received) = mpsc::unbounded_channel();
+            if senders.finishes.try_send(FinishRequest { answers }).is_err() {
+                let error = Error::new(ErrorKind::Blocked, "the way back is being ended already");
                 return send(&mut writer, &Answer::from(&error)).await;
             }
             match received.recv().await {

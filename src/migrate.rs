@@ -7,6 +7,8 @@
 //!                        └────► receive into the queue, from the slot's first moment to the cutover ►
 //! ```
 //!
+//! After the cutover, the way back is the same again with both servers in each other's place, from "follow" on (`way_back.rs`).
+//!
 //! Every phase can be interrupted anywhere. A transient error (a server restarts, a connection breaks) makes the phases begin
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
@@ -17,8 +19,10 @@ mod phases;
 mod prepare;
 mod repair;
 mod stall;
+mod way_back;
 
 pub(crate) use identify::application_name;
+pub(crate) use way_back::finish_without_process;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -77,6 +81,8 @@ pub struct Config {
     pub heal: Heal,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
+    /// Whether a way back is made ready while following.
+    pub reverse: bool,
 }
 
 impl Config {
@@ -131,6 +137,16 @@ struct Running {
     waits_for_snapshot: AtomicBool,
     /// Where the apply is held for a moment, for a comparison.
     gate: Gate,
+    direction: Direction,
+}
+
+/// Which way the changes go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Direction {
+    /// From the server that is moved away from to the one that is moved to.
+    There,
+    /// From the one that took over, to keep the old one current.
+    Back,
 }
 
 /// Migrates, until the cutover has gone through.
@@ -161,7 +177,7 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
 async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) -> Result<()> {
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
-    let (senders, requests) = control::requests();
+    let (senders, mut requests, mut finish) = control::requests();
     board.show_connections(config.source.connections(), config.target.connections());
     board.set_source_wal_max(config.care.source_wal_max);
     let pause = Pause::restore(directory.directory(), board);
@@ -195,13 +211,19 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         tune,
         waits_for_snapshot: AtomicBool::new(false),
         gate: Gate::open(),
+        direction: Direction::There,
     };
-    migration.go(requests).await
+    // Boxed, as below: the states of whole migrations together are more than a thread's stack should hold.
+    tokio::select! {
+        outcome = Box::pin(migration.go(&mut requests)) => outcome?,
+        never = way_back::refuse_to_finish(&mut finish) => match never {},
+    }
+    Box::pin(migration.keep_the_old_primary_current(&mut requests, &mut finish)).await
 }
 
 impl Running {
     /// All that comes after the check.
-    async fn go(&self, mut requests: Requests) -> Result<()> {
+    async fn go(&self, requests: &mut Requests) -> Result<()> {
         let mut backoff = Backoff::new();
         let mut heal = self.config.heal.clone();
         let taken_up = loop {
@@ -243,16 +265,14 @@ impl Running {
         beside.spawn(async move { trimming.trim(to_trim).await });
         beside.spawn(async move { watching.watch_source().await });
         let point_taker = self.point_taker(&migration, &queue);
-        beside.spawn(async move {
-            point_taker.serve(requests.points).await;
-            Ok(())
-        });
+        let Requests { cutovers, points, repairs } = requests;
         let outcome = tokio::select! {
             ended = beside.join_next() => match ended {
                 Some(Ok(Err(error))) => Err(error),
                 _ => Err(Error::new(ErrorKind::Other, "the stream from the source has ended")),
             },
-            outcome = self.phases_until_cutover(&queue, &mut held, &mut requests.cutovers, &mut requests.repairs) => outcome,
+            outcome = self.phases_until_cutover(&queue, &mut held, cutovers, repairs) => outcome,
+            never = point_taker.serve(points) => match never {},
         };
         // The queue writes its last block before the directory's lock goes.
         beside.shutdown().await;
@@ -266,7 +286,10 @@ impl Running {
 
     fn is_over(&self) -> Result<()> {
         self.board.set_phase(ShownPhase::CutOver);
-        let text = "this migration has been cut over already; `walferry clean` removes what it left";
+        let text = match self.direction {
+            Direction::There => "this migration has been cut over already",
+            Direction::Back => "this migration has been switched back already",
+        };
         self.board.event(Level::Info, text);
         Ok(())
     }
@@ -311,7 +334,7 @@ impl Running {
         loop {
             let begun = std::time::Instant::now();
             let (outcome, stalled) = tokio::select! {
-                outcome = self.phases(queue, held, requested) => (outcome, false),
+                outcome = Box::pin(self.phases(queue, held, requested)) => (outcome, false),
                 error = self.stall() => (Err(error), true),
                 request = self.repair_requested(repairs) => {
                     self.repair(request).await;
@@ -355,6 +378,9 @@ impl Running {
             // Decided, though the answer got lost.
             self.board.set_phase(ShownPhase::CutOver);
             return Ok(());
+        }
+        if self.direction == Direction::Back {
+            self.fit_the_old_primary(&target).await?;
         }
         let tables = self.show_tables(&target).await?;
         if !migration.pre_data_restored {

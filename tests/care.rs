@@ -294,7 +294,7 @@ async fn h28_a_migration_never_opens_more_connections_than_it_may() {
     let migration = servers.migration("shop").await;
     load::fill(&migration.source().await, 5_000).await;
     migration.source().await.batch_execute(LARGE).await.unwrap();
-    for (option, least) in [("--max-source-connections", "8 at least"), ("--max-target-connections", "9 at least")] {
+    for (option, least) in [("--max-source-connections", "8 at least"), ("--max-target-connections", "10 at least")] {
         migration.migrate(&[option, "7"]).wait().await.assert_refused(2, &[option, least]);
     }
 
@@ -302,7 +302,7 @@ async fn h28_a_migration_never_opens_more_connections_than_it_may() {
     let on_source = Sampler::start(servers.source.connect("postgres").await.unwrap());
     let on_target = Sampler::start(servers.target.connect("postgres").await.unwrap());
     let application = Application::start(&migration.source_url, 2);
-    let caps = ["--max-source-connections", "8", "--max-target-connections", "10"];
+    let caps = ["--max-source-connections", "8", "--max-target-connections", "11"];
     let wished = ["--copy-jobs", "6", "--index-jobs", "6", "--apply-workers", "6", "--copy-rate", "2MiB"];
     let mut running = migration.migrate(&[&SPLIT[..], &caps, &wished].concat());
     migration.wait_for_status(&mut running, "copy", |status| status["copy"]["jobs"] == 2).await;
@@ -312,7 +312,7 @@ async fn h28_a_migration_never_opens_more_connections_than_it_may() {
     let workers = migration.ledger("SELECT apply_workers FROM walferry.migration").await;
     assert_eq!(workers[0].get::<_, i32>(0), 2);
     let status = migration.status().await.unwrap();
-    for (side, max) in [("source", 8), ("target", 10)] {
+    for (side, max) in [("source", 8), ("target", 11)] {
         let numbers = &status["connections"][side];
         let (now, peak) = (numbers["now"].as_u64().unwrap(), numbers["peak"].as_u64().unwrap());
         assert!(now >= 3 && now <= peak && peak <= max, "{numbers}");
@@ -321,20 +321,34 @@ async fn h28_a_migration_never_opens_more_connections_than_it_may() {
 
     // With fewer connections it cannot go on, since its apply workers are there to stay.
     running.terminate().await;
-    let refused = migration.migrate(&["--max-target-connections", "9"]).wait().await;
-    refused.assert_refused(3, &["began with 2 apply workers, and needs 10"]);
+    let refused = migration.migrate(&["--max-target-connections", "10"]).wait().await;
+    refused.assert_refused(3, &["began with 2 apply workers, and needs 11"]);
 
+    // On the way back the source is what the target is now, and that is known before.
     let mut running = migration.migrate(&caps);
+    ready(&migration, &mut running).await;
+    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    refused.assert_refused(5, &["there would be no way back", "--max-source-connections 11 or more"]);
+    running.terminate().await;
+    let on_source_before = on_source.most().await;
+    assert!(on_source_before <= 8, "{on_source_before} sessions on the source");
+
+    let on_source = Sampler::start(servers.source.connect("postgres").await.unwrap());
+    let mut running = migration.migrate(&["--max-source-connections", "11", "--max-target-connections", "11"]);
     ready(&migration, &mut running).await;
     application.goes_on(20).await;
     let cutover = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
     assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    application.stop().await;
+    migration.wait_for_status(&mut running, "the way back", |status| status["direction"] == "back").await;
+    ready(&migration, &mut running).await;
+    let switchback = migration.with_directory("switchback", &["--yes", "--max-write-stall", "25s"]).await;
+    assert_eq!(switchback.code, Some(0), "{}\n{}", switchback.stderr, running.log());
     let ended = running.wait().await;
     assert!(!ended.stderr.contains("more connections to a server are needed"), "{}", ended.stderr);
-    application.stop().await;
     let (source, target) = (on_source.most().await, on_target.most().await);
     println!("at most {source} and {target} sessions");
-    assert!(source <= 8 && target <= 10, "{source} sessions on the source, {target} on the target");
+    assert!(source <= 11 && target <= 11, "{source} sessions on the source, {target} on the target");
     assert!(source >= 6 && target >= 6, "{source} and {target} were all that was seen");
     migration.assert_equal().await;
 

@@ -25,11 +25,11 @@ impl Pair {
     async fn start(settings: &[(&str, &str)]) -> Pair {
         let programs = ServerPrograms::find(None).unwrap();
         let source = ThrowawayServer::start(&programs, "check-source", &[&LOGICAL, settings].concat()).await.unwrap();
-        let target = ThrowawayServer::start(&programs, "check-target", &[("autovacuum", "off")]).await.unwrap();
+        let target = ThrowawayServer::start(&programs, "check-target", &LOGICAL).await.unwrap();
         let pair = Pair { source, target };
-        for (server, right) in [(&pair.source, "REPLICATION"), (&pair.target, "")] {
+        for server in [&pair.source, &pair.target] {
             let first = server.connect("postgres").await.unwrap();
-            run(&first, &format!("CREATE ROLE app LOGIN {right}")).await;
+            run(&first, "CREATE ROLE app LOGIN REPLICATION").await;
             run(&first, "CREATE DATABASE shop").await;
             run(
                 &server.connect("shop").await.unwrap(),
@@ -38,7 +38,9 @@ impl Pair {
             .await;
         }
         let grant = "GRANT SET ON PARAMETER session_replication_role TO app";
-        run(&pair.on_target().await, grant).await;
+        for client in [pair.on_source().await, pair.on_target().await] {
+            run(&client, grant).await;
+        }
         pair
     }
 
@@ -558,4 +560,41 @@ async fn h10_more_tables_than_the_lock_table_has_places_block_until_it_is_larger
     pair.source.restart().await.unwrap();
     let report = pair.check().await;
     assert!(report.ready() && report.findings.iter().all(|finding| finding.code != "locks"), "{report}");
+}
+
+#[tokio::test]
+async fn what_the_way_back_lacks_is_named_with_what_mends_it() {
+    let pair = Pair::start(&[]).await;
+    pair.as_app("CREATE TABLE t (id int PRIMARY KEY); ANALYZE t").await;
+    run(&pair.on_source().await, "REVOKE SET ON PARAMETER session_replication_role FROM app").await;
+    pair.is_mended_by_its_fix(Severity::Warning, "way-back").await;
+    run(&pair.on_target().await, "ALTER ROLE app NOREPLICATION").await;
+    pair.is_mended_by_its_fix(Severity::Warning, "way-back").await;
+    run(&pair.on_target().await, "REVOKE pg_signal_backend FROM app").await;
+    pair.is_mended_by_its_fix(Severity::Warning, "signal-backend").await;
+}
+
+#[tokio::test]
+async fn settings_that_the_target_has_otherwise_are_named() {
+    let pair = Pair::start(&[("max_locks_per_transaction", "65")]).await;
+    pair.as_app("CREATE TABLE t (id int PRIMARY KEY); ANALYZE t").await;
+    run(&pair.on_source().await, "ALTER DATABASE shop SET search_path = \"My Schema\", public").await;
+    run(&pair.on_source().await, "ALTER DATABASE shop SET \"app.greeting\" = 'it''s = me'").await;
+    run(&pair.on_target().await, "ALTER DATABASE shop SET work_mem = '9MB'").await;
+    pair.is_mended_by_its_fix(Severity::Warning, "database-settings").await;
+    let shown = pair
+        .on_target()
+        .await
+        .query_one("SELECT current_setting('search_path'), current_setting('app.greeting')", &[])
+        .await
+        .unwrap();
+    assert_eq!((shown.get(0), shown.get(1)), ("\"My Schema\", public", "it's = me"));
+    let report = pair.check().await;
+    let differing: Vec<&str> = report
+        .findings
+        .iter()
+        .filter(|finding| finding.code == "settings-differ")
+        .map(|finding| finding.object.as_str())
+        .collect();
+    assert_eq!(differing, ["max_locks_per_transaction", "work_mem"], "{report}");
 }

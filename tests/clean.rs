@@ -119,7 +119,7 @@ async fn nothing_is_left_of_a_migration_that_was_abandoned_in_any_phase() {
     let mut running = migration.migrate(&[]);
     ready(&migration, &mut running).await;
     holder.batch_execute("BEGIN; ALTER SEQUENCE app.counter CACHE 1").await.unwrap();
-    let cutover = migration.start("cutover", &["--yes"]);
+    let cutover = migration.start("cutover", &["--yes", "--no-reverse"]);
     is_blocked(&migration.target().await, "setval").await;
     running.kill().await;
     cutover.wait().await;

@@ -49,7 +49,7 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
     )
     .await
     .unwrap();
-    let refused = migration.with_directory("cutover", &["--yes", "--timeout", "5s"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse", "--timeout", "5s"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["could not be locked", "the long one", "End the long transaction"]);
     nothing_has_happened(&migration, &mut running, &application).await;
@@ -60,7 +60,7 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
     let holder = migration.target().await;
     holder.batch_execute("BEGIN; LOCK TABLE app.heavy IN SHARE MODE").await.unwrap();
     migration.source().await.batch_execute("UPDATE app.heavy SET n = n + 1 WHERE id = 1").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes", "--timeout", "2s", "--json"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse", "--timeout", "2s", "--json"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["before the fence", "--timeout"]);
     assert_eq!(refused.stdout, "", "no outcome without a cutover");
@@ -69,7 +69,7 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
 
     // The database is closed already. Who reconnects behind the fence is not left with a session that cannot write.
     holder.batch_execute("BEGIN; ALTER SEQUENCE app.counter CACHE 1").await.unwrap();
-    let cutover = migration.start("cutover", &["--yes", "--max-write-stall", "4s"]);
+    let cutover = migration.start("cutover", &["--yes", "--no-reverse", "--max-write-stall", "4s"]);
     is_blocked(&migration.target().await, "setval").await;
     let pooled = migration.source().await;
     assert_eq!(shown(&pooled, "default_transaction_read_only").await, "on");
@@ -83,7 +83,7 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
 
     // The target refuses the decision itself: somebody has a lock on a table whose identity is to be restored.
     holder.batch_execute("BEGIN; LOCK TABLE app.big IN ACCESS SHARE MODE").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["during switch", "lock timeout", "The fence is lifted"]);
     nothing_has_happened(&migration, &mut running, &application).await;
@@ -102,7 +102,7 @@ async fn what_the_stream_does_not_show_is_refused_by_name_until_it_is_waived() {
 
     // Committed after the switch, it would be lost.
     source.batch_execute("BEGIN; SELECT nextval('app.counter'); PREPARE TRANSACTION 'two phases'").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["1 prepared transactions", "ROLLBACK PREPARED", "pg_prepared_xacts"]);
     source.batch_execute("ROLLBACK PREPARED 'two phases'").await.unwrap();
@@ -115,13 +115,13 @@ async fn what_the_stream_does_not_show_is_refused_by_name_until_it_is_waived() {
         .await
         .unwrap();
     source.batch_execute("CREATE TABLE app.late_too (id int PRIMARY KEY)").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["app.added", "app.late", "app.note_body", "--waive", "is new"]);
     nothing_has_happened(&migration, &mut running, &application).await;
     // One name at a time: to waive a table is not to waive those whose names begin alike.
     source.batch_execute("DROP TABLE app.late; DROP INDEX app.note_body").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     let named = |name: &str| {
         let (before, rest) = refused.stderr.split_once(name).unwrap_or_else(|| panic!("{name}: {}", refused.stderr));
         let kind = before.rsplit([';', ':']).next().unwrap().trim_start();
@@ -130,7 +130,9 @@ async fn what_the_stream_does_not_show_is_refused_by_name_until_it_is_waived() {
     let (added, late) = (named("app.added"), named("app.late_too"));
     println!("{added:?} {late:?}");
     let begins_alike = late.trim_end_matches("_too");
-    let refused = migration.with_directory("cutover", &["--yes", "--waive", &added, "--waive", begins_alike]).await;
+    let refused = migration
+        .with_directory("cutover", &["--yes", "--no-reverse", "--waive", &added, "--waive", begins_alike])
+        .await;
     refused.assert_refused(5, &["app.late_too"]);
     assert!(!refused.stderr.contains("app.added"), "waived: {}", refused.stderr);
     source.batch_execute("DROP TABLE app.late_too").await.unwrap();
@@ -139,7 +141,7 @@ async fn what_the_stream_does_not_show_is_refused_by_name_until_it_is_waived() {
     migration.target().await.batch_execute(function).await.unwrap();
     application.goes_on(10).await;
     ready(&migration, &mut running).await;
-    let cutover = migration.with_directory("cutover", &["--yes", "--waive", &added]).await;
+    let cutover = migration.with_directory("cutover", &["--yes", "--no-reverse", "--waive", &added]).await;
     assert_eq!(cutover.code, Some(0), "{}", cutover.stderr);
     for step in ["check", "fence", "drain", "close", "settle", "switch", "release", "Switched at"] {
         assert!(cutover.stdout.contains(step), "{step} in:\n{}", cutover.stdout);
@@ -194,7 +196,7 @@ async fn after_the_switch_the_target_takes_the_writes_and_the_source_none() {
     assert_eq!(again.code, Some(0), "{}", again.stderr);
     assert_eq!(again.json()["phase"], "cut_over");
     assert_eq!(migration.with_directory("status", &["--exit-code"]).await.code, Some(0));
-    let again = migration.with_directory("cutover", &["--yes"]).await;
+    let again = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", again.stderr);
     assert_ne!(again.code, Some(0), "{}", again.stdout);
 }

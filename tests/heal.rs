@@ -364,11 +364,11 @@ async fn a_resync_sets_tables_aside_that_the_source_dropped_and_the_cutover_stil
     assert_eq!(number(&target, "SELECT count(*) FROM day_1").await, 250, "what the target has of it stays");
     source.batch_execute("INSERT INTO day VALUES (2, -2); INSERT INTO t VALUES (2)").await.unwrap();
     target.batch_execute("DROP TABLE day_1").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     refused.assert_refused(5, &["table public.day_1 is gone"]);
     let gone = ["table public.day_1", "column d of table public.day_1", "column n of table public.day_1"];
     let waived: Vec<&str> = gone.iter().flat_map(|object| ["--waive", object]).collect();
-    let done = migration.with_directory("cutover", &[&["--yes"][..], &waived].concat()).await;
+    let done = migration.with_directory("cutover", &[&["--yes", "--no-reverse"][..], &waived].concat()).await;
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     migration.assert_equal().await;
 }

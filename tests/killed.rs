@@ -186,7 +186,7 @@ async fn killed_while_it_copies_indexes_and_catches_up_it_goes_on_and_copies_no_
 
 /// A cutover on its way, given enough time to be held.
 fn begin_cutover(migration: &Migration) -> Running {
-    migration.start("cutover", &["--yes", "--timeout", "60s", "--max-write-stall", "60s"])
+    migration.start("cutover", &["--yes", "--no-reverse", "--timeout", "60s", "--max-write-stall", "60s"])
 }
 
 /// Kills the migration in the middle of a cutover, and starts it again.

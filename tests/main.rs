@@ -16,3 +16,5 @@ mod large_transaction;
 mod online;
 mod refused;
 mod schema_change;
+mod warm;
+mod way_back;

@@ -372,3 +372,33 @@ async fn a_table_that_is_truncated_under_the_snapshots_is_compared_at_another_po
     assert_eq!(rows, [5000, 2], "{report:#}");
     drop(running);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_the_way_back_both_sides_are_compared_and_repaired_likewise() {
+    let servers = Servers::start().await;
+    let (migration, mut running) = follows(&servers, 2_000).await;
+    let cutover = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    let ready = |status: &Value| status["direction"] == "back" && status["ready_to_cutover"] == true;
+    migration.wait_for_status(&mut running, "the way back", ready).await;
+    let application = Application::start(&migration.target_url, 3);
+    application.goes_on(20).await;
+    is_equal_online(&verify(&migration, &[]).await);
+
+    let old_primary = migration.source().await;
+    let plant = "BEGIN READ WRITE; SET LOCAL session_replication_role = replica; \
+        UPDATE app.note SET document = '{}' WHERE id BETWEEN 1900 AND 1902; COMMIT";
+    old_primary.batch_execute(plant).await.unwrap();
+    let found = verify(&migration, &[]).await;
+    assert_eq!(found.code, Some(4), "{}", found.stderr);
+    let expected: Vec<String> =
+        (1900..=1902).map(|id| format!("different \"app\".\"note\" (id)=({id}) document")).collect();
+    assert_eq!(differences(&found.json()), expected);
+    let repaired = migration.with_directory("repair", &[]).await;
+    assert_eq!(repaired.code, Some(0), "{}\n{}", repaired.stderr, running.log());
+    application.goes_on(20).await;
+    is_equal_online(&verify(&migration, &[]).await);
+    application.stop().await;
+    assert!(running.is_alive(), "{}", running.log());
+    drop(running);
+}

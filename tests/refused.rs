@@ -163,7 +163,8 @@ async fn a_state_directory_that_cannot_serve_is_refused() {
         assert_eq!(both(&migration).await, before, "{path}");
     }
 
-    let mut running = migration.migrate(&[]);
+    // A way back would be made ready meanwhile.
+    let mut running = migration.migrate(&["--no-reverse"]);
     migration.wait_for_phase(&mut running, "following").await;
     let now = both(&migration).await;
     let second = migration.migrate(&[]).wait().await;
@@ -259,7 +260,7 @@ async fn a_migration_that_was_stopped_is_shown_and_takes_no_cutover() {
     assert_eq!(check.code, Some(0), "{}", check.stdout);
     assert_eq!(migration.with_servers("check", &[]).await.code, Some(3));
     let before = both(&migration).await;
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(1, &["walferry migrate"]);
     assert_eq!(both(&migration).await, before);

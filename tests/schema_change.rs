@@ -121,7 +121,7 @@ async fn i11_a_changed_table_is_mended_as_told_and_the_migration_goes_on_to_its_
         assert_eq!(ours, theirs, "{change}");
     }
     // Those that were dealt with are not named.
-    let refused = migration.with_directory("cutover", &["--yes"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     refused.assert_refused(5, &["1 objects of the source changed", "column unseen of table public.idle is new"]);
     source.batch_execute("ALTER TABLE idle DROP COLUMN unseen").await.unwrap();
     migration.cut_over(running).await;

@@ -5,17 +5,17 @@
 //! | | source | target |
 //! |---|---|---|
 //! | copying | stream, slot, snapshot, locks, standbys; one now and then | trimming, ledger; two now and then |
-//! | following | stream, slot, readiness; the cutover's three; one of a comparison; one now and then | trimming, ledger, readiness; the cutover's two; one of a comparison; two now and then |
+//! | following | stream, slot, readiness; the cutover's three; one of a comparison; one now and then | trimming, ledger, readiness, the way back; the cutover's two, or vacuuming's; one of a comparison; two now and then |
 //!
 //! *Now and then* is what looks for a stall, adopts a changed table, lifts a fence, or asks the ledger something. The
-//! preparation takes fewer.
+//! preparation takes fewer. On the way back both servers have each other's place, with as many apply workers.
 
 use crate::error::{Error, ErrorKind, Result};
 
 const SOURCE_WHILE_COPYING: usize = 6;
 const SOURCE_WHILE_FOLLOWING: usize = 8;
 const TARGET_WHILE_COPYING: usize = 4;
-const TARGET_WHILE_FOLLOWING: usize = 8;
+const TARGET_WHILE_FOLLOWING: usize = 9;
 
 /// What does something at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +128,14 @@ impl Caps {
     }
 }
 
+impl Caps {
+    /// The connections to the source that the way back needs, where there may not be so many.
+    pub fn lacking_for_way_back(&self, workers: usize) -> Option<usize> {
+        let needed = TARGET_WHILE_FOLLOWING + workers;
+        self.source.filter(|cap| *cap < needed).map(|_| needed)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,30 +150,32 @@ mod tests {
     fn jobs_are_reduced_so_that_the_connections_fit() {
         assert_eq!(caps(None, None).fit(WANTED).unwrap(), WANTED);
         for source in 8..20 {
-            for target in 9..20 {
+            for target in 10..20 {
                 let jobs = caps(source, target).fit(WANTED).unwrap();
                 assert!(jobs.source_connections() <= source && jobs.target_connections() <= target, "{jobs:?}");
                 assert!(jobs.copy >= 1 && jobs.index >= 1 && jobs.apply >= 1);
                 assert!(jobs.copy <= 4 && jobs.index <= 2 && jobs.apply <= 4);
             }
         }
-        assert_eq!(caps(10, 12).fit(WANTED).unwrap(), WANTED);
+        assert_eq!(caps(10, 13).fit(WANTED).unwrap(), WANTED);
         assert_eq!(caps(8, None).fit(WANTED).unwrap(), Jobs { copy: 2, ..WANTED });
-        assert_eq!(caps(None, 9).fit(WANTED).unwrap(), Jobs { copy: 3, index: 2, apply: 1 });
+        assert_eq!(caps(None, 10).fit(WANTED).unwrap(), Jobs { copy: 4, index: 2, apply: 1 });
         let one = Jobs { copy: 1, index: 1, apply: 1 };
         assert_eq!(caps(1000, 1000).fit(one).unwrap(), one);
     }
 
     #[test]
     fn too_few_connections_are_refused_with_the_least_that_works() {
-        for (caps, least) in [(caps(7, None), "8 at least"), (caps(8, 8), "9 at least")] {
+        for (caps, least) in [(caps(7, None), "8 at least"), (caps(8, 9), "10 at least")] {
             let error = caps.fit(WANTED).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Usage);
             assert!(error.to_string().contains(least), "{error}");
         }
-        caps(8, 9).fit(WANTED).unwrap();
-        assert_eq!(caps(None, 11).fit_apply_workers(4).unwrap_err().kind(), ErrorKind::Blocked);
-        caps(None, 12).fit_apply_workers(4).unwrap();
+        caps(8, 10).fit(WANTED).unwrap();
+        assert_eq!(caps(None, 12).fit_apply_workers(4).unwrap_err().kind(), ErrorKind::Blocked);
+        caps(None, 13).fit_apply_workers(4).unwrap();
+        assert_eq!(caps(12, None).lacking_for_way_back(4), Some(13));
+        assert_eq!(caps(13, None).lacking_for_way_back(4), None);
         assert_eq!(caps(1, 9).fit_comparison(4).unwrap_err().kind(), ErrorKind::Usage);
         assert_eq!(caps(3, 9).fit_comparison(4).unwrap(), 2);
         assert_eq!(caps(None, None).fit_comparison(4).unwrap(), 4);

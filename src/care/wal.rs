@@ -207,6 +207,7 @@ mod tests {
             post_data_restored: false,
             snapshot_floor: 0,
             queue: "queue".into(),
+            way_back: None,
         }
     }
 }

@@ -13,6 +13,7 @@
 //! table; only the trial of a copy (`estimate`) writes, in a transaction that it rolls back. A finding says what was found on which object, why it matters, and the SQL that mends it.
 
 mod both;
+mod differing;
 mod estimate;
 mod local;
 mod objects;
@@ -102,8 +103,10 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
             "Dumping the schema, or fencing the source at the cutover,",
         ));
     }
-    if let (Some((_, source)), Some((_, target))) = (&source, &target) {
+    if let (Some((on_source, source)), Some((on_target, target))) = (&source, &target) {
         findings.extend(both::servers(source, target));
+        findings.extend(differing::settings(source, target));
+        findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
         let tools = tools::find_tools_for(source.major(), target.major());
         findings.extend(tools::findings(&tools, source.major(), target.major()));
         findings.push(target::disk(source.bytes));
@@ -205,10 +208,11 @@ async fn check_source(
     ));
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server).await?);
-    findings.extend(source::cutover(client, server).await?);
+    findings.extend(source::cutover(client, server, Side::Source).await?);
     findings.extend(objects::tables(client, tables).await?);
     findings.extend(objects::others(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
+    findings.extend(target::replica_role(client, server, Side::Source).await?);
     Ok(findings)
 }
 
@@ -218,7 +222,8 @@ async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> 
     let needed = count(inputs.jobs.target_connections());
     let what = format!("for {copy} copy jobs and {index} index jobs, or later {apply} apply workers, and some more");
     findings.extend(server::connections(server, Side::Target, needed, needed, &what));
-    findings.extend(target::replica_role(client, server).await?);
+    findings.extend(target::replica_role(client, server, Side::Target).await?);
+    findings.extend(source::cutover(client, server, Side::Target).await?);
     if !inputs.resuming {
         findings.extend(target::emptiness(client, server).await?);
     }

@@ -103,7 +103,7 @@ pub(crate) fn settings(server: &Server) -> Vec<Finding> {
 }
 
 /// Rights that only the cutover needs: to close the database to writers, and to end the other sessions (H29).
-pub(crate) async fn cutover(client: &Client, server: &Server) -> Result<Vec<Finding>> {
+pub(crate) async fn cutover(client: &Client, server: &Server, side: Side) -> Result<Vec<Finding>> {
     let row = client
         .query_typed_one(
             "SELECT pg_catalog.pg_has_role(current_user, d.datdba, 'USAGE'), \
@@ -115,19 +115,26 @@ pub(crate) async fn cutover(client: &Client, server: &Server) -> Result<Vec<Find
         .context(|| "reading what the role may do at the cutover".into())?;
     let (owns, signals): (bool, bool) = (row.get(0), row.get(1));
     let (database, role) = (sql::identifier(&server.database), sql::identifier(&server.role));
+    // The target is left only on the way back.
+    let (severity, when) = match side {
+        Side::Target => (Severity::Warning, "switchback"),
+        _ => (Severity::Blocker, "cutover"),
+    };
     let mut findings = Vec::new();
     if !owns && !server.superuser {
-        let message = "The role does not own the database, and so cannot close it to writers at the cutover.";
+        let message = format!("The role does not own the database, and so cannot close it to writers at the {when}.");
         findings.push(
-            finding(Severity::Blocker, "database-owner", &database, message)
+            Finding::new(severity, side, "database-owner", &database, message)
                 .fix(format!("ALTER DATABASE {database} OWNER TO {role};")),
         );
     }
     if !signals && !server.superuser {
-        let message = "The role may not end the sessions of other roles, which the cutover has to: a writer that waits for \
-                       its locks would otherwise write to the old server afterwards.";
+        let message = format!(
+            "The role may not end the sessions of other roles, which the {when} has to: a writer that waits for its locks would \
+             otherwise write to the server that is left."
+        );
         findings.push(
-            finding(Severity::Blocker, "signal-backend", &role, message)
+            Finding::new(severity, side, "signal-backend", &role, message)
                 .fix(format!("GRANT pg_signal_backend TO {role};")),
         );
     }

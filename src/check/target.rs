@@ -114,13 +114,23 @@ pub(crate) fn settings(server: &Server) -> Vec<Finding> {
     }
     if server.setting("wal_level") != Some("logical") {
         let message = format!(
-            "It is {}. The way back after the cutover reads the target's WAL, which works only at the level logical; set it while nobody uses the target.",
+            "It is {}. The way back after the cutover reads the target's WAL, which works only at the level logical; without it, only \
+             `cutover --no-reverse` switches. Set it while nobody uses the target.",
             server.shown("wal_level")
         );
         findings.push(
-            finding(Severity::Info, "way-back", "wal_level", message)
+            finding(Severity::Warning, "way-back", "wal_level", message)
                 .fix("ALTER SYSTEM SET wal_level = 'logical';  -- then restart the server"),
         );
+    }
+    if !server.replication {
+        let message = "The role may not replicate. The way back after the cutover needs a slot on the target; without it, only \
+                       `cutover --no-reverse` switches.";
+        let fix = match server.setting("rds.logical_replication") {
+            Some(_) => format!("GRANT rds_replication TO {role};"),
+            None => format!("ALTER ROLE {role} REPLICATION;"),
+        };
+        findings.push(finding(Severity::Warning, "way-back", role, message).fix(fix));
     }
     findings
 }
@@ -134,11 +144,12 @@ pub(crate) fn disk(source_bytes: i64) -> Finding {
     finding(Severity::Info, "target-disk", "data_directory", message)
 }
 
-/// Whether our role may write without firing triggers and foreign keys; tried in a transaction that is rolled back.
+/// Whether our role may write without firing triggers and foreign keys; tried in a transaction that is rolled back. On the source,
+/// only the way back writes.
 ///
 /// # Errors
 /// Whatever the server says, but for the refusal itself.
-pub(crate) async fn replica_role(client: &Client, server: &Server) -> Result<Option<Finding>> {
+pub(crate) async fn replica_role(client: &Client, server: &Server, side: Side) -> Result<Option<Finding>> {
     let doing = || "trying session_replication_role".to_string();
     client.batch_execute("BEGIN").await.context(doing)?;
     let tried = client.batch_execute("SET LOCAL session_replication_role = replica").await;
@@ -146,10 +157,22 @@ pub(crate) async fn replica_role(client: &Client, server: &Server) -> Result<Opt
     match tried {
         Ok(()) => Ok(None),
         Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => {
-            let message = "The role may not set it. Without it triggers fire a second time for every change that is \
-                           applied, and foreign keys refuse rows whose parents come in another session.";
+            let (severity, code, message) = match side {
+                Side::Source => (
+                    Severity::Warning,
+                    "way-back",
+                    "The role may not set it. After the cutover the way back writes to the source, where triggers must not fire a \
+                     second time; without it, only `cutover --no-reverse` switches.",
+                ),
+                _ => (
+                    Severity::Blocker,
+                    "replica-role",
+                    "The role may not set it. Without it triggers fire a second time for every change that is \
+                     applied, and foreign keys refuse rows whose parents come in another session.",
+                ),
+            };
             let fix = format!("GRANT SET ON PARAMETER session_replication_role TO {};", sql::identifier(&server.role));
-            Ok(Some(finding(Severity::Blocker, "replica-role", "session_replication_role", message).fix(fix)))
+            Ok(Some(Finding::new(severity, side, code, "session_replication_role", message).fix(fix)))
         }
         Err(error) => Err(error).context(doing),
     }
@@ -173,7 +196,8 @@ mod tests {
         assert_eq!(settings(&server), []);
         server.database_create = false;
         server.settings.remove("wal_level");
+        server.replication = false;
         let codes: Vec<&str> = settings(&server).iter().map(|finding| finding.code).collect();
-        assert_eq!(codes, ["create-on-database", "way-back"]);
+        assert_eq!(codes, ["create-on-database", "way-back", "way-back"]);
     }
 }

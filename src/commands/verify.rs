@@ -19,7 +19,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::format::{count, duration};
 use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
-use crate::observe::status::Phase;
+use crate::observe::status::{Direction, Phase};
 use crate::source::catalog::{self, Table};
 use crate::state_directory::StateDirectory;
 use crate::target::ledger::{self, LedgerTable};
@@ -35,7 +35,7 @@ const LOOK: Duration = Duration::from_millis(200);
 pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
     let (source, target) = match &options.dir {
         None => both(&options.servers)?,
-        Some(directory) => known(&options.servers, directory)?,
+        Some(directory) => known(&options.servers, directory).await?,
     };
     let caps = options.connections.caps();
     let jobs = caps.fit_comparison(options.jobs)?;
@@ -105,9 +105,13 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
     })
 }
 
-/// The servers of the migration in a state directory.
-fn known(servers: &cli::Servers, directory: &Path) -> Result<(ConnectionSpec, ConnectionSpec)> {
+/// The servers of the migration in a state directory: the one that is followed, and the one that follows. On the way back they have each
+/// other's place.
+async fn known(servers: &cli::Servers, directory: &Path) -> Result<(ConnectionSpec, ConnectionSpec)> {
+    let status = read_status(&StateDirectory::at(directory)).await;
+    let is_way_back = status.is_ok_and(|status| status.direction == Direction::Back);
     match either_or_known(servers, directory)? {
+        (Some(source), Some(target)) if is_way_back => Ok((target, source)),
         (Some(source), Some(target)) => Ok((source, target)),
         _ => Err(Error::new(
             ErrorKind::Other,
@@ -243,7 +247,7 @@ impl Drop for Shown {
 pub(super) async fn repair(options: cli::Repair) -> Result<()> {
     let path = &options.directory.dir;
     let directory = StateDirectory::at(path);
-    let (_, target) = known(&options.servers, path)?;
+    let (_, target) = known(&options.servers, path).await?;
     let client = target.connect(APPLICATION_NAME).await?;
     let recorded: Vec<Table> = ledger::tables(&client).await?.into_iter().map(|entry| entry.table).collect();
     let Some(names) = what_to_repair(&client, options.tables).await? else {

@@ -39,11 +39,34 @@ pub(super) struct Fence<'a> {
 }
 
 /// What opening the database again needs to know of its closing.
-pub(crate) struct Closed {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Closed {
     /// The setting that was in the place of ours.
     pub(crate) previous: Option<String>,
     /// When it was closed, by the source's clock, as text.
     pub(crate) since: Option<String>,
+}
+
+impl Closed {
+    /// How the source of a ledger's migration was closed; `None` when it was not.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn load(ledger: &Client) -> Result<Option<Closed>> {
+        let row = ledger
+            .query_typed_opt(
+                "SELECT fence->>'previous', fence->>'since' FROM walferry.migration WHERE fence IS NOT NULL",
+                &[],
+            )
+            .await
+            .context(|| "reading from the ledger how the source was closed".into())?;
+        Ok(row.map(|row| Closed { previous: row.get(0), since: row.get(1) }))
+    }
+
+    /// Statements that open the database again; for a transaction.
+    pub(super) fn reopen(&self, database: &str) -> String {
+        format!("{};", reopen_statement(database, self.previous.as_deref()))
+    }
 }
 
 /// The session that locks the tables.
@@ -306,13 +329,18 @@ pub(crate) async fn open_again(source: &Client, database: &str, closed: &Closed,
     let reopen = reopen_statement(database, closed.previous.as_deref());
     source.batch_execute(&reopen).await.context(|| "opening the source's database again".into())?;
     let Some(since) = &closed.since else { return Ok(()) };
-    source
+    end_sessions_since(source, since, application_name).await
+}
+
+/// Ends the sessions that began since a moment, by the server's clock.
+pub(crate) async fn end_sessions_since(server: &Client, since: &str, application_name: &str) -> Result<()> {
+    server
         .query(
             "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
              WHERE datname = pg_catalog.current_database() AND backend_type = 'client backend' \
                AND pid <> pg_catalog.pg_backend_pid() AND application_name <> $1 \
                AND backend_start >= $2::text::timestamptz",
-            &[&application_name, since],
+            &[&application_name, &since],
         )
         .await
         .context(|| "ending the sessions that began behind the fence".into())?;

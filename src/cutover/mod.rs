@@ -1,9 +1,9 @@
 //! The cutover: from "the target follows" to "the target is the primary", all or nothing (I8).
 //!
 //! ```text
-//!   check ► fence ► marker, drain ► close ► settle (sequences, last check, second marker: at once) ► switch ► release
-//!           └─────────── anything fails, or time is up: open, unlock, follow again ──────────────┘ │
-//!                                                                       one synchronous commit on the target
+//!   check ► fence ► marker, drain ► close ► settle (sequences, last check, second marker: at once) ► arm ► switch ► release
+//!           └─────────── anything fails, or time is up: open, unlock, follow again ────────────────────┘ │
+//!                                                                             one synchronous commit on the target
 //! ```
 //!
 //! | step | what holds afterwards |
@@ -12,10 +12,12 @@
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
 //! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
+//! | arm | the stream back to the server that is left begins behind all that was applied (H33) |
 //! | switch | the lock session has proved that it still holds its locks; one synchronous commit on the target decides |
 //!
 //! What is done to the source stands in the ledger before it is done, so that after a crash [`lift_left_over_fence`] undoes it.
 
+pub mod arming;
 mod fence;
 mod sequences;
 mod unique;
@@ -37,8 +39,10 @@ use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
 
+pub use arming::{Arming, WayBack};
+pub use fence::Closed;
 use fence::Fence;
-pub(crate) use fence::{Closed, open_again};
+pub(crate) use fence::{end_sessions_since, open_again};
 pub use fence::{is_fence_left_over, lift_left_over_fence};
 
 /// How a cutover is to be done.
@@ -50,6 +54,10 @@ pub struct Options {
     pub max_write_stall_seconds: f64,
     /// Objects whose change since the start does not matter, as the error names them (I11).
     pub waive: Vec<String>,
+    /// Whether the way back is armed.
+    pub reverse: bool,
+    /// Whether it leads back to the server that was left: a switchback.
+    pub back: bool,
 }
 
 /// What a cutover works on.
@@ -66,6 +74,10 @@ pub struct Cutover<'a> {
     pub applied: watch::Receiver<Applied>,
     /// What stands against it, besides what it finds itself.
     pub blockers: Vec<String>,
+    /// What the way back is made from, and how far it is; `None` on the way back itself.
+    pub way_back: Option<(WayBack, watch::Receiver<Arming>)>,
+    /// How the target was closed to writers by the cutover before, which this one takes back; `None` where there was none.
+    pub target_closed: Option<Closed>,
 }
 
 /// A cutover that did not go through.
@@ -100,7 +112,7 @@ pub struct Outcome {
     pub sequences_synced: usize,
     /// Whether all rows of all tables were compared; this cutover compares those of tables without a replica identity only.
     pub verified: bool,
-    /// The way back: `none`.
+    /// The way back: `armed` or `none`.
     pub reverse: String,
 }
 
@@ -137,6 +149,20 @@ impl Cutover<'_> {
         // As for the backlog: what can be known before applications wait is looked at before.
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
         timer.within(unique::hold(&checker, &tables)).await.map_err(untouched)?;
+        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
+        if let Some((way_back, arming)) = way_back {
+            let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
+            let ready = async {
+                wait_until_ready(arming.clone()).await?;
+                way_back.draft(&target, &migrated).await
+            };
+            timer.within(ready).await.map_err(|error| {
+                let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's cluster: \
+                             end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
+                let hint = error.next_step().unwrap_or(waits).to_owned();
+                untouched(error.context("making the way back ready, before the fence").hint(hint))
+            })?;
+        }
         timer.done("check");
 
         let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
@@ -148,6 +174,11 @@ impl Cutover<'_> {
                 if let Err(error) = fence.release().await {
                     tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
                 }
+                if let Some(since) = self.target_closed.as_ref().and_then(|closed| closed.since.as_deref())
+                    && let Err(error) = end_sessions_since(&target, since, self.application_name).await
+                {
+                    tracing::warn!(%error, "after the decision, sessions that are still read-only could not be ended");
+                }
                 timer.done("release");
                 Ok(Outcome {
                     version: 1,
@@ -156,7 +187,7 @@ impl Cutover<'_> {
                     steps: timer.steps,
                     sequences_synced,
                     verified: false,
-                    reverse: "none".into(),
+                    reverse: if way_back.is_some() { "armed" } else { "none" }.into(),
                 })
             }
             Err(error) => {
@@ -249,14 +280,23 @@ impl Cutover<'_> {
         }
         timer.done("settle");
 
+        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
+        if let Some((way_back, _)) = way_back {
+            // All that was applied is before, and the sequences are set: from here on, what comes is the applications'.
+            timer.within(way_back.arm(source, target)).await?;
+        }
+        timer.done("arm");
+
         timer.within(fence.end_sessions()).await?;
         timer.within(fence.prove(tables.len())).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()); COMMIT",
             fence.still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
+            ledger::decide(way_back.is_some()),
+            self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
             second.lsn
         );
         let decided = timer
@@ -424,7 +464,7 @@ struct Timer<'a> {
 }
 
 /// The steps in order: the one after the last that is done is under way.
-const STEPS: [&str; 8] = ["check", "fence", "drain", "close", "settle", "switch", "release", "the end"];
+const STEPS: [&str; 9] = ["check", "fence", "drain", "close", "settle", "arm", "switch", "release", "the end"];
 
 impl<'a> Timer<'a> {
     fn new(options: &Options, tell: &'a mut (dyn FnMut(&Step) + Send + Sync)) -> Timer<'a> {
@@ -496,6 +536,22 @@ fn unique() -> String {
     format!("{}-{}", std::process::id(), now.as_nanos())
 }
 
+/// Waits until the slot of the way back is there.
+///
+/// # Errors
+/// `Aborted` when it cannot be.
+async fn wait_until_ready(mut arming: watch::Receiver<Arming>) -> Result<()> {
+    let settled = |arming: &Arming| !matches!(arming, Arming::Preparing(_));
+    let outcome = arming.wait_for(settled).await.map(|arming| arming.clone());
+    match outcome {
+        Ok(Arming::Impossible(why, mend)) => {
+            Err(Error::new(ErrorKind::Aborted, format!("there would be no way back: {why}")).hint(mend))
+        }
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::new(ErrorKind::Other, "nobody makes the way back ready")),
+    }
+}
+
 /// Takes back the setting that closes a database to writers.
 fn reopen_statement(database: &str, previous: Option<&str>) -> String {
     let database = sql::identifier(database);
@@ -530,14 +586,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_cutover_ends_at_the_write_stall_or_the_timeout() {
-        let options = Options { timeout_seconds: 30.0, max_write_stall_seconds: 0.0, waive: vec![] };
+        let options =
+            Options { timeout_seconds: 30.0, max_write_stall_seconds: 0.0, waive: vec![], reverse: false, back: false };
         let mut tell = |_: &Step| {};
         let mut timer = Timer::new(&options, &mut tell);
         timer.stall();
         let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();
         assert!(error.to_string().contains("--max-write-stall"), "{error}");
         timer.resume();
-        let short = Options { timeout_seconds: 0.0, max_write_stall_seconds: 9.0, waive: vec![] };
+        let short =
+            Options { timeout_seconds: 0.0, max_write_stall_seconds: 9.0, waive: vec![], reverse: false, back: false };
         let mut tell = |_: &Step| {};
         let timer = Timer::new(&short, &mut tell);
         let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();

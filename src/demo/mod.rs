@@ -108,7 +108,7 @@ async fn demonstrate(options: &DemoOptions) -> Result<Report> {
     say(options, &format!("starting two throwaway PostgreSQL {} servers", programs.major()));
     let (source, target) = tokio::try_join!(
         ThrowawayServer::start(&programs, "source", &[("wal_level", "logical"), ("max_wal_size", "4GB")]),
-        ThrowawayServer::start(&programs, "target", &[("max_wal_size", "4GB")]),
+        ThrowawayServer::start(&programs, "target", &[("wal_level", "logical"), ("max_wal_size", "4GB")]),
     )?;
     let sizes = Sizes::of_rows(options.rows);
     let client = schema::create_database(&source).await?;

@@ -237,7 +237,17 @@ const LIFT_AT_THE_END: Duration = Duration::from_secs(3);
 
 /// The same at the end of the process, when it cannot wait. Done at the next start when it cannot be done now.
 pub(super) async fn lift_fence_if_possible(config: &Config) {
-    match tokio::time::timeout(LIFT_AT_THE_END, lift_fence(config)).await {
+    let both_ways = async {
+        lift_fence(config).await?;
+        let migration = ledger::load(&config.target.connect("walferry").await?).await?;
+        match migration {
+            Some(migration) if migration.way_back == Some(ledger::WayBack::Armed) => {
+                lift_fence(&config.clone().reversed()).await
+            }
+            _ => Ok(()),
+        }
+    };
+    match tokio::time::timeout(LIFT_AT_THE_END, both_ways).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "could not look for a fence that was left over"),
         Err(_) => tracing::debug!("looking for a fence that was left over took too long"),

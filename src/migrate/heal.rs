@@ -25,7 +25,6 @@ use crate::queue;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
-use crate::source::snapshot;
 use crate::state_directory::queue_name;
 use crate::target::ledger::{self, Migration, Resynced, ThrownAway};
 use crate::verify;
@@ -210,7 +209,6 @@ impl Running {
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
         let new = self.make_slot(&source, &migration.slot).await?;
-        snapshot::import(&source, &new.snapshot.name).await?;
         let (before, mut after) = (identities(&published), identities(&catalog::tables(&source).await?));
         after.retain(|relid, _| before.contains_key(relid));
         source.batch_execute("COMMIT").await?;

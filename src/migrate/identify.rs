@@ -216,6 +216,7 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         post_data_restored: false,
         snapshot_floor: 0,
         queue: FIRST_QUEUE.to_owned(),
+        way_back: None,
         id,
     };
     let mut target = config.target.connect(&application_name(&migration.id)).await?;

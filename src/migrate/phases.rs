@@ -1,18 +1,20 @@
 //! The phases between the preparation and the cutover, each of which goes on where the ledger says.
 
 use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::Running;
 use super::prepare::Held;
+use super::{Direction, Running};
 use crate::apply::change::{Adoption, Change};
 use crate::apply::layout::Layout;
 use crate::apply::reconcile::reconcile;
@@ -20,10 +22,10 @@ use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
 use crate::care::standbys;
 use crate::control::{Answer, CutoverRequest};
 use crate::copy::{self, Copier};
-use crate::cutover::{self, Cutover, GivenUp};
+use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, WayBack};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
-use crate::observe::status::{Level, Phase as ShownPhase, TableState};
+use crate::observe::status::{Level, Phase as ShownPhase, TableState, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
 use crate::source::slot::ServerIdentity;
@@ -31,7 +33,7 @@ use crate::source::snapshot::HeldSnapshot;
 use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
-use crate::target::{index, schema};
+use crate::target::{index, schema, warm};
 use crate::verify;
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
@@ -365,7 +367,23 @@ impl Running {
             drop(applied);
             outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
         });
-        let mut watching_readiness = pin!(self.watch_readiness());
+        let mut warming = JoinSet::new();
+        let keep_warm = |warming: &mut JoinSet<Infallible>| {
+            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone()));
+        };
+        keep_warm(&mut warming);
+        let (tell, arming) = watch::channel(Arming::Preparing(None));
+        // A task of its own: a cutover waits for it.
+        let mut beside = JoinSet::new();
+        let way_back = if self.direction == Direction::There && self.config.reverse {
+            let way_back = self.way_back().await?;
+            beside.spawn(way_back.clone().keep_ready(tell));
+            Some((way_back, arming))
+        } else {
+            None
+        };
+        let arming = way_back.as_ref().map(|(_, arming)| arming.clone());
+        let mut watching_readiness = pin!(self.watch_readiness(arming));
         loop {
             let request = tokio::select! {
                 outcome = &mut applying => return outcome,
@@ -373,15 +391,16 @@ impl Running {
                 request = requested.recv() => request,
             };
             let request = request.ok_or_else(|| Error::new(ErrorKind::Other, "the control socket is gone"))?;
+            warming.abort_all();
             // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
-            let mut cutover = pin!(self.cut_over(&watching, request));
+            let mut cutover = Box::pin(self.cut_over(&watching, &way_back, request));
             let (went_through, ended) = tokio::select! {
                 went_through = &mut cutover => (went_through, None),
                 outcome = &mut applying => (cutover.await, Some(outcome)),
             };
             match (went_through, ended) {
                 (CutOver::Done, _) => return Ok(()),
-                (CutOver::GivenUp, None) => {}
+                (CutOver::GivenUp, None) => keep_warm(&mut warming),
                 (CutOver::GivenUp, Some(outcome)) => return outcome,
                 (CutOver::FenceLeft, _) => {
                     return Err(Error::new(ErrorKind::Transient, "the cutover's fence is still up on the source"));
@@ -391,12 +410,30 @@ impl Running {
     }
 
     /// Does it, and tells whoever asked.
-    async fn cut_over(&self, applied: &watch::Receiver<Applied>, request: CutoverRequest) -> CutOver {
-        let tables = async { ledger::tables(&self.target().await?).await };
-        // As they are now: they can have changed since the migration began.
-        let tables: Vec<(Table, bool)> = match tables.await {
-            Ok(tables) => tables.into_iter().map(|entry| (entry.table, entry.insert_only)).collect(),
+    async fn cut_over(
+        &self,
+        applied: &watch::Receiver<Applied>,
+        way_back: &Option<(WayBack, watch::Receiver<Arming>)>,
+        request: CutoverRequest,
+    ) -> CutOver {
+        let known = async {
+            self.is_the_right_way(&request)?;
+            warm::stop(&self.target().await?, &self.application_name).await?;
+            // As they are now: they can have changed since the migration began.
+            let tables = ledger::tables(&self.target().await?).await?;
+            let target_closed = match self.direction {
+                Direction::There => None,
+                // The ledger of the way there stands on the server that took over.
+                Direction::Back => Closed::load(&self.config.source.connect(&self.application_name).await?).await?,
+            };
+            Ok((tables, target_closed))
+        };
+        let (tables, target_closed): (Vec<(Table, bool)>, _) = match known.await {
+            Ok((tables, closed)) => {
+                (tables.into_iter().map(|entry| (entry.table, entry.insert_only)).collect(), closed)
+            }
             Err(error) => {
+                let error: Error = error;
                 let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
                 return CutOver::GivenUp;
             }
@@ -412,6 +449,8 @@ impl Running {
             applied: applied.clone(),
             // What changed on the source it looks at itself, and knows what is waived.
             blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(CATALOG_BLOCKER)).collect(),
+            way_back: way_back.clone(),
+            target_closed,
         };
         let outcome = cutover
             .run(&request.options, |step| {
@@ -441,8 +480,42 @@ impl Running {
         became
     }
 
+    /// `cutover` and `switchback` are not each other's repetition.
+    fn is_the_right_way(&self, request: &CutoverRequest) -> Result<()> {
+        let (text, hint) = match (&self.direction, request.options.back) {
+            (Direction::There, true) => {
+                ("there is nothing to switch back from", "`walferry cutover` switches to the target.")
+            }
+            (Direction::Back, false) => (
+                "this migration has been cut over already",
+                "`walferry switchback` switches back to the old primary; `walferry finish` ends the way back.",
+            ),
+            _ => return Ok(()),
+        };
+        Err(Error::new(ErrorKind::Aborted, text).hint(hint))
+    }
+
+    fn show_way_back(&self, arming: &Arming) {
+        match arming {
+            Arming::Preparing(why) => self.board.set_way_back(ShownWayBack::Preparing, why.clone()),
+            Arming::Ready => self.board.set_way_back(ShownWayBack::Ready, None),
+            Arming::Impossible(why, _) => self.board.set_way_back(ShownWayBack::Impossible, Some(why.clone())),
+        }
+    }
+
+    /// What the way back is made from.
+    async fn way_back(&self) -> Result<WayBack> {
+        Ok(WayBack {
+            source: self.config.source.clone(),
+            target: self.config.target.clone(),
+            application_name: self.application_name.clone(),
+            migration: self.load(&self.target().await?).await?,
+            caps: self.config.care.caps,
+        })
+    }
+
     /// Says what stands against a cutover, until a connection breaks.
-    async fn watch_readiness(&self) -> Error {
+    async fn watch_readiness(&self, arming: Option<watch::Receiver<Arming>>) -> Error {
         let watch = async {
             let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
             let mut changed = BTreeMap::new();
@@ -451,6 +524,9 @@ impl Running {
             tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 tick.tick().await;
+                if let Some(arming) = &arming {
+                    self.show_way_back(&arming.borrow());
+                }
                 if self.board.phase() != ShownPhase::Following {
                     continue;
                 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
@@ -75,7 +75,6 @@ impl Running {
             .await?;
         let new = self.make_slot(&source, &migration.slot).await?;
 
-        snapshot::import(&source, &new.snapshot.name).await?;
         let tables = catalog::tables(&source).await?;
         let fingerprint = catalog::fingerprint(&source).await?;
         source.batch_execute("COMMIT").await?;
@@ -128,35 +127,74 @@ const OPEN_TRANSACTIONS: &str = "SELECT format('transaction of pid %s (%s, %s, d
      UNION ALL SELECT format('prepared transaction %L (%s, database %s)', gid, owner, database), prepared \
          FROM pg_catalog.pg_prepared_xacts ORDER BY since";
 
+/// For how long the slot is made anew because tables got other files meanwhile: each time waits for whoever has a transaction open
+/// by then.
+const SLOT_PATIENCE: Duration = Duration::from_secs(300);
+
 impl Running {
-    /// Makes the slot, and says meanwhile whom that waits for; `source` is a session that is free for it.
+    /// Makes the slot, and says meanwhile whom that waits for. `source`, a session that is free for it, is afterwards in a
+    /// transaction under the slot's snapshot.
+    ///
+    /// One that may be unable to decode what is written next ([`slot::Relations`]) is made anew.
     pub(super) async fn make_slot(&self, source: &Client, name: &str) -> Result<slot::NewSlot> {
-        self.board.event(Level::Info, "making the slot; this waits for every transaction that is open on the source");
-        tokio::select! {
-            new = slot::create(&self.config.source, &self.application_name, name) => new,
-            never = self.name_what_is_waited_for(source, "the slot") => match never {},
+        let begun = Instant::now();
+        let mut attempt = 1;
+        loop {
+            let before = slot::Relations::read(source).await?;
+            let text = "making the slot; this waits for every transaction that is open on the source";
+            self.board.event(Level::Info, text);
+            let new = tokio::select! {
+                new = slot::create(&self.config.source, &self.application_name, name) => new?,
+                never = self.name_what_is_waited_for(source, "the slot") => match never {},
+            };
+            snapshot::import(source, &new.snapshot.name).await?;
+            let now = slot::Relations::read(source).await?;
+            let changed = now.changed_since(&before);
+            if changed.is_empty() {
+                return Ok(new);
+            }
+            let text = format!("emptied, rewritten or altered while the slot was made: {}", shortened(changed));
+            if attempt == slot::ATTEMPTS_BESIDE_CHANGES || begun.elapsed() > SLOT_PATIENCE {
+                let text =
+                    format!("{text}; the slot is taken as it is, and if the source cannot decode it, that is said");
+                self.board.event(Level::Warn, text);
+                return Ok(new);
+            }
+            let text = format!("{text}; PostgreSQL may be unable to decode their changes from it, so it is made anew");
+            self.board.event(Level::Warn, text);
+            source.batch_execute("ROLLBACK").await?;
+            drop(new);
+            slot::drop(source, name).await?;
+            attempt += 1;
         }
     }
 
     /// Says whom the slot or a snapshot waits for, whenever it is somebody else: an operator can end a forgotten transaction.
     pub(super) async fn name_what_is_waited_for(&self, source: &Client, waits: &str) -> Infallible {
-        const SHOWN: usize = 3;
         let mut said = String::new();
         loop {
             tokio::time::sleep(WAIT_INTERVAL).await;
             // Only a help: whatever is wrong with this connection, the making of the slot meets too.
             let Ok(open) = source.query(OPEN_TRANSACTIONS, &[&self.application_name]).await else { continue };
-            let mut names: Vec<String> = open.iter().take(SHOWN).map(|row| row.get(0)).collect();
-            if open.len() > SHOWN {
-                names.push(format!("{} more", open.len() - SHOWN));
-            }
-            let names = names.join(", ");
+            let names = shortened(open.iter().map(|row| row.get(0)));
             if !names.is_empty() && names != said {
                 self.board.event(Level::Warn, format!("{waits} waits for the end of: {names}"));
                 said = names;
             }
         }
     }
+}
+
+/// The first few of many names.
+fn shortened<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+    const SHOWN: usize = 3;
+    let mut names = names.into_iter();
+    let mut shown: Vec<String> = names.by_ref().take(SHOWN).map(str::to_owned).collect();
+    let more = names.count();
+    if more > 0 {
+        shown.push(format!("{more} more"));
+    }
+    shown.join(", ")
 }
 
 /// Ends the sessions of a name, and returns when they are gone: they could still commit what they have begun.

@@ -32,7 +32,7 @@ impl Running {
             let status = self.board.snapshot();
             let now = Progress::of(&status);
             let waits_for_others = self.waits_for_snapshot.load(Ordering::Relaxed) || self.tune.pace().holds_somebody();
-            if progress.replace(now) != Some(now) || !has_work(&status) || waits_for_others {
+            if progress.replace(now) != Some(now) || !has_work(self.board.phase(), &status) || waits_for_others {
                 moved = Instant::now();
             }
             if moved.elapsed() < STALL_MAX {
@@ -98,8 +98,8 @@ impl Progress {
 }
 
 /// Whether anything should be moving. A cutover has timeouts of its own.
-fn has_work(status: &Status) -> bool {
-    match status.phase {
+fn has_work(phase: Phase, status: &Status) -> bool {
+    match phase {
         Phase::Copying | Phase::Indexing => !status.copy.paused,
         Phase::CatchingUp => !status.apply.paused,
         Phase::Following => !status.apply.paused && status.stream.received_lsn > status.apply.applied_lsn,

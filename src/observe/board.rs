@@ -14,8 +14,8 @@ use crate::observe::lag::Pending;
 use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow, Rates};
 use crate::observe::status::{
-    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Event, Failure, Indexes, Lag, Level, Phase, Queue,
-    STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target,
+    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Direction, Event, Failure, Indexes, Lag, Level, Phase,
+    Queue, STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target, WayBack,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
@@ -109,12 +109,28 @@ struct Tables {
 #[derive(Debug)]
 struct Text {
     phase: Phase,
+    /// The changes go from the server that took over to the one that was left.
+    turned_back: bool,
+    way_back: WayBack,
+    /// Why the way back is not ready.
+    way_back_lacks: Option<String>,
     blockers: Vec<String>,
     source: Source,
     target: Target,
     events: VecDeque<Event>,
     error: Option<Failure>,
     verification: Option<Verification>,
+}
+
+impl Text {
+    /// The phase of the whole: while the way back follows, the migration is cut over.
+    fn shown_phase(&self) -> Phase {
+        match self.phase {
+            Phase::CutOver if self.turned_back => Phase::Reversed,
+            Phase::Preparing | Phase::CatchingUp | Phase::Following if self.turned_back => Phase::CutOver,
+            phase => phase,
+        }
+    }
 }
 
 impl Default for StatusBoard {
@@ -128,6 +144,9 @@ impl StatusBoard {
     pub fn new() -> StatusBoard {
         let text = Text {
             phase: Phase::Preparing,
+            turned_back: false,
+            way_back: WayBack::None,
+            way_back_lacks: None,
             blockers: Vec::new(),
             source: Source::default(),
             target: Target::default(),
@@ -175,11 +194,32 @@ impl StatusBoard {
             std::mem::replace(&mut text.phase, phase) != phase
         };
         if changed {
-            self.event(Level::Info, format!("phase: {}", phase.title()));
+            let shown = lock(&self.shared.text).shown_phase();
+            self.event(Level::Info, format!("phase: {}", shown.title()));
         }
     }
 
-    /// What the migration does now.
+    /// From now on it is about the way back: from the server that took over to the one that was left, as `set_servers` would name them.
+    pub fn turn_back(&self, source: impl Into<String>, target: impl Into<String>) {
+        *lock(&self.shared.tables) = Tables::default();
+        *lock(&self.shared.pending) = Pending::default();
+        *lock(&self.shared.queue) = Queue::default();
+        self.set_indexes(0, 0);
+        for position in [&self.shared.source_wal_lsn, &self.shared.streamed_lsn] {
+            position.store(0, Relaxed);
+        }
+        self.shared.source_clock_offset.store(i64::MIN, Relaxed);
+        self.set_connected(false);
+        let mut text = lock(&self.shared.text);
+        text.turned_back = true;
+        (text.way_back, text.way_back_lacks) = (WayBack::Open, None);
+        text.phase = Phase::Preparing;
+        text.blockers = Vec::new();
+        text.source = Source { description: source.into(), ..Source::default() };
+        text.target = Target { description: target.into(), ..Target::default() };
+    }
+
+    /// What the migration does now; on the way back, as if it were a migration of its own.
     pub fn phase(&self) -> Phase {
         lock(&self.shared.text).phase
     }
@@ -204,6 +244,12 @@ impl StatusBoard {
         lock(&self.shared.text).error = Some(Failure::from(error));
         self.event(Level::Error, error.to_string());
         self.set_phase(Phase::Failed);
+    }
+
+    /// How far the way back is, and why it is not ready where something is in its way.
+    pub fn set_way_back(&self, way_back: WayBack, lacks: Option<String>) {
+        let mut text = lock(&self.shared.text);
+        (text.way_back, text.way_back_lacks) = (way_back, lacks);
     }
 
     /// What besides the phase, a pause and a lost source stands in the way of a cutover.
@@ -415,10 +461,12 @@ impl StatusBoard {
         let reconnects = self.shared.reconnects[Side::Target as usize].load(Relaxed);
         Status {
             version: STATUS_VERSION,
-            phase: text.phase,
+            phase: text.shown_phase(),
+            way_back: text.way_back,
+            direction: if text.turned_back { Direction::Back } else { Direction::There },
             ready_to_cutover: blockers.is_empty(),
             blockers,
-            attention: attention(&source, &copy),
+            attention: attention(&source, &copy, text.way_back_lacks.as_deref()),
             process_alive: true,
             updated_at: wall_clock::now_rfc3339(),
             lag,
@@ -563,6 +611,7 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
     match text.phase {
         Phase::Following => {}
         Phase::CuttingOver => blockers.push("a cutover is running".to_string()),
+        Phase::CutOver if text.turned_back => blockers.push("the migration was switched back".to_string()),
         Phase::CutOver => blockers.push("the cutover is done".to_string()),
         Phase::Reversed => blockers.push("the migration was switched back".to_string()),
         Phase::Failed => blockers.push("the migration failed".to_string()),
@@ -584,9 +633,10 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
 }
 
 /// What does not stop a cutover, but somebody should look after.
-fn attention(source: &Source, copy: &Copy) -> Vec<String> {
+fn attention(source: &Source, copy: &Copy, way_back_lacks: Option<&str>) -> Vec<String> {
     let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
-    source.too_much_wal().into_iter().chain(waits).collect()
+    let way_back = way_back_lacks.map(|why| format!("a cutover has no way back: {why}"));
+    source.too_much_wal().into_iter().chain(waits).chain(way_back).collect()
 }
 
 /// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.

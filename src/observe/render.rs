@@ -2,7 +2,7 @@
 
 use crate::lsn::Lsn;
 use crate::observe::format::{count, counted, duration, percent, printable, size, size_rate};
-use crate::observe::status::{Level, Phase, Status, Table, TableState};
+use crate::observe::status::{Direction, Level, Phase, Status, Table, TableState, WayBack};
 use crate::verify::Verification;
 
 /// Where the text of a line begins, after its label.
@@ -22,7 +22,10 @@ pub fn render(status: &Status, width: usize) -> String {
     page.line("source", &status.source.description);
     page.line("target", &status.target.description);
     page.line("lag", &lag_text(status));
-    page.line("copy", &copy_text(status));
+    let back = status.direction == Direction::Back;
+    if !back {
+        page.line("copy", &copy_text(status));
+    }
     if status.indexes.total > 0 {
         let (done, total) = (count(status.indexes.done), count(status.indexes.total));
         page.line("indexes", &format!("{done} of {total} built"));
@@ -35,9 +38,11 @@ pub fn render(status: &Status, width: usize) -> String {
         page.line("error", &error.message);
         page.line("next", error.hint.as_deref().unwrap_or_default());
     } else if status.ready_to_cutover {
-        page.line("cutover", "ready");
+        let way_back = if status.way_back == WayBack::Ready { ", with a way back" } else { "" };
+        page.line("cutover", &if back { "done; a switchback is ready".to_owned() } else { format!("ready{way_back}") });
     } else {
-        page.line("cutover", &format!("not yet: {}", status.blockers.join("; ")));
+        let done = if back { "done; no switchback: " } else { "not yet: " };
+        page.line("cutover", &format!("{done}{}", status.blockers.join("; ")));
     }
     page.line("attention", &status.attention.join("; "));
     render_tables(&mut page, &status.tables);
@@ -147,6 +152,9 @@ fn phase_text(status: &Status) -> String {
     let mut text = status.phase.title().to_string();
     if let Some(seconds) = status.eta_seconds {
         text.push_str(&format!(", {} left", duration(seconds)));
+    }
+    if status.direction == Direction::Back && status.phase == Phase::CutOver {
+        text.push_str("; the old primary is kept current");
     }
     if !status.process_alive {
         text.push_str("; the process is not running");

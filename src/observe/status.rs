@@ -23,7 +23,13 @@ pub struct Status {
     pub version: u32,
     /// What the migration is doing.
     pub phase: Phase,
-    /// Whether a cutover can start now: exactly when `blockers` is empty.
+    /// Which way the changes go: `back` once a way back is open. `source` is where they come from, whichever it is.
+    #[serde(default)]
+    pub direction: Direction,
+    /// Whether a cutover has a way back.
+    #[serde(default)]
+    pub way_back: WayBack,
+    /// Whether a cutover (on the way back: a switchback) can start now: exactly when `blockers` is empty.
     pub ready_to_cutover: bool,
     /// What stands in the way of a cutover, a sentence each.
     pub blockers: Vec<String>,
@@ -72,6 +78,8 @@ impl Status {
         Status {
             version: STATUS_VERSION,
             phase,
+            direction: Direction::There,
+            way_back: WayBack::None,
             ready_to_cutover: false,
             blockers: vec!["the migration is not running".to_string()],
             attention: Vec::new(),
@@ -93,6 +101,34 @@ impl Status {
             eta_seconds: None,
         }
     }
+}
+
+/// Which way the changes go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// From the server that is moved away from to the one that is moved to.
+    #[default]
+    There,
+    /// From the server that took over to the one that was left, which is kept current.
+    Back,
+}
+
+/// How far the way back is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WayBack {
+    /// There is none, or not yet.
+    #[default]
+    None,
+    /// Its slot is being made.
+    Preparing,
+    /// A cutover arms it.
+    Ready,
+    /// It cannot be, as things are; `attention` says why.
+    Impossible,
+    /// The old primary is kept current.
+    Open,
 }
 
 /// What the migration is doing, in the order in which the phases come.
@@ -523,8 +559,8 @@ mod tests {
         };
         assert_eq!(
             keys(""),
-            "apply attention blockers connections copy error eta_seconds events indexes lag phase process_alive queue ready_to_cutover \
-             source stream tables target updated_at version"
+            "apply attention blockers connections copy direction error eta_seconds events indexes lag phase process_alive queue \
+             ready_to_cutover source stream tables target updated_at verification version way_back"
         );
         assert_eq!(keys("/lag"), "bytes seconds");
         assert_eq!(
@@ -540,7 +576,7 @@ mod tests {
         assert_eq!(keys("/stream"), "bytes bytes_per_second changes connected received_lsn reconnects transactions");
         assert_eq!(
             keys("/apply"),
-            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table paused \
+            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table held paused \
              serial_replays transactions transactions_per_second"
         );
         assert_eq!(keys("/source"), "description retained_wal_bytes wal_lsn wal_max_bytes");

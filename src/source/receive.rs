@@ -146,16 +146,26 @@ async fn receive(
     outcome.map_err(with_a_way_out)
 }
 
-/// Some releases of PostgreSQL can come to a place in their own WAL that they cannot decode ("could not map filenode … to relation
-/// OID"), and will not get past it.
+/// PostgreSQL can come to a place in its own WAL that it cannot decode, and does not get past it: see [`super::slot::Relations`]
+/// for the way that is known.
 fn with_a_way_out(error: Error) -> Error {
     if error.sqlstate() != Some(&SqlState::INTERNAL_ERROR) {
         return error;
     }
-    error.context("decoding the source's WAL").hint(format!(
-        "Run the same command again. If it ends here again, the source cannot decode what the slot stands at; newer minor releases \
-         of PostgreSQL mend such faults. {RESYNC}"
-    ))
+    // "filenode", from 16 on "filenumber"; the server's own language may be another, which costs the better text.
+    if !error.to_string().contains("could not map file") {
+        return error.context("decoding the source's WAL").hint(format!(
+            "Run the same command again. If it ends here again, the source cannot decode what the slot stands at; newer minor \
+             releases of PostgreSQL mend such faults. {RESYNC}"
+        ));
+    }
+    error
+        .with_kind(ErrorKind::Gap)
+        .context("the source cannot decode its own WAL: a table was emptied or rewritten while the slot was made")
+        .hint(format!(
+            "PostgreSQL's decoding can lose track of such a table, and this slot does not get past its changes; nothing that was \
+             copied or applied is wrong. {RESYNC} Let no TRUNCATE, VACUUM FULL or ALTER TABLE run while it makes the slot."
+        ))
 }
 
 /// H15: START_REPLICATION silently skips forward when it is asked for a position before the slot's confirmed one, and

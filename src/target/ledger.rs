@@ -17,6 +17,7 @@ mod heal;
 mod part;
 mod schema_item;
 mod upgrade;
+mod way_back;
 
 use std::collections::BTreeMap;
 
@@ -34,12 +35,14 @@ use crate::target::route::Routing;
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
 pub use part::{Part, part_copied, plan_copy};
 pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
+pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft, finished};
 
 /// The version of the ledger's tables that this walferry writes (H18).
 ///
 /// - 1: the first.
 /// - 2: `migration.snapshot_floor`, `migration.queue` and `source_table.compared`.
-pub const FORMAT: i32 = 2;
+/// - 3: `migration.way_back`.
+pub const FORMAT: i32 = 3;
 
 const TABLES: &str = "
 CREATE SCHEMA walferry;
@@ -64,6 +67,7 @@ CREATE TABLE walferry.migration (
     queue text NOT NULL DEFAULT 'queue',
     fence jsonb,
     cutover jsonb,
+    way_back text,
     started_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE TABLE walferry.snapshot (
@@ -142,6 +146,8 @@ pub struct Migration {
     /// The queue's directory in the state directory: another for each slot, so that what one slot sent is never taken for
     /// what another did.
     pub queue: String,
+    /// What became of the way back; `None` where there is none.
+    pub way_back: Option<WayBack>,
 }
 
 /// The phases of a migration, as the ledger knows them.
@@ -253,7 +259,7 @@ pub async fn load(client: &Client) -> Result<Option<Migration>> {
         .hint("Go on with the newer walferry that began this migration."));
     }
     if format < FORMAT {
-        upgrade::from_first(client).await?;
+        upgrade::to_newest(client).await?;
         return Box::pin(load(client)).await;
     }
     Ok(Some(Migration {
@@ -272,6 +278,7 @@ pub async fn load(client: &Client) -> Result<Option<Migration>> {
         post_data_restored: row.get("post_data_restored"),
         snapshot_floor: row.get::<_, i64>("snapshot_floor").cast_unsigned(),
         queue: row.get("queue"),
+        way_back: row.get::<_, Option<&str>>("way_back").map(WayBack::parse).transpose()?,
     }))
 }
 

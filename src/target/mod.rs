@@ -11,4 +11,5 @@ pub mod ledger;
 pub mod route;
 pub mod schema;
 pub mod serial;
+pub mod warm;
 pub mod writer;

@@ -126,9 +126,10 @@ impl HeldPoint {
 
 impl PointTaker {
     /// Takes one point after the other, and keeps each until whoever asked for it is gone.
-    pub async fn serve(self, mut requested: mpsc::Receiver<PointRequest>) {
+    pub async fn serve(&self, requested: &mut mpsc::Receiver<PointRequest>) -> std::convert::Infallible {
         let mut kept = JoinSet::new();
-        while let Some(PointRequest { answers }) = requested.recv().await {
+        loop {
+            let Some(PointRequest { answers }) = requested.recv().await else { return std::future::pending().await };
             // The ended ones are taken out, so that they do not pile up.
             while kept.try_join_next().is_some() {}
             let tell = |text: String| drop(answers.send(Answer::Waits(text)));

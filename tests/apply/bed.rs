@@ -1,7 +1,9 @@
 //! A migration without its other parts: two databases, a ledger, a queue, and the apply between them. The stream comes from
 //! `pg_logical_slot_get_binary_changes`, so a test decides what is in the queue, and can put it there again.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt, TryStreamExt, pin_mut};
@@ -306,6 +308,28 @@ impl Bed {
         self.apply(until).await
     }
 
+    /// Captures and applies while somebody reads; answers with the row counts of a table that he saw.
+    pub async fn counts_while_applying(&mut self, table: &str) -> Vec<i64> {
+        let until = self.capture().await;
+        let done = AtomicBool::new(false);
+        let count = format!("SELECT count(*) FROM {table}");
+        let reader = async {
+            let session = self.server.connect(&self.target_database).await.unwrap();
+            let mut seen = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                seen.push(session.query_one(&count, &[]).await.unwrap().get(0));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            seen
+        };
+        let applying = async {
+            let outcome = self.apply(until).await;
+            done.store(true, Ordering::Relaxed);
+            outcome.unwrap();
+        };
+        tokio::join!(reader, applying).0
+    }
+
     pub fn serial_replays(&self) -> u64 {
         self.board.snapshot().apply.serial_replays
     }
@@ -400,6 +424,7 @@ async fn record(
         post_data_restored: false,
         snapshot_floor: 0,
         queue: "queue".into(),
+        way_back: None,
     };
     ledger::create(target, &migration).await.unwrap();
     let entries: Vec<(Table, bool)> =

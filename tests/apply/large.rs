@@ -1,7 +1,4 @@
-//! Transactions that are larger than what is in memory at once.
-
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+//! Transactions that are larger than what is in memory at once; `apply_memory.rs` measures them.
 
 use super::bed::Bed;
 
@@ -10,47 +7,6 @@ const SCHEMA: &str =
 const ROWS: &str = "INSERT INTO uniq VALUES (1, 1), (2, 2)";
 const SWAP: &str =
     "UPDATE uniq SET u = 9 WHERE id = 1; UPDATE uniq SET u = 1 WHERE id = 2; UPDATE uniq SET u = 2 WHERE id = 1";
-
-fn peak_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
-}
-
-/// Applies while somebody reads; answers with the row counts that he saw.
-async fn counts_while_applying(bed: &mut Bed) -> Vec<i64> {
-    let until = bed.capture().await;
-    let done = AtomicBool::new(false);
-    let reader = async {
-        let session = bed.server.connect(&bed.target_database).await.unwrap();
-        let mut seen = Vec::new();
-        while !done.load(Ordering::Relaxed) {
-            seen.push(session.query_one("SELECT count(*) FROM big", &[]).await.unwrap().get(0));
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        seen
-    };
-    let applying = async {
-        let outcome = bed.apply(until).await;
-        done.store(true, Ordering::Relaxed);
-        outcome.unwrap();
-    };
-    tokio::join!(reader, applying).0
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn i04_i07_a_transaction_larger_than_memory_is_applied_whole_in_bounded_memory() {
-    let mut bed = Bed::new(SCHEMA, ROWS, 1).await;
-    let rows = 400_000;
-    bed.on_source(&format!("INSERT INTO big SELECT g, repeat('x', 600) FROM generate_series(1, {rows}) g")).await;
-    bed.keeps_history = false;
-    let seen = counts_while_applying(&mut bed).await;
-    assert!(seen.iter().all(|count| *count == 0 || *count == rows), "a reader saw a part: {seen:?}");
-    assert!(seen.len() > 5);
-    bed.assert_equal("a large transaction").await;
-    let peak = peak_bytes();
-    assert!(peak < 256 << 20, "{} MiB for {} MiB of rows", peak >> 20, (rows * 600) >> 20);
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn i05_a_large_transaction_that_is_refused_at_its_end_is_replayed_whole() {
@@ -63,7 +19,7 @@ async fn i05_a_large_transaction_that_is_refused_at_its_end_is_replayed_whole() 
     ))
     .await;
     bed.on_source("DELETE FROM big WHERE id % 100 = 0").await;
-    let seen = counts_while_applying(&mut bed).await;
+    let seen = bed.counts_while_applying("big").await;
     let possible = [0, rows, rows - rows / 100];
     assert!(seen.iter().all(|count| possible.contains(count)), "a reader saw a part: {seen:?}");
     assert_eq!(bed.serial_replays(), 1);

@@ -1,6 +1,8 @@
 //! The source's own life goes on: its application can write as before, and what cannot be followed is not lost in silence.
 
-use crate::support::{Pair, value};
+use tokio_postgres::Client;
+
+use crate::support::{Pair, until, value};
 
 #[tokio::test]
 async fn h27_tables_without_a_usable_identity_take_the_applications_updates_and_stop_the_cutover() {
@@ -52,4 +54,72 @@ async fn h27_tables_without_a_usable_identity_take_the_applications_updates_and_
     let application = pair.source.connect("postgres").await.unwrap();
     application.batch_execute("INSERT INTO keyless VALUES (11, 0)").await.unwrap();
     assert_eq!(value(&application, "SHOW default_transaction_read_only").await, "off");
+}
+
+/// Brings a slot in the making to where PostgreSQL loses track of a table: it waits for `first`, and a table is emptied while an
+/// older transaction, for which the slot waits next, is open. Answers with a transaction that then writes to the table.
+async fn empty_beside(pair: &Pair, first: &Client, table: &str) -> Client {
+    let open = async || {
+        let client = pair.source.connect("postgres").await.unwrap();
+        client.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+        client
+    };
+    let second = open().await;
+    pair.on_source(&format!("TRUNCATE {table}")).await;
+    first.batch_execute("COMMIT").await.unwrap();
+    pair.waits_for(&second).await;
+    let third = open().await;
+    third.batch_execute(&format!("INSERT INTO {table} VALUES (2)")).await.unwrap();
+    second.batch_execute("COMMIT").await.unwrap();
+    third
+}
+
+#[tokio::test]
+async fn h37_a_slot_beside_which_a_table_was_emptied_is_made_anew() {
+    let pair = Pair::start().await;
+    pair.on_source("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let (walferry, first) = pair.run_waiting(pair.migrate()).await;
+    let third = empty_beside(&pair, &first, "t").await;
+    // What the first slot cannot decode is in flight when the second is begun.
+    pair.waits_for(&third).await;
+    third.batch_execute("COMMIT").await.unwrap();
+    pair.on_source("INSERT INTO t VALUES (3)").await;
+    pair.following().await;
+    pair.caught_up().await;
+    assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["2", "3"]);
+    let said = walferry.said();
+    assert!(said.contains("while the slot was made: public.t; "), "{said}");
+}
+
+#[tokio::test]
+async fn h37_where_tables_are_emptied_all_the_time_a_resync_goes_on_from_a_slot_that_cannot_be_decoded() {
+    let pair = Pair::start().await;
+    let tables: Vec<String> = (1..=5).map(|number| format!("t{number}")).collect();
+    for table in &tables {
+        pair.on_source(&format!("CREATE TABLE {table} (id int PRIMARY KEY); INSERT INTO {table} VALUES (1)")).await;
+    }
+    // The last of the slots is taken as it is.
+    let (walferry, mut first) = pair.run_waiting(pair.migrate()).await;
+    for table in &tables {
+        pair.waits_for(&first).await;
+        first = empty_beside(&pair, &first, table).await;
+    }
+    until("SELECT consistent_point IS NOT NULL FROM walferry.migration", &pair.target).await;
+    first.batch_execute("COMMIT").await.unwrap();
+    let (code, said) = walferry.exit().await;
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("a table was emptied or rewritten while the slot was made"), "{said}");
+    assert!(said.contains("could not map file"), "{said}");
+
+    // It is so for good.
+    let (code, said) = pair.run(pair.migrate()).exit().await;
+    assert_eq!(code, 1, "{said}");
+    let _walferry = pair.run(pair.resync());
+    pair.following().await;
+    pair.on_source("INSERT INTO t5 VALUES (3)").await;
+    pair.caught_up().await;
+    for table in &tables {
+        assert_eq!(pair.same(&format!("SELECT id FROM {table} WHERE id < 3")).await, ["2"]);
+    }
+    assert_eq!(pair.same("SELECT id FROM t5 ORDER BY 1").await, ["2", "3"]);
 }

@@ -69,8 +69,17 @@ impl Pair {
     }
 
     pub fn migrate_from(&self, source: &str) -> Command {
+        self.command("migrate", source)
+    }
+
+    /// `walferry resync` with the same.
+    pub fn resync(&self) -> Command {
+        self.command("resync", &self.source.url())
+    }
+
+    fn command(&self, verb: &str, source: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
-        command.args(["migrate", "--http-addr", "off", "--source", source]);
+        command.args([verb, "--http-addr", "off", "--source", source]);
         command.args(["--target", &self.target.url(), "--dir"]).arg(self.directory());
         command
     }
@@ -145,7 +154,7 @@ impl Pair {
     /// What `walferry cutover` answers: its exit code and everything it said.
     pub async fn cutover(&self) -> (i32, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
-        command.args(["cutover", "--yes", "--dir"]).arg(self.directory());
+        command.args(["cutover", "--yes", "--no-reverse", "--dir"]).arg(self.directory());
         let output = tokio::process::Command::from(command).stdin(Stdio::null()).output().await.unwrap();
         let text = [output.stdout, output.stderr].concat();
         (output.status.code().unwrap(), String::from_utf8_lossy(&text).into_owned())

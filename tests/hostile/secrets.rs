@@ -261,9 +261,11 @@ async fn no_password_is_in_logs_status_metrics_ledger_directory_or_any_child() {
     search.ledger(&servers.target).await;
     search.files(&migration.directory());
     migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
-    for arguments in
-        [&["status", "--dir", &dir, "--json"][..], &["status", "--dir", &dir], &["cutover", "--dir", &dir, "--yes"]]
-    {
+    for arguments in [
+        &["status", "--dir", &dir, "--json"][..],
+        &["status", "--dir", &dir],
+        &["cutover", "--dir", &dir, "--yes", "--no-reverse"],
+    ] {
         let finished = run(arguments).wait().await;
         assert_eq!(finished.code, Some(0), "{}", finished.stderr);
         all.push(finished);

@@ -176,7 +176,8 @@ impl Migration {
 
     /// Cuts over, and waits for the end of `migrate`.
     pub async fn cut_over(&self, running: Running) -> Value {
-        let cutover = self.with_directory("cutover", &["--yes", "--json", "--max-write-stall", "25s"]).await;
+        let cutover =
+            self.with_directory("cutover", &["--yes", "--no-reverse", "--json", "--max-write-stall", "25s"]).await;
         assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
         let ended = running.wait().await;
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);

@@ -130,6 +130,8 @@ pub struct Faults<'a> {
     pub corruptions_left: u64,
     /// The same for the slot or the state directory.
     pub losses_left: u64,
+    /// On the way back the stream comes from the target, and the ledger is on the source.
+    pub turned_back: bool,
 }
 
 /// How long walferry may take to meet damage, which may be only when the copy is done.
@@ -139,6 +141,15 @@ const DAMAGE_MET_MAX: Duration = Duration::from_secs(300);
 const RESYNC_MAX: Duration = Duration::from_secs(240);
 
 impl Faults<'_> {
+    /// The server whose slot is read, and the one that has the ledger of that.
+    fn stream_and_ledger(&self) -> (&ThrowawayServer, &ThrowawayServer) {
+        let [source, target] = &*self.sides;
+        match self.turned_back {
+            false => (&source.server, &target.server),
+            true => (&target.server, &source.server),
+        }
+    }
+
     pub async fn run(&mut self, time: Duration) -> Result<(), String> {
         let end = Instant::now() + time;
         while Instant::now() < end {
@@ -409,15 +420,16 @@ impl Faults<'_> {
 
     /// The directory that the ledger names.
     async fn queue(&self) -> Option<PathBuf> {
-        let target = connect(&self.sides[1].server, self.database).await.ok()?;
+        let target = connect(self.stream_and_ledger().1, self.database).await.ok()?;
         let row = target.query_opt("SELECT queue FROM walferry.migration", &[]).await.ok()??;
         Some(self.walferry.directory.join(row.get::<_, &str>(0)))
     }
 
     /// What the source was told to forget, and the most that the target has; `None` before the apply can begin.
     async fn positions(&self) -> Option<(walferry::lsn::Lsn, walferry::lsn::Lsn)> {
-        let source = connect(&self.sides[0].server, self.database).await.ok()?;
-        let target = connect(&self.sides[1].server, self.database).await.ok()?;
+        let (stream, ledger) = self.stream_and_ledger();
+        let source = connect(stream, self.database).await.ok()?;
+        let target = connect(ledger, self.database).await.ok()?;
         // What the servers still have from walferry may be a confirmation, or a commit.
         let gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name LIKE 'walferry/%'";
         for _ in 0..100 {
@@ -453,7 +465,7 @@ impl Faults<'_> {
         if !(named || gap) || !said.contains(&name) {
             return Err(format!("walferry did not say where: {said}"));
         }
-        let target = connect(&self.sides[1].server, self.database).await.map_err(|error| error.to_string())?;
+        let target = connect(self.stream_and_ledger().1, self.database).await.map_err(|error| error.to_string())?;
         let row = target
             .query_one("SELECT max(applied) FROM walferry.apply_progress", &[])
             .await
@@ -497,7 +509,7 @@ impl Faults<'_> {
         self.losses_left -= 1;
         self.heal();
         let (what, code, words) = if self.random.chance(50) {
-            let source = connect(&self.sides[0].server, self.database).await.map_err(|error| error.to_string())?;
+            let source = connect(self.stream_and_ledger().0, self.database).await.map_err(|error| error.to_string())?;
             let drop = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots";
             source.batch_execute(drop).await.map_err(|error| format!("{drop}: {error:?}"))?;
             ("lost slots", 1, "is gone from the source")

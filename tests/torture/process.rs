@@ -161,12 +161,13 @@ impl Walferry {
         }
     }
 
-    pub async fn phase(&self) -> String {
+    /// The phase, and whether the way back is open.
+    pub async fn phase(&self) -> (String, bool) {
         let (_, text) = self.command(&["status", "--json"]).await;
-        serde_json::from_str::<serde_json::Value>(text.trim())
-            .ok()
-            .and_then(|status| Some(status.get("phase")?.as_str()?.to_owned()))
-            .unwrap_or_else(|| "unknown".into())
+        let Ok(status) = serde_json::from_str::<serde_json::Value>(text.trim()) else {
+            return ("unknown".into(), false);
+        };
+        (status["phase"].as_str().unwrap_or("unknown").to_owned(), status["direction"] == "back")
     }
 
     pub fn tail(&self, lines: usize) -> String {

@@ -34,6 +34,7 @@ async fn prepared_target() -> ThrowawayServer {
         post_data_restored: false,
         snapshot_floor: 0,
         queue: "queue".into(),
+        way_back: None,
     };
     ledger::create(&mut client, &migration).await.unwrap();
     let prepared = Prepared {

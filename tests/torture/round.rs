@@ -22,10 +22,16 @@ use super::writers::{Control, Writer};
 const CATCH_UP_MAX: Duration = Duration::from_secs(600);
 /// How long the cutover may be tried.
 const CUTOVER_MAX: Duration = Duration::from_secs(240);
+/// How long writers rest after each transaction when there is to be a cutover.
+const CALM_MS: u64 = 60;
 const DATABASE: &str = "der Laden";
 /// Who migrates, and whose everything is, where it is no superuser.
 const ROLE: &str = "ferryman";
-const SOURCE_CRASHES: &str = "source crashes";
+
+/// Its sequences skip values then.
+fn crashes_of_the_side_that_is_left(turned_back: bool) -> &'static str {
+    if turned_back { "target crashes" } else { "source crashes" }
+}
 
 /// What the check asks for.
 fn rights() -> String {
@@ -56,6 +62,7 @@ pub struct Summary {
     pub truncated: u64,
     pub unasked: Vec<String>,
     pub cutovers: u64,
+    pub ways_back: u64,
     pub tables: usize,
     pub replays: usize,
 }
@@ -65,7 +72,7 @@ impl fmt::Display for Summary {
         write!(
             f,
             "seed {}: {:.0} s, {} tables, {}, {} kills, {} SIGTERMs, {}, {} disk calls spoilt, {} starts refused by the disk, \
-             {} committed ({} of {} rows), {} aborted, {} prepared, {} truncated, {} cutovers tried, {} replays, {} ends by itself",
+             {} committed ({} of {} rows), {} aborted, {} prepared, {} truncated, {} cutovers tried, {} ways back, {} replays, {} ends by itself",
             self.seed,
             self.seconds,
             self.tables,
@@ -82,6 +89,7 @@ impl fmt::Display for Summary {
             self.prepared,
             self.truncated,
             self.cutovers,
+            self.ways_back,
             self.replays,
             self.unasked.len()
         )
@@ -100,6 +108,8 @@ struct Plan {
     pause_ms_max: u64,
     ordinary_role: bool,
     cutover_under_fire: bool,
+    /// The cutover has a way back, which is followed under fire, and switched back.
+    way_back: bool,
 }
 
 impl Plan {
@@ -130,8 +140,13 @@ impl Plan {
         if random.chance(30) {
             source_settings.push(("wal_sender_timeout", "5s"));
         }
-        let mut target_settings =
-            vec![("fsync", "off"), ("log_min_messages", "warning"), ("max_prepared_transactions", "0")];
+        let mut target_settings = vec![
+            ("fsync", "off"),
+            ("log_min_messages", "warning"),
+            ("max_prepared_transactions", "0"),
+            ("wal_level", "logical"),
+            ("max_wal_senders", "20"),
+        ];
         if random.chance(50) {
             // The newest asynchronous commits are lost in a crash for longer.
             target_settings.push(("wal_writer_delay", "10s"));
@@ -150,6 +165,7 @@ impl Plan {
             pause_ms_max: *random.pick(&[500, 1000, 2500]),
             ordinary_role: random.chance(40),
             cutover_under_fire: random.chance(50),
+            way_back: random.chance(40),
         }
     }
 }
@@ -255,16 +271,16 @@ async fn migrate(
         let client = connect(&side.server, "postgres").await.map_err(sql)?;
         client.batch_execute(&format!("CREATE DATABASE \"{DATABASE}\"")).await.map_err(sql)?;
         if plan.ordinary_role {
-            let replication = if side.name == "source" { " REPLICATION" } else { "" };
-            client.batch_execute(&format!("CREATE ROLE {ROLE} LOGIN{replication}")).await.map_err(sql)?;
+            client.batch_execute(&format!("CREATE ROLE {ROLE} LOGIN REPLICATION")).await.map_err(sql)?;
             let client = connect(&side.server, DATABASE).await.map_err(sql)?;
             client.batch_execute(&rights()).await.map_err(sql)?;
         }
     }
-    let source_url = match plan.ordinary_role {
-        true => sides[0].server.url_for(DATABASE).replace("//postgres@", &format!("//{ROLE}@")),
-        false => sides[0].server.url_for(DATABASE),
+    let url = |side: &Side| match plan.ordinary_role {
+        true => side.server.url_for(DATABASE).replace("//postgres@", &format!("//{ROLE}@")),
+        false => side.server.url_for(DATABASE),
     };
+    let (source_url, target_url) = (url(&sides[0]), url(&sides[1]));
     // What the application makes belongs to its role.
     let (source, connection) = tokio_postgres::connect(&source_url, NoTls).await.map_err(sql)?;
     tokio::spawn(async move { drop(connection.await) });
@@ -275,20 +291,24 @@ async fn migrate(
     source.batch_execute("ANALYZE").await.map_err(sql)?;
     drop(source);
 
-    let mut writers = tokio::task::JoinSet::new();
-    for number in 0..plan.writers {
-        let writer = Writer {
-            number,
-            url: source_url.clone(),
-            schema: Arc::clone(schema),
-            control: Arc::clone(control),
-            random: Random::for_purpose(seed, &format!("writer {number}")),
-            rest_ms: plan.rest_ms,
-            huge_rows: plan.huge_rows,
-            huge_left: if number == 0 && plan.huge_rows > 0 { 2 } else { 0 },
-        };
-        writers.spawn(writer.run());
-    }
+    let begin_writing = |url: &str, purpose: &str, huge_rows: u64| {
+        let mut writers = tokio::task::JoinSet::new();
+        for number in 0..plan.writers {
+            let writer = Writer {
+                number,
+                url: url.to_owned(),
+                schema: Arc::clone(schema),
+                control: Arc::clone(control),
+                random: Random::for_purpose(seed, &format!("{purpose} {number}")),
+                rest_ms: plan.rest_ms,
+                huge_rows,
+                huge_left: if number == 0 && huge_rows > 0 { 2 } else { 0 },
+            };
+            writers.spawn(writer.run());
+        }
+        writers
+    };
+    let mut writers = begin_writing(&source_url, "writer", plan.huge_rows);
     sleep(Duration::from_millis(300)).await;
     log.add("walferry begins");
     walferry.start().map_err(|error| error.to_string())?;
@@ -305,12 +325,24 @@ async fn migrate(
         disk_until: None,
         corruptions_left: 2,
         losses_left: 1,
+        turned_back: false,
     };
-    let outcome = under_fire(plan, &mut faults, control, summary).await;
+    let mut outcome = under_fire(plan, &mut faults, control, summary).await;
+    if plan.way_back && outcome.is_ok() {
+        control.stop.store(true, Ordering::Relaxed);
+        while writers.join_next().await.is_some() {}
+        faults.log.add("the application has moved to the new primary");
+        control.stop.store(false, Ordering::Relaxed);
+        writers = begin_writing(&target_url, "writer on the new primary", 0);
+        faults.turned_back = true;
+        (faults.corruptions_left, faults.losses_left) = (1, 1);
+        summary.ways_back += 1;
+        outcome = under_fire(plan, &mut faults, control, summary).await;
+    }
     summary.faults = faults.counts.clone();
     summary.kills = faults.walferry.kills;
     let exact_sequences = match outcome {
-        Ok(crashes) => crashes == faults.counts.of(SOURCE_CRASHES),
+        Ok(crashes) => crashes == faults.counts.of(crashes_of_the_side_that_is_left(faults.turned_back)),
         Err(error) => {
             // What is different by then, once nobody writes, tells much about why.
             control.stop.store(true, Ordering::Relaxed);
@@ -343,8 +375,10 @@ async fn migrate(
         return Err(format!("`walferry clean` ended with {code:?}: {said}"));
     }
     // `clean` ends the sessions that began behind the fence, ours among them.
-    let source = connect(&sides[0].server, DATABASE).await.map_err(sql)?;
-    nothing_is_left(&source).await
+    for side in sides.iter() {
+        nothing_is_left(&connect(&side.server, DATABASE).await.map_err(sql)?).await?;
+    }
+    Ok(())
 }
 
 /// The faults, the way to following, and the cutover. Answers how often the source had crashed when the last one began.
@@ -356,25 +390,26 @@ async fn under_fire(
 ) -> Result<u64, String> {
     // Half of them from the first moment on, the other half while it follows.
     for _ in 0..2 {
-        faults.run(plan.fault_time / 2).await?;
+        faults.run(plan.fault_time / if faults.turned_back { 4 } else { 2 }).await?;
         faults.log.add("no more faults");
         until_following(faults).await?;
     }
     control.no_prepared.store(true, Ordering::Relaxed);
+    control.calm_ms.store(CALM_MS, Ordering::Relaxed);
     let mut crashes = 0;
     if plan.cutover_under_fire {
         faults.log.add("a cutover under fire");
         faults.pause_ms_max = faults.pause_ms_max.min(1500);
         for _ in 0..3 {
             // The asking process does not outlive its answer by much, so the faults may meet it anywhere.
-            crashes = faults.counts.of(SOURCE_CRASHES);
-            let asked = ask_for_cutover(faults.walferry);
+            crashes = faults.counts.of(crashes_of_the_side_that_is_left(faults.turned_back));
+            let asked = ask_for_cutover(plan, faults);
             faults.run(Duration::from_secs(3)).await?;
             summary.cutovers += 1;
             if let Ok(Ok((code, said))) = tokio::time::timeout(Duration::from_secs(60), asked).await {
                 faults.log.add(format!("the cutover under fire ended with {code:?}: {}", last_line(&said)));
             }
-            if faults.walferry.done {
+            if faults.walferry.done || has_turned(plan, faults).await {
                 break;
             }
         }
@@ -388,6 +423,10 @@ async fn under_fire(
             faults.log.add("walferry has ended: cut over");
             return Ok(crashes);
         }
+        if has_turned(plan, faults).await {
+            faults.log.add("cut over, and the way back is open");
+            return Ok(crashes);
+        }
         if Instant::now() > deadline {
             return Err(format!("no cutover within {CUTOVER_MAX:?}; last: {last}"));
         }
@@ -396,11 +435,12 @@ async fn under_fire(
             continue;
         }
         summary.cutovers += 1;
-        crashes = faults.counts.of(SOURCE_CRASHES);
-        let (code, said) = ask_for_cutover(faults.walferry).await.map_err(|error| error.to_string())?;
+        crashes = faults.counts.of(crashes_of_the_side_that_is_left(faults.turned_back));
+        let (code, said) = ask_for_cutover(plan, faults).await.map_err(|error| error.to_string())?;
         last = format!("{code:?}: {}", last_line(&said));
         faults.log.add(format!("the cutover ended with {last}"));
         match code {
+            Some(0) if plan.way_back && !faults.turned_back => {}
             Some(0) => {
                 let ended = Instant::now() + Duration::from_secs(60);
                 while faults.walferry.look() {
@@ -413,7 +453,11 @@ async fn under_fire(
                     return Err("after the cutover `walferry migrate` did not end with 0".into());
                 }
             }
-            Some(5) => sleep(Duration::from_millis(500)).await,
+            Some(5) => {
+                // Where it never gets ready because the machine has other work too, ever less is written.
+                control.calm_ms.fetch_add(CALM_MS / 4, Ordering::Relaxed);
+                sleep(Duration::from_millis(500)).await;
+            }
             // It had not come back yet, or is just ending because the one before went through.
             Some(1) if said.contains("no migration is running") => sleep(Duration::from_millis(500)).await,
             _ => return Err(format!("without any fault, the cutover ended with {code:?}: {said}")),
@@ -426,11 +470,20 @@ fn last_line(text: &str) -> &str {
 }
 
 /// Asks in a process of its own.
-fn ask_for_cutover(walferry: &Walferry) -> tokio::task::JoinHandle<(Option<i32>, String)> {
-    let asking = Walferry::new(Vec::new(), walferry.directory.clone(), Default::default());
-    tokio::spawn(
-        async move { asking.command(&["cutover", "--yes", "--timeout", "20s", "--max-write-stall", "15s"]).await },
-    )
+fn ask_for_cutover(plan: &Plan, faults: &Faults<'_>) -> tokio::task::JoinHandle<(Option<i32>, String)> {
+    let asking = Walferry::new(Vec::new(), faults.walferry.directory.clone(), Default::default());
+    let how: &[&str] = match (faults.turned_back, plan.way_back) {
+        (true, _) => &["switchback"],
+        (false, true) => &["cutover"],
+        (false, false) => &["cutover", "--no-reverse"],
+    };
+    let arguments = [how, &["--yes", "--timeout", "20s", "--max-write-stall", "15s"]].concat();
+    tokio::spawn(async move { asking.command(&arguments).await })
+}
+
+/// Whether the cutover has gone through that this round has to follow the other way.
+async fn has_turned(plan: &Plan, faults: &Faults<'_>) -> bool {
+    plan.way_back && !faults.turned_back && faults.walferry.phase().await.1
 }
 
 async fn until_following(faults: &mut Faults<'_>) -> Result<(), String> {
@@ -440,8 +493,8 @@ async fn until_following(faults: &mut Faults<'_>) -> Result<(), String> {
         if faults.walferry.done {
             return Ok(());
         }
-        let phase = faults.walferry.phase().await;
-        if phase == "following" {
+        let (phase, back) = faults.walferry.phase().await;
+        if phase == "following" || back && phase == "cut_over" {
             faults.log.add("following");
             return Ok(());
         }
@@ -463,7 +516,7 @@ async fn nothing_is_left(source: &Client) -> Result<(), String> {
         .map_err(|error| error.to_string())?;
     match (row.get::<_, i64>(0), row.get::<_, i64>(1), row.get::<_, i64>(2)) {
         (0, 0, 0) => Ok(()),
-        left => Err(format!("`walferry clean` left on the source (slots, publications, schemas): {left:?}")),
+        left => Err(format!("`walferry clean` left on a server (slots, publications, schemas): {left:?}")),
     }
 }
 

@@ -15,6 +15,8 @@ pub struct Control {
     pub stop: AtomicBool,
     /// No new two-phase commits: they would stand in the way of a cutover.
     pub no_prepared: AtomicBool,
+    /// A rest after every transaction, besides the writers' own: a machine under load has to be able to catch up at last.
+    pub calm_ms: AtomicU64,
     pub committed: AtomicU64,
     pub aborted: AtomicU64,
     pub prepared: AtomicU64,
@@ -60,9 +62,7 @@ impl Writer {
                 let _ = session.batch_execute("ROLLBACK").await;
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            // A machine under load has to be able to catch up at last.
-            let calm = if self.control.no_prepared.load(Ordering::Relaxed) { 60 } else { 0 };
-            let rest = calm + self.random.between(0, self.rest_ms);
+            let rest = self.control.calm_ms.load(Ordering::Relaxed) + self.random.between(0, self.rest_ms);
             tokio::time::sleep(Duration::from_millis(rest)).await;
         }
     }

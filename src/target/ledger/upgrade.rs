@@ -4,16 +4,19 @@ use tokio_postgres::Client;
 
 use crate::error::{Context, Result};
 
-/// From format 1, whose snapshots all had to follow that of the slot, number 0. Any number of processes may do it, once.
-pub(super) async fn from_first(client: &Client) -> Result<()> {
+/// From format 1, whose snapshots all had to follow that of the slot, number 0, or 2, which knew no way back. Any number of processes
+/// may do it, once.
+pub(super) async fn to_newest(client: &Client) -> Result<()> {
     client
         .batch_execute(
             "BEGIN; LOCK TABLE walferry.migration IN ACCESS EXCLUSIVE MODE; \
              ALTER TABLE walferry.migration ADD COLUMN IF NOT EXISTS snapshot_floor bigint NOT NULL DEFAULT 0, \
-                 ADD COLUMN IF NOT EXISTS queue text NOT NULL DEFAULT 'queue'; \
+                 ADD COLUMN IF NOT EXISTS queue text NOT NULL DEFAULT 'queue', \
+                 ADD COLUMN IF NOT EXISTS way_back text; \
              ALTER TABLE walferry.source_table ADD COLUMN IF NOT EXISTS compared boolean NOT NULL DEFAULT false; \
-             UPDATE walferry.migration SET format = 2, \
-                 snapshot_floor = coalesce((SELECT next FROM walferry.snapshot WHERE id = 0), 0) WHERE format = 1; \
+             UPDATE walferry.migration SET snapshot_floor = coalesce((SELECT next FROM walferry.snapshot WHERE id = 0), 0) \
+                 WHERE format = 1; \
+             UPDATE walferry.migration SET format = 3 WHERE format < 3; \
              COMMIT",
         )
         .await

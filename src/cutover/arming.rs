@@ -1,0 +1,308 @@
+//! The way back is made ready while the target follows, so that it costs no downtime (H33), and armed by the cutover.
+//!
+//! ```text
+//!   while following                        before the fence            behind the fence           the decision
+//!   publications and slot on the target ► draft of the ledger on ───► where the stream begins ► `way_back = 'armed'`
+//!   the slot moved on all the time         the source                  (the release position)
+//! ```
+//!
+//! How it dies: until the decision, nothing of it counts, and the next start makes it anew. The slot keeps WAL on the target, where
+//! nobody but us writes; `clean` removes it.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_postgres::Client;
+use tokio_postgres::types::{PgLsn, Type};
+
+use crate::care::connections::Caps;
+use crate::connection::ConnectionSpec;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lsn::Lsn;
+use crate::source::catalog::{self, Table};
+use crate::source::replication::ReplicationSession;
+use crate::source::slot;
+use crate::target::ledger::{self, Draft, Migration, Phase};
+
+/// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
+const ADVANCE_INTERVAL: Duration = Duration::from_secs(2);
+/// Pause after an attempt that failed.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// What else there is, wherever the way back is in the way.
+pub const WITHOUT: &str = "or cut over with --no-reverse: then there is no way back";
+
+/// How far the way back is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arming {
+    /// It is being made; why it is not yet there, where something went wrong.
+    Preparing(Option<String>),
+    /// The slot is there, and moves on.
+    Ready,
+    /// It cannot be, as things are; tried again all the same. The reason, and what mends it.
+    Impossible(String, String),
+}
+
+/// What belongs to the way back of a migration, on the server that takes over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names {
+    /// The slot.
+    pub slot: String,
+    /// The publication of the tables with a usable replica identity.
+    pub publication: String,
+    /// That of the others.
+    pub insert_only_publication: String,
+}
+
+impl Names {
+    /// Those of a migration.
+    pub fn of(id: &str) -> Names {
+        let name = format!("walferry_{id}_back");
+        Names { insert_only_publication: format!("{name}_inserts"), publication: name.clone(), slot: name }
+    }
+
+    /// Removes all of it, where it is there. Answers what was.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn remove(&self, server: &Client) -> Result<Vec<String>> {
+        let mut removed = Vec::new();
+        if slot::state(server, &self.slot).await?.is_some() {
+            slot::drop(server, &self.slot).await?;
+            removed.push(format!("slot {}", self.slot));
+        }
+        let publications = server
+            .query_typed(
+                "SELECT pubname::text FROM pg_catalog.pg_publication WHERE pubname IN ($1, $2) ORDER BY 1",
+                &[(&self.publication, Type::TEXT), (&self.insert_only_publication, Type::TEXT)],
+            )
+            .await
+            .context(|| "looking for publications of the way back".into())?;
+        slot::drop_publications(server, &self.publication, &self.insert_only_publication).await?;
+        removed.extend(publications.iter().map(|row| format!("publication {}", row.get::<_, &str>(0))));
+        Ok(removed)
+    }
+}
+
+/// What the way back is made from.
+#[derive(Clone)]
+pub struct WayBack {
+    /// The server that is left.
+    pub source: ConnectionSpec,
+    /// The server that takes over.
+    pub target: ConnectionSpec,
+    /// What our sessions call themselves.
+    pub application_name: String,
+    /// The migration whose way back it is.
+    pub migration: Migration,
+    /// The most connections that there may be.
+    pub caps: Caps,
+}
+
+impl WayBack {
+    fn names(&self) -> Names {
+        Names::of(&self.migration.id)
+    }
+
+    /// Makes the slot and keeps it moving, until it is dropped. Tells how far it is.
+    pub async fn keep_ready(self, tell: watch::Sender<Arming>) {
+        let say = |now: Arming| {
+            tell.send_if_modified(|said| {
+                let news = *said != now;
+                if news {
+                    match &now {
+                        Arming::Ready => tracing::info!("the way back is ready"),
+                        Arming::Impossible(why, mend) => {
+                            tracing::warn!(next = mend, "there is no way back as things are: {why}");
+                        }
+                        Arming::Preparing(Some(why)) => tracing::warn!("the way back is not ready: {why}"),
+                        Arming::Preparing(None) => {}
+                    }
+                    *said = now;
+                }
+                news
+            });
+        };
+        loop {
+            let Err(error) = self.make_and_advance(&say).await else { continue };
+            say(match error.is_transient() {
+                true => Arming::Preparing(Some(error.to_string())),
+                false => Arming::Impossible(
+                    error.to_string(),
+                    error.next_step().unwrap_or("Look at the target's log.").to_owned(),
+                ),
+            });
+            tokio::time::sleep(RETRY_INTERVAL).await;
+        }
+    }
+
+    async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<()> {
+        let target = self.target.connect(&self.application_name).await?;
+        self.prove_possible(&target).await?;
+        let names = self.names();
+        let migrated: Vec<Table> = {
+            let tables = ledger::tables(&target).await?;
+            tables.into_iter().map(|entry| entry.table).collect()
+        };
+        let published = on_target(&target, &migrated).await?;
+        slot::create_publications(&target, &names.publication, &names.insert_only_publication, &published).await?;
+        let usable = slot::state(&target, &names.slot).await?.is_some_and(|state| state.is_usable());
+        if !usable {
+            make_slot(&target, &names.slot).await?;
+        }
+        // Also to find out now, and not behind the fence, whether it can be written.
+        self.draft(&target, &migrated).await?;
+        loop {
+            target
+                .query_typed(
+                    "SELECT pg_catalog.pg_replication_slot_advance($1, pg_catalog.pg_current_wal_flush_lsn())",
+                    &[(&names.slot, Type::TEXT)],
+                )
+                .await
+                .context(|| format!("moving the slot {} on", names.slot))?;
+            say(Arming::Ready);
+            tokio::time::sleep(ADVANCE_INTERVAL).await;
+        }
+    }
+
+    /// What the servers have to be set up and allowed for, with the SQL that mends it.
+    async fn prove_possible(&self, target: &Client) -> Result<()> {
+        let blocked = |text: String, mend: String| {
+            Err(Error::new(ErrorKind::Blocked, text).hint(format!("On {mend}, {WITHOUT}.")))
+        };
+        let level: String = target.query_typed_one("SELECT pg_catalog.current_setting('wal_level')", &[]).await?.get(0);
+        if level != "logical" {
+            return blocked(
+                format!("the target's wal_level is {level}, and its changes can be read only at the level logical"),
+                "the target: ALTER SYSTEM SET wal_level = 'logical', then restart it".into(),
+            );
+        }
+        if let Some(needed) = self.caps.lacking_for_way_back(self.migration.apply_workers) {
+            return blocked(
+                format!(
+                    "writing back with {} apply workers takes {needed} connections to the source",
+                    self.migration.apply_workers
+                ),
+                format!("the command line of `migrate`: --max-source-connections {needed} or more"),
+            );
+        }
+        let source = self.source.connect(&self.application_name).await?;
+        source.batch_execute("BEGIN").await?;
+        let tried = source.batch_execute("SET LOCAL session_replication_role = replica").await;
+        source.batch_execute("ROLLBACK").await?;
+        if let Err(error) = tried {
+            return blocked(
+                format!("on the source, changes could not be written back without firing triggers: {error}"),
+                "the source: GRANT SET ON PARAMETER session_replication_role TO our role".into(),
+            );
+        }
+        Ok(())
+    }
+
+    /// Writes the ledger of the way back on the source, as things are now. It does not count before [`Self::arm`] and the decision.
+    ///
+    /// # Errors
+    /// Whatever the servers say.
+    pub async fn draft(&self, target: &Client, migrated: &[Table]) -> Result<()> {
+        let mut replication = ReplicationSession::connect(&self.target, &self.application_name).await?;
+        let server = replication.identify_system().await.context(|| "asking the target who it is".into())?;
+        replication.close().await;
+        let tables = on_target(target, migrated).await?;
+        let mut fingerprint = catalog::fingerprint(target).await?;
+        for object in identity_columns(target, &tables).await? {
+            // The deciding transaction gives them back what they are on the source.
+            fingerprint.insert(object, String::new());
+        }
+        let names = self.names();
+        let migration = Migration {
+            source_system: server.system_id,
+            source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
+            source_database: self.target.database().to_owned(),
+            slot: names.slot,
+            publication: names.publication,
+            insert_only_publication: names.insert_only_publication,
+            binary: tables.iter().all(Table::binary_safe),
+            phase: Phase::Following,
+            ..self.migration.clone()
+        };
+        let tables: Vec<(Table, bool)> = tables
+            .into_iter()
+            .map(|table| (!table.has_usable_identity(), table))
+            .map(|(only, table)| (table, only))
+            .collect();
+        let mut source = self.source.connect(&self.application_name).await?;
+        ledger::draft(&mut source, &Draft { migration: &migration, tables: &tables, fingerprint: &fingerprint }).await
+    }
+
+    /// Has the way back begin here and now: all that was applied is before, and nobody but us has written. Answers the release position.
+    ///
+    /// # Errors
+    /// Whatever the servers say.
+    pub async fn arm(&self, source: &Client, target: &Client) -> Result<Lsn> {
+        let release: PgLsn = target
+            .query_typed_one("SELECT pg_catalog.pg_current_wal_insert_lsn()", &[])
+            .await
+            .context(|| "reading where the way back begins".into())?
+            .get(0);
+        ledger::begin_at(source, release.into()).await?;
+        Ok(release.into())
+    }
+}
+
+/// Makes the slot; anew, a few times, where a TRUNCATE was applied meanwhile, because it may then be unable to decode (H37).
+async fn make_slot(target: &Client, name: &str) -> Result<()> {
+    for _ in 0..slot::ATTEMPTS_BESIDE_CHANGES {
+        slot::drop(target, name).await?;
+        let before = slot::Relations::read(target).await?;
+        // Waits for every transaction that is open on the target's cluster (H33); nobody waits for this.
+        target
+            .query_typed("SELECT pg_catalog.pg_create_logical_replication_slot($1, 'pgoutput')", &[(&name, Type::TEXT)])
+            .await
+            .context(|| format!("creating the slot {name} on the target"))?;
+        if slot::Relations::read(target).await? == before {
+            break;
+        }
+        tracing::info!("tables of the target were emptied or altered while the slot of the way back was made");
+    }
+    Ok(())
+}
+
+/// The migrated tables as the target has them; identity columns as the source has them, because the decision makes them so.
+async fn on_target(target: &Client, migrated: &[Table]) -> Result<Vec<Table>> {
+    let mut tables = catalog::tables(target).await?;
+    tables.retain(|table| migrated.iter().any(|other| same_name(table, other)));
+    for table in &mut tables {
+        let Some(other) = migrated.iter().find(|other| same_name(table, other)) else { continue };
+        for column in &mut table.columns {
+            column.identity_always =
+                other.columns.iter().any(|other| other.name == column.name && other.identity_always);
+        }
+    }
+    if let Some(gone) = migrated.iter().find(|table| !tables.iter().any(|other| same_name(table, other))) {
+        return Err(Error::new(ErrorKind::Blocked, format!("the target has no table {}", gone.qualified()))
+            .hint(format!("Somebody removed it there: `walferry resync` copies it again; {WITHOUT}.")));
+    }
+    Ok(tables)
+}
+
+fn same_name(one: &Table, other: &Table) -> bool {
+    (&one.schema, &one.name) == (&other.schema, &other.name)
+}
+
+/// How the catalog's fingerprint names the columns that are `GENERATED ALWAYS AS IDENTITY`.
+async fn identity_columns(target: &Client, tables: &[Table]) -> Result<Vec<String>> {
+    let columns = tables.iter().flat_map(|table| {
+        let always = table.columns.iter().filter(|column| column.identity_always);
+        always.map(|column| (table.schema.as_str(), (table.name.as_str(), column.name.as_str())))
+    });
+    let (schemas, (names, columns)): (Vec<&str>, (Vec<&str>, Vec<&str>)) = columns.unzip();
+    if schemas.is_empty() {
+        return Ok(Vec::new());
+    }
+    let rows = target
+        .query_typed(
+            "SELECT format('column %I of table %I.%I', c, s, t) FROM unnest($1, $2, $3) u(s, t, c)",
+            &[(&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY), (&columns, Type::TEXT_ARRAY)],
+        )
+        .await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}

@@ -1,0 +1,143 @@
+//! A target that is about to take over: its statistics fresh, and what was copied vacuumed, so that the first queries after the switch
+//! neither plan blindly nor visit every row to see whether it is visible.
+//!
+//! Autovacuum would come to it in its own time, or not at all where it is off. What is done here is done again by nobody: it looks at
+//! what the server itself has recorded, at a pace that leaves room for the apply.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+
+use crate::connection::ConnectionSpec;
+use crate::error::{Context, Error, Result};
+use crate::source::catalog::USER_RELATION;
+
+/// How often it is looked whether there is something to do.
+const INTERVAL: Duration = Duration::from_secs(60);
+/// How long somebody may wait for a lock of ours.
+const MAKE_WAY_INTERVAL: Duration = Duration::from_millis(500);
+/// Like autovacuum's own delay: the apply comes first.
+const SETTINGS: &str = "SET vacuum_cost_delay = '2ms'";
+
+/// Vacuums and analyses what needs it, until it is dropped.
+pub async fn keep_warm(target: ConnectionSpec, application_name: String) -> Infallible {
+    loop {
+        if let Err(error) = look_after(&target, &application_name).await {
+            tracing::debug!(%error, "vacuuming the target waits");
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+/// Ends what [`keep_warm`] was at: a cutover's statements must not wait for a vacuum.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn stop(target: &Client, application_name: &str) -> Result<()> {
+    target
+        .query(
+            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
+             WHERE application_name = $1 AND query ~ '^(VACUUM|ANALYZE) ' AND pid <> pg_catalog.pg_backend_pid()",
+            &[&application_name],
+        )
+        .await
+        .context(|| "ending our vacuum on the target".into())?;
+    Ok(())
+}
+
+async fn look_after(target: &ConnectionSpec, application_name: &str) -> Result<()> {
+    let session = target.connect(application_name).await?;
+    let wanted = wanted(&session).await?;
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    session.batch_execute(SETTINGS).await?;
+    let pid: i32 = session.query_typed_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0);
+    let watch = target.connect(application_name).await?;
+    for statement in wanted {
+        let outcome = tokio::select! {
+            outcome = session.batch_execute(&statement) => outcome,
+            error = make_way(&watch, pid) => return Err(error),
+        };
+        // Somebody holds it, dropped it, or waited for us: the next look finds what is left.
+        if let Err(error) = outcome {
+            tracing::debug!(%error, statement, "not vacuumed");
+        }
+        if session.is_closed() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Cancels the statement of a session as soon as anybody waits for it, as the server does with autovacuum. Returns when it cannot look.
+async fn make_way(watch: &Client, pid: i32) -> Error {
+    loop {
+        tokio::time::sleep(MAKE_WAY_INTERVAL).await;
+        let cancelled = watch
+            .query(
+                "SELECT pg_catalog.pg_cancel_backend($1) WHERE EXISTS ( \
+                     SELECT FROM pg_catalog.pg_stat_activity w \
+                     WHERE w.wait_event_type = 'Lock' AND $1 = ANY (pg_catalog.pg_blocking_pids(w.pid)))",
+                &[&pid],
+            )
+            .await;
+        if let Err(error) = cancelled {
+            return error.into();
+        }
+    }
+}
+
+/// A statement for each table that needs one, the largest first.
+///
+/// Vacuum: never vacuumed, and less than half of its pages known to be visible to all; a frozen copy has them known already. Analyse:
+/// a tenth of it changed since, or never analysed.
+pub async fn wanted(client: &Client) -> Result<Vec<String>> {
+    let rows = client
+        .query_typed(
+            &format!(
+                "SELECT (CASE WHEN s.last_vacuum IS NULL AND s.last_autovacuum IS NULL AND c.relallvisible * 2 < pages \
+                              THEN 'VACUUM (ANALYZE, SKIP_LOCKED) ' ELSE 'ANALYZE (SKIP_LOCKED) ' END) || format('%I.%I', n.nspname, c.relname) \
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 JOIN pg_catalog.pg_stat_user_tables s ON s.relid = c.oid, \
+                 LATERAL (SELECT pg_catalog.pg_relation_size(c.oid) / 8192 AS pages) size \
+                 WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND pages > 0 AND {USER_RELATION} \
+                   AND (s.last_vacuum IS NULL AND s.last_autovacuum IS NULL AND c.relallvisible * 2 < pages \
+                        OR s.n_mod_since_analyze > 50 + greatest(c.reltuples, 0) / 10 \
+                        OR s.last_analyze IS NULL AND s.last_autoanalyze IS NULL) \
+                 ORDER BY pages DESC"
+            ),
+            &[],
+        )
+        .await
+        .context(|| "looking for what to vacuum on the target".into())?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo::server::{ServerPrograms, ThrowawayServer};
+
+    #[tokio::test]
+    async fn whoever_waits_for_our_vacuum_gets_the_lock_at_once() {
+        let programs = ServerPrograms::find(None).unwrap();
+        let server = ThrowawayServer::start(&programs, "warm", &[]).await.unwrap();
+        let connect = || async { server.connect("postgres").await.unwrap() };
+        let (ours, watch, waiting) = (connect().await, connect().await, connect().await);
+        ours.batch_execute("CREATE TABLE t (id int)").await.unwrap();
+        ours.batch_execute("BEGIN; LOCK TABLE t IN SHARE UPDATE EXCLUSIVE MODE").await.unwrap();
+        let pid: i32 = ours.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+        let held = async {
+            let error = ours.batch_execute("SELECT pg_sleep(600)").await.unwrap_err();
+            ours.batch_execute("ROLLBACK").await.unwrap();
+            error
+        };
+        let (error, ()) = tokio::select! {
+            both = async { tokio::join!(held, async { waiting.batch_execute("TRUNCATE t").await.unwrap() }) } => both,
+            error = make_way(&watch, pid) => panic!("{error}"),
+        };
+        assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::QUERY_CANCELED));
+    }
+}
