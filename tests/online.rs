@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -50,7 +51,7 @@ impl OddWriters {
                 while !stop.load(Ordering::Relaxed) {
                     drop(client.batch_execute(way).await);
                     drop(client.batch_execute("ROLLBACK").await);
-                    tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+                    tokio::time::sleep(Duration::from_millis(2)).await;
                 }
             });
         }
@@ -125,10 +126,18 @@ async fn under_constant_load_what_is_equal_is_equal_and_what_is_planted_is_found
     }
     positions.dedup();
     assert_eq!(positions.len(), 6, "the apply went on between them: {positions:?}");
+    // Many points, quickly one after the other, at tables that change all the time.
+    for _ in 0..12 {
+        is_equal_online(&verify(&migration, &["--tables", "app.heavy,app.event_2024,app.note"]).await);
+    }
     is_equal_online(&verify(&migration, &["--sample", "10%"]).await);
     is_equal_online(&verify(&migration, &["--jobs", "1", "--tables", "app.big,app.heavy"]).await);
     let status = migration.status().await.unwrap();
     assert_eq!(status["verification"]["equal"], true, "{}", status["verification"]);
+    // The last of them was of some tables; the last of all rows before it vouches for both sides.
+    walferry::verify::require(&target, Duration::from_secs(600)).await.unwrap();
+    let error = walferry::verify::require(&target, Duration::ZERO).await.unwrap_err();
+    assert!(error.to_string().contains("it has to be within"), "{error}");
     let refused = migration.with_directory("repair", &[]).await;
     assert!(refused.stdout.contains("nothing to repair"), "{}", refused.stdout);
 
@@ -165,6 +174,8 @@ async fn under_constant_load_what_is_equal_is_equal_and_what_is_planted_is_found
     assert_eq!(found.code, Some(4), "{}", found.stderr);
     assert_eq!(differences(&found.json()), expected);
     assert!(!found.stdout.contains("Infinity") && !found.stdout.contains("NaN"), "values are shown only on request");
+    let error = walferry::verify::require(&target, Duration::from_secs(600)).await.unwrap_err();
+    assert!(error.to_string().contains("the two sides differ"), "{error}");
     let shown = migration.with_directory("verify", &["--tables", "app.planted", "--show-values"]).await;
     assert!(shown.stdout.contains("NaN") && shown.stdout.contains("NULL"), "{}", shown.stdout);
     until("the status names it", || async {
@@ -179,7 +190,11 @@ async fn under_constant_load_what_is_equal_is_equal_and_what_is_planted_is_found
     assert_eq!(repaired.code, Some(0), "{}\n{}", repaired.stderr, running.log());
     let copied = repaired.json()["rows_copied"].as_i64().unwrap();
     assert!((46..700).contains(&copied), "{copied} rows were copied again");
+    is_equal_online(&verify(&migration, &["--tables", tables]).await);
+    // A part that is equal takes nothing back.
+    walferry::verify::require(&target, Duration::from_secs(600)).await.unwrap_err();
     is_equal_online(&verify(&migration, &[]).await);
+    walferry::verify::require(&target, Duration::from_secs(600)).await.unwrap();
 
     application.goes_on(20).await;
     odd.stop().await;
@@ -383,7 +398,9 @@ async fn on_the_way_back_both_sides_are_compared_and_repaired_likewise() {
     migration.wait_for_status(&mut running, "the way back", ready).await;
     let application = Application::start(&migration.target_url, 3);
     application.goes_on(20).await;
-    is_equal_online(&verify(&migration, &[]).await);
+    for _ in 0..6 {
+        is_equal_online(&verify(&migration, &[]).await);
+    }
 
     let old_primary = migration.source().await;
     let plant = "BEGIN READ WRITE; SET LOCAL session_replication_role = replica; \

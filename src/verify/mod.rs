@@ -25,6 +25,7 @@
 
 mod compare;
 mod hash;
+mod history;
 mod layout;
 mod narrow;
 pub mod online;

@@ -2,23 +2,22 @@
 //! it holds exactly what the first one shows. In the process of the migration, because that is who applies.
 //!
 //! ```text
-//!  source   ── L0 ── X0 ──────── snapshot S ── marker ──►                        what S shows, in the order of commits:
-//!  queue    ─── every transaction from L0 on ──────────►  read up to the marker ─► a beginning of it, up to P? (H35)
-//!  apply    ────────────── rests at E ───────────────────────────────► goes to P, rests ──────► goes on
-//!  target                                                                          snapshot T
+//!  source   ── marker C ── X0 ───────── snapshot S ── marker ─►                  what S shows, in the order of commits:
+//!  queue    ─── C ── every transaction behind C ─────────────►  read up to it ─► a beginning of it, up to P? (H35)
+//!  apply    ─── C applied ────────── rests at E ─────────────────────────► goes to P, rests ──────► goes on
+//!  target                                                                                snapshot T
 //! ```
 //!
-//! The apply rests at E, wherever it is, while S is taken; so nothing past E is applied that S might not show. What S shows is
-//! decided as for a copied table, by xid and commit LSN (I3), for every transaction that commits past L0. Of those that committed
-//! before L0 and are applied, S might not show one that still waits within its commit, such as for a synchronous standby that
-//! never answers. It has an xid below X0, which was assigned after L0 was read, and S still lists it as running: so each such xid that was not seen to commit past
-//! L0 is looked for among the sessions ([`Lingering`]).
+//! The apply rests at E, wherever it is past C, while S is taken; so nothing past E is applied that S might not show. What S shows is
+//! decided as for a copied table, by xid and commit LSN (I3), for every transaction behind C. Of those before C, which are all
+//! applied, S might not show one that still waits within its commit, such as for a synchronous standby that never answers. It has an
+//! xid below X0, which was assigned after C had committed, and S still lists it as running: so each such xid that was not seen to
+//! commit behind C is looked for among the sessions ([`Lingering`]).
 //!
 //! When what S shows is not a beginning of the stream, another snapshot is taken at once, and after [`REST_MAX`] the apply goes on for a
 //! while before that. Usually it rests for some ten milliseconds, and never longer than [`HOLD_MAX`]; the hold is an object of this
 //! process ([`Hold`]), so nothing that dies can leave it behind.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -26,20 +25,19 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::Client;
-use tokio_postgres::types::{PgLsn, Type};
+use tokio_postgres::types::Type;
 
-use super::prefix::{Streamed, prefix};
-use crate::apply::assemble::MARKER_PREFIX;
+use super::history::{CaughtUp, History, Stream, marker};
+use super::prefix::prefix;
 use crate::apply::gate::{Gate, Hold};
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, PointRequest};
-use crate::decode::{Message, decode};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Phase;
 use crate::pause::Paused;
-use crate::queue::{Entry, Queue, Reader};
+use crate::queue::Queue;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::{HeldSnapshot, SnapshotData};
 
@@ -65,8 +63,6 @@ const COMMIT_MAX: Duration = Duration::from_millis(500);
 const ROOM_MIN: usize = 3;
 /// How often the snapshots' sessions are used, so that nothing in between takes them for idle.
 const PING: Duration = Duration::from_secs(10);
-/// How long the queue is waited for before it is looked at whether anybody still wants to know.
-const READ_WAIT: Duration = Duration::from_millis(100);
 
 /// One point on both sides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -166,9 +162,11 @@ impl PointTaker {
         source.batch_execute("SET synchronous_commit = local").await?;
         let mut snapshot = HeldSnapshot::take(&self.source, APPLICATION_NAME, &self.server, 0).await?;
         let target = self.target.connect(APPLICATION_NAME).await?;
+        // The second time there is little to catch up with, and so little in the history.
         self.catch_up(&source, tell).await?;
+        let caught_up = self.catch_up(&source, tell).await?;
 
-        let history = History::begin(&source, &self.queue).await?;
+        let history = History::begin(&source, caught_up).await?;
         let mut taking = Taking {
             taker: self,
             source: &source,
@@ -236,24 +234,27 @@ impl PointTaker {
     }
 
     /// Waits until a marker is applied. So the apply is past every snapshot that tables were copied under, and not far behind.
-    async fn catch_up(&self, source: &Client, tell: &(dyn Fn(String) + Sync)) -> Result<()> {
-        let stream = Stream { reader: self.queue.reader(self.queue.written_end())?, kept: None };
+    async fn catch_up(&self, source: &Client, tell: &(dyn Fn(String) + Sync)) -> Result<CaughtUp> {
+        let stream = Stream::open(&self.queue)?;
         let content = marker(source).await?;
-        let reached = async {
-            let end = read_up_to(&Arc::new(Mutex::new(stream)), &content).await?;
-            self.gate.is_reached(end).await;
-            Ok(())
-        };
-        let mut reached = std::pin::pin!(reached);
-        loop {
-            if let Ok(reached) = timeout(Duration::from_secs(2), &mut reached).await {
-                return reached;
+        let end = {
+            let reached = async {
+                let end = stream.read_up_to(&content).await?;
+                self.gate.is_reached(end).await;
+                Result::<Lsn>::Ok(end)
+            };
+            let mut reached = std::pin::pin!(reached);
+            loop {
+                if let Ok(reached) = timeout(Duration::from_secs(2), &mut reached).await {
+                    break reached?;
+                }
+                self.look_whether_it_follows()?;
+                let lag = self.board.snapshot().lag.seconds;
+                let lag = lag.map_or(String::new(), |lag| format!(": {lag:.0} s behind"));
+                tell(format!("waiting until the target has caught up{lag}"));
             }
-            self.look_whether_it_follows()?;
-            let lag = self.board.snapshot().lag.seconds;
-            let lag = lag.map_or(String::new(), |lag| format!(": {lag:.0} s behind"));
-            tell(format!("waiting until the target has caught up{lag}"));
-        }
+        };
+        Ok(CaughtUp { stream, end })
     }
 }
 
@@ -311,6 +312,10 @@ impl Taking<'_> {
         let Ok(applied) = timeout(UNIT_MAX, hold.rests(Lsn::ZERO)).await else {
             return Ok(Attempt::hindered("the apply did not come to rest"));
         };
+        if applied < self.history.start {
+            // The target has crashed since, and what is to be applied again is not in the history.
+            return Ok(Attempt::hindered("the apply has gone back"));
+        }
         let (began, _shown) = (Instant::now(), ShownAsHeld::on(&self.taker.board));
         let outcome = timeout(HOLD_MAX, async {
             let mut hidden = (0, Instant::now());
@@ -336,9 +341,11 @@ impl Taking<'_> {
 
     async fn attempt(&mut self, hold: &Hold, applied: Lsn, snapshot: &mut HeldSnapshot) -> Result<Attempt> {
         self.tries += 1;
+        // A cutover that has begun meanwhile needs the apply more.
+        self.taker.look_whether_it_follows()?;
         snapshot.renew().await?;
         let content = marker(self.source).await?;
-        read_up_to(&self.history.stream, &content).await?;
+        self.history.stream.read_up_to(&content).await?;
         let end = match prefix(&self.history.streamed(), &snapshot.data, applied) {
             Ok(end) => end,
             Err(hidden) => {
@@ -450,104 +457,6 @@ impl Session {
             _ => (watched < COMMIT_MAX).then_some(Lingering::Perhaps),
         }
     }
-}
-
-/// The transactions of the stream from a position of the source on.
-struct History {
-    stream: Arc<Mutex<Stream>>,
-    begun: Instant,
-    /// Assigned after the history's first position was read: whatever committed before that has a smaller one.
-    first_xid: u64,
-}
-
-/// Shared with the thread that reads: a try that takes too long leaves it at work.
-struct Stream {
-    reader: Reader,
-    /// What was read, where it is of interest.
-    kept: Option<Vec<Streamed>>,
-}
-
-impl History {
-    async fn begin(source: &Client, queue: &Queue) -> Result<History> {
-        let doing = || "asking the source for its position".to_owned();
-        // Two statements: the xid is assigned, and its transaction ended, after the position was read.
-        let position = source.query_typed_one("SELECT pg_catalog.pg_current_wal_insert_lsn()", &[]).await;
-        let position: PgLsn = position.context(doing)?.get(0);
-        let row = source.query_typed_one("SELECT pg_catalog.pg_current_xact_id()::text", &[]).await.context(doing)?;
-        let assigned: &str = row.get(0);
-        let first_xid = assigned
-            .parse()
-            .map_err(|_| Error::new(ErrorKind::Other, format!("{assigned} is not a transaction's id")))?;
-        let stream = Stream { reader: queue.reader(position.into())?, kept: Some(Vec::new()) };
-        Ok(History { stream: Arc::new(Mutex::new(stream)), begun: Instant::now(), first_xid })
-    }
-
-    fn streamed(&self) -> Vec<Streamed> {
-        lock(&self.stream).kept.clone().unwrap_or_default()
-    }
-
-    /// The transactions that run in a snapshot and may have committed before this history.
-    fn in_question(&self, snapshot: &SnapshotData) -> Vec<u64> {
-        let streamed = self.streamed();
-        let is_known = |xid: u64| streamed.iter().any(|streamed| streamed.xid == xid as u32);
-        snapshot.running.range(..self.first_xid).copied().filter(|&xid| !is_known(xid)).collect()
-    }
-}
-
-/// Reads up to a marker of ours; answers where its transaction ends.
-async fn read_up_to(stream: &Arc<Mutex<Stream>>, content: &str) -> Result<Lsn> {
-    loop {
-        let (stream, content) = (Arc::clone(stream), content.to_owned());
-        let read = tokio::task::spawn_blocking(move || lock(&stream).read_up_to(&content)).await;
-        let found = read.map_err(|error| Error::new(ErrorKind::Other, format!("reading the queue failed: {error}")))?;
-        if let Some(end) = found? {
-            return Ok(end);
-        }
-    }
-}
-
-impl Stream {
-    /// Reads what comes soon; the end of the transaction with the marker, when it came.
-    fn read_up_to(&mut self, marker: &str) -> Result<Option<Lsn>> {
-        let mut head = None;
-        let mut has_marker = false;
-        while let Some(entry) = self.reader.next(READ_WAIT)? {
-            match entry {
-                Entry::Begin(begun) => head = Some(begun),
-                Entry::Data(bytes) if bytes.first() == Some(&b'M') => {
-                    if let Message::Logical { prefix, content, .. } = decode(&bytes)? {
-                        has_marker |= prefix == MARKER_PREFIX && content == marker.as_bytes();
-                    }
-                }
-                Entry::Commit { end_lsn } => {
-                    if let (Some(head), Some(kept)) = (head.take(), &mut self.kept) {
-                        kept.push(Streamed { xid: head.xid, commit_lsn: head.commit_lsn, end_lsn });
-                    }
-                    if has_marker {
-                        return Ok(Some(end_lsn));
-                    }
-                }
-                Entry::Data(_) | Entry::Position(_) => {}
-            }
-        }
-        Ok(None)
-    }
-}
-
-fn lock(stream: &Mutex<Stream>) -> MutexGuard<'_, Stream> {
-    // What a reader that panicked left behind is whole transactions.
-    stream.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Sends a marker through the stream; answers what it says.
-async fn marker(source: &Client) -> Result<String> {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let content = format!("verify {}-{}", std::process::id(), now.as_nanos());
-    source
-        .query("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2::text)", &[&MARKER_PREFIX, &content])
-        .await
-        .context(|| "sending a marker into the stream".into())?;
-    Ok(content)
 }
 
 #[cfg(test)]
