@@ -98,10 +98,19 @@ pub enum Command {
         More jobs begin at once; jobs that are too many end after their part. It stays so over a restart, unless an option \
         of that start says otherwise. Without an option it shows how it is.")]
     Tune(TuneOptions),
-    /// Compare all rows of both sides; both have to be quiet
-    #[command(after_help = "Example: walferry verify --dir ./shop\n\
-        Rows that change while it runs are reported as different. Exit codes: 0 equal, 4 different")]
+    /// Compare all rows of both sides, of a running migration while writes go on
+    #[command(after_help = "Examples: walferry verify --dir ./shop\n          \
+        walferry verify --dir ./shop --tables public.orders,public.lines --show-values\n          \
+        walferry verify --source postgres://app@old/shop --target postgres://app@new/shop\n\
+        While a migration runs in --dir and follows, both sides are compared at one point while writes go on. Otherwise both \
+        have to be quiet: rows that change meanwhile are reported as different.\n\
+        Exit codes: 0 equal, 3 no such point to be had, 4 different")]
     Verify(Verify),
+    /// Copy again what differs, of a migration that follows
+    #[command(after_help = "Example: walferry repair --dir ./shop\n\
+        The tables that the last `walferry verify` found to differ, or --tables, are compared with a new snapshot of the source, and \
+        what differs is copied again; the queue goes on receiving. Exit codes: 0 done, 3 not now")]
+    Repair(Repair),
     /// Remove what a migration left: slot, publications, ledger, fence, state directory
     #[command(after_help = "Example: walferry clean --dir ./shop\n\
         Without --dir it looks on both servers: walferry clean --source … --target …")]
@@ -465,15 +474,38 @@ pub struct Verify {
     /// Only these tables (schema.name), separated by commas
     #[arg(long, value_delimiter = ',')]
     pub tables: Option<Vec<String>>,
+    /// Compare only about so much of each table, drawn anew each time: a percentage
+    #[arg(long, value_parser = parse_percent, value_name = "PERCENT")]
+    pub sample: Option<f64>,
     /// Ranges compared at once
     #[arg(long, default_value_t = 4, value_parser = at_least_one)]
     pub jobs: usize,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub connections: Connections,
+    /// Differing rows that are named per table
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..), value_name = "N")]
+    pub max_keys: u32,
     /// Show the values of rows that differ; they can be personal data
     #[arg(long)]
     pub show_values: bool,
+    /// One JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `walferry repair`.
+#[derive(Debug, Args)]
+pub struct Repair {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub servers: Servers,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub directory: Directory,
+    /// These tables (schema.name), separated by commas [default: those that the last `verify` found to differ]
+    #[arg(long, value_delimiter = ',')]
+    pub tables: Option<Vec<String>>,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
@@ -545,6 +577,14 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned())
 }
 
+/// A share of a whole: `10%`, `0.5`.
+fn parse_percent(text: &str) -> Result<f64, String> {
+    match text.trim_end_matches('%').trim_end().parse() {
+        Ok(percent) if percent > 0.0 && percent <= 100.0 => Ok(percent),
+        _ => Err("expected a percentage such as 10%".to_owned()),
+    }
+}
+
 /// Bytes a second, or `off`.
 fn parse_rate(text: &str) -> Result<Limit<u64>, String> {
     match text {
@@ -611,6 +651,14 @@ mod tests {
         assert_eq!(parse_duration("1h"), Ok(std::time::Duration::from_secs(3600)));
         assert!(parse_duration("-1s").is_err());
         assert!(parse_duration("1y").is_err());
+    }
+
+    #[test]
+    fn a_sample_is_a_percentage() {
+        assert_eq!((parse_percent("10%"), parse_percent("0.5")), (Ok(0.5 * 20.0), Ok(0.5)));
+        for wrong in ["0", "101%", "-1", "NaN", "much"] {
+            assert!(parse_percent(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
+mod verify;
+
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::Duration;
@@ -12,6 +14,7 @@ use crate::care;
 use crate::care::connections::Jobs;
 use crate::care::tune::{COPY_JOBS, Change};
 use crate::check::{self, Report};
+use crate::clean;
 use crate::cli::{self, Cli, Command};
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, Conversation, Request};
@@ -27,10 +30,8 @@ use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
 use crate::pause::What;
 use crate::queue;
-use crate::source::catalog;
 use crate::state_directory::StateDirectory;
-use crate::target::{index, ledger};
-use crate::{clean, verify};
+use crate::target::index;
 
 /// Runs a command.
 ///
@@ -56,7 +57,8 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Pause(options) => pause(options, What::Apply, true).await,
         Command::Resume(options) => pause(options, What::All, false).await,
         Command::Tune(options) => tune(options).await,
-        Command::Verify(options) => verify(options).await,
+        Command::Verify(options) => verify::verify(options, log_format, bars).await,
+        Command::Repair(options) => verify::repair(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
@@ -484,57 +486,6 @@ fn ask(status: &Status) -> Result<()> {
     } else {
         Err(Error::new(ErrorKind::Aborted, "not switched"))
     }
-}
-
-async fn verify(options: cli::Verify) -> Result<()> {
-    let (source, target) = match &options.dir {
-        None => both(&options.servers)?,
-        Some(directory) => match either_or_known(&options.servers, directory)? {
-            (Some(source), Some(target)) => (source, target),
-            _ => {
-                return Err(Error::new(
-                    ErrorKind::Other,
-                    format!("{} is not the state directory of a migration", directory.display()),
-                )
-                .hint("Give the --dir of the migration, or both servers: walferry verify --source … --target …"));
-            }
-        },
-    };
-    let caps = options.connections.caps();
-    let jobs = caps.fit_comparison(options.jobs)?;
-    let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
-    // The tables that were migrated; without a ledger, those of the source.
-    let ledger = target.connect("walferry verify").await?;
-    let tables = match ledger::load(&ledger).await? {
-        Some(migration) if migration.consistent_point.is_some() => {
-            ledger::tables(&ledger).await?.into_iter().map(|entry| entry.table).collect()
-        }
-        _ => catalog::tables(&source.connect("walferry verify").await?).await?,
-    };
-    let compared = verify::compare(
-        &tables,
-        || source.connect("walferry verify"),
-        || target.connect("walferry verify"),
-        &verify::Options {
-            jobs,
-            tables: options.tables,
-            show_values: options.show_values,
-            ..verify::Options::default()
-        },
-        &|_| {},
-    )
-    .await?;
-    if options.json {
-        print_json(&compared)?
-    } else {
-        print(&compared.to_string())?
-    }
-    if compared.equal {
-        return Ok(());
-    }
-    let different = compared.tables.iter().filter(|table| !table.equal).count();
-    let text = if different == 1 { "1 table differs".to_owned() } else { format!("{different} tables differ") };
-    Err(Error::new(ErrorKind::Different, text))
 }
 
 async fn clean(options: cli::Clean) -> Result<()> {

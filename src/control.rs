@@ -20,6 +20,7 @@ use crate::observe::board::StatusBoard;
 use crate::observe::status::Status;
 use crate::pause::{Pause, Paused, What};
 use crate::state_directory::StateDirectory;
+use crate::verify::point::CommonPoint;
 
 /// What can be asked of a running migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,6 +43,13 @@ pub enum Request {
     },
     /// Change how it is copied.
     Tune(tune::Change),
+    /// Take a point at which both sides can be compared, and keep its snapshots for as long as this conversation lasts.
+    TakePoint,
+    /// Compare tables with the source again, and copy what differs.
+    Repair {
+        /// As `schema.name`.
+        tables: Vec<String>,
+    },
 }
 
 /// One line of an answer.
@@ -62,6 +70,12 @@ pub enum Answer {
     Paused(Paused),
     /// How it is copied now; the last line.
     Tuned(Tuned),
+    /// Why it takes longer; more lines follow.
+    Waits(String),
+    /// The point; another line comes only if its snapshots are lost.
+    Point(CommonPoint),
+    /// The ledger says what is to be compared again, and the copy is about to begin; the last line.
+    Repairing,
     /// It did not work; the last line.
     Error {
         /// [`ErrorKind::exit_code`].
@@ -93,10 +107,57 @@ pub struct CutoverRequest {
     pub answers: mpsc::UnboundedSender<Answer>,
 }
 
+/// A request for a common point, on its way to the migration. Whoever asked is gone when the answers' channel is closed.
+pub struct PointRequest {
+    /// Where the point goes.
+    pub answers: mpsc::UnboundedSender<Answer>,
+}
+
+/// A request to bring tables right again, on its way to the migration.
+pub struct RepairRequest {
+    /// As `schema.name`.
+    pub tables: Vec<String>,
+    /// Where the outcome goes.
+    pub answers: mpsc::UnboundedSender<Answer>,
+}
+
 /// An operator's request to end the way back.
 pub struct FinishRequest {
     /// Where the outcome goes.
     pub answers: mpsc::UnboundedSender<Answer>,
+}
+
+/// Where requests go that the control server cannot answer by itself.
+#[derive(Clone)]
+pub struct Senders {
+    /// Cutovers, one at a time.
+    pub cutovers: mpsc::Sender<CutoverRequest>,
+    /// Common points, taken one after the other.
+    pub points: mpsc::Sender<PointRequest>,
+    /// Repairs, one at a time.
+    pub repairs: mpsc::Sender<RepairRequest>,
+    /// Ends of the way back, one at a time.
+    pub finishes: mpsc::Sender<FinishRequest>,
+}
+
+/// The other ends of [`Senders`], for the migration in either direction.
+pub struct Requests {
+    /// Cutovers.
+    pub cutovers: mpsc::Receiver<CutoverRequest>,
+    /// Common points.
+    pub points: mpsc::Receiver<PointRequest>,
+    /// Repairs.
+    pub repairs: mpsc::Receiver<RepairRequest>,
+}
+
+/// The way of requests from the control server to the migration. Those to end the way back come apart from the others.
+pub fn requests() -> (Senders, Requests, mpsc::Receiver<FinishRequest>) {
+    let (to_cutovers, cutovers) = mpsc::channel(1);
+    let (to_points, points) = mpsc::channel(4);
+    let (to_repairs, repairs) = mpsc::channel(1);
+    let (to_finishes, finishes) = mpsc::channel(1);
+    let senders = Senders { cutovers: to_cutovers, points: to_points, repairs: to_repairs, finishes: to_finishes };
+    (senders, Requests { cutovers, points, repairs }, finishes)
 }
 
 /// Answers requests until it is dropped.
@@ -121,8 +182,7 @@ impl ControlServer {
         board: StatusBoard,
         pause: Pause,
         tune: Tune,
-        cutovers: mpsc::Sender<CutoverRequest>,
-        finishes: mpsc::Sender<FinishRequest>,
+        senders: Senders,
     ) -> Result<ControlServer> {
         let socket = directory.socket();
         let _ = std::fs::remove_file(&socket);
@@ -135,10 +195,9 @@ impl ControlServer {
             while let Ok((stream, _)) = listener.accept().await {
                 // The ended ones are taken out, so that they do not pile up.
                 while running.try_join_next().is_some() {}
-                let (board, pause, tune) = (board.clone(), pause.clone(), tune.clone());
-                let (cutovers, finishes) = (cutovers.clone(), finishes.clone());
+                let (board, pause, tune, senders) = (board.clone(), pause.clone(), tune.clone(), senders.clone());
                 running.spawn(async move {
-                    if let Err(error) = serve(stream, &board, &pause, &tune, &cutovers, &finishes).await {
+                    if let Err(error) = serve(stream, &board, &pause, &tune, &senders).await {
                         tracing::debug!(%error, "a control connection ended early");
                     }
                 });
@@ -148,17 +207,11 @@ impl ControlServer {
     }
 }
 
-async fn serve(
-    stream: UnixStream,
-    board: &StatusBoard,
-    pause: &Pause,
-    tune: &Tune,
-    cutovers: &mpsc::Sender<CutoverRequest>,
-    finishes: &mpsc::Sender<FinishRequest>,
-) -> Result<()> {
+async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tune, senders: &Senders) -> Result<()> {
     let (reader, mut writer) = stream.into_split();
+    let mut reader = BufReader::new(reader);
     let mut line = String::new();
-    BufReader::new(reader).read_line(&mut line).await?;
+    reader.read_line(&mut line).await?;
     let request: Request = match serde_json::from_str(&line) {
         Ok(request) => request,
         Err(error) => {
@@ -180,7 +233,7 @@ async fn serve(
             let dry_run = matches!(request, Request::Rehearse(_));
             let (Request::Cutover(options) | Request::Rehearse(options)) = request else { return Ok(()) };
             let (answers, mut received) = mpsc::unbounded_channel();
-            if cutovers.try_send(CutoverRequest { options, dry_run, answers }).is_err() {
+            if senders.cutovers.try_send(CutoverRequest { options, dry_run, answers }).is_err() {
                 let error = Error::new(ErrorKind::Aborted, "another cutover is running");
                 return send(&mut writer, &Answer::from(&error)).await;
             }
@@ -192,9 +245,38 @@ async fn serve(
             }
             Ok(())
         }
+        Request::TakePoint => {
+            let (answers, mut received) = mpsc::unbounded_channel();
+            if senders.points.try_send(PointRequest { answers }).is_err() {
+                let error = Error::new(ErrorKind::Blocked, "other comparisons are waiting for their turn");
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
+            let mut rest = String::new();
+            loop {
+                tokio::select! {
+                    answer = received.recv() => match answer {
+                        Some(answer) => send(&mut writer, &answer).await?,
+                        None => return Ok(()),
+                    },
+                    // Nothing more is asked: it has ended. With `received` goes the point.
+                    _ = reader.read_line(&mut rest) => return Ok(()),
+                }
+            }
+        }
+        Request::Repair { tables } => {
+            let (answers, mut received) = mpsc::unbounded_channel();
+            if senders.repairs.try_send(RepairRequest { tables, answers }).is_err() {
+                let error = Error::new(ErrorKind::Blocked, "another repair is waiting for its turn");
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
+            match received.recv().await {
+                Some(answer) => send(&mut writer, &answer).await,
+                None => Ok(()),
+            }
+        }
         Request::Finish => {
             let (answers, mut received) = mpsc::unbounded_channel();
-            if finishes.try_send(FinishRequest { answers }).is_err() {
+            if senders.finishes.try_send(FinishRequest { answers }).is_err() {
                 let error = Error::new(ErrorKind::Blocked, "the way back is being ended already");
                 return send(&mut writer, &Answer::from(&error)).await;
             }

@@ -17,6 +17,7 @@ mod heal;
 mod identify;
 mod phases;
 mod prepare;
+mod repair;
 mod stall;
 mod way_back;
 
@@ -33,12 +34,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::apply::conflict::OnConflict;
+use crate::apply::gate::Gate;
 use crate::care;
 use crate::care::connections::Jobs;
 use crate::care::tune::{COPY_JOBS, Tune};
 use crate::care::wal::GivenUp;
 use crate::connection::ConnectionSpec;
-use crate::control::{ControlServer, CutoverRequest};
+use crate::control::{self, ControlServer, CutoverRequest, RepairRequest, Requests};
 use crate::cutover::Automatic;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -136,6 +138,8 @@ struct Running {
     tune: Tune,
     /// A snapshot waits for transactions of others (H1): nothing moves, and nothing is wrong.
     waits_for_snapshot: AtomicBool,
+    /// Where the apply is held for a moment, for a comparison.
+    gate: Gate,
     direction: Direction,
 }
 
@@ -176,16 +180,14 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
 async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) -> Result<()> {
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
-    let (cutovers, mut requested) = mpsc::channel(1);
-    let (finishes, mut finish) = mpsc::channel(1);
-    let cutovers_by_itself = cutovers.clone();
+    let (senders, mut requests, mut finish) = control::requests();
+    let cutovers_by_itself = senders.cutovers.clone();
     board.show_connections(config.source.connections(), config.target.connections());
     board.set_source_wal_max(config.care.source_wal_max);
     let pause = Pause::restore(directory.directory(), board);
     let copy_jobs_max = config.care.caps.copy_jobs_max(config.jobs(0));
     let tune = Tune::restore(directory.directory(), board, &config.care, copy_jobs_max)?;
-    let _control =
-        ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), cutovers, finishes)?;
+    let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), senders)?;
     let _http = match config.http_address {
         Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
         None => None,
@@ -219,19 +221,20 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         pause,
         tune,
         waits_for_snapshot: AtomicBool::new(false),
+        gate: Gate::open(),
         direction: Direction::There,
     };
     // Boxed, as below: the states of whole migrations together are more than a thread's stack should hold.
     tokio::select! {
-        outcome = Box::pin(migration.go(&mut requested)) => outcome?,
+        outcome = Box::pin(migration.go(&mut requests)) => outcome?,
         never = way_back::refuse_to_finish(&mut finish) => match never {},
     }
-    Box::pin(migration.keep_the_old_primary_current(&mut requested, &mut finish)).await
+    Box::pin(migration.keep_the_old_primary_current(&mut requests, &mut finish)).await
 }
 
 impl Running {
     /// All that comes after the check.
-    async fn go(&self, requested: &mut mpsc::Receiver<CutoverRequest>) -> Result<()> {
+    async fn go(&self, requests: &mut Requests) -> Result<()> {
         let mut backoff = Backoff::new();
         let mut heal = self.config.heal.clone();
         let taken_up = loop {
@@ -272,12 +275,15 @@ impl Running {
         let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
         beside.spawn(async move { trimming.trim(to_trim).await });
         beside.spawn(async move { watching.watch_source().await });
+        let point_taker = self.point_taker(&migration, &queue);
+        let Requests { cutovers, points, repairs } = requests;
         let outcome = tokio::select! {
             ended = beside.join_next() => match ended {
                 Some(Ok(Err(error))) => Err(error),
                 _ => Err(Error::new(ErrorKind::Other, "the stream from the source has ended")),
             },
-            outcome = self.phases_until_cutover(&queue, &mut held, requested) => outcome,
+            outcome = self.phases_until_cutover(&queue, &mut held, cutovers, repairs) => outcome,
+            never = point_taker.serve(points) => match never {},
         };
         // The queue writes its last block before the directory's lock goes.
         beside.shutdown().await;
@@ -334,6 +340,7 @@ impl Running {
         queue: &queue::Queue,
         held: &mut Option<prepare::Held>,
         requested: &mut mpsc::Receiver<CutoverRequest>,
+        repairs: &mut mpsc::Receiver<RepairRequest>,
     ) -> Result<()> {
         let mut backoff = Backoff::new();
         loop {
@@ -341,6 +348,10 @@ impl Running {
             let (outcome, stalled) = tokio::select! {
                 outcome = Box::pin(self.phases(queue, held, requested)) => (outcome, false),
                 error = self.stall() => (Err(error), true),
+                request = self.repair_requested(repairs) => {
+                    self.repair(request).await;
+                    continue;
+                }
             };
             if stalled {
                 // Its session may be the silent one, and would not answer when it is asked whether it lives.

@@ -15,6 +15,7 @@ mod heal;
 mod hooks;
 mod killed;
 mod large_transaction;
+mod online;
 mod pooler;
 mod refused;
 mod schema_change;

@@ -17,6 +17,7 @@
 pub mod assemble;
 pub mod change;
 pub mod conflict;
+pub mod gate;
 pub mod layout;
 pub mod net;
 pub mod reconcile;
@@ -32,6 +33,7 @@ use tokio::sync::{mpsc, watch};
 use assemble::{Assembled, Assembler, Chunk, UnitEnd};
 use change::{Adoption, Change};
 use conflict::OnConflict;
+use gate::Gate;
 use layout::Layout;
 use replay::Replay;
 
@@ -87,6 +89,8 @@ pub struct Apply {
     pub board: StatusBoard,
     /// Whether it is to rest; it does so between units.
     pub paused: watch::Receiver<Paused>,
+    /// Where it is held at an exact position, for somebody who compares.
+    pub gate: Gate,
     /// Where others wait for it.
     pub applied: watch::Sender<Applied>,
 }
@@ -100,6 +104,8 @@ enum Ended {
     Replay(Option<Lsn>),
     /// Bring the sessions up to this LSN, then replay one transaction.
     UpTo(Lsn),
+    /// Nothing more may be begun for now.
+    Held,
 }
 
 impl Apply {
@@ -126,7 +132,9 @@ impl Apply {
             let (least, most) = self.range();
             // After a crash between the commits, exactly the unit that was being committed.
             let recovering = least < most;
-            let unit = if recovering { Some(most) } else { replay_after };
+            // Sessions that do not agree are at no position, so they are not held.
+            let limit = if recovering { None } else { self.gate.pass(least).await };
+            let unit = if recovering { Some(most) } else { replay_after.or(limit) };
             let reader = self.queue.reader(least)?;
             let assembler = Assembler::start(Arc::clone(&self.layout), reader, least, unit, recovering)?;
             match self.consume(assembler, unit, until).await? {
@@ -135,8 +143,10 @@ impl Apply {
                     self.replay(through).await?;
                 }
                 Ended::UpTo(complete) => replay_after = Some(complete),
+                // What cannot be merged is met again afterwards.
+                Ended::AtBoundary | Ended::Held if !self.gate.may_pass(self.range().0) => replay_after = None,
                 Ended::AtBoundary if replay_after.take().is_some() => self.replay(None).await?,
-                Ended::AtBoundary => {}
+                Ended::AtBoundary | Ended::Held => {}
             }
             let (least, most) = self.range();
             let reached = until.is_some_and(|until| least >= until);
@@ -164,18 +174,32 @@ impl Apply {
         until: Option<Lsn>,
     ) -> Result<Ended> {
         let mut begun: Option<Instant> = None;
-        while let Some(assembled) = assembler.recv().await {
+        let gate = self.gate.clone();
+        let recovering = self.is_recovering();
+        let is_held = |unit| !recovering && !gate.may_begin(unit);
+        loop {
+            let assembled = tokio::select! {
+                assembled = assembler.recv() => assembled,
+                () = gate.closes_for(unit), if begun.is_none() && !recovering => return Ok(Ended::Held),
+            };
+            let Some(assembled) = assembled else { break };
             let mut chunk = match assembled? {
                 Assembled::Chunk(chunk) => chunk,
                 Assembled::Serial { complete } => {
                     self.roll_back().await?;
                     let (least, most) = self.range();
                     let replay_now = complete <= least || least < most;
+                    if replay_now && is_held(unit) {
+                        return Ok(Ended::Held);
+                    }
                     return Ok(if replay_now { Ended::Replay(None) } else { Ended::UpTo(complete) });
                 }
             };
             if begun.is_none() {
                 pause::apply_may_go_on(&mut self.paused).await;
+                if is_held(unit) {
+                    return Ok(Ended::Held);
+                }
             }
             let since = *begun.get_or_insert_with(Instant::now);
             let end = chunk.end.take();
@@ -200,6 +224,7 @@ impl Apply {
             }
             if let Some(end) = end {
                 begun = None;
+                gate.reach(end.end_lsn);
                 publish(&self.applied, &self.board, &end, since.elapsed());
                 let reached = |goal: Option<Lsn>| goal.is_some_and(|goal| end.end_lsn >= goal);
                 if reached(unit) || reached(until) || self.sessions_are_old() {

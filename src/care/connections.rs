@@ -7,6 +7,9 @@
 //! | copying | stream, slot, snapshot, locks, standbys; one now and then | trimming, ledger; two now and then |
 //! | following | stream, slot, readiness; the cutover's three; one of a comparison; one now and then | trimming, ledger, readiness, the way back; the cutover's two, or vacuuming's; one of a comparison; two now and then |
 //!
+//! A comparison while writes go on (`verify/point.rs`) takes two more on the source and one on the target where there is room for them, and is
+//! refused otherwise.
+//!
 //! *Now and then* is what looks for a stall, adopts a changed table, lifts a fence, or asks the ledger something. The
 //! preparation takes fewer. On the way back both servers have each other's place, with as many apply workers.
 

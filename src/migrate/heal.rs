@@ -84,6 +84,18 @@ impl Running {
                 Some(*up_to)
             }
         };
+        self.have_compared(&source, target, migration, &chosen, up_to).await
+    }
+
+    /// Writes into the ledger that tables are compared with the source again, and that a piece of the stream is thrown away, if it is.
+    pub(super) async fn have_compared(
+        &self,
+        source: &Client,
+        target: &mut Client,
+        migration: &Migration,
+        chosen: &[&Table],
+        up_to: Option<Lsn>,
+    ) -> Result<()> {
         // Whatever was applied or lost is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let assigned: String = source
             .query_typed_one("SELECT pg_catalog.pg_current_xact_id()::text", &[])
@@ -95,11 +107,12 @@ impl Running {
             .map_err(|_| Error::new(ErrorKind::Other, format!("{assigned} is not a transaction's id")))?;
         let queue = up_to.map(queue_name);
         let thrown_away = up_to.zip(queue.as_deref()).map(|(up_to, queue)| ThrownAway { up_to, queue });
-        let tables = reconcile::redefine(&source, target, &chosen, Stream::GoesOn { binary: migration.binary }).await?;
+        let tables = reconcile::redefine(source, target, chosen, Stream::GoesOn { binary: migration.binary }).await?;
         if let Some(thrown_away) = &thrown_away {
             self.make_way_for_queue(thrown_away.queue, migration)?;
         }
         ledger::compare_again(target, &tables, floor, thrown_away.as_ref()).await?;
+        let names: Vec<String> = chosen.iter().map(|table| format!("{}.{}", table.schema, table.name)).collect();
         self.board.event(Level::Info, format!("comparing with the source again: {}", names.join(", ")));
         if let Some(up_to) = up_to {
             let text = format!("the damaged queue is thrown away up to {up_to}; the source sends the rest again");

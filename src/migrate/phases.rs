@@ -34,6 +34,7 @@ use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
 use crate::target::{index, schema, warm};
+use crate::verify;
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -253,6 +254,7 @@ impl Running {
                 on_conflict: self.config.on_conflict,
                 board: self.board.clone(),
                 paused: self.pause.subscribe(),
+                gate: self.gate.clone(),
                 applied: applied.clone(),
             };
             let outcome = apply.run(until).await;
@@ -562,6 +564,7 @@ impl Running {
                 if self.board.phase() != ShownPhase::Following {
                     continue;
                 }
+                self.board.set_verification(verify::last(&target).await?);
                 if compared.is_none_or(|at| at.elapsed() >= CATALOG_INTERVAL) {
                     compared = Some(std::time::Instant::now());
                     let before = ledger::fingerprint(&target).await?;

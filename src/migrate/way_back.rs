@@ -19,8 +19,9 @@ use tokio_postgres::Client;
 
 use super::prepare::end_sessions;
 use super::{Backoff, Config, Direction, Running, application_name};
+use crate::apply::gate::Gate;
 use crate::connection::ConnectionSpec;
-use crate::control::{Answer, CutoverRequest, FinishRequest};
+use crate::control::{Answer, FinishRequest, Requests};
 use crate::cutover::arming::Names;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase};
@@ -41,7 +42,7 @@ impl Running {
     /// Follows the other way, where the cutover armed that, until it is switched back or finished.
     pub(super) async fn keep_the_old_primary_current(
         self,
-        requested: &mut mpsc::Receiver<CutoverRequest>,
+        requests: &mut Requests,
         finish: &mut mpsc::Receiver<FinishRequest>,
     ) -> Result<()> {
         let mut backoff = Backoff::new();
@@ -74,10 +75,11 @@ impl Running {
             tune: self.tune,
             waits_for_snapshot: AtomicBool::new(false),
             direction: Direction::Back,
+            gate: Gate::open(),
         };
         loop {
             let asked = {
-                let mut going = Box::pin(back.go(requested));
+                let mut going = Box::pin(back.go(requests));
                 let mut dropping = pin!(back.drop_old_slot(&forward));
                 loop {
                     let request = tokio::select! {

@@ -20,6 +20,7 @@ use crate::observe::status::{
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
+use crate::verify::Verification;
 
 /// Events that are kept.
 const EVENTS_MAX: usize = 50;
@@ -79,6 +80,7 @@ struct Shared {
     indexes_total: AtomicU64,
     indexes_done: AtomicU64,
     apply_paused: AtomicBool,
+    apply_held: AtomicBool,
     copy_paused: AtomicBool,
     copy_jobs: AtomicU64,
     copy_limits: Mutex<CopyLimits>,
@@ -119,6 +121,7 @@ struct Text {
     target: Target,
     events: VecDeque<Event>,
     error: Option<Failure>,
+    verification: Option<Verification>,
 }
 
 impl Text {
@@ -152,6 +155,7 @@ impl StatusBoard {
             target: Target::default(),
             events: VecDeque::with_capacity(EVENTS_MAX),
             error: None,
+            verification: None,
         };
         let shared = Shared {
             started: Instant::now(),
@@ -172,6 +176,7 @@ impl StatusBoard {
             indexes_total: AtomicU64::new(0),
             indexes_done: AtomicU64::new(0),
             apply_paused: AtomicBool::new(false),
+            apply_held: AtomicBool::new(false),
             copy_paused: AtomicBool::new(false),
             copy_jobs: AtomicU64::new(0),
             copy_limits: Mutex::default(),
@@ -270,6 +275,11 @@ impl StatusBoard {
     /// The cutover that was given up last.
     pub fn set_given_up(&self, given_up: GivenUpTry) {
         lock(&self.shared.text).cutover.last_given_up = Some(given_up);
+    }
+
+    /// Says what the last comparison of both sides came to.
+    pub fn set_verification(&self, verification: Option<Verification>) {
+        lock(&self.shared.text).verification = verification;
     }
 
     /// Names both servers: host, port, database, version; no user, no password.
@@ -390,6 +400,11 @@ impl StatusBoard {
         self.shared.apply_paused.store(paused, Relaxed);
     }
 
+    /// A comparison holds or releases the apply.
+    pub fn set_apply_held(&self, held: bool) {
+        self.shared.apply_held.store(held, Relaxed);
+    }
+
     /// The operator holds or releases the copy.
     pub fn set_copy_paused(&self, paused: bool) {
         self.shared.copy_paused.store(paused, Relaxed);
@@ -488,6 +503,7 @@ impl StatusBoard {
             target: Target { reconnects, ..text.target.clone() },
             connections: self.connections(),
             cutover: text.cutover.clone(),
+            verification: text.verification.clone(),
             events: text.events.iter().cloned().collect(),
             error: text.error.clone(),
             eta_seconds,
@@ -562,6 +578,7 @@ impl StatusBoard {
             conflicts_by_kind,
             conflicts_by_table,
             paused: self.shared.apply_paused.load(Relaxed),
+            held: self.shared.apply_held.load(Relaxed),
         }
     }
 

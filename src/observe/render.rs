@@ -3,6 +3,7 @@
 use crate::lsn::Lsn;
 use crate::observe::format::{count, counted, duration, percent, printable, size, size_rate};
 use crate::observe::status::{Direction, Level, Phase, Status, Table, TableState, WayBack};
+use crate::verify::Verification;
 
 /// Where the text of a line begins, after its label.
 const LABEL_WIDTH: usize = 10;
@@ -32,6 +33,7 @@ pub fn render(status: &Status, width: usize) -> String {
     page.line("stream", &stream_text(status));
     page.line("queue", &queue_text(status));
     page.line("apply", &apply_text(status));
+    page.line("verified", &status.verification.as_ref().map(Verification::text).unwrap_or_default());
     if let Some(error) = &status.error {
         page.line("error", &error.message);
         page.line("next", error.hint.as_deref().unwrap_or_default());
@@ -248,6 +250,9 @@ fn apply_text(status: &Status) -> String {
     }
     if apply.paused {
         text.push_str("; PAUSED");
+    }
+    if apply.held {
+        text.push_str("; held for a comparison");
     }
     text
 }

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind};
 use crate::lsn::Lsn;
 use crate::observe::format::size;
 use crate::observe::wall_clock;
+use crate::verify::Verification;
 
 /// The version of the layout below.
 pub const STATUS_VERSION: u32 = 1;
@@ -64,6 +65,9 @@ pub struct Status {
     /// What is known of a cutover that is to come.
     #[serde(default)]
     pub cutover: CutoverOutlook,
+    /// What the last comparison of both sides came to; null where there was none.
+    #[serde(default)]
+    pub verification: Option<Verification>,
     /// The newest events, oldest first.
     pub events: Vec<Event>,
     /// Why the migration stopped, if it did.
@@ -96,6 +100,7 @@ impl Status {
             target: Target::default(),
             connections: Connections::default(),
             cutover: CutoverOutlook::default(),
+            verification: None,
             events: Vec::new(),
             error: None,
             eta_seconds: None,
@@ -348,6 +353,9 @@ pub struct Apply {
     pub conflicts_by_table: Vec<TableConflicts>,
     /// Whether the operator holds the apply.
     pub paused: bool,
+    /// Whether a comparison holds it, for a moment.
+    #[serde(default)]
+    pub held: bool,
 }
 
 /// Changes of a table that did not meet the row they should have.
@@ -570,7 +578,7 @@ mod tests {
         assert_eq!(
             keys(""),
             "apply attention blockers connections copy cutover direction error eta_seconds events indexes lag phase process_alive queue \
-             ready_to_cutover source stream tables target updated_at version way_back"
+             ready_to_cutover source stream tables target updated_at verification version way_back"
         );
         assert_eq!(keys("/lag"), "bytes seconds");
         assert_eq!(
@@ -587,7 +595,7 @@ mod tests {
         assert_eq!(keys("/stream"), "bytes bytes_per_second changes connected received_lsn reconnects transactions");
         assert_eq!(
             keys("/apply"),
-            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table paused \
+            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table held paused \
              serial_replays transactions transactions_per_second"
         );
         assert_eq!(keys("/source"), "description retained_wal_bytes wal_lsn wal_max_bytes");

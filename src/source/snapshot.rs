@@ -123,21 +123,26 @@ impl HeldSnapshot {
         let timeline = found.get::<_, i32>(1).cast_unsigned();
         server.prove(&ServerIdentity { system: found.get(0), timeline })?;
         loop {
-            client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-            let row = client
-                .query_typed_one("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()", &[])
-                .await
-                .context(|| "taking a snapshot of the source".into())?;
-            // Its own statement, so that it is read after the snapshot (H6).
-            let insert: tokio_postgres::types::PgLsn =
-                client.query_typed_one("SELECT pg_catalog.pg_current_wal_insert_lsn()", &[]).await?.get(0);
-            let data = SnapshotData::parse(row.get(0), insert.into())?;
+            let (name, data) = export(&client).await?;
             if data.xmin >= xmin_at_least {
-                return Ok(HeldSnapshot { name: row.get(1), data, session: Session::Ordinary(client) });
+                return Ok(HeldSnapshot { name, data, session: Session::Ordinary(client) });
             }
             client.batch_execute("ROLLBACK").await?;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    /// Takes a newer one in its place, in the same session: the old one is gone then, for all who have not imported it.
+    ///
+    /// # Errors
+    /// `Transient` when its session is gone; `Other` for the slot's own snapshot.
+    pub async fn renew(&mut self) -> Result<()> {
+        let Session::Ordinary(client) = &self.session else {
+            return Err(Error::new(ErrorKind::Other, "the snapshot of a slot cannot be taken again"));
+        };
+        client.batch_execute("ROLLBACK").await.context(|| "giving a snapshot of the source back".into())?;
+        (self.name, self.data) = export(client).await?;
+        Ok(())
     }
 
     /// Makes sure that the snapshot can still be imported.
@@ -151,6 +156,19 @@ impl HeldSnapshot {
         };
         answer.context(|| "keeping the source's snapshot open".into())
     }
+}
+
+/// Begins a transaction, and exports its snapshot.
+async fn export(client: &Client) -> Result<(String, SnapshotData)> {
+    client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+    let row = client
+        .query_typed_one("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()", &[])
+        .await
+        .context(|| "taking a snapshot of the source".into())?;
+    // Its own statement, so that it is read after the snapshot (H6).
+    let insert: tokio_postgres::types::PgLsn =
+        client.query_typed_one("SELECT pg_catalog.pg_current_wal_insert_lsn()", &[]).await?.get(0);
+    Ok((row.get(1), SnapshotData::parse(row.get(0), insert.into())?))
 }
 
 /// Opens a transaction on a copy session that sees a held snapshot.

@@ -1,9 +1,9 @@
 //! The runner: which table and which range is compared when, on which sessions, and what the digests say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use futures_util::future::try_join_all;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -14,6 +14,8 @@ use super::layout::{self, Shared};
 use super::narrow::{self, Suspects};
 use super::plan::{self, Plan, Range};
 use super::report::{Report, TableReport};
+use super::sample::{SAMPLED_RANGE_ROWS, Sample};
+use super::snapshots::{self, Snapshots};
 use super::{Options, Progress};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
@@ -35,12 +37,18 @@ pub struct Sessions {
     free: Semaphore,
     size: usize,
     pub(super) function: HashFunction,
+    /// Where there are any, each loan is a transaction of its own that imports them.
+    snapshots: Option<Snapshots>,
+    /// Tables that are not the files any more that the snapshots show.
+    stale: Mutex<BTreeSet<String>>,
 }
 
 /// One session on each side.
 pub(super) struct Pair {
     pub(super) source: Client,
     pub(super) target: Client,
+    /// Whether a loan has begun transactions in them, and not ended them.
+    has_begun: bool,
 }
 
 /// A pair on loan; it goes back when this is dropped.
@@ -56,24 +64,30 @@ impl Sessions {
     /// # Errors
     /// No pair at all, or whatever a server says.
     pub async fn new(pairs: Vec<(Client, Client)>) -> Result<Sessions> {
+        Sessions::under(pairs, None).await
+    }
+
+    /// The same for sessions without a transaction, which see these snapshots when they are lent out.
+    pub(super) async fn under(pairs: Vec<(Client, Client)>, snapshots: Option<Snapshots>) -> Result<Sessions> {
         let Some((source, target)) = pairs.first() else {
             return Err(Error::new(ErrorKind::Other, "a comparison needs a session on each side"));
         };
         let function = hash::agree(source, target).await?;
         let size = pairs.len();
-        let pairs = pairs.into_iter().map(|(source, target)| Pair { source, target }).collect();
-        Ok(Sessions { pairs: Mutex::new(pairs), free: Semaphore::new(size), size, function })
+        let pairs = pairs.into_iter().map(|(source, target)| Pair { source, target, has_begun: false }).collect();
+        let (pairs, stale) = (Mutex::new(pairs), Mutex::default());
+        Ok(Sessions { pairs, free: Semaphore::new(size), size, function, snapshots, stale })
     }
 
     /// Gives the sessions back, so that their transactions can be ended.
     pub fn into_inner(self) -> Vec<(Client, Client)> {
-        let pairs = self.pairs.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let pairs = self.pairs.into_inner().unwrap_or_else(PoisonError::into_inner);
         pairs.into_iter().map(|pair| (pair.source, pair.target)).collect()
     }
 
     fn pairs(&self) -> std::sync::MutexGuard<'_, Vec<Pair>> {
         // A push or pop cannot leave the vector in a state that a later one may not see.
-        self.pairs.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lends a pair, as soon as one is free.
@@ -85,6 +99,33 @@ impl Sessions {
         let permit = self.free.acquire().await.map_err(|_| closed())?;
         let pair = self.pairs().pop().ok_or_else(closed)?;
         Ok(Lent { pair: Some(pair), sessions: self, _permit: permit })
+    }
+
+    /// Lends a pair to read a table with. It sees the snapshots, and holds locks on the table only until it is given back: whoever wants to
+    /// change the table, and all who then wait behind him, wait for one range (H9).
+    ///
+    /// # Errors
+    /// That of [`Sessions::is_stale`]; that a snapshot is gone; else whatever a server says.
+    pub(super) async fn lend_for(&self, table: &Table) -> Result<Lent<'_>> {
+        let mut lent = self.lend().await?;
+        let (Some(snapshots), Some(pair)) = (&self.snapshots, lent.pair.as_mut()) else { return Ok(lent) };
+        let left_over = std::mem::replace(&mut pair.has_begun, true);
+        let (source, target) = tokio::try_join!(
+            snapshots::begin(&pair.source, &snapshots.source, table, left_over),
+            snapshots::begin(&pair.target, &snapshots.target, table, left_over)
+        )?;
+        if source && target {
+            return Ok(lent);
+        }
+        let name = table.qualified();
+        self.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        let text = format!("the table {name} was truncated, rewritten or dropped since the snapshots were taken");
+        Err(Error::new(ErrorKind::Transient, text))
+    }
+
+    /// Whether a table is not the file any more that a snapshot shows: an older snapshot reads a truncated table as empty (H4).
+    fn is_stale(&self, table: &str) -> bool {
+        self.stale.lock().unwrap_or_else(PoisonError::into_inner).contains(table)
     }
 }
 
@@ -103,6 +144,14 @@ impl Lent<'_> {
     /// None while it is on loan.
     pub fn target(&self) -> Result<&Client> {
         Ok(&self.pair()?.target)
+    }
+
+    /// Ends what [`Sessions::lend_for`] began.
+    pub(super) async fn give_back(mut self) -> Result<()> {
+        let Some(pair) = self.pair.as_mut().filter(|pair| pair.has_begun) else { return Ok(()) };
+        tokio::try_join!(pair.source.batch_execute("COMMIT"), pair.target.batch_execute("COMMIT"))?;
+        pair.has_begun = false;
+        Ok(())
     }
 
     fn pair(&self) -> Result<&Pair> {
@@ -142,18 +191,24 @@ where
     for _ in 0..options.jobs.max(1) {
         pairs.push(tokio::try_join!(source(), target())?);
     }
-    let sessions = Sessions::new(pairs).await?;
+    let sessions = Sessions::under(pairs, options.snapshots.clone()).await?;
     let reports = Mutex::new(Vec::with_capacity(tables.len()));
     let one = |at: usize| -> Work<'_> {
         let (table, sessions, reports) = (tables[at], &sessions, &reports);
         Box::pin(async move {
-            let report = compare_table(table, sessions, options, progress).await?;
-            reports.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(report);
+            let report = match compare_table(table, sessions, options, progress).await {
+                // The others are compared all the same.
+                Err(_) if sessions.is_stale(&table.qualified()) => return Ok(()),
+                report => report?,
+            };
+            reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
             Ok(())
         })
     };
     in_parallel(sessions.size, tables.len(), &one).await?;
-    Ok(Report::new(reports.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)))
+    let stale = std::mem::take(&mut *sessions.stale.lock().unwrap_or_else(PoisonError::into_inner));
+    let report = Report::new(reports.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok(Report { stale: stale.into_iter().collect(), sample_percent: options.sample_percent, ..report })
 }
 
 /// One piece of work, boxed: its type must not depend on a lifetime, or the whole comparison could not be spawned.
@@ -207,7 +262,7 @@ pub async fn compare_table(
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<TableReport> {
     let mut report = TableReport { table: table.qualified(), differences_complete: true, ..TableReport::default() };
-    let lent = sessions.lend().await?;
+    let lent = sessions.lend_for(table).await?;
     let pair = lent.pair()?;
     let (source, target) = layouts(table, pair).await?;
     let (Some(source), Some(target)) = (&source, &target) else {
@@ -220,11 +275,14 @@ pub async fn compare_table(
                 *rows = count(client, &layout.from).await?;
             }
         }
+        lent.give_back().await?;
         return Ok(report);
     };
     let shared = shared(table, source, target);
-    let plan = plan::plan(&pair.source, source, target, &shared, options.range_rows).await?;
-    drop(lent);
+    let sample = options.sample_percent.map(Sample::new);
+    let range_rows = sample.as_ref().map_or(options.range_rows, |_| options.range_rows.min(SAMPLED_RANGE_ROWS));
+    let plan = plan::plan(&pair.source, source, target, &shared, range_rows).await?;
+    lent.give_back().await?;
 
     let comparison = Comparison {
         table: &report.table,
@@ -233,14 +291,16 @@ pub async fn compare_table(
         target: &target.from,
         shared: &shared,
     };
-    let outcome = comparison.first_pass(&plan, sessions, progress).await?;
+    let outcome = comparison.first_pass(table, &plan, sample, sessions, progress).await?;
     let columns_equal = shared.missing_on_target.is_empty() && shared.extra_on_target.is_empty();
     let equal = outcome.suspects.is_empty() && columns_equal;
     let found = if outcome.suspects.is_empty() {
         narrow::Found::default()
     } else {
-        let lent = sessions.lend().await?;
-        narrow::narrow(&comparison, lent.pair()?, outcome.suspects, options).await?
+        let lent = sessions.lend_for(table).await?;
+        let found = narrow::narrow(&comparison, lent.pair()?, outcome.suspects, options).await?;
+        lent.give_back().await?;
+        found
     };
     Ok(TableReport {
         rows_source: outcome.rows_source,
@@ -307,7 +367,7 @@ pub async fn mismatch(
     let statements = Statements::new(sessions.function, &shared);
     let comparison =
         Comparison { table: &name, statements, source: &source.from, target: &target.from, shared: &shared };
-    let pass = comparison.first_pass(&plan, sessions, progress).await?;
+    let pass = comparison.first_pass(table, &plan, None, sessions, progress).await?;
     let lent = sessions.lend().await?;
     let pieces = narrow::refine(&comparison, lent.pair()?, pass.suspects).await?;
     Ok(Mismatch {
@@ -378,7 +438,9 @@ impl FirstPass {
 impl Comparison<'_> {
     async fn first_pass(
         &self,
+        table: &Table,
         plan: &Plan,
+        sample: Option<Sample>,
         sessions: &Sessions,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<FirstPass> {
@@ -387,21 +449,29 @@ impl Comparison<'_> {
             Plan::Pages { source, target, bits } => (source, target, *bits),
         };
         let by_key = matches!(plan, Plan::Keys(_));
-        let ranges = source_ranges.len().max(target_ranges.len());
+        let all_ranges = source_ranges.len().max(target_ranges.len());
+        // Ranges of keys are the same rows on both sides; of pages they are not, so there cells of the key's hash are chosen.
+        let (chosen, within) = match sample {
+            Some(sample) if by_key => (sample.of(all_ranges), None),
+            Some(sample) => ((0..all_ranges).collect(), Some(sample.cells())),
+            None => ((0..all_ranges).collect(), None),
+        };
+        let ranges = chosen.len();
         let pass = Mutex::new(FirstPass::default());
         let one = |at: usize| -> Work<'_> {
-            let (source_range, target_range, pass) = (source_ranges.get(at), target_ranges.get(at), &pass);
+            let (source_range, target_range) = (source_ranges.get(chosen[at]), target_ranges.get(chosen[at]));
+            let (pass, within) = (&pass, within.as_ref());
             Box::pin(async move {
-                let lent = sessions.lend().await?;
+                let lent = sessions.lend_for(table).await?;
                 let pair = lent.pair()?;
                 let (source, target) = tokio::try_join!(
-                    self.digests(&pair.source, self.source, source_range, None, bits),
-                    self.digests(&pair.target, self.target, target_range, None, bits)
+                    self.digests(&pair.source, self.source, source_range, within, bits),
+                    self.digests(&pair.target, self.target, target_range, within, bits)
                 )?;
-                drop(lent);
+                lent.give_back().await?;
                 let rows = rows_in(&source);
                 let done = {
-                    let mut pass = pass.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let mut pass = pass.lock().unwrap_or_else(PoisonError::into_inner);
                     pass.add(by_key.then_some(source_range).flatten(), source, target);
                     pass.ranges
                 };
@@ -411,7 +481,7 @@ impl Comparison<'_> {
             })
         };
         in_parallel(sessions.size, ranges, &one).await?;
-        let mut pass = pass.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut pass = pass.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (source, target) = (std::mem::take(&mut pass.source), std::mem::take(&mut pass.target));
         pass.suspects.extend(Suspects::between(&Range::All, bits, &source, &target));
         Ok(pass)

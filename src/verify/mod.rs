@@ -17,20 +17,31 @@
 //! about it. Every other table is read once on each side in ranges of pages, and its rows are told apart by cells of a hash
 //! of the key (or of the whole row where there is no key), which means the same on both sides.
 //!
-//! Every function works on sessions that the caller opened and in the transactions that the caller began in them: with
-//! one snapshot per side the answer is exact; with writers and without snapshots, rows in motion show as differences.
+//! Every function works on sessions that the caller opened, and either in the transactions that the caller began in them or under
+//! [`Options::snapshots`]: with one snapshot per side that belong together the answer is exact; with writers and without
+//! snapshots, rows in motion show as differences. `point` takes snapshots that belong together while writes go on (`prefix`:
+//! whether what a snapshot shows is a beginning of the stream), in the process that applies; `record` keeps what came of it.
 //! Sessions must be pinned as `connection` does it (TimeZone, DateStyle, extra_float_digits, client_encoding UTF8, …).
 
 mod compare;
 mod hash;
+mod history;
 mod layout;
 mod narrow;
+pub mod online;
 mod plan;
+pub mod point;
+mod prefix;
+pub mod record;
 pub mod report;
+mod sample;
 pub mod sequences;
+mod snapshots;
 
 pub use compare::{Lent, Mismatch, Sessions, choose, compare, compare_table, mismatch};
+pub use record::{Verification, last, require};
 pub use report::{Difference, DifferenceKind, Report, TableReport};
+pub use snapshots::Snapshots;
 
 /// What to compare, and how much of a difference to show.
 #[derive(Clone, Debug)]
@@ -45,11 +56,23 @@ pub struct Options {
     pub max_keys: usize,
     /// About so many rows per range, and so the unit of progress.
     pub range_rows: i64,
+    /// Compare about this percentage of each table's rows, drawn anew each time; `None` for all.
+    pub sample_percent: Option<f64>,
+    /// What the sessions are to see, which are then opened without a transaction. Each range is read in a transaction of its own.
+    pub snapshots: Option<Snapshots>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { jobs: 4, tables: None, show_values: false, max_keys: 20, range_rows: 500_000 }
+        Options {
+            jobs: 4,
+            tables: None,
+            show_values: false,
+            max_keys: 20,
+            range_rows: 500_000,
+            sample_percent: None,
+            snapshots: None,
+        }
     }
 }
 

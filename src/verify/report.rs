@@ -13,6 +13,12 @@ pub struct Report {
     pub equal: bool,
     /// Every table that was compared, in the order of their names.
     pub tables: Vec<TableReport>,
+    /// About how much of each table was compared, where it was not all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_percent: Option<f64>,
+    /// Tables that were not compared, because they were truncated, rewritten or dropped since the snapshots were taken.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stale: Vec<String>,
 }
 
 /// What was found in one table.
@@ -26,6 +32,8 @@ pub struct TableReport {
     pub rows_target: i64,
     /// Whether both sides have the table, with the same columns and the same rows in it.
     pub equal: bool,
+    /// Whether the stream carries only its inserts and truncates, so that it can differ until the cutover (H27).
+    pub insert_only: bool,
     /// Whether the source has no such table (any more).
     pub missing_on_source: bool,
     /// Whether the target has no such table.
@@ -79,7 +87,8 @@ impl Report {
     /// A report of these tables.
     pub fn new(mut tables: Vec<TableReport>) -> Report {
         tables.sort_by(|a, b| a.table.cmp(&b.table));
-        Report { version: 1, equal: tables.iter().all(|table| table.equal), tables }
+        let equal = tables.iter().all(|table| table.equal);
+        Report { version: 1, equal, tables, sample_percent: None, stale: Vec::new() }
     }
 }
 
@@ -106,6 +115,9 @@ impl fmt::Display for Report {
             }
         }
         let different = self.tables.iter().filter(|table| !table.equal).count();
+        if let Some(percent) = self.sample_percent {
+            writeln!(f, "Compared about {percent} % of the rows.")?;
+        }
         match different {
             0 => write!(f, "All {} tables are equal.", self.tables.len()),
             _ => write!(f, "{different} of {} tables differ.", self.tables.len()),
@@ -115,6 +127,12 @@ impl fmt::Display for Report {
 
 impl TableReport {
     fn explain(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.insert_only {
+            writeln!(
+                f,
+                "    the stream carries only inserts into it (no replica identity): it can differ until the cutover"
+            )?;
+        }
         if self.missing_on_target {
             return writeln!(f, "    the target has no such table");
         }

@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use walferry::apply::conflict::OnConflict;
+use walferry::apply::gate::Gate;
 use walferry::apply::layout::Layout;
 use walferry::apply::reconcile::reconcile;
 use walferry::apply::{Applied, Apply};
@@ -258,6 +259,7 @@ impl Bed {
     pub async fn apply_from(&self, progress: Vec<Lsn>) -> Result<Apply> {
         Ok(Apply {
             paused: tokio::sync::watch::Sender::default().subscribe(),
+            gate: Gate::open(),
             layout: Arc::clone(&self.layout),
             adoptions: Vec::new(),
             change: None,

@@ -5,6 +5,7 @@
 mod bed;
 mod conflict;
 mod crash;
+mod held;
 mod large;
 mod refusal;
 mod schema_change;
