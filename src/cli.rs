@@ -360,6 +360,9 @@ pub struct CutoverHow {
     /// `subscription NAME`; may be given again
     #[arg(long, value_name = "OBJECT")]
     pub waive: Vec<String>,
+    /// Only where `walferry verify` has found all rows equal within this time
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub require_verified: Option<std::time::Duration>,
     /// Each sequence is so many values ahead on the target
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub sequence_margin: u32,

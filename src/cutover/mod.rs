@@ -122,7 +122,7 @@ pub struct Outcome {
     pub steps: Vec<Step>,
     /// How many sequences were set on the target.
     pub sequences_synced: usize,
-    /// Whether all rows of all tables were compared; this cutover compares those of tables without a replica identity only.
+    /// Whether all rows of all tables were found equal by the last complete `walferry verify`, and no difference since.
     pub verified: bool,
     /// The way back: `armed` or `none`.
     pub reverse: String,
@@ -152,9 +152,10 @@ impl Cutover<'_> {
                 Some(pooler) => Some(Box::pin(pgbouncer::Known::look(pooler, self.source)).await?),
                 None => None,
             };
-            Ok((findings, pgbouncer))
+            let verified = verify::record::require(&sessions.target, Duration::MAX).await.is_ok();
+            Ok((findings, pgbouncer, verified))
         });
-        let (findings, pgbouncer) = begin.await.map_err(untouched)?;
+        let (findings, pgbouncer, verified) = begin.await.map_err(untouched)?;
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&sessions.source, &timer)
             .await
@@ -219,7 +220,7 @@ impl Cutover<'_> {
                     cutover_lsn,
                     steps: timer.steps,
                     sequences_synced: sequences.count(),
-                    verified: false,
+                    verified,
                     reverse: if way_back.is_some() { "armed" } else { "none" }.into(),
                     fence: options.fence,
                     warnings,

@@ -27,6 +27,9 @@ pub struct Options {
     /// The pooler in front of the applications, where there is one to be told.
     #[serde(default)]
     pub pgbouncer: Option<PgBouncer>,
+    /// Only where all rows were found equal so many seconds ago at most.
+    #[serde(default)]
+    pub require_verified_seconds: Option<f64>,
     /// Without a way back.
     #[serde(default)]
     pub no_reverse: bool,

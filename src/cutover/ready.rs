@@ -3,12 +3,13 @@
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
-use super::options::{FenceMode, Options};
+use super::options::{FenceMode, Options, limit};
 use super::{Arming, Cutover, Sessions, fence, record};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
 use crate::target::ledger;
+use crate::verify;
 
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +113,7 @@ impl Cutover<'_> {
             "there are none on the source",
             self.no_prepared_transactions(source).await,
         )?);
+        findings.push(verification(target, options).await?);
         if let Some((_, arming)) = self.way_back(options) {
             findings.push(way_back(&arming.borrow()));
         }
@@ -126,6 +128,24 @@ impl Cutover<'_> {
         }
         Ok(findings)
     }
+}
+
+/// What the last comparison of both sides came to; it stands against a cutover only where it is asked for.
+async fn verification(target: &Client, options: &Options) -> Result<Finding> {
+    const NAME: &str = "verification";
+    if let Some(seconds) = options.require_verified_seconds {
+        let required = verify::record::require(target, limit(seconds)).await;
+        return Finding::of(NAME, "all rows were found equal", required);
+    }
+    Ok(match verify::record::last(target).await? {
+        None => Finding::ok(NAME, "not asked for; `walferry verify` compares all rows while writes go on"),
+        Some(last) if last.equal => Finding::ok(NAME, format!("the last comparison: {}", last.text())),
+        Some(last) => Finding::warning(
+            NAME,
+            format!("the last comparison: {}", last.text()),
+            "`walferry repair` copies what differs again, then `walferry verify` looks again.",
+        ),
+    })
 }
 
 /// Whether the old primary could be kept current. One that is only not ready yet is waited for.

@@ -106,6 +106,7 @@ mod tests {
             sequence_margin: 0,
             hooks: Hooks::default(),
             pgbouncer: None,
+            require_verified_seconds: None,
             no_reverse: false,
             back: false,
         }
