@@ -13,6 +13,7 @@
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
 mod background;
+mod follow;
 mod heal;
 mod identify;
 mod phases;
