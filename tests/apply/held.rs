@@ -7,12 +7,12 @@ use walferry::queue::Entry;
 
 use super::bed::Bed;
 
-/// Where each transaction in the queue ends.
-fn transaction_ends(bed: &Bed) -> Vec<Lsn> {
+/// Where each transaction in the queue ends, up to the last.
+fn transaction_ends(bed: &Bed, last: Lsn) -> Vec<Lsn> {
     let mut reader = bed.queue.reader(bed.start).unwrap();
     let mut ends = Vec::new();
-    while let Some(entry) = reader.next(Duration::ZERO).unwrap() {
-        if let Entry::Commit { end_lsn } = entry {
+    while ends.last() != Some(&last) {
+        if let Some(Entry::Commit { end_lsn }) = reader.next(Duration::from_secs(1)).unwrap() {
             ends.push(end_lsn);
         }
     }
@@ -32,7 +32,7 @@ async fn a_held_apply_stops_exactly_where_it_may_go_also_amid_what_is_replayed()
         .await;
     }
     let until = bed.capture().await;
-    let ends = transaction_ends(&bed);
+    let ends = transaction_ends(&bed, until);
     assert!(ends.len() >= 12, "{ends:?}");
     let mut apply = bed.apply_from(bed.progress().await).await.unwrap();
     let gate = apply.gate.clone();
