@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::sync::{Mutex, MutexGuard, OwnedMutexGuard, watch};
 use tokio_postgres::Client;
 use tokio_postgres::types::{PgLsn, Type};
 
@@ -97,15 +97,16 @@ pub struct WayBack {
     pub migration: Migration,
     /// The most connections that there may be.
     pub caps: Caps,
-    /// Held by whoever works on it: while a cutover does, nothing is made anew, and the slot stands still.
-    pub work: Arc<Mutex<()>>,
+    /// Held by whoever works on it: while a cutover does, nothing is made anew, and the slot stands still. True from the decision on:
+    /// then the slot belongs to the stream back, and nobody here touches it any more.
+    pub work: Arc<Mutex<bool>>,
 }
 
 /// A way back that is drafted for one cutover, and changed by nobody until this is dropped.
 pub(super) struct Drafted<'a> {
     way_back: &'a WayBack,
     draft: String,
-    _work: OwnedMutexGuard<()>,
+    work: OwnedMutexGuard<bool>,
 }
 
 impl WayBack {
@@ -145,8 +146,14 @@ impl WayBack {
         }
     }
 
-    async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<()> {
+    /// Waits for its turn; for ever when the way back is open.
+    async fn turn(&self) -> MutexGuard<'_, bool> {
         let work = self.work.lock().await;
+        if *work { std::future::pending().await } else { work }
+    }
+
+    async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<()> {
+        let work = self.turn().await;
         let target = self.target.connect(&self.application_name).await?;
         self.prove_possible(&target).await?;
         let names = self.names();
@@ -164,7 +171,7 @@ impl WayBack {
         self.draft(&target, &migrated).await?;
         drop(work);
         loop {
-            let work = self.work.lock().await;
+            let work = self.turn().await;
             // To a position that is known before: a command that still lies in a connection which broke must not move the slot past a
             // release that comes after it.
             let flushed: PgLsn =
@@ -193,7 +200,7 @@ impl WayBack {
             return Err(Error::new(ErrorKind::Transient, format!("the slot {slot} is not on the target")));
         }
         let draft = self.draft(target, migrated).await?;
-        Ok(Drafted { way_back: self, draft, _work: work })
+        Ok(Drafted { way_back: self, draft, work })
     }
 
     /// What the servers have to be set up and allowed for, with the SQL that mends it.
@@ -268,6 +275,11 @@ impl WayBack {
 }
 
 impl Drafted<'_> {
+    /// Decided: from here on the slot is the stream's.
+    pub(super) fn is_open(&mut self) {
+        *self.work = true;
+    }
+
     /// Has the way back begin here and now: all that was applied is before, and nobody but us has written.
     ///
     /// # Errors

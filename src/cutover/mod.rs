@@ -173,7 +173,7 @@ impl Cutover<'_> {
             sequences::list(&sessions.source, options.sequence_margin).await
         });
         let sequences = known.await.map_err(untouched)?;
-        let way_back = match self.way_back(options) {
+        let mut way_back = match self.way_back(options) {
             None => None,
             Some((way_back, arming)) => {
                 let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
@@ -210,6 +210,9 @@ impl Cutover<'_> {
         match outcome {
             Ok(cutover_lsn) => {
                 // Decided: what is left to do takes nothing back.
+                if let Some(way_back) = &mut way_back {
+                    way_back.is_open();
+                }
                 let mut warnings = Box::pin(self.go_on(&mut fence, &around, &sessions.target, &mut timer)).await;
                 warnings.extend(ready::warnings(&findings));
                 warnings.extend(sequences.warnings());
