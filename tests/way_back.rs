@@ -1,7 +1,5 @@
 //! The way back: after the cutover the old primary is kept current, and a switchback makes it the primary again.
 
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-
 use crate::support::load::{self, Application};
 use crate::support::process::Running;
 use crate::support::{Migration, Servers, is_blocked, until, until_true};
@@ -195,23 +193,18 @@ async fn finish_ends_the_way_back_with_or_without_a_process_and_with_the_old_pri
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn h33_nothing_moves_the_slot_past_the_release_while_the_answer_is_on_its_way() {
+async fn h33_nothing_moves_the_slot_past_the_release() {
     let servers = Servers::start().await;
     let (migration, application, mut running) = follows(&servers).await;
     migration.wait_for_status(&mut running, "a way back", |status| status["way_back"] == "ready").await;
-    // Whoever asked stays on the line, and the migration waits for that a while before it turns round.
-    let control = tokio::net::UnixStream::connect(migration.directory().join("control.sock")).await.unwrap();
-    let (reader, mut writer) = control.into_split();
-    let request = b"{\"command\":\"cutover\",\"timeout_seconds\":30,\"max_write_stall_seconds\":25,\"waive\":[]}\n";
-    writer.write_all(request).await.unwrap();
-    let mut lines = BufReader::new(reader).lines();
-    while !lines.next_line().await.unwrap().expect("an outcome").contains("cut_over") {}
+    // For so long that the next move of the slot is due, and waits for the end of the cutover.
+    let slow = ["--yes", "--json", "--max-write-stall", "25s", "--on-fence", "sleep 3"];
+    let cutover = migration.with_directory("cutover", &slow).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
     application.stop().await;
     let application = Application::start(&migration.target_url, 3);
     application.goes_on(30).await;
     migration.wait_for_status(&mut running, "the way back", |status| status["direction"] == "back").await;
-    drop((lines, writer));
-    application.goes_on(30).await;
     switch_back(&migration, running, application).await;
 }
 
