@@ -60,7 +60,6 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         // Behind the fence `connections` the source refuses us too.
         cutover::open_for_good(source, &to).await?;
     }
-    let from = source.connect("walferry").await?;
     let mut removed = Vec::new();
     let migration = ledger::load(&to).await?;
     if let (Some(migration), Some(id)) = (&migration, id)
@@ -73,12 +72,19 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         .hint("Run clean with that migration's --dir."));
     }
     let cut_over = migration.as_ref().is_some_and(|migration| migration.phase == Phase::CutOver);
+    let from = match (source.connect("walferry").await, &migration) {
+        (Ok(from), _) => from,
+        // After the cutover the old server may be gone for good.
+        (Err(error), Some(migration)) if cut_over && error.is_transient() => {
+            return without_source(&to, migration, source, &error).await;
+        }
+        (Err(error), _) => return Err(error),
+    };
     let back = if migration.is_some() { ledger::load(&from).await? } else { None };
     let back = back.filter(|back| migration.as_ref().is_some_and(|migration| migration.id == back.id));
     let reversed = cut_over && back.as_ref().is_some_and(|back| back.phase == Phase::CutOver);
     if cut_over && !reversed && migration.as_ref().is_some_and(|migration| migration.way_back == Some(WayBack::Armed)) {
-        return Err(Error::new(ErrorKind::Blocked, "the way back is armed: the old server is kept current")
-            .hint("`walferry finish` ends the way back; then `walferry clean` removes what is left."));
+        return Err(is_armed());
     }
     if let Some(id) = id.map(str::to_owned).or_else(|| migration.as_ref().map(|migration| migration.id.clone())) {
         source_of(&from, &id, &mut removed).await?;
@@ -102,6 +108,12 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
     } else if cutover::open_for_good(source, &to).await? {
         removed.push(format!("fence: the database {} on the source takes writes again", source.database()));
     }
+    if back.is_some() && !reversed && cutover::open_for_good(target, &from).await? {
+        removed.push(format!(
+            "fence of a switchback: the database {} on the target takes writes again",
+            target.database()
+        ));
+    }
     if back.is_some() {
         from.batch_execute("DROP SCHEMA walferry CASCADE")
             .await
@@ -120,6 +132,36 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
     }
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
+    Ok(removed)
+}
+
+fn is_armed() -> Error {
+    Error::new(ErrorKind::Blocked, "the way back is armed: the old server is kept current")
+        .hint("`walferry finish` ends the way back; then `walferry clean` removes what is left.")
+}
+
+/// Of a migration that has been cut over, what is on the new server.
+async fn without_source(
+    target: &Client,
+    migration: &ledger::Migration,
+    source: &ConnectionSpec,
+    error: &Error,
+) -> Result<Vec<Removed>> {
+    if migration.way_back == Some(WayBack::Armed) {
+        return Err(is_armed());
+    }
+    let removed = cutover::arming::Names::of(&migration.id).remove(target).await?;
+    let mut removed: Vec<Removed> = removed.into_iter().map(|what| format!("{what} on the target")).collect();
+    target
+        .batch_execute("DROP SCHEMA walferry CASCADE")
+        .await
+        .context(|| "removing the ledger from the target".into())?;
+    removed.push("schema walferry (the ledger) on the target".into());
+    tracing::warn!(
+        "the old server cannot be reached ({error}). Should it come back: `walferry clean --source … --target …` removes its slot, and \
+         ALTER DATABASE {} RESET default_transaction_read_only lets it take writes again",
+        crate::sql::identifier(source.database())
+    );
     Ok(removed)
 }
 

@@ -82,7 +82,7 @@ pub enum Command {
     Switchback(Switch),
     /// End the way back: the old primary is no longer kept current, and `migrate` exits
     #[command(after_help = "Example: walferry finish --dir ./shop\n\
-        It asks only the new primary, so it works when the old one is gone. Then: walferry clean --dir ./shop")]
+        It works when the old one is gone. Then: walferry clean --dir ./shop")]
     Finish(Finish),
     /// Hold the apply or the copy while the queue goes on receiving
     #[command(after_help = "Example: walferry pause apply --dir ./shop\n\

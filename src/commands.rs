@@ -322,9 +322,11 @@ async fn finish(options: cli::Finish) -> Result<()> {
         Err(error) => {
             // Where none runs, what it would do is done here.
             let Ok(_locked) = directory.lock() else { return Err(error) };
-            let (_, target) = either_or_known(&options.servers, directory.path())?;
+            let (source, target) = either_or_known(&options.servers, directory.path())?;
             let Some(target) = target else { return Err(error) };
-            migrate::finish_without_process(&target).await?;
+            if let Some(left) = migrate::finish_without_process(&target, source.as_ref()).await? {
+                warn!("{left}");
+            }
         }
     }
     if options.json {

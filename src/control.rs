@@ -6,6 +6,7 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -17,7 +18,7 @@ use crate::care::tune::{self, Tune, Tuned};
 use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
-use crate::observe::status::Status;
+use crate::observe::status::{Phase, Status};
 use crate::pause::{Pause, Paused, What};
 use crate::state_directory::StateDirectory;
 use crate::verify::point::CommonPoint;
@@ -232,18 +233,38 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
         Request::Cutover(_) | Request::Rehearse(_) => {
             let dry_run = matches!(request, Request::Rehearse(_));
             let (Request::Cutover(options) | Request::Rehearse(options)) = request else { return Ok(()) };
+            let limit = Duration::try_from_secs_f64(options.timeout_seconds).unwrap_or(Duration::MAX);
+            if let Err(error) = may_be_cut_over(board) {
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
             let (answers, mut received) = mpsc::unbounded_channel();
             if senders.cutovers.try_send(CutoverRequest { options, dry_run, answers }).is_err() {
                 let error = Error::new(ErrorKind::Aborted, "another cutover is running");
                 return send(&mut writer, &Answer::from(&error)).await;
             }
-            while let Some(answer) = received.recv().await {
-                send(&mut writer, &answer).await?;
-                if !matches!(answer, Answer::Step(_)) {
-                    break;
+            // Until it begins, whoever asked can change their mind: with `received` goes the request.
+            let mut rest = String::new();
+            let begins = tokio::time::sleep(limit);
+            tokio::pin!(begins);
+            let mut begun = false;
+            loop {
+                tokio::select! {
+                    answer = received.recv() => {
+                        let Some(answer) = answer else { return Ok(()) };
+                        send(&mut writer, &answer).await?;
+                        if !matches!(answer, Answer::Step(_)) {
+                            return Ok(());
+                        }
+                        begun = true;
+                    }
+                    _ = reader.read_line(&mut rest), if !begun => return Ok(()),
+                    () = &mut begins, if !begun && board.phase() != Phase::CuttingOver => {
+                        let error = Error::new(ErrorKind::Aborted, "it could not begin within --timeout")
+                            .hint("Nothing was touched. `walferry status` says what the migration waits for.");
+                        return send(&mut writer, &Answer::from(&error)).await;
+                    }
                 }
             }
-            Ok(())
         }
         Request::TakePoint => {
             let (answers, mut received) = mpsc::unbounded_channel();
@@ -286,6 +307,16 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
             }
         }
     }
+}
+
+/// A request that could only wait is refused: it would be carried out when nobody looks any more.
+fn may_be_cut_over(board: &StatusBoard) -> Result<()> {
+    let (text, hint) = match board.phase() {
+        Phase::Following => return Ok(()),
+        Phase::CuttingOver => ("another cutover is running", "Wait for its end."),
+        _ => ("the migration does not follow yet", "`walferry status` says what it waits for."),
+    };
+    Err(Error::new(ErrorKind::Aborted, text).hint(hint))
 }
 
 async fn send(writer: &mut tokio::net::unix::OwnedWriteHalf, answer: &Answer) -> Result<()> {

@@ -58,6 +58,9 @@ use crate::target::ledger::{self, Migration, Phase};
 /// The longest pause before the phases begin again.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
+/// How long the server that was left may take to answer, after a cutover.
+const LEFT_SERVER_MAX: Duration = Duration::from_secs(10);
+
 /// How a migration is to be done.
 #[derive(Clone)]
 pub struct Config {
@@ -144,6 +147,15 @@ struct Running {
     direction: Direction,
 }
 
+/// How a migration in one direction is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Over {
+    /// An earlier process had cut over.
+    Before,
+    /// This one has.
+    Now,
+}
+
 /// Which way the changes go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Direction {
@@ -226,16 +238,16 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         direction: Direction::There,
     };
     // Boxed, as below: the states of whole migrations together are more than a thread's stack should hold.
-    tokio::select! {
+    let over = tokio::select! {
         outcome = Box::pin(migration.go(&mut requests)) => outcome?,
         never = way_back::refuse_to_finish(&mut finish) => match never {},
-    }
-    Box::pin(migration.keep_the_old_primary_current(&mut requests, &mut finish)).await
+    };
+    Box::pin(migration.keep_the_old_primary_current(over, &mut requests, &mut finish)).await
 }
 
 impl Running {
     /// All that comes after the check.
-    async fn go(&self, requests: &mut Requests) -> Result<()> {
+    async fn go(&self, requests: &mut Requests) -> Result<Over> {
         let mut backoff = Backoff::new();
         let mut heal = self.config.heal.clone();
         let taken_up = loop {
@@ -292,11 +304,16 @@ impl Running {
             // Our own stream has ended, so nothing reads from the slot any more.
             (Err(_), Some(given_up)) => Err(self.give_up(given_up).await),
             (Err(error), None) => Err(self.explain(error).await),
-            (Ok(()), _) => Ok(()),
+            (Ok(()), _) => Ok(Over::Now),
         }
     }
 
-    async fn is_over(&self) -> Result<()> {
+    async fn is_over(&self) -> Result<Over> {
+        // Locks that a dead process left on the server that was left; it may be gone.
+        let ending = tokio::time::timeout(LEFT_SERVER_MAX, self.end_sessions(&self.config.source)).await;
+        if !matches!(ending, Ok(Ok(()))) {
+            tracing::debug!("the server that was left does not answer");
+        }
         background::finish_cutover(&self.config, &self.board).await?;
         self.board.set_phase(ShownPhase::CutOver);
         let text = match self.direction {
@@ -304,7 +321,7 @@ impl Running {
             Direction::Back => "this migration has been switched back already",
         };
         self.board.event(Level::Info, text);
-        Ok(())
+        Ok(Over::Before)
     }
 
     /// Ends what an earlier process left, prepares what is not prepared, and reads how far the apply is. May be called again
@@ -312,12 +329,15 @@ impl Running {
     ///
     /// `None` when it has been cut over: until it ended, a session of a walferry that was killed could still commit that decision.
     async fn take_up(&self, heal: &mut Heal) -> Result<Option<(Migration, Option<prepare::Held>, Vec<Lsn>)>> {
-        self.end_sessions_left_behind().await?;
+        // What is left on the target could still decide; once it has, the source may be gone.
+        self.end_sessions(&self.config.target).await?;
         let mut target = self.target().await?;
         let migration = self.load(&target).await?;
         if migration.phase == Phase::CutOver {
             return Ok(None);
         }
+        self.end_sessions(&self.config.source).await?;
+        background::lift_fence(&self.config, &self.board).await?;
         self.config.care.caps.fit_apply_workers(migration.apply_workers)?;
         if *heal != Heal::Everything
             && let Some(given_up) = GivenUp::of(self.directory.directory(), &migration)?

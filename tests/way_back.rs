@@ -187,9 +187,96 @@ async fn finish_ends_the_way_back_with_or_without_a_process_and_with_the_old_pri
     application.stop().await;
     running.kill().await;
     servers.source.stop(walferry::demo::server::StopMode::Immediate).await.unwrap();
+    // By a process that has only just begun, too.
+    let running = migration.migrate(&[]);
+    until("it answers", || async { migration.status().await.filter(|status| status["direction"] == "back") }).await;
     let finished = migration.with_directory("finish", &[]).await;
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert_eq!(running.wait().await.code, Some(0));
     until_true(&migration.target().await, "SELECT count(*) = 0 FROM pg_replication_slots").await;
+    let again = migration.with_directory("finish", &[]).await;
+    assert_eq!(again.code, Some(0), "nothing is left to do: {}", again.stderr);
+    let clean = migration.with_directory("clean", &[]).await;
+    assert_eq!(clean.code, Some(0), "{}", clean.stderr);
+    assert!(clean.stderr.contains("the old server cannot be reached"), "{}", clean.stderr);
+    until_true(&migration.target().await, "SELECT to_regnamespace('walferry') IS NULL").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn finish_undoes_a_switchback_that_was_cut_off_and_refuses_one_that_was_decided() {
+    let servers = Servers::start().await;
+    let (migration, application, mut running) = follows(&servers).await;
+    let application = cut_over_with_way_back(&migration, &mut running, application).await;
+    ready(&migration, &mut running).await;
+    let holder = migration.source().await;
+    holder.batch_execute("SET default_transaction_read_only = off").await.unwrap();
+    holder.batch_execute("BEGIN; ALTER SEQUENCE app.counter CACHE 1").await.unwrap();
+    let switchback = migration.start("switchback", &["--yes", "--timeout", "60s", "--max-write-stall", "60s"]);
+    is_blocked(&migration.source().await, "setval").await;
+    running.kill().await;
+    switchback.wait().await;
+    assert_eq!(shown(&migration.target_url, "default_transaction_read_only").await, "on");
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    let finished = migration.with_directory("finish", &[]).await;
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    application.goes_on(30).await;
+    application.stop().await;
+    assert_eq!(
+        shown(&migration.target_url, "default_transaction_read_only").await,
+        "off",
+        "the new primary takes writes"
+    );
+
+    let migration = servers.migration("second").await;
+    load::fill(&migration.source().await, 100).await;
+    let application = Application::start(&migration.source_url, 1);
+    let mut running = migration.migrate(&[]);
+    ready(&migration, &mut running).await;
+    let application = cut_over_with_way_back(&migration, &mut running, application).await;
+    switch_back(&migration, running, application).await;
+    let finished = migration.with_directory("finish", &[]).await;
+    finished.assert_refused(3, &["it has been switched back"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_that_was_resynced_or_cut_over_for_good_leaves_no_work_and_no_slot_behind() {
+    let servers = Servers::start().await;
+    let (migration, application, running) = follows(&servers).await;
+    running.terminate().await;
+    let mut running = migration.resync(&[]);
+    ready(&migration, &mut running).await;
+    let application = cut_over_with_way_back(&migration, &mut running, application).await;
+    ready(&migration, &mut running).await;
+    let log = running.log();
+    let (_, back) = log.split_once("the way back is open").unwrap();
+    assert!(!back.contains("comparing") && !back.contains("phase: copying"), "nothing is compared anew: {back}");
+    switch_back(&migration, running, application).await;
+
+    let migration = servers.migration("second").await;
+    load::fill(&migration.source().await, 100).await;
+    let mut running = migration.migrate(&[]);
+    migration.wait_for_status(&mut running, "a way back", |status| status["way_back"] == "ready").await;
+    migration.cut_over(running).await;
+    until_true(&migration.target().await, "SELECT count(*) = 0 FROM pg_replication_slots WHERE database = 'second'")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_nobody_waits_for_any_more_is_not_carried_out() {
+    let servers = Servers::start().await;
+    let (migration, application, mut running) = follows(&servers).await;
+    migration.wait_for_status(&mut running, "a way back", |status| status["way_back"] == "ready").await;
+    // The first holds the writers for a while; the second is refused, and not kept for later.
+    let slow = ["--yes", "--max-write-stall", "25s", "--on-fence", "sleep 2; exit 1"];
+    let first = migration.start("cutover", &slow);
+    migration.wait_for_phase(&mut running, "cutting_over").await;
+    migration.with_directory("cutover", &["--yes"]).await.assert_refused(5, &["another cutover is running"]);
+    first.wait().await.assert_refused(5, &["during on-fence"]);
+    ready(&migration, &mut running).await;
+    application.goes_on(20).await;
+    application.stop().await;
+    assert_eq!(migration.status().await.unwrap()["phase"], "following");
+    running.terminate().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -27,6 +27,8 @@ use crate::target::ledger::{self, Draft, Migration, Phase};
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
 const ADVANCE_INTERVAL: Duration = Duration::from_secs(2);
+/// How long the target may take for that. The first time, it may have much to read.
+const ANSWER_MAX: Duration = Duration::from_secs(120);
 /// Pause after an attempt that failed.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// What else there is, wherever the way back is in the way.
@@ -174,15 +176,20 @@ impl WayBack {
             let work = self.turn().await;
             // To a position that is known before: a command that still lies in a connection which broke must not move the slot past a
             // release that comes after it.
-            let flushed: PgLsn =
-                target.query_typed_one("SELECT pg_catalog.pg_current_wal_flush_lsn()", &[]).await?.get(0);
-            target
-                .query_typed(
-                    "SELECT pg_catalog.pg_replication_slot_advance($1, $2)",
-                    &[(&names.slot, Type::TEXT), (&flushed, Type::PG_LSN)],
-                )
-                .await
-                .context(|| format!("moving the slot {} on", names.slot))?;
+            let moved = async {
+                let flushed: PgLsn =
+                    target.query_typed_one("SELECT pg_catalog.pg_current_wal_flush_lsn()", &[]).await?.get(0);
+                target
+                    .query_typed(
+                        "SELECT pg_catalog.pg_replication_slot_advance($1, $2)",
+                        &[(&names.slot, Type::TEXT), (&flushed, Type::PG_LSN)],
+                    )
+                    .await
+                    .context(|| format!("moving the slot {} on", names.slot))
+            };
+            // On a connection that may be dead without looking it.
+            let late = |_| Err(Error::new(ErrorKind::Transient, "the target does not answer"));
+            tokio::time::timeout(ANSWER_MAX, moved).await.unwrap_or_else(late)?;
             drop(work);
             say(Arming::Ready);
             tokio::time::sleep(ADVANCE_INTERVAL).await;

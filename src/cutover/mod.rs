@@ -62,13 +62,16 @@ pub use options::{FenceMode, Hooks, Options, PgBouncer};
 pub(crate) use ready::obstacles;
 pub use ready::{Finding, Weight};
 pub use record::{Closed, GivenUpTry, Lifted, finish_pending, is_fence_left_over, lift_left_over_fence};
-pub(crate) use record::{last_given_up, may_refuse_connections, open_for_good};
+pub(crate) use record::{is_closed_to_writers, last_given_up, may_refuse_connections, open_for_good};
 pub(crate) use rehearse::Measured;
 pub use rehearse::Rehearsal;
 use timer::Timer;
 
 /// How a blocker of the status begins that a cutover looks at itself, because it can be waived or does not matter to every fence.
 pub(crate) const SOURCE_BLOCKER: &str = "on the source, ";
+
+/// How long each thing may take that is left to do after the decision.
+const AFTERWARDS_MAX: Duration = Duration::from_secs(10);
 
 /// What a cutover works on.
 pub struct Cutover<'a> {
@@ -271,7 +274,7 @@ impl Cutover<'_> {
         let mut warnings = Vec::new();
         // Before anybody is sent to the target: who comes then finds it open, and is not to be ended.
         if let Some(closed) = &self.target_closed
-            && let Err(error) = closed.end_read_only_sessions(target, self.application_name).await
+            && let Err(error) = bounded(closed.end_read_only_sessions(target, self.application_name)).await
         {
             warnings.push(format!("sessions of the new primary that are still read-only could not be ended: {error}"));
         }
@@ -286,17 +289,17 @@ impl Cutover<'_> {
                 timer.done();
             }
             if pending.pgbouncer.is_some() {
-                if let Err(error) = pending.switch_pooler(self.target, hook_succeeded).await {
+                if let Err(error) = bounded(pending.switch_pooler(self.target, hook_succeeded)).await {
                     warnings.push(error.to_string());
                 }
                 timer.done();
             }
         }
-        if let Err(error) = fence.release().await {
+        if let Err(error) = bounded(fence.release()).await {
             tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
         }
         if let Some(pending) = &pending {
-            if let Err(error) = pending.let_in(self.source).await {
+            if let Err(error) = bounded(pending.let_in(self.source)).await {
                 warnings.push(error.to_string());
             }
             if let Err(error) = pending.settle(target, warnings.len() == so_far).await {
@@ -504,6 +507,12 @@ impl Cutover<'_> {
             "ALTER TABLE … REPLICA IDENTITY FULL on the source, then start anew: `walferry clean`, `walferry migrate`.",
         ))
     }
+}
+
+/// What is done after the decision, when somebody may have gone silent for good: whoever comes next must not wait for it.
+async fn bounded<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let late = |_| Err(Error::new(ErrorKind::Transient, format!("no answer within {} s", AFTERWARDS_MAX.as_secs())));
+    tokio::time::timeout(AFTERWARDS_MAX, work).await.unwrap_or_else(late)
 }
 
 /// What changed between two fingerprints, as people would say it.

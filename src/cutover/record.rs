@@ -391,6 +391,14 @@ async fn end_sessions_since(server: &Client, since: &str, application_name: &str
     Ok(())
 }
 
+/// Whether a server's database is read-only by default, as a fence makes it.
+///
+/// # Errors
+/// Whatever the server says.
+pub(crate) async fn is_closed_to_writers(server: &Client) -> Result<bool> {
+    Ok(setting(server).await?.is_some_and(|setting| setting == "on"))
+}
+
 /// The database's own `default_transaction_read_only`.
 pub(super) async fn setting(source: &Client) -> Result<Option<String>> {
     let row = source
@@ -431,6 +439,10 @@ pub async fn finish_pending(
         .await
         .context(|| "looking for what a cutover left to do".into())?;
     let Some(row) = row else { return Ok(Vec::new()) };
+    if is_closed_to_writers(target).await? {
+        // It has been left in its turn, by a switchback: nobody is to be sent there.
+        return Ok(Vec::new());
+    }
     let pending: Pending = from_json(row.get(0))?;
     let around = hook::Surroundings::gather(source, target_spec).await;
     let mut problems = Vec::new();

@@ -74,6 +74,10 @@ impl Running {
                 request = requested.recv() => request,
             };
             let request = request.ok_or_else(|| Error::new(ErrorKind::Other, "the control socket is gone"))?;
+            if request.answers.is_closed() {
+                // Whoever asked did not wait.
+                continue;
+            }
             warming.abort_all();
             // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
             // On the heap: it is large, and the stack of an unoptimized build is not.

@@ -33,15 +33,8 @@ pub(super) struct Held {
 }
 
 impl Running {
-    /// Ends the sessions that a dead walferry left on either server (H18): they could still hold the slot, or write.
-    pub(super) async fn end_sessions_left_behind(&self) -> Result<()> {
-        for spec in [&self.config.source, &self.config.target] {
-            self.end_sessions(spec).await?;
-        }
-        super::background::lift_fence(&self.config, &self.board).await
-    }
-
-    /// Ends every session of this migration on a server, this process's own too, and waits until they are gone.
+    /// Ends every session of this migration on a server, this process's own too, and waits until they are gone: those that a dead
+    /// walferry left could still hold the slot, or write (H18).
     ///
     /// A connection that broke off may live on at its other end, for as long as that server's keepalive takes: with locks on
     /// rows and tables, and perhaps with a commit that is still on its way.

@@ -7,7 +7,7 @@
 //! | what ends it | what is decided where |
 //! |---|---|
 //! | `walferry switchback` | the same cutover the other way: `phase = 'cut_over'` in the ledger on the old server |
-//! | `walferry finish` | `way_back = 'finished'` in the ledger on the new one; the old server is not asked, because it may be gone |
+//! | `walferry finish` | `way_back = 'finished'` in the ledger on the new one; the old server may be gone; where it answers, a switchback that was cut off is undone first |
 
 use std::convert::Infallible;
 use std::pin::pin;
@@ -18,16 +18,22 @@ use tokio::sync::mpsc;
 use tokio_postgres::Client;
 
 use super::prepare::end_sessions;
-use super::{Backoff, Config, Direction, Running, application_name};
+use super::{Backoff, Config, Direction, Heal, Over, Running, application_name};
 use crate::apply::gate::Gate;
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, FinishRequest, Requests};
-use crate::cutover::arming::Names;
+use crate::cutover::{self, arming::Names};
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::source::{catalog, slot};
-use crate::target::ledger::{self, Migration, WayBack};
+use crate::sql;
+use crate::target::ledger::{self, Migration, Phase, WayBack};
 use crate::target::schema;
+
+/// How long the old primary may take to say whether a switchback is under way.
+const OLD_PRIMARY_MAX: Duration = Duration::from_secs(15);
+/// How often removing the slot is tried before that is left to `clean`.
+const REMOVE_ATTEMPTS: usize = 4;
 
 impl Config {
     /// The same with both servers in each other's place.
@@ -40,8 +46,11 @@ impl Config {
 
 impl Running {
     /// Follows the other way, where the cutover armed that, until it is switched back or finished.
+    ///
+    /// `over` says whether the cutover was in this process: what was to be brought right before it is right.
     pub(super) async fn keep_the_old_primary_current(
         self,
+        over: Over,
         requests: &mut Requests,
         finish: &mut mpsc::Receiver<FinishRequest>,
     ) -> Result<()> {
@@ -57,16 +66,21 @@ impl Running {
             }
         };
         if forward.way_back != Some(WayBack::Armed) {
+            // It may have been made ready, and would keep the new primary's WAL.
+            self.remove_slot_of_the_way_back(&self.config.target, &forward).await;
             return Ok(());
         }
-        let config = self.config.reversed();
+        let mut config = self.config.reversed();
+        if over == Over::Now {
+            config.heal = Heal::Nothing;
+        }
         self.board.turn_back(config.source.describe(), config.target.describe());
         self.board.show_connections(config.source.connections(), config.target.connections());
         self.board.event(
             Level::Info,
             "the way back is open: the old primary is kept current, until `walferry switchback` or `walferry finish`",
         );
-        let back = Running {
+        let mut back = Running {
             config,
             board: self.board,
             directory: self.directory,
@@ -86,7 +100,7 @@ impl Running {
                         outcome = &mut going => {
                             outcome?;
                             back.board.event(Level::Info, "switched back: the old primary is the primary again");
-                            back.remove_slot_of_the_way_back(&forward).await;
+                            back.remove_slot_of_the_way_back(&back.config.source, &forward).await;
                             return Ok(());
                         }
                         never = &mut dropping => match never {},
@@ -103,9 +117,11 @@ impl Running {
                 }
             };
             // Nothing of the way back is at work any more.
-            match finish_on(&back.config.source, &forward, &back.application_name).await {
-                Ok(()) => {
+            back.config.heal = Heal::Nothing;
+            match finish_on(&back.config.source, Some(&back.config.target), &forward, &back.application_name).await {
+                Ok(left) => {
                     back.board.event(Level::Info, "the way back has ended");
+                    left.iter().for_each(|left| back.board.event(Level::Warn, left));
                     let _ = asked.answers.send(Answer::Finished);
                     // The process may end now: not before the answer is on its way.
                     let _ = tokio::time::timeout(Duration::from_secs(2), asked.answers.closed()).await;
@@ -136,14 +152,20 @@ impl Running {
         }
     }
 
-    /// After the switchback. `clean` does it where this cannot.
-    async fn remove_slot_of_the_way_back(&self, forward: &Migration) {
-        let removed = async {
-            let new = self.config.source.connect(&self.application_name).await?;
-            Names::of(&forward.id).remove(&new).await
-        };
-        if let Err(error) = removed.await {
-            self.board.event(Level::Warn, format!("the slot of the way back could not be dropped: {error}"));
+    /// When nobody reads from it any more. `clean` does it where this cannot.
+    async fn remove_slot_of_the_way_back(&self, server: &ConnectionSpec, forward: &Migration) {
+        let mut backoff = Backoff::new();
+        for attempt in 1..=REMOVE_ATTEMPTS {
+            let removed = async { Names::of(&forward.id).remove(&server.connect("walferry").await?).await };
+            match removed.await {
+                Ok(_) => return,
+                Err(error) if attempt == REMOVE_ATTEMPTS || !error.is_transient() => {
+                    let text = format!("the slot of the way back keeps WAL until `walferry clean` drops it: {error}");
+                    self.board.event(Level::Warn, text);
+                    return;
+                }
+                Err(_) => backoff.wait().await,
+            }
         }
     }
 
@@ -159,25 +181,74 @@ impl Running {
     }
 }
 
-/// Ends the way back on the new primary.
-async fn finish_on(new_primary: &ConnectionSpec, forward: &Migration, name: &str) -> Result<()> {
+/// Ends the way back on the new primary. Answers what could not be removed, in words.
+async fn finish_on(
+    new_primary: &ConnectionSpec,
+    old_primary: Option<&ConnectionSpec>,
+    forward: &Migration,
+    name: &str,
+) -> Result<Option<String>> {
     // Another name: the sessions of the stream are ended, and would make the slot busy again.
     let new = new_primary.connect("walferry").await?;
+    no_switchback_is_left((new_primary, &new), old_primary, forward, name).await?;
     ledger::finished(&new).await?;
-    end_sessions(&new, name).await?;
-    Names::of(&forward.id).remove(&new).await?;
-    Ok(())
+    let removed = async {
+        end_sessions(&new, name).await?;
+        Names::of(&forward.id).remove(&new).await
+    };
+    let left = |error: Error| format!("the slot of the way back keeps WAL until `walferry clean` drops it: {error}");
+    Ok(removed.await.err().map(left))
+}
+
+/// A switchback that was decided is not undone by ending the way back, and one that was cut off has its fence lifted first: its ledger
+/// stands on the old primary. Where that does not answer, the new primary shows whether it is closed to writers.
+async fn no_switchback_is_left(
+    (new_primary, new): (&ConnectionSpec, &Client),
+    old_primary: Option<&ConnectionSpec>,
+    forward: &Migration,
+    name: &str,
+) -> Result<()> {
+    let look = async {
+        let Some(old_primary) = old_primary else {
+            return Err(Error::new(ErrorKind::Transient, "the old primary is not given"));
+        };
+        let old = old_primary.connect("walferry").await?;
+        let back = ledger::load(&old).await?.filter(|back| back.id == forward.id);
+        if back.is_some_and(|back| back.phase == Phase::CutOver) {
+            return Ok(true);
+        }
+        Box::pin(cutover::lift_left_over_fence(new_primary, &old, old_primary, name)).await?;
+        Ok(false)
+    };
+    let late = |_| Err(Error::new(ErrorKind::Transient, "the old primary does not answer"));
+    match tokio::time::timeout(OLD_PRIMARY_MAX, look).await.unwrap_or_else(late) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(Error::new(ErrorKind::Blocked, "there is no way back to finish: it has been switched back")
+            .hint("`walferry migrate` does what may be left of that; then `walferry clean`.")),
+        Err(error) if cutover::is_closed_to_writers(new).await? => {
+            let database = sql::identifier(new_primary.database());
+            let text = format!("the new primary is closed to writers by a switchback that was cut off, and {error}");
+            Err(Error::new(ErrorKind::Blocked, text).hint(format!(
+                "Run on the new primary: ALTER DATABASE {database} RESET default_transaction_read_only; then `walferry finish` again."
+            )))
+        }
+        Err(_) => Ok(()),
+    }
 }
 
 /// `walferry finish` where no process runs. The state directory has to be locked.
 ///
 /// # Errors
 /// `Blocked` when there is no way back; else what the server says.
-pub(crate) async fn finish_without_process(new_primary: &ConnectionSpec) -> Result<()> {
+pub(crate) async fn finish_without_process(
+    new_primary: &ConnectionSpec,
+    old_primary: Option<&ConnectionSpec>,
+) -> Result<Option<String>> {
     let migration = ledger::load(&new_primary.connect("walferry").await?).await?;
     match migration {
-        Some(migration) if migration.way_back == Some(WayBack::Armed) => {
-            finish_on(new_primary, &migration, &application_name(&migration.id)).await
+        // One that was finished may still have its slot.
+        Some(migration) if migration.way_back.is_some() => {
+            finish_on(new_primary, old_primary, &migration, &application_name(&migration.id)).await
         }
         _ => Err(nothing_to_finish()),
     }

@@ -78,6 +78,8 @@ pub async fn draft(client: &mut Client, draft: &Draft<'_>) -> Result<()> {
     let (objects, hashes): (Vec<&str>, Vec<&str>) =
         draft.fingerprint.iter().map(|(object, hash)| (object.as_str(), hash.as_str())).unzip();
     let transaction = client.transaction().await?;
+    // A dead standby of the server that is left must not hold it up (H34).
+    transaction.batch_execute("SET LOCAL synchronous_commit = local").await?;
     let of_another = "SELECT pg_catalog.to_regnamespace('walferry') IS NOT NULL AND pg_catalog.to_regclass('walferry.migration') IS NULL";
     if transaction.query_typed_one(of_another, &[]).await?.get(0) {
         let text = "the old server has a schema walferry that is not walferry's";
