@@ -30,6 +30,7 @@ pub struct Engine {
     child: Option<Child>,
     /// Of the processes that have ended.
     peak_bytes: u64,
+    way_back: bool,
     profile: Option<PathBuf>,
 }
 
@@ -60,8 +61,14 @@ impl Engine {
             directory: StateDirectory::at(&path),
             child: None,
             peak_bytes: 0,
+            way_back: false,
             profile: setting.options.profile.then(|| setting.options.out.join(format!("profile-{name}"))),
         })
+    }
+
+    /// With a way back, which the peers have not: it is in none of the comparisons.
+    pub fn with_way_back(self) -> Engine {
+        Engine { way_back: true, ..self }
     }
 
     /// Starts the process.
@@ -70,6 +77,7 @@ impl Engine {
         let child = Command::new(&self.program)
             .args(["migrate", "--http-addr", "off", "--source", &self.source, "--target", &self.target, "--dir"])
             .arg(self.directory.path())
+            .args((!self.way_back).then_some("--no-reverse"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -114,7 +122,8 @@ impl Engine {
         Conversation::begin(&self.directory, request).await?.next().await
     }
 
-    async fn status(&self) -> Result<Status> {
+    /// How it is.
+    pub async fn status(&self) -> Result<Status> {
         match self.ask(&Request::Status).await? {
             Answer::Status(status) => Ok(*status),
             _ => Err(Error::new(ErrorKind::Other, "walferry answered something else")),
@@ -195,6 +204,20 @@ impl Engine {
             self.peak_bytes = self.peak_bytes.max(peak_bytes(pid).unwrap_or_default());
         }
         self.peak_bytes
+    }
+
+    /// Runs a command of walferry on the state directory, which comes last; answers the JSON that it prints.
+    pub async fn command(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let mut command = Command::new(&self.program);
+        let output = command.args(arguments).arg(self.directory.path()).stdin(Stdio::null()).output().await?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        serde_json::from_str(&said).map_err(|_| {
+            let said = String::from_utf8_lossy(&output.stderr);
+            Error::new(
+                ErrorKind::Other,
+                format!("walferry {} ended with {}: {said}", arguments.join(" "), output.status),
+            )
+        })
     }
 
     /// Stops the process as an operator does, with SIGTERM.

@@ -6,6 +6,7 @@
 //!     ├──► cloning    B1 B2   migrate, raw COPY, pg_dump, pgcopydb
 //!     ├──► draining   B3–B6   a backlog: walferry from its queue and from the slot, and a native subscription
 //!     ├──► following  B7      commit-to-visible lag under load
+//!     ├──► switching  cutovers and switchbacks under load
 //!     ├──► far        B8      the same with the target behind a delaying proxy
 //!     ├──► alone      B11 B12 the queue and the decoder without servers
 //!     │
@@ -31,6 +32,7 @@ mod results;
 mod setting;
 #[allow(dead_code)] // criterion's benchmarks use the rest
 mod stream;
+mod switching;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -43,7 +45,7 @@ use walferry::migrate::stop_signal;
 const USAGE: &str = "bench [--quick] [--only B1,B3] [--case tables] [--rounds N] [--out DIRECTORY] [--profile]
 
   --quick      smaller sizes, under five minutes; writes results-quick.*
-  --only       only these bars
+  --only       only these bars; CUTOVER for cutovers and switchbacks
   --case       of B6, only the workloads of these names
   --rounds     how often each case is repeated
   --out        where results.md and results.svg go (default: bench)
@@ -127,6 +129,9 @@ async fn cases(setting: &Setting, results: &mut Results) -> Result<()> {
     }
     if wanted("B6") {
         draining::small_cases(setting, results).await?;
+    }
+    if wanted(switching::ID) {
+        switching::switches(setting, results).await?;
     }
     if wanted("B8") {
         far::away(setting, results).await?;

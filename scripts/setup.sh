@@ -32,6 +32,7 @@ install_missing() {
     [ -e /etc/ssl/certs/ca-certificates.crt ] || packages+=(ca-certificates)
     [ -n "$(server_programs)" ] || packages+=(postgresql postgresql-contrib)
     [ -n "$(server_programs)" ] && ! have psql && ! [ -x "$(server_programs)/psql" ] && packages+=(postgresql-client)
+    have_pgbouncer || packages+=(pgbouncer)
     if [ ${#packages[@]} -eq 0 ]; then
         return 0
     fi
@@ -39,6 +40,18 @@ install_missing() {
     keep_the_package_from_making_a_cluster "${packages[@]}"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+    # The package begins a service of its own on port 6432; the tests start theirs.
+    case " ${packages[*]} " in *" pgbouncer "*)
+        if have systemctl && [ -d /run/systemd/system ]; then
+            as_root systemctl disable --now pgbouncer >/dev/null 2>&1 || true
+        fi
+        ;;
+    esac
+}
+
+# Only the tests need it.
+have_pgbouncer() {
+    have pgbouncer || [ -x /usr/sbin/pgbouncer ]
 }
 
 # Debian's server package makes and starts a cluster "main" on port 5432, unless it is told before not to. An
@@ -70,6 +83,7 @@ check() {
         printf 'setup: missing: %s\n' "${missing[@]}" >&2
         exit 1
     fi
+    have_pgbouncer || echo "setup: PgBouncer was not found; the tests that need it will fail" >&2
     echo "setup: PostgreSQL $(major "$programs") in $programs, $(cargo --version)"
 }
 

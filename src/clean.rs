@@ -55,7 +55,12 @@ fn lock(directory: &StateDirectory) -> Result<LockedDirectory> {
 /// # Errors
 /// What a server says.
 pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Option<&str>) -> Result<Vec<Removed>> {
-    let (from, to) = (source.connect("walferry").await?, target.connect("walferry").await?);
+    let to = target.connect("walferry").await?;
+    if ledger::load(&to).await?.is_some() && cutover::may_refuse_connections(&to).await? {
+        // Behind the fence `connections` the source refuses us too.
+        cutover::open_for_good(source, &to).await?;
+    }
+    let from = source.connect("walferry").await?;
     let mut removed = Vec::new();
     let migration = ledger::load(&to).await?;
     if let (Some(migration), Some(id)) = (&migration, id)
@@ -91,9 +96,11 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
     removed.extend(of_the_way_back.into_iter().map(|what| format!("{what} on the target")));
     if reversed {
         // The source is the primary again; who is closed now is the target.
-        open_again(&to, &from, target.database(), "target", &mut removed).await?;
-    } else {
-        open_again(&from, &to, source.database(), "source", &mut removed).await?;
+        if cutover::open_for_good(target, &from).await? {
+            removed.push(format!("fence: the database {} on the target takes writes again", target.database()));
+        }
+    } else if cutover::open_for_good(source, &to).await? {
+        removed.push(format!("fence: the database {} on the source takes writes again", source.database()));
     }
     if back.is_some() {
         from.batch_execute("DROP SCHEMA walferry CASCADE")
@@ -158,19 +165,4 @@ async fn orphans(server: &Client, way: &str) -> Result<Vec<String>> {
         .await
         .context(|| "looking for what migrations left".into())?;
     Ok(rows.into_iter().map(|row| row.get(0)).collect())
-}
-
-/// Takes back the setting that closed a server to writers, from a cutover that went through or was cut off.
-async fn open_again(
-    server: &Client,
-    ledger: &Client,
-    database: &str,
-    side: &str,
-    removed: &mut Vec<Removed>,
-) -> Result<()> {
-    if let Some(closed) = cutover::Closed::load(ledger).await? {
-        cutover::open_again(server, database, &closed, "walferry").await?;
-        removed.push(format!("fence: the database {database} on the {side} takes writes again"));
-    }
-    Ok(())
 }

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::apply::conflict::OnConflict;
 use crate::care::tune::Limit;
 use crate::care::wal::OnSourceWalMax;
+use crate::cutover::FenceMode;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
 
@@ -61,9 +62,19 @@ pub enum Command {
     #[command(after_help = "Example: walferry status --dir ./shop --watch")]
     Status(Status),
     /// Switch to the target
-    #[command(after_help = "Example: walferry cutover --dir ./shop --max-write-stall 2s\n\
+    #[command(after_help = "Examples: walferry cutover --dir ./shop --dry-run\n          \
+        walferry cutover --dir ./shop --max-write-stall 2s\n          \
+        walferry cutover --dir ./shop --pgbouncer postgres://admin@pooler:6432 --pgbouncer-include /etc/pgbouncer/shop.ini\n\
+        What the applications see:\n  \
+        --fence lock         writes wait, reads go on; then every session is ended once, and has to connect to the target\n  \
+        --fence read-only    every session is ended at once; who comes back can read, and gets an error for each write\n  \
+        --fence connections  every session is ended at once; who comes back is refused until it is over\n  \
+        --fence none         you have stopped the writers; readers are ended as with lock\n  \
+        --pgbouncer …        one slow query and no error, where all go through it in transaction mode\n\
+        Commands get WALFERRY_HOOK, WALFERRY_CUTOVER_ID, WALFERRY_SOURCE_HOST, _PORT, _DATABASE, _USER, the same for TARGET, and in \
+        WALFERRY_CONNECTION_FILE the path of a file with WALFERRY_SOURCE_URL, _PASSWORD and the target's, to be read by a shell.\n\
         The old primary is kept current from then on, for a switchback; --no-reverse does without.\n\
-        Exit codes: 0 switched, 5 given up and following again")]
+        Exit codes: 0 switched (or, with --dry-run, ready), 5 given up and following again (not ready)")]
     Cutover(Cutover),
     /// Switch back to the old primary, with all that was written since the cutover
     #[command(after_help = "Example: walferry switchback --dir ./shop --max-write-stall 2s\n\
@@ -262,6 +273,12 @@ pub struct Migrate {
     /// When it has been cut over: one JSON object on standard output
     #[arg(long)]
     pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub when: CutoverWhen,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub how: CutoverHow,
 }
 
 /// `walferry status`.
@@ -312,21 +329,106 @@ pub struct Switch {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub directory: Directory,
-    /// Give up when it takes longer in all
-    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
-    pub timeout: std::time::Duration,
-    /// Give up when writers have to wait longer
-    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "DURATION")]
-    pub max_write_stall: std::time::Duration,
-    /// An object whose change on the source since the start does not matter, as the error names it; may be given again
-    #[arg(long, value_name = "OBJECT")]
-    pub waive: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub how: CutoverHow,
+    /// Show what stands against it and how long writers would have to wait; touch nothing
+    #[arg(long)]
+    pub dry_run: bool,
     /// Do not ask
     #[arg(long)]
     pub yes: bool,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
+}
+
+/// How a cutover is done, whether by hand or by itself.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "How to cut over")]
+pub struct CutoverHow {
+    /// Give up when it takes longer in all
+    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
+    pub timeout: std::time::Duration,
+    /// Give up when writers have to wait longer
+    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "DURATION")]
+    pub max_write_stall: std::time::Duration,
+    /// How writers are held meanwhile; with each of them the source's database is read-only by default afterwards
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    pub fence: FenceMode,
+    /// What the cutover names and refuses though it does not matter: an object that changed since the start, `role NAME`,
+    /// `subscription NAME`; may be given again
+    #[arg(long, value_name = "OBJECT")]
+    pub waive: Vec<String>,
+    /// Only where `walferry verify` has found all rows equal within this time
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    pub require_verified: Option<std::time::Duration>,
+    /// Each sequence is so many values ahead on the target
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub sequence_margin: u32,
+    /// Run this by `sh -c` when writers are held; when it fails the cutover is given up
+    #[arg(long, value_name = "COMMAND")]
+    pub on_fence: Option<String>,
+    /// Run this when the target is the primary, before anybody is let go: to point applications at it. A failure is shown and
+    /// takes nothing back. After a crash it can run a second time
+    #[arg(long, value_name = "COMMAND")]
+    pub on_switch: Option<String>,
+    /// Run this when a cutover that held writers was given up and they are free again
+    #[arg(long, value_name = "COMMAND")]
+    pub on_abort: Option<String>,
+    /// Each of these commands is killed, with its children, when it takes longer
+    #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "DURATION")]
+    pub hook_timeout: std::time::Duration,
+    /// The admin console of a PgBouncer in front of the source: its clients wait instead of being ended, until --on-switch or
+    /// --pgbouncer-include has pointed it at the target
+    #[arg(long, env = "WALFERRY_PGBOUNCER", hide_env_values = true, value_name = "URL")]
+    pub pgbouncer: Option<String>,
+    /// The database as PgBouncer calls it [default: as the source does]
+    #[arg(long, value_name = "NAME")]
+    pub pgbouncer_database: Option<String>,
+    /// A file that PgBouncer's configuration includes: its entry for the database is pointed at the target, and reloaded
+    #[arg(long, value_name = "FILE")]
+    pub pgbouncer_include: Option<PathBuf>,
+}
+
+/// Whether a migration cuts over by itself.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "When to cut over")]
+pub struct CutoverWhen {
+    /// `auto` cuts over without being asked, as soon as it is ready and within the times below
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub cutover: CutoverStart,
+    /// Not while the target is further behind
+    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "DURATION")]
+    pub max_lag: std::time::Duration,
+    /// Not before this time, such as 2026-11-21T02:00:00Z
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    pub not_before: Option<Time>,
+    /// Not after this time: from then on it only follows
+    #[arg(long, value_parser = parse_time, value_name = "TIME")]
+    pub not_after: Option<Time>,
+    /// Rest between a try that was given up and the next
+    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
+    pub retry_pause: std::time::Duration,
+}
+
+/// Who begins a cutover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum CutoverStart {
+    /// `walferry cutover`
+    #[default]
+    Asked,
+    /// The migration itself
+    Auto,
+}
+
+/// A moment: milliseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Time(pub i64);
+
+fn parse_time(text: &str) -> Result<Time, String> {
+    let time = crate::observe::wall_clock::parse_rfc3339(text);
+    time.map(Time).ok_or_else(|| "expected a time such as 2026-11-21T02:00:00Z or 2026-11-21T03:00:00+01:00".to_owned())
 }
 
 /// `walferry pause` and `walferry resume`.

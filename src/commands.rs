@@ -189,6 +189,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         heal,
         on_conflict: options.on_conflict,
         reverse: !options.no_reverse,
+        automatic: automatic(options)?,
         care: care::Options {
             copy_jobs: options.parallelism.copy_jobs,
             copy_rate: options.care.copy_rate,
@@ -280,19 +281,16 @@ enum Way {
 async fn switch(options: cli::Switch, way: Way) -> Result<()> {
     let directory = StateDirectory::at(&options.directory.dir);
     let status = read_status(&directory).await?;
-    if !options.yes && std::io::stdin().is_terminal() {
+    if !options.yes && !options.dry_run && std::io::stdin().is_terminal() {
         ask(&status)?;
     }
-    let request = Request::Cutover(cutover::Options {
-        timeout_seconds: options.timeout.as_secs_f64(),
-        max_write_stall_seconds: options.max_write_stall.as_secs_f64(),
-        waive: options.waive,
-        reverse: way == Way::There { reverse: true },
-        back: way == Way::Back,
-    });
+    let mut how = cutover_options(&options.how)?;
+    (how.no_reverse, how.back) = (way == Way::There { reverse: false }, way == Way::Back);
+    let request = if options.dry_run { Request::Rehearse(how) } else { Request::Cutover(how) };
     let mut conversation = Conversation::begin(&directory, &request).await?;
     loop {
         match conversation.next().await? {
+            Answer::Rehearsed(rehearsal) => return rehearsed(&rehearsal, options.json),
             Answer::Step(step) if !options.json => print(&format!("  {:<14}{:>9.1} ms\n", step.name, step.ms))?,
             Answer::CutOver(outcome) if options.json => return print_json(&outcome),
             Answer::CutOver(outcome) => {
@@ -304,8 +302,9 @@ async fn switch(options: cli::Switch, way: Way) -> Result<()> {
                 } else {
                     String::new()
                 };
+                let warnings: String = outcome.warnings.iter().map(|warning| format!("WARNING: {warning}\n")).collect();
                 return print(&format!(
-                    "Switched at {}. Writers waited {:.0} ms. {} sequences set.\n{} is the primary now.\n{next}",
+                    "Switched at {}. Writers waited {:.0} ms. {} sequences set.\n{} is the primary now.\n{next}{warnings}",
                     outcome.cutover_lsn, outcome.downtime_ms, outcome.sequences_synced, status.target.description
                 ));
             }
@@ -336,6 +335,105 @@ async fn finish(options: cli::Finish) -> Result<()> {
          When you need it no more: walferry clean --dir {}\n",
         directory.path().display()
     ))
+}
+
+/// How a cutover is to be done, from the command line.
+fn cutover_options(how: &cli::CutoverHow) -> Result<cutover::Options> {
+    let pgbouncer = match &how.pgbouncer {
+        Some(console) => {
+            let spec = ConnectionSpec::parse(console).map_err(|error| error.context("--pgbouncer"))?;
+            if spec.has_inline_password() && stands_in_the_arguments(console) {
+                warn!(
+                    "the password in --pgbouncer shows in the process list; a password file or WALFERRY_PGBOUNCER does not"
+                );
+            }
+            if how.pgbouncer_include.is_none() && how.on_switch.is_none() {
+                return Err(Error::new(ErrorKind::Usage, "nothing would point PgBouncer at the target").hint(
+                    "Give --pgbouncer-include, a file that its configuration includes, or a command in --on-switch.",
+                ));
+            }
+            let absolute = |path: &std::path::PathBuf| std::path::absolute(path);
+            Some(cutover::PgBouncer {
+                console: console.clone(),
+                database: how.pgbouncer_database.clone(),
+                include: how.pgbouncer_include.as_ref().map(absolute).transpose()?,
+            })
+        }
+        None if how.pgbouncer_include.is_some() || how.pgbouncer_database.is_some() => {
+            return Err(Error::new(ErrorKind::Usage, "--pgbouncer is missing")
+                .hint("Give the connection string of PgBouncer's admin console."));
+        }
+        None => None,
+    };
+    Ok(cutover::Options {
+        timeout_seconds: how.timeout.as_secs_f64(),
+        max_write_stall_seconds: how.max_write_stall.as_secs_f64(),
+        waive: how.waive.clone(),
+        fence: how.fence,
+        sequence_margin: how.sequence_margin,
+        hooks: cutover::Hooks {
+            on_fence: how.on_fence.clone(),
+            on_switch: how.on_switch.clone(),
+            on_abort: how.on_abort.clone(),
+            timeout_seconds: how.hook_timeout.as_secs_f64(),
+        },
+        pgbouncer,
+        require_verified_seconds: how.require_verified.map(|age| age.as_secs_f64()),
+        no_reverse: false,
+        back: false,
+    })
+}
+
+/// When a migration is to cut over by itself.
+fn automatic(options: &cli::Migrate) -> Result<Option<cutover::Automatic>> {
+    let when = &options.when;
+    if when.cutover == cli::CutoverStart::Asked {
+        return Ok(None);
+    }
+    let mut how = cutover_options(&options.how)?;
+    how.no_reverse = options.no_reverse;
+    Ok(Some(cutover::Automatic {
+        options: how,
+        max_lag: when.max_lag,
+        not_before: when.not_before.map(|time| time.0),
+        not_after: when.not_after.map(|time| time.0),
+        pause: when.retry_pause,
+    }))
+}
+
+/// Shows what a rehearsal found; not ready is an error.
+fn rehearsed(rehearsal: &cutover::Rehearsal, json: bool) -> Result<()> {
+    if json {
+        print_json(rehearsal)?;
+    } else {
+        let mut page = String::new();
+        for finding in &rehearsal.preconditions {
+            let sign = match finding.weight {
+                cutover::Weight::Ok => "ok",
+                cutover::Weight::Warning => "warning",
+                cutover::Weight::Blocks => "NOT READY",
+            };
+            page.push_str(&format!("  {sign:<10}{}: {}\n", finding.name, finding.text));
+            if let Some(hint) = &finding.hint {
+                page.push_str(&format!("  {:<10}next: {hint}\n", ""));
+            }
+        }
+        page.push_str(&format!(
+            "{} tables to lock, {} sequences to set.\n",
+            rehearsal.tables_to_lock, rehearsal.sequences
+        ));
+        if let Some(measured) = &rehearsal.estimate {
+            page.push_str(&format!(
+                "Writers would wait about {:.0} ms. Measured: {}.\n",
+                measured.downtime_ms, rehearsal.estimated_from
+            ));
+        }
+        print(&page)?;
+    }
+    if rehearsal.ready {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Aborted, "a cutover would not begin now; nothing was touched"))
 }
 
 async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Result<()> {

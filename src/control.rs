@@ -32,6 +32,8 @@ pub enum Request {
     Cutover(cutover::Options),
     /// End the way back.
     Finish,
+    /// Look at everything that a cutover would, and touch nothing.
+    Rehearse(cutover::Options),
     /// Hold something, or let it go on.
     Pause {
         /// What.
@@ -62,6 +64,8 @@ pub enum Answer {
     CutOver(cutover::Outcome),
     /// The way back has ended; the last line.
     Finished,
+    /// What a rehearsal found; the last line.
+    Rehearsed(cutover::Rehearsal),
     /// What rests now; the last line.
     Paused(Paused),
     /// How it is copied now; the last line.
@@ -97,6 +101,8 @@ impl From<&Error> for Answer {
 pub struct CutoverRequest {
     /// How it is to be done.
     pub options: cutover::Options,
+    /// Nothing is to be touched.
+    pub dry_run: bool,
     /// Where the steps and the outcome go.
     pub answers: mpsc::UnboundedSender<Answer>,
 }
@@ -223,9 +229,11 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
             let answer = tune.change(change).map_or_else(|error| Answer::from(&error), Answer::Tuned);
             send(&mut writer, &answer).await
         }
-        Request::Cutover(options) => {
+        Request::Cutover(_) | Request::Rehearse(_) => {
+            let dry_run = matches!(request, Request::Rehearse(_));
+            let (Request::Cutover(options) | Request::Rehearse(options)) = request else { return Ok(()) };
             let (answers, mut received) = mpsc::unbounded_channel();
-            if senders.cutovers.try_send(CutoverRequest { options, answers }).is_err() {
+            if senders.cutovers.try_send(CutoverRequest { options, dry_run, answers }).is_err() {
                 let error = Error::new(ErrorKind::Aborted, "another cutover is running");
                 return send(&mut writer, &Answer::from(&error)).await;
             }

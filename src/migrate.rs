@@ -13,6 +13,7 @@
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
 mod background;
+mod follow;
 mod heal;
 mod identify;
 mod phases;
@@ -41,6 +42,7 @@ use crate::care::tune::{COPY_JOBS, Tune};
 use crate::care::wal::GivenUp;
 use crate::connection::ConnectionSpec;
 use crate::control::{self, ControlServer, CutoverRequest, RepairRequest, Requests};
+use crate::cutover::Automatic;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::{Side, StatusBoard};
@@ -83,6 +85,8 @@ pub struct Config {
     pub on_conflict: OnConflict,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
+    /// When it is to cut over by itself.
+    pub automatic: Option<Automatic>,
 }
 
 impl Config {
@@ -168,7 +172,7 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         } else {
             board.fail(error);
         }
-        background::lift_fence_if_possible(&config).await;
+        background::lift_fence_if_possible(&config, board).await;
     }
     background::write_status(&shown, board);
     outcome
@@ -178,6 +182,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     board.set_phase(ShownPhase::Preparing);
     board.set_servers(config.source.describe(), config.target.describe());
     let (senders, mut requests, mut finish) = control::requests();
+    let cutovers_by_itself = senders.cutovers.clone();
     board.show_connections(config.source.connections(), config.target.connections());
     board.set_source_wal_max(config.care.source_wal_max);
     let pause = Pause::restore(directory.directory(), board);
@@ -192,8 +197,15 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let _status = background::keep_status(directory.directory().clone(), board.clone());
 
     let mut backoff = Backoff::new();
+    let automatic = config.automatic.clone().map(|automatic| automatic.run(board.clone(), cutovers_by_itself));
+    let mut automatically = JoinSet::new();
+    automatic.map(|automatic| automatically.spawn(automatic));
     let application_name = loop {
-        match identify::identify(&config, config.jobs(tune.now().copy_jobs), &directory, board).await {
+        let identified = async {
+            background::let_ourselves_in(&config, directory.directory(), board).await?;
+            identify::identify(&config, config.jobs(tune.now().copy_jobs), &directory, board).await
+        };
+        match identified.await {
             // Once begun, a server that is away for a while is waited for.
             Err(error) if error.is_transient() && directory.directory().identity()?.is_some() => {
                 board.event(Level::Warn, format!("trying again: {error}"));
@@ -235,12 +247,12 @@ impl Running {
                 taken_up => break taken_up?,
             }
         };
-        let Some((migration, mut held, applied)) = taken_up else { return self.is_over() };
+        let Some((migration, mut held, applied)) = taken_up else { return self.is_over().await };
 
         let start = migration.consistent_point.ok_or_else(|| Error::new(ErrorKind::Other, "the ledger has no slot"))?;
         self.directory.discard_queues(Some(&migration.queue))?;
         let directory = self.directory.directory().queue(&migration.queue);
-        let (queue, mut appender) = match queue::open(&directory, start, self.config.queue) {
+        let (queue, appender) = match queue::open(&directory, start, self.config.queue) {
             Err(error) => return Err(self.explain(error).await),
             opened => opened?,
         };
@@ -259,7 +271,7 @@ impl Running {
         // Tasks of their own, so that receiving never waits for a phase; they end with this set.
         let mut beside = JoinSet::new();
         let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
-        beside.spawn(async move { receive::run(&source, &subscription, &to_queue, &mut appender, &board).await });
+        beside.spawn(receive::run(source, subscription, to_queue, appender, board));
         let background = Arc::new(self.background(&migration));
         let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
         beside.spawn(async move { trimming.trim(to_trim).await });
@@ -284,7 +296,8 @@ impl Running {
         }
     }
 
-    fn is_over(&self) -> Result<()> {
+    async fn is_over(&self) -> Result<()> {
+        background::finish_cutover(&self.config, &self.board).await?;
         self.board.set_phase(ShownPhase::CutOver);
         let text = match self.direction {
             Direction::There => "this migration has been cut over already",
@@ -371,11 +384,12 @@ impl Running {
         requested: &mut mpsc::Receiver<CutoverRequest>,
     ) -> Result<()> {
         // Before anything else: a cutover may have been cut off, and applications wait.
-        background::lift_fence(&self.config).await?;
+        background::lift_fence(&self.config, &self.board).await?;
         let mut target = self.target().await?;
         let migration = self.load(&target).await?;
         if migration.phase == Phase::CutOver {
             // Decided, though the answer got lost.
+            background::finish_cutover(&self.config, &self.board).await?;
             self.board.set_phase(ShownPhase::CutOver);
             return Ok(());
         }

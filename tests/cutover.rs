@@ -200,3 +200,31 @@ async fn after_the_switch_the_target_takes_the_writes_and_the_source_none() {
     println!("{}", again.stderr);
     assert_ne!(again.code, Some(0), "{}", again.stdout);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_it_is_asked_for_only_what_was_compared_is_cut_over() {
+    let servers = Servers::start().await;
+    let (migration, application, mut running) = follows(&servers).await;
+    let cutover = ["--yes", "--no-reverse", "--json", "--max-write-stall", "25s", "--require-verified", "1h"];
+    migration
+        .with_directory("cutover", &cutover)
+        .await
+        .assert_refused(5, &["have not been compared", "walferry verify"]);
+
+    let planted = migration.target().await;
+    planted.batch_execute("UPDATE app.heavy SET n = -1 WHERE id = 100").await.unwrap();
+    assert_eq!(migration.with_directory("verify", &[]).await.code, Some(4));
+    migration.with_directory("cutover", &cutover).await.assert_refused(5, &["the two sides differ", "heavy"]);
+
+    let repaired = migration.with_directory("repair", &[]).await;
+    assert_eq!(repaired.code, Some(0), "{}", repaired.stderr);
+    ready(&migration, &mut running).await;
+    let equal = migration.with_directory("verify", &[]).await;
+    assert_eq!(equal.code, Some(0), "{}{}", equal.stdout, equal.stderr);
+    let done = migration.with_directory("cutover", &cutover).await;
+    assert_eq!(done.code, Some(0), "{}\n{}", done.stderr, running.log());
+    assert_eq!(done.json()["verified"], true);
+    application.stop().await;
+    assert_eq!(running.wait().await.code, Some(0));
+    migration.assert_equal().await;
+}

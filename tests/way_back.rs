@@ -135,6 +135,28 @@ async fn the_way_back_goes_on_after_a_kill_at_any_time() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_switchback_that_was_killed_while_the_new_primary_refuses_connections_lets_everybody_in_again() {
+    let servers = Servers::start().await;
+    let (migration, application, mut running) = follows(&servers).await;
+    let application = cut_over_with_way_back(&migration, &mut running, application).await;
+    let holder = migration.source().await;
+    holder.batch_execute("SET default_transaction_read_only = off").await.unwrap();
+    holder.batch_execute("BEGIN; ALTER SEQUENCE app.counter CACHE 1").await.unwrap();
+    ready(&migration, &mut running).await;
+    let options = ["--yes", "--fence", "connections", "--timeout", "60s", "--max-write-stall", "60s"];
+    let switchback = migration.start("switchback", &options);
+    is_blocked(&migration.source().await, "setval").await;
+    assert!(tokio_postgres::connect(&migration.target_url, tokio_postgres::NoTls).await.is_err(), "nobody gets in");
+    running.kill().await;
+    switchback.wait().await;
+    let mut running = migration.migrate(&[]);
+    application.goes_on(30).await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    ready(&migration, &mut running).await;
+    switch_back(&migration, running, application).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn finish_ends_the_way_back_with_or_without_a_process_and_with_the_old_primary_gone() {
     let mut servers = Servers::start().await;
     let (migration, application, mut running) = follows(&servers).await;
@@ -168,6 +190,22 @@ async fn finish_ends_the_way_back_with_or_without_a_process_and_with_the_old_pri
     let finished = migration.with_directory("finish", &[]).await;
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
     until_true(&migration.target().await, "SELECT count(*) = 0 FROM pg_replication_slots").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h33_nothing_moves_the_slot_past_the_release() {
+    let servers = Servers::start().await;
+    let (migration, application, mut running) = follows(&servers).await;
+    migration.wait_for_status(&mut running, "a way back", |status| status["way_back"] == "ready").await;
+    // For so long that the next move of the slot is due, and waits for the end of the cutover.
+    let slow = ["--yes", "--json", "--max-write-stall", "25s", "--on-fence", "sleep 3"];
+    let cutover = migration.with_directory("cutover", &slow).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    application.stop().await;
+    let application = Application::start(&migration.target_url, 3);
+    application.goes_on(30).await;
+    migration.wait_for_status(&mut running, "the way back", |status| status["direction"] == "back").await;
+    switch_back(&migration, running, application).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -88,7 +88,8 @@ impl ChildEnvironment {
 }
 
 /// Variables of our own environment that can hold a password.
-pub(crate) const SECRET_VARIABLES: [&str; 3] = ["PGPASSWORD", "WALFERRY_SOURCE", "WALFERRY_TARGET"];
+pub(crate) const SECRET_VARIABLES: [&str; 4] =
+    ["PGPASSWORD", "WALFERRY_SOURCE", "WALFERRY_TARGET", "WALFERRY_PGBOUNCER"];
 
 /// Takes away what the parent's environment may hold of passwords: a child that needs one gets it in another way (I10).
 pub(crate) fn without_secrets(command: &mut tokio::process::Command) -> &mut tokio::process::Command {
@@ -99,7 +100,7 @@ pub(crate) fn without_secrets(command: &mut tokio::process::Command) -> &mut tok
 }
 
 /// An anonymous file that only this user can open, through `/proc`.
-fn memory_file(text: &str) -> std::io::Result<std::fs::File> {
+pub(crate) fn memory_file(text: &str) -> std::io::Result<std::fs::File> {
     let descriptor = memfd_create("walferry-passwords", MemfdFlags::CLOEXEC)?;
     fchmod(&descriptor, Mode::RUSR | Mode::WUSR)?;
     let mut file = std::fs::File::from(descriptor);

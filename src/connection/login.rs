@@ -47,6 +47,8 @@ pub(crate) enum ChannelBindingPolicy {
 pub(crate) trait Session: Sized + Send {
     /// How long sent data may stay unacknowledged where the operator does not say.
     const TCP_USER_TIMEOUT: Option<Duration>;
+    /// Whether a PostgreSQL server answers, with settings to be pinned.
+    const IS_A_SERVER: bool = true;
 
     /// Sends the start-up message and authenticates.
     fn log_in(stream: Stream, login: &Login) -> impl Future<Output = Result<Self>> + Send;
@@ -61,35 +63,43 @@ impl Session for Client {
     const TCP_USER_TIMEOUT: Option<Duration> = None;
 
     async fn log_in(stream: Stream, login: &Login) -> Result<Client> {
-        let mut config = tokio_postgres::Config::new();
-        config.user(&login.user).dbname(&login.database);
-        config.options(&login.options).application_name(&login.application_name);
-        config.channel_binding(match login.channel_binding {
-            ChannelBindingPolicy::Disable => ChannelBinding::Disable,
-            ChannelBindingPolicy::Prefer => ChannelBinding::Prefer,
-            ChannelBindingPolicy::Require => ChannelBinding::Require,
-        });
-        if let Some(password) = &login.password {
-            config.password(password);
-        }
-        let client = if stream.is_encrypted() {
-            // "Direct" means that the client sends no SSLRequest of its own: the session below it is already there.
-            config.ssl_mode(ClientSslMode::Require).ssl_negotiation(SslNegotiation::Direct);
-            let (client, connection) = config.connect_raw(stream, Negotiated).await.map_err(|e| refusal(e, login))?;
-            tokio::spawn(drive(connection));
-            client
-        } else {
-            config.ssl_mode(ClientSslMode::Disable);
-            let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(|e| refusal(e, login))?;
-            tokio::spawn(drive(connection));
-            client
-        };
-        Ok(client)
+        client(stream, login, true).await
     }
 
     async fn first_row(&mut self, sql: &str) -> Result<Vec<Option<String>>> {
         first_row(self, sql).await
     }
+}
+
+/// Logs in, with the session's settings or without any.
+pub(crate) async fn client(stream: Stream, login: &Login, with_settings: bool) -> Result<Client> {
+    let mut config = tokio_postgres::Config::new();
+    config.user(&login.user).dbname(&login.database);
+    config.application_name(&login.application_name);
+    if with_settings {
+        config.options(&login.options);
+    }
+    config.channel_binding(match login.channel_binding {
+        ChannelBindingPolicy::Disable => ChannelBinding::Disable,
+        ChannelBindingPolicy::Prefer => ChannelBinding::Prefer,
+        ChannelBindingPolicy::Require => ChannelBinding::Require,
+    });
+    if let Some(password) = &login.password {
+        config.password(password);
+    }
+    let client = if stream.is_encrypted() {
+        // "Direct" means that the client sends no SSLRequest of its own: the session below it is already there.
+        config.ssl_mode(ClientSslMode::Require).ssl_negotiation(SslNegotiation::Direct);
+        let (client, connection) = config.connect_raw(stream, Negotiated).await.map_err(|e| refusal(e, login))?;
+        tokio::spawn(drive(connection));
+        client
+    } else {
+        config.ssl_mode(ClientSslMode::Disable);
+        let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(|e| refusal(e, login))?;
+        tokio::spawn(drive(connection));
+        client
+    };
+    Ok(client)
 }
 
 /// The first row that statements answer, as text.
@@ -273,7 +283,9 @@ async fn at_address<S: Session>(
     for (position, &with_tls) in ways.iter().enumerate() {
         match attempt(spec, host, address, login, with_tls).await {
             Ok(mut session) => {
-                after_login(&mut session, wanted).await?;
+                if S::IS_A_SERVER {
+                    after_login(&mut session, wanted).await?;
+                }
                 return Ok(session);
             }
             Err(failure) if failure.try_other && position + 1 < ways.len() => first = Some(failure.error),
@@ -338,6 +350,10 @@ fn explain(error: Error) -> Error {
         );
     }
     match error.sqlstate() {
+        // A database that takes no connections, as behind a cutover's fence; at a login nothing else says so.
+        Some(state) if *state == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE => error
+            .with_kind(ErrorKind::Transient)
+            .hint("ALTER DATABASE … ALLOW_CONNECTIONS true, in another database, lets it take connections again"),
         Some(state) if *state == SqlState::INVALID_PASSWORD => error
             .hint("check the user and the password; a line in ~/.pgpass has the form host:port:database:user:password"),
         Some(state) if *state == SqlState::INVALID_AUTHORIZATION_SPECIFICATION => error

@@ -14,7 +14,9 @@
 
 mod certificate;
 mod child;
+mod console;
 mod count;
+mod disclose;
 mod environment;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
@@ -30,9 +32,12 @@ mod tls;
 pub(crate) mod wire;
 
 pub use child::ChildEnvironment;
-pub(crate) use child::{SECRET_VARIABLES, without_secrets};
+pub(crate) use child::{SECRET_VARIABLES, memory_file, without_secrets};
+pub(crate) use console::Console;
 pub use count::ConnectionCount;
+pub(crate) use disclose::Disclosed;
 pub(crate) use login::{ChannelBindingPolicy, Login, Session, first_row, no_password, open};
+pub(crate) use password_command::ProcessGroup;
 pub use spec::ConnectionSpec;
 pub(crate) use stream::Stream;
 

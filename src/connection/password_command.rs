@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 use super::child::without_secrets;
 use crate::error::{Error, ErrorKind, Result};
@@ -33,7 +33,7 @@ pub(super) async fn run(command: &str, time_max: Duration) -> Result<String> {
     process.arg("-c").arg(command).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     without_secrets(&mut process).process_group(0);
     let mut child = process.spawn().map_err(|error| wrong(format!("cannot be run: {error}")))?;
-    let mut group = Group(child.id().and_then(|id| Pid::from_raw(id.cast_signed())));
+    let group = ProcessGroup::of(&child);
     let ended = tokio::time::timeout(time_max, async {
         let mut output = Vec::new();
         if let Some(stdout) = child.stdout.take() {
@@ -51,7 +51,7 @@ pub(super) async fn run(command: &str, time_max: Duration) -> Result<String> {
         return Err(wrong(format!("printed more than {OUTPUT_BYTES_MAX} bytes and was killed")));
     }
     // It has ended by itself: what it has left running is its own affair.
-    group.0 = None;
+    group.let_be();
     match status.code() {
         Some(0) => {}
         Some(NOT_EXECUTABLE | NOT_FOUND) => return Err(wrong(format!("cannot be run: it ended with {status}"))),
@@ -67,9 +67,21 @@ pub(super) async fn run(command: &str, time_max: Duration) -> Result<String> {
 }
 
 /// A process group, killed when this is dropped; the leader is not waited for before, so that the number is still its own.
-struct Group(Option<Pid>);
+pub(crate) struct ProcessGroup(Option<Pid>);
 
-impl Drop for Group {
+impl ProcessGroup {
+    /// That of a child which was started as the leader of its own.
+    pub(crate) fn of(leader: &Child) -> ProcessGroup {
+        ProcessGroup(leader.id().and_then(|id| Pid::from_raw(id.cast_signed())))
+    }
+
+    /// What it left running is not killed.
+    pub(crate) fn let_be(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for ProcessGroup {
     fn drop(&mut self) {
         if let Some(group) = self.0 {
             // Gone already, as a rule.

@@ -74,6 +74,14 @@ impl Host {
         if name.contains(':') { format!("[{name}]:{}", self.port) } else { format!("{name}:{}", self.port) }
     }
 
+    /// By what a client reaches it: the address where one was given.
+    pub(super) fn reached_by(&self) -> String {
+        match &self.address {
+            Some(address) => address.to_string(),
+            None => self.name.clone(),
+        }
+    }
+
     /// What a password file calls it.
     pub(super) fn in_password_file(&self) -> String {
         match (&self.address, self.name.as_str()) {
@@ -135,6 +143,15 @@ impl ConnectionSpec {
     /// The database's name.
     pub fn database(&self) -> &str {
         &self.database
+    }
+
+    /// The same server, another database.
+    #[must_use]
+    pub fn with_database(&self, database: &str) -> ConnectionSpec {
+        let mut spec = self.clone();
+        spec.database = database.to_owned();
+        spec.parameters.insert("dbname", database.to_owned());
+        spec
     }
 
     /// The role that logs in.

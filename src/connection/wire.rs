@@ -162,12 +162,7 @@ impl RawSession {
             })?;
             // As many whole messages as have been read, without a look at what is in them.
             let mut at = 0;
-            while let Some((header, rest)) = buffer[at..].split_first_chunk::<HEADER_BYTES>() {
-                let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
-                if header[0] != b'd' || length < 4 {
-                    break;
-                }
-                let Some(payload) = rest.get(..length - 4) else { break };
+            while let Some(payload) = first_copy_data(&buffer[at..]) {
                 chunk.extend_from_slice(payload);
                 at += HEADER_BYTES + payload.len();
                 messages += 1;
@@ -366,6 +361,27 @@ impl Wire {
         Ok(message)
     }
 
+    /// Gives `take` the payloads of the CopyData messages that lie in the buffer as a whole, up to the first of another kind.
+    ///
+    /// # Errors
+    /// What `take` answers; what it refused is lost.
+    pub(crate) fn take_buffered(&mut self, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        if self.inside_message {
+            return Ok(());
+        }
+        let buffer = self.stream.buffer();
+        let mut at = 0;
+        let mut outcome = Ok(());
+        while outcome.is_ok()
+            && let Some(payload) = first_copy_data(&buffer[at..])
+        {
+            outcome = take(payload);
+            at += HEADER_BYTES + payload.len();
+        }
+        self.stream.consume(at);
+        outcome
+    }
+
     pub(crate) fn has_whole_message(&self) -> bool {
         // A tag of one byte, then a length that counts itself ("Message Formats" in the manual).
         match self.stream.buffer() {
@@ -385,6 +401,13 @@ impl Wire {
         };
         let _ = tokio::time::timeout(GOODBYE_TIMEOUT, goodbye).await;
     }
+}
+
+/// The payload of the CopyData that a buffer begins with, if it is one and all of it is there.
+fn first_copy_data(buffer: &[u8]) -> Option<&[u8]> {
+    let (header, rest) = buffer.split_first_chunk::<HEADER_BYTES>()?;
+    let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
+    if header[0] != b'd' { None } else { rest.get(..length.checked_sub(4)?) }
 }
 
 /// DataRow: the number of columns, then each as its length (-1 for NULL) and its bytes.

@@ -9,9 +9,10 @@
 //! How it dies: until the decision, nothing of it counts, and the next start makes it anew. The slot keeps WAL on the target, where
 //! nobody but us writes; `clean` removes it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Mutex, MutexGuard, OwnedMutexGuard, watch};
 use tokio_postgres::Client;
 use tokio_postgres::types::{PgLsn, Type};
 
@@ -96,6 +97,16 @@ pub struct WayBack {
     pub migration: Migration,
     /// The most connections that there may be.
     pub caps: Caps,
+    /// Held by whoever works on it: while a cutover does, nothing is made anew, and the slot stands still. True from the decision on:
+    /// then the slot belongs to the stream back, and nobody here touches it any more.
+    pub work: Arc<Mutex<bool>>,
+}
+
+/// A way back that is drafted for one cutover, and changed by nobody until this is dropped.
+pub(super) struct Drafted<'a> {
+    way_back: &'a WayBack,
+    draft: String,
+    work: OwnedMutexGuard<bool>,
 }
 
 impl WayBack {
@@ -135,7 +146,14 @@ impl WayBack {
         }
     }
 
+    /// Waits for its turn; for ever when the way back is open.
+    async fn turn(&self) -> MutexGuard<'_, bool> {
+        let work = self.work.lock().await;
+        if *work { std::future::pending().await } else { work }
+    }
+
     async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<()> {
+        let work = self.turn().await;
         let target = self.target.connect(&self.application_name).await?;
         self.prove_possible(&target).await?;
         let names = self.names();
@@ -151,17 +169,38 @@ impl WayBack {
         }
         // Also to find out now, and not behind the fence, whether it can be written.
         self.draft(&target, &migrated).await?;
+        drop(work);
         loop {
+            let work = self.turn().await;
+            // To a position that is known before: a command that still lies in a connection which broke must not move the slot past a
+            // release that comes after it.
+            let flushed: PgLsn =
+                target.query_typed_one("SELECT pg_catalog.pg_current_wal_flush_lsn()", &[]).await?.get(0);
             target
                 .query_typed(
-                    "SELECT pg_catalog.pg_replication_slot_advance($1, pg_catalog.pg_current_wal_flush_lsn())",
-                    &[(&names.slot, Type::TEXT)],
+                    "SELECT pg_catalog.pg_replication_slot_advance($1, $2)",
+                    &[(&names.slot, Type::TEXT), (&flushed, Type::PG_LSN)],
                 )
                 .await
                 .context(|| format!("moving the slot {} on", names.slot))?;
+            drop(work);
             say(Arming::Ready);
             tokio::time::sleep(ADVANCE_INTERVAL).await;
         }
+    }
+
+    /// Drafts it as things are now, and has nobody change it any more. Before the fence.
+    ///
+    /// # Errors
+    /// Whatever the servers say, or `Transient` when the slot is not there.
+    pub(super) async fn draft_for_cutover(&self, target: &Client, migrated: &[Table]) -> Result<Drafted<'_>> {
+        let work = Arc::clone(&self.work).lock_owned().await;
+        let slot = self.names().slot;
+        if !slot::state(target, &slot).await?.is_some_and(|state| state.is_usable()) {
+            return Err(Error::new(ErrorKind::Transient, format!("the slot {slot} is not on the target")));
+        }
+        let draft = self.draft(target, migrated).await?;
+        Ok(Drafted { way_back: self, draft, work })
     }
 
     /// What the servers have to be set up and allowed for, with the SQL that mends it.
@@ -198,11 +237,9 @@ impl WayBack {
         Ok(())
     }
 
-    /// Writes the ledger of the way back on the source, as things are now. It does not count before [`Self::arm`] and the decision.
-    ///
-    /// # Errors
-    /// Whatever the servers say.
-    pub async fn draft(&self, target: &Client, migrated: &[Table]) -> Result<()> {
+    /// Writes the ledger of the way back on the source, as things are now. It does not count before [`Drafted::arm`] and the decision.
+    /// Answers its name.
+    async fn draft(&self, target: &Client, migrated: &[Table]) -> Result<String> {
         let mut replication = ReplicationSession::connect(&self.target, &self.application_name).await?;
         let server = replication.identify_system().await.context(|| "asking the target who it is".into())?;
         replication.close().await;
@@ -230,21 +267,31 @@ impl WayBack {
             .map(|(only, table)| (table, only))
             .collect();
         let mut source = self.source.connect(&self.application_name).await?;
-        ledger::draft(&mut source, &Draft { migration: &migration, tables: &tables, fingerprint: &fingerprint }).await
+        let name = super::unique();
+        let draft = Draft { name: &name, migration: &migration, tables: &tables, fingerprint: &fingerprint };
+        ledger::draft(&mut source, &draft).await?;
+        Ok(name)
+    }
+}
+
+impl Drafted<'_> {
+    /// Decided: from here on the slot is the stream's.
+    pub(super) fn is_open(&mut self) {
+        *self.work = true;
     }
 
-    /// Has the way back begin here and now: all that was applied is before, and nobody but us has written. Answers the release position.
+    /// Has the way back begin here and now: all that was applied is before, and nobody but us has written.
     ///
     /// # Errors
     /// Whatever the servers say.
-    pub async fn arm(&self, source: &Client, target: &Client) -> Result<Lsn> {
+    pub(super) async fn arm(&self, source: &Client, target: &Client) -> Result<()> {
         let release: PgLsn = target
             .query_typed_one("SELECT pg_catalog.pg_current_wal_insert_lsn()", &[])
             .await
             .context(|| "reading where the way back begins".into())?
             .get(0);
-        ledger::begin_at(source, release.into()).await?;
-        Ok(release.into())
+        tracing::debug!(release = %Lsn::from(release), slot = self.way_back.names().slot, "the way back begins");
+        ledger::begin_at(source, &self.draft, release.into()).await
     }
 }
 

@@ -8,26 +8,40 @@
 //!
 //! | step | what holds afterwards |
 //! |---|---|
-//! | fence | our session has locked every migrated table against writes, and waited for those in flight; applications wait |
+//! | check | nothing stands against it, the target has no backlog, and the ledger knows what is going to be done |
+//! | fence | writers are held as [`FenceMode`] says: by default our session has locked every migrated table against writes, and waited for those in flight; applications wait |
+//! | on-fence | the operator's command, if there is one, has succeeded |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
 //! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
-//! | arm | the stream back to the server that is left begins behind all that was applied (H33) |
-//! | switch | the lock session has proved that it still holds its locks; one synchronous commit on the target decides |
+//! | arm | the stream back to the server that is left begins behind all that was applied (H33); not without a way back |
+//! | switch | the fence has proved that it still stands; one synchronous commit on the target decides |
+//! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
+//! | release | nobody waits any more |
 //!
-//! What is done to the source stands in the ledger before it is done, so that after a crash [`lift_left_over_fence`] undoes it.
+//! What is done to the source stands in the ledger before it is done (`record.rs`), so that after a crash [`lift_left_over_fence`]
+//! undoes it; what is left to do after the decision stands in the deciding commit, and [`finish_pending`] does it.
 
 pub mod arming;
+mod automatic;
 mod fence;
+mod hook;
+mod options;
+mod pgbouncer;
+mod ready;
+mod record;
+mod rehearse;
 mod sequences;
+mod timer;
 mod unique;
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_postgres::Client;
+use tokio_postgres::types::{PgLsn, ToSql, Type};
 
 use crate::apply::Applied;
 use crate::apply::assemble::MARKER_PREFIX;
@@ -39,26 +53,22 @@ use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
 
+use arming::Drafted;
 pub use arming::{Arming, WayBack};
-pub use fence::Closed;
+pub use automatic::Automatic;
 use fence::Fence;
-pub(crate) use fence::{end_sessions_since, open_again};
-pub use fence::{is_fence_left_over, lift_left_over_fence};
+use hook::{Hook, Surroundings};
+pub use options::{FenceMode, Hooks, Options, PgBouncer};
+pub(crate) use ready::obstacles;
+pub use ready::{Finding, Weight};
+pub use record::{Closed, GivenUpTry, Lifted, finish_pending, is_fence_left_over, lift_left_over_fence};
+pub(crate) use record::{last_given_up, may_refuse_connections, open_for_good};
+pub(crate) use rehearse::Measured;
+pub use rehearse::Rehearsal;
+use timer::Timer;
 
-/// How a cutover is to be done.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Options {
-    /// How long it may take in all before it is given up.
-    pub timeout_seconds: f64,
-    /// How long writers may have to wait before it is given up.
-    pub max_write_stall_seconds: f64,
-    /// Objects whose change since the start does not matter, as the error names them (I11).
-    pub waive: Vec<String>,
-    /// Whether the way back is armed.
-    pub reverse: bool,
-    /// Whether it leads back to the server that was left: a switchback.
-    pub back: bool,
-}
+/// How a blocker of the status begins that a cutover looks at itself, because it can be waived or does not matter to every fence.
+pub(crate) const SOURCE_BLOCKER: &str = "on the source, ";
 
 /// What a cutover works on.
 pub struct Cutover<'a> {
@@ -84,6 +94,8 @@ pub struct Cutover<'a> {
 pub struct GivenUp {
     /// Why; its kind is `Aborted`.
     pub error: Error,
+    /// At which step, once it had begun to touch anything.
+    pub given_up: Option<GivenUpTry>,
     /// The source may still be closed to writers: [`lift_left_over_fence`] has to be called until it succeeds.
     pub fence_is_left: bool,
 }
@@ -110,10 +122,16 @@ pub struct Outcome {
     pub steps: Vec<Step>,
     /// How many sequences were set on the target.
     pub sequences_synced: usize,
-    /// Whether all rows of all tables were compared; this cutover compares those of tables without a replica identity only.
+    /// Whether all rows of all tables were found equal by the last complete `walferry verify`, and no difference since.
     pub verified: bool,
     /// The way back: `armed` or `none`.
     pub reverse: String,
+    /// How writers were held.
+    #[serde(default)]
+    pub fence: FenceMode,
+    /// What somebody has to look after by hand, a sentence each. The target is the primary all the same.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 impl Cutover<'_> {
@@ -123,21 +141,23 @@ impl Cutover<'_> {
     /// `Aborted` when a precondition does not hold and nothing was touched, or with the step and the reason when it was given
     /// up: then the fence is lifted, and the migration follows as before.
     pub async fn run(&self, options: &Options, mut step: impl FnMut(&Step) + Send + Sync) -> Result<Outcome, GivenUp> {
-        let mut timer = Timer::new(options, &mut step);
-        let untouched = |error: Error| GivenUp { error: error.with_kind(ErrorKind::Aborted), fence_is_left: false };
+        let mut timer = Timer::new(options, self.way_back(options).is_some(), &mut step);
+        let untouched =
+            |error: Error| GivenUp { error: error.with_kind(ErrorKind::Aborted), given_up: None, fence_is_left: false };
+        let sessions = timer.within(Box::pin(Sessions::open(self, options))).await.map_err(untouched)?;
         let begin = timer.within(async {
-            let source = self.source.connect(self.application_name).await?;
-            let target = self.target.connect(self.application_name).await?;
-            // Sessions of their own for the last look at the catalog and the constraints, made while nobody waits.
-            let inspector = self.source.connect(self.application_name).await?;
-            let checker = self.target.connect(self.application_name).await?;
-            let before = ledger::fingerprint(&target).await?;
-            self.preconditions(&source, &target, &before, options).await?;
-            Ok((source, target, inspector, checker, before))
+            let findings = Box::pin(self.preconditions(&sessions, options)).await?;
+            ready::nothing_stands_against_it(&findings)?;
+            let pgbouncer = match &options.pgbouncer {
+                Some(pooler) => Some(Box::pin(pgbouncer::Known::look(pooler, self.source)).await?),
+                None => None,
+            };
+            let verified = verify::record::require(&sessions.target, Duration::MAX).await.is_ok();
+            Ok((findings, pgbouncer, verified))
         });
-        let (source, target, inspector, checker, before) = begin.await.map_err(untouched)?;
+        let (findings, pgbouncer, verified) = begin.await.map_err(untouched)?;
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
-        self.drain(&source, &timer)
+        self.drain(&sessions.source, &timer)
             .await
             .map_err(|error| {
                 untouched(
@@ -148,64 +168,91 @@ impl Cutover<'_> {
             })?;
         // As for the backlog: what can be known before applications wait is looked at before.
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
-        timer.within(unique::hold(&checker, &tables)).await.map_err(untouched)?;
-        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
-        if let Some((way_back, arming)) = way_back {
-            let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
-            let ready = async {
-                wait_until_ready(arming.clone()).await?;
-                way_back.draft(&target, &migrated).await
-            };
-            timer.within(ready).await.map_err(|error| {
-                let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's cluster: \
-                             end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
-                let hint = error.next_step().unwrap_or(waits).to_owned();
-                untouched(error.context("making the way back ready, before the fence").hint(hint))
-            })?;
-        }
-        timer.done("check");
+        let known = timer.within(async {
+            unique::hold(&sessions.checker, &tables).await?;
+            sequences::list(&sessions.source, options.sequence_margin).await
+        });
+        let sequences = known.await.map_err(untouched)?;
+        let mut way_back = match self.way_back(options) {
+            None => None,
+            Some((way_back, arming)) => {
+                let migrated: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
+                let ready = timer.within(async {
+                    wait_until_ready(arming.clone()).await?;
+                    way_back.draft_for_cutover(&sessions.target, &migrated).await
+                });
+                Some(Box::pin(ready).await.map_err(|error| {
+                    let waits = "Nothing was touched. The slot of the way back waits for every transaction that is open on the target's \
+                                 cluster: end the old ones that pg_stat_activity shows there, or cut over with --no-reverse.";
+                    let hint = error.next_step().unwrap_or(waits).to_owned();
+                    untouched(error.context("making the way back ready, before the fence").hint(hint))
+                })?)
+            }
+        };
+        let around = timer.within(async { Ok(Surroundings::gather(self.source, self.target).await) });
+        let around = around.await.map_err(untouched)?;
 
-        let mut fence = Fence::new(&source, &target, self.source.database(), self.application_name);
-        let outcome =
-            self.switch((&source, &inspector), (&target, &checker), &mut fence, (&before, options), &mut timer).await;
+        let mut fence = Fence::new(&sessions.source, &sessions.target, self.source, self.application_name, options);
+        let prepared = timer.within(Box::pin(fence.prepare(pgbouncer))).await;
+        let outcome = match prepared {
+            Ok(()) => {
+                timer.done();
+                Box::pin(self.switch(
+                    &sessions,
+                    &mut fence,
+                    (&sequences, options, &around, way_back.as_ref()),
+                    &mut timer,
+                ))
+                .await
+            }
+            Err(error) => Err(error),
+        };
         match outcome {
-            Ok((cutover_lsn, sequences_synced)) => {
+            Ok(cutover_lsn) => {
                 // Decided: what is left to do takes nothing back.
-                if let Err(error) = fence.release().await {
-                    tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
+                if let Some(way_back) = &mut way_back {
+                    way_back.is_open();
                 }
-                if let Some(since) = self.target_closed.as_ref().and_then(|closed| closed.since.as_deref())
-                    && let Err(error) = end_sessions_since(&target, since, self.application_name).await
-                {
-                    tracing::warn!(%error, "after the decision, sessions that are still read-only could not be ended");
-                }
-                timer.done("release");
+                let mut warnings = Box::pin(self.go_on(&mut fence, &around, &sessions.target, &mut timer)).await;
+                warnings.extend(ready::warnings(&findings));
+                warnings.extend(sequences.warnings());
+                timer.done();
                 Ok(Outcome {
                     version: 1,
                     downtime_ms: timer.stalled().as_secs_f64() * 1000.0,
                     cutover_lsn,
                     steps: timer.steps,
-                    sequences_synced,
-                    verified: false,
+                    sequences_synced: sequences.count(),
+                    verified,
                     reverse: if way_back.is_some() { "armed" } else { "none" }.into(),
+                    fence: options.fence,
+                    warnings,
                 })
             }
             Err(error) => {
                 let at = timer.current();
-                let lifted = fence.lift(self.source, self.target).await;
+                let lifted = Box::pin(fence.lift(self.target, &error, at, &around)).await;
                 let next = error.next_step().unwrap_or("Mend the reason, then try again.").to_owned();
                 let error = Error::new(ErrorKind::Aborted, format!("the cutover was given up during {at}: {error}"));
                 Err(match lifted {
-                    Ok(()) => GivenUp {
-                        error: error.hint(format!("The fence is lifted and the migration follows again. {next}")),
-                        fence_is_left: false,
-                    },
+                    Ok(lifted) => {
+                        let mut text = "The fence is lifted and the migration follows again. ".to_owned();
+                        if let Some(failed) = lifted.as_ref().and_then(|lifted| lifted.on_abort.as_ref()) {
+                            text.push_str(&format!("But {failed}. "));
+                        }
+                        GivenUp {
+                            error: error.hint(format!("{text}{next}")),
+                            given_up: lifted.map(|lifted| lifted.given_up),
+                            fence_is_left: false,
+                        }
+                    }
                     Err(lift) => GivenUp {
                         error: error
                             .context(format!(
                                 "the fence could not be lifted yet ({lift}); this is tried again and again"
                             ))
                             .hint(fence.by_hand()),
+                        given_up: None,
                         fence_is_left: true,
                     },
                 })
@@ -213,25 +260,50 @@ impl Cutover<'_> {
         }
     }
 
-    async fn preconditions(
+    /// After the decision: the applications are told, and let go. Answers what did not work.
+    async fn go_on(
         &self,
-        source: &Client,
+        fence: &mut Fence<'_>,
+        around: &Surroundings,
         target: &Client,
-        before: &BTreeMap<String, String>,
-        options: &Options,
-    ) -> Result<()> {
-        let migration = ledger::load(target).await?;
-        if migration.is_none_or(|migration| migration.phase != ledger::Phase::Following) {
-            return Err(Error::new(ErrorKind::Aborted, "the migration does not follow yet")
-                .hint("`walferry status` says what it waits for."));
+        timer: &mut Timer<'_>,
+    ) -> Vec<String> {
+        let mut warnings = Vec::new();
+        // Before anybody is sent to the target: who comes then finds it open, and is not to be ended.
+        if let Some(closed) = &self.target_closed
+            && let Err(error) = closed.end_read_only_sessions(target, self.application_name).await
+        {
+            warnings.push(format!("sessions of the new primary that are still read-only could not be ended: {error}"));
         }
-        if !self.blockers.is_empty() {
-            return Err(Error::new(
-                ErrorKind::Aborted,
-                format!("the migration is not ready: {}", self.blockers.join("; ")),
-            ));
+        let pending = fence.record().pending();
+        let (so_far, mut hook_succeeded) = (warnings.len(), true);
+        if let Some(pending) = &pending {
+            if pending.on_switch.is_some() {
+                if let Err(error) = pending.run_hook(around).await {
+                    warnings.push(pending.hook_failed(&error));
+                    hook_succeeded = false;
+                }
+                timer.done();
+            }
+            if pending.pgbouncer.is_some() {
+                if let Err(error) = pending.switch_pooler(self.target, hook_succeeded).await {
+                    warnings.push(error.to_string());
+                }
+                timer.done();
+            }
         }
-        self.nothing_escaped(source, before, options).await
+        if let Err(error) = fence.release().await {
+            tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
+        }
+        if let Some(pending) = &pending {
+            if let Err(error) = pending.let_in(self.source).await {
+                warnings.push(error.to_string());
+            }
+            if let Err(error) = pending.settle(target, warnings.len() == so_far).await {
+                tracing::warn!(%error, "what was done after the decision is done again at the next start");
+            }
+        }
+        warnings
     }
 
     /// What table locks do not hold back: prepared transactions (H30), and DDL (I11).
@@ -248,52 +320,66 @@ impl Cutover<'_> {
     /// From the fence to the decision. Every error leads to the fence being lifted.
     async fn switch(
         &self,
-        (source, inspector): (&Client, &Client),
-        (target, checker): (&Client, &Client),
+        sessions: &Sessions,
         fence: &mut Fence<'_>,
-        (before, options): (&BTreeMap<String, String>, &Options),
+        (sequences, options, around, way_back): (&sequences::Sequences, &Options, &Surroundings, Option<&Drafted<'_>>),
         timer: &mut Timer<'_>,
-    ) -> Result<(Lsn, usize)> {
+    ) -> Result<Lsn> {
+        let Sessions { source, target, inspector, checker, before, .. } = sessions;
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
-        fence.lock(self.source, &tables, timer).await?;
-        timer.done("fence");
-        let first = self.drain(source, timer).await?;
-        timer.done("drain");
+        // Which step is under way is noted in the ledger beside its work: applications wait.
+        let id = fence.record().cutover.clone();
+        let note = |step| record::note(target, &id, step);
+        Box::pin(fence.raise(self.source, &tables, timer)).await?;
+        timer.done();
+        if let Some(command) = &options.hooks.on_fence {
+            let limit = options.hooks.timeout();
+            let run = hook::run(Hook::Fence, command, limit, &id, around);
+            tokio::try_join!(timer.within(run), timer.within(note(timer.current())))?;
+            timer.done();
+        }
+        let (first, ()) = tokio::try_join!(self.drain(source, timer), timer.within(note(timer.current())))?;
+        timer.done();
 
-        timer.within(fence.close()).await?;
-        timer.done("close");
+        tokio::try_join!(timer.within(note(timer.current())), timer.within(fence.complete()))?;
+        timer.done();
         // At once, because applications wait: nobody writes any more, so their order does not matter.
         let settled = timer.within(async {
             tokio::try_join!(
-                sequences::copy(source, target),
+                note(timer.current()),
+                sequences.copy(source, target),
                 self.drain(source, timer),
-                self.nothing_escaped(inspector, before, options),
-                self.insert_only_tables_are_equal(),
+                Box::pin(self.nothing_escaped(inspector, before, options)),
+                Box::pin(self.insert_only_tables_are_equal(sessions)),
                 unique::hold(checker, &tables),
             )
         });
-        let (synced, second, (), (), ()) = settled.await?;
+        let ((), (), second, (), (), ()) = settled.await?;
         if second.changes != first.changes {
             let count = second.changes - first.changes;
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
-                .hint("Somebody wrote without waiting for the locks; look for sessions with special rights."));
+                .hint(ready::who_writes_all_the_same(options.fence)));
         }
-        timer.done("settle");
+        timer.done();
 
-        let way_back = self.way_back.as_ref().filter(|_| options.reverse);
-        if let Some((way_back, _)) = way_back {
+        if let Some(way_back) = way_back {
             // All that was applied is before, and the sequences are set: from here on, what comes is the applications'.
             timer.within(way_back.arm(source, target)).await?;
+            timer.done();
         }
-        timer.done("arm");
 
-        timer.within(fence.end_sessions()).await?;
-        timer.within(fence.prove(tables.len())).await?;
+        tokio::try_join!(timer.within(fence.prove(tables.len())), timer.within(note(timer.current())))?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
+        let pending = match fence.record().pending() {
+            Some(pending) => {
+                format!(" || jsonb_build_object('pending', {}::jsonb)", sql::literal(&record::to_json(&pending)?))
+            }
+            None => String::new(),
+        };
         let decide = format!(
             "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} \
-             UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()); COMMIT",
-            fence.still_up(),
+             UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
+            fence.record().still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             ledger::decide(way_back.is_some()),
             self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
@@ -307,34 +393,18 @@ impl Cutover<'_> {
         {
             return Err(error);
         }
-        timer.done("switch");
-        Ok((second.lsn, synced))
+        timer.done();
+        Ok(second.lsn)
+    }
+
+    /// What the way back is made from, where there is to be one.
+    fn way_back(&self, options: &Options) -> Option<&(WayBack, watch::Receiver<Arming>)> {
+        self.way_back.as_ref().filter(|_| !options.no_reverse)
     }
 
     /// Sends a marker through the stream, and waits until the apply has committed it (H34).
     async fn drain(&self, source: &Client, timer: &Timer<'_>) -> Result<Drained> {
-        let content = format!("cutover {}", unique());
-        timer
-            .within(async {
-                // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up.
-                source.batch_execute("SET synchronous_commit = local").await?;
-                let lsn: tokio_postgres::types::PgLsn = source
-                    .query_one(
-                        "SELECT pg_catalog.pg_logical_emit_message(true, $1, $2::text)",
-                        &[&MARKER_PREFIX, &content],
-                    )
-                    .await
-                    .context(|| "sending a marker into the stream".into())?
-                    .get(0);
-                let mut applied = self.applied.clone();
-                let ours = |applied: &Applied| applied.marker.as_ref().is_some_and(|marker| marker.content == content);
-                let changes = match applied.wait_for(ours).await {
-                    Ok(applied) => applied.marker.as_ref().map_or(0, |marker| marker.changes),
-                    Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
-                };
-                Ok(Drained { lsn: lsn.into(), changes })
-            })
-            .await
+        timer.within(send_and_await_marker(source, &self.applied)).await
     }
 
     /// Whether the decision was committed, when its answer got lost. Lifting the fence after it would make two primaries, so this
@@ -395,7 +465,7 @@ impl Cutover<'_> {
     }
 
     /// H27: an update or delete of these would not be in the stream.
-    async fn insert_only_tables_are_equal(&self) -> Result<()> {
+    async fn insert_only_tables_are_equal(&self, sessions: &Sessions) -> Result<()> {
         let tables: Vec<Table> =
             self.tables.iter().filter(|(_, insert_only)| *insert_only).map(|(table, _)| table.clone()).collect();
         if tables.is_empty() {
@@ -403,10 +473,16 @@ impl Cutover<'_> {
         }
         let default = verify::Options::default();
         let room = self.source.connections().room().min(self.target.connections().room());
-        let options = verify::Options { jobs: default.jobs.min(room).max(1), ..default };
+        let jobs = if sessions.is_locked_out { 1 } else { default.jobs.min(room).max(1) };
+        let options = verify::Options { jobs, ..default };
         let report = verify::compare(
             &tables,
-            || self.source.connect(self.application_name),
+            || async {
+                match sessions.spare() {
+                    Some(spare) => Ok(spare),
+                    None => self.source.connect(self.application_name).await,
+                }
+            },
             || self.target.connect(self.application_name),
             &options,
             &|_| {},
@@ -446,88 +522,67 @@ fn is_waived(change: &str, waived: &str) -> bool {
     change.strip_prefix(waived).is_some_and(|rest| matches!(rest, " is gone" | " is new" | " has changed"))
 }
 
+/// What a cutover works with, opened before anybody waits.
+struct Sessions {
+    source: Client,
+    target: Client,
+    /// Of their own, for the last look at the catalog and the constraints.
+    inspector: Client,
+    checker: Client,
+    /// The source's catalog as it was recorded.
+    before: BTreeMap<String, String>,
+    /// Behind this fence the source takes no new session, ours neither.
+    is_locked_out: bool,
+    /// For a comparison there.
+    spare: std::sync::Mutex<Option<Client>>,
+}
+
+impl Sessions {
+    async fn open(cutover: &Cutover<'_>, options: &Options) -> Result<Sessions> {
+        let source = cutover.source.connect(cutover.application_name).await?;
+        let target = cutover.target.connect(cutover.application_name).await?;
+        let inspector = cutover.source.connect(cutover.application_name).await?;
+        let checker = cutover.target.connect(cutover.application_name).await?;
+        let before = ledger::fingerprint(&target).await?;
+        let is_locked_out = options.fence == FenceMode::Connections;
+        let spare = if is_locked_out && cutover.tables.iter().any(|(_, insert_only)| *insert_only) {
+            Some(cutover.source.connect(cutover.application_name).await?)
+        } else {
+            None
+        };
+        let spare = std::sync::Mutex::new(spare);
+        Ok(Sessions { source, target, inspector, checker, before, is_locked_out, spare })
+    }
+
+    /// A session with the source that is there already, once.
+    fn spare(&self) -> Option<Client> {
+        self.spare.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
+    }
+}
+
 struct Drained {
     lsn: Lsn,
     /// Row changes that came before the marker.
     changes: u64,
 }
 
-/// The times of a cutover, and its limits.
-struct Timer<'a> {
-    began: Instant,
-    step_began: Instant,
-    stall_began: Option<Instant>,
-    timeout: Duration,
-    stall_max: Duration,
-    steps: Vec<Step>,
-    tell: &'a mut (dyn FnMut(&Step) + Send + Sync),
-}
-
-/// The steps in order: the one after the last that is done is under way.
-const STEPS: [&str; 9] = ["check", "fence", "drain", "close", "settle", "arm", "switch", "release", "the end"];
-
-impl<'a> Timer<'a> {
-    fn new(options: &Options, tell: &'a mut (dyn FnMut(&Step) + Send + Sync)) -> Timer<'a> {
-        let now = Instant::now();
-        let limit = |seconds: f64| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        Timer {
-            began: now,
-            step_began: now,
-            stall_began: None,
-            timeout: limit(options.timeout_seconds),
-            stall_max: limit(options.max_write_stall_seconds),
-            steps: Vec::new(),
-            tell,
-        }
-    }
-
-    fn done(&mut self, name: &str) {
-        let step = Step { name: name.to_owned(), ms: self.step_began.elapsed().as_secs_f64() * 1000.0 };
-        self.step_began = Instant::now();
-        (self.tell)(&step);
-        self.steps.push(step);
-    }
-
-    fn current(&self) -> &'static str {
-        STEPS.get(self.steps.len()).copied().unwrap_or("the end")
-    }
-
-    /// Writers wait from now on.
-    fn stall(&mut self) {
-        self.stall_began.get_or_insert_with(Instant::now);
-    }
-
-    /// Writers wait no longer.
-    fn resume(&mut self) {
-        self.stall_began = None;
-    }
-
-    fn stalled(&self) -> Duration {
-        self.stall_began.map(|began| began.elapsed()).unwrap_or_default()
-    }
-
-    /// What is left until one of the limits; how long writers may wait counts only while they do.
-    fn left(&self) -> Duration {
-        let left = self.timeout.saturating_sub(self.began.elapsed());
-        match self.stall_began {
-            Some(began) => left.min(self.stall_max.saturating_sub(began.elapsed())),
-            None => left,
-        }
-    }
-
-    /// Does something within the limits.
-    async fn within<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let late = |_| {
-            let waited = self.stall_began.is_some() && self.stalled() >= self.stall_max;
-            let text = if waited {
-                "writers had to wait longer than --max-write-stall"
-            } else {
-                "it took longer than --timeout"
-            };
-            Error::new(ErrorKind::Aborted, text)
-        };
-        tokio::time::timeout(self.left(), work).await.map_err(late)?
-    }
+/// Sends a marker through the stream, and waits until the apply has committed it (H34).
+async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applied>) -> Result<Drained> {
+    let content = format!("cutover {}", unique());
+    // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up. Sent at once.
+    let local = async { source.batch_execute(record::LOCAL_COMMITS).await };
+    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&MARKER_PREFIX, Type::TEXT), (&content, Type::TEXT)];
+    let emit = source.query_typed("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2)", &parameters);
+    let ((), rows) = tokio::try_join!(local, emit).context(|| "sending a marker into the stream".into())?;
+    let lsn: PgLsn =
+        rows.first().ok_or_else(|| Error::new(ErrorKind::Other, "the source answered nothing to a marker"))?.get(0);
+    let mut applied = applied.clone();
+    let ours = |applied: &Applied| applied.marker.as_ref().is_some_and(|marker| marker.content == content);
+    let changes = match applied.wait_for(ours).await {
+        Ok(applied) => applied.marker.as_ref().map_or(0, |marker| marker.changes),
+        Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
+    };
+    Ok(Drained { lsn: lsn.into(), changes })
 }
 
 /// A text that no other cutover has.
@@ -582,23 +637,5 @@ mod tests {
             assert!(!is_waived(other, "table a.b"), "{other}");
         }
         assert!(!is_waived("table a.b is new", ""), "nothing named is nothing waived");
-    }
-
-    #[tokio::test]
-    async fn a_cutover_ends_at_the_write_stall_or_the_timeout() {
-        let options =
-            Options { timeout_seconds: 30.0, max_write_stall_seconds: 0.0, waive: vec![], reverse: false, back: false };
-        let mut tell = |_: &Step| {};
-        let mut timer = Timer::new(&options, &mut tell);
-        timer.stall();
-        let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();
-        assert!(error.to_string().contains("--max-write-stall"), "{error}");
-        timer.resume();
-        let short =
-            Options { timeout_seconds: 0.0, max_write_stall_seconds: 9.0, waive: vec![], reverse: false, back: false };
-        let mut tell = |_: &Step| {};
-        let timer = Timer::new(&short, &mut tell);
-        let error = timer.within(std::future::pending::<Result<()>>()).await.unwrap_err();
-        assert!(error.to_string().contains("--timeout"), "{error}");
     }
 }

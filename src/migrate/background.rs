@@ -18,7 +18,7 @@ use crate::observe::format::size;
 use crate::observe::status::{Level, Phase};
 use crate::queue::Queue;
 use crate::source::slot;
-use crate::state_directory::StateDirectory;
+use crate::state_directory::{Identity, StateDirectory};
 use crate::target::ledger::{self, Migration};
 
 const TRIM_INTERVAL: Duration = Duration::from_secs(2);
@@ -192,7 +192,7 @@ impl Running {
             }
         }
         // A cutover may have been given up with its fence still there, and nobody else would lift it now.
-        while let Err(error) = lift_fence(&self.config).await {
+        while let Err(error) = lift_fence(&self.config, &self.board).await {
             self.board.event(Level::Warn, format!("looking for a cutover's fence, trying again: {error}"));
             backoff.wait().await;
         }
@@ -208,26 +208,64 @@ async fn answer<T, E: Into<Error>>(query: impl Future<Output = Result<T, E>>) ->
     }
 }
 
-/// Opens the source again if a cutover was cut off before its decision.
+/// Opens the source again if a cutover was cut off before its decision, and says so.
 ///
 /// # Errors
 /// Whatever the servers say: then the fence may still be up, and this has to be called again.
-pub(super) async fn lift_fence(config: &Config) -> Result<()> {
+pub(super) async fn lift_fence(config: &Config, board: &StatusBoard) -> Result<()> {
     let target = config.target.connect("walferry").await?;
     let Some(migration) = ledger::load(&target).await? else { return Ok(()) };
     if !cutover::is_fence_left_over(&target).await? {
         return Ok(());
     }
-    let source = config.source.connect("walferry").await?;
-    if cutover::lift_left_over_fence(
-        &source,
-        &target,
-        config.source.database(),
-        &super::application_name(&migration.id),
-    )
-    .await?
+    let name = super::application_name(&migration.id);
+    if let Some(lifted) =
+        Box::pin(cutover::lift_left_over_fence(&config.source, &target, &config.target, &name)).await?
     {
-        tracing::warn!("a cutover had been cut off: the source's database is open to writers again");
+        let text = format!(
+            "a cutover had been cut off during {} ({}): the source's database is open to writers again",
+            lifted.given_up.step, lifted.given_up.reason
+        );
+        board.event(Level::Warn, text);
+        if let Some(error) = lifted.on_abort {
+            board.event(Level::Warn, error.to_string());
+        }
+        board.set_given_up(lifted.given_up);
+    }
+    Ok(())
+}
+
+/// Behind the fence `connections` the source refuses us too: it is opened before anything else is asked of it.
+///
+/// # Errors
+/// Whatever the servers say.
+pub(super) async fn let_ourselves_in(config: &Config, directory: &StateDirectory, board: &StatusBoard) -> Result<()> {
+    let Some(identity) = directory.identity()? else { return Ok(()) };
+    // On the way back it is the new primary that refuses, and the ledger that says so stands on the old one, which may be gone.
+    if let Err(error) = let_in(&config.clone().reversed(), &identity, board).await {
+        tracing::debug!(%error, "could not look whether a switchback was cut off");
+    }
+    let_in(config, &identity, board).await
+}
+
+async fn let_in(config: &Config, identity: &Identity, board: &StatusBoard) -> Result<()> {
+    let target = config.target.connect("walferry").await?;
+    let ours = ledger::load(&target).await?.is_some_and(|migration| migration.id == identity.id);
+    if !ours || !cutover::may_refuse_connections(&target).await? {
+        return Ok(());
+    }
+    finish_cutover(config, board).await?;
+    lift_fence(config, board).await
+}
+
+/// Does what a cutover that went through had left to do when its process died.
+///
+/// # Errors
+/// Whatever the target says.
+pub(super) async fn finish_cutover(config: &Config, board: &StatusBoard) -> Result<()> {
+    let target = config.target.connect("walferry").await?;
+    for problem in Box::pin(cutover::finish_pending(&config.source, &target, &config.target)).await? {
+        board.event(Level::Warn, problem);
     }
     Ok(())
 }
@@ -236,13 +274,13 @@ pub(super) async fn lift_fence(config: &Config) -> Result<()> {
 const LIFT_AT_THE_END: Duration = Duration::from_secs(3);
 
 /// The same at the end of the process, when it cannot wait. Done at the next start when it cannot be done now.
-pub(super) async fn lift_fence_if_possible(config: &Config) {
+pub(super) async fn lift_fence_if_possible(config: &Config, board: &StatusBoard) {
     let both_ways = async {
-        lift_fence(config).await?;
+        lift_fence(config, board).await?;
         let migration = ledger::load(&config.target.connect("walferry").await?).await?;
         match migration {
             Some(migration) if migration.way_back == Some(ledger::WayBack::Armed) => {
-                lift_fence(&config.clone().reversed()).await
+                lift_fence(&config.clone().reversed(), board).await
             }
             _ => Ok(()),
         }

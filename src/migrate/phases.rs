@@ -1,52 +1,36 @@
-//! The phases between the preparation and the cutover, each of which goes on where the ledger says.
+//! The phases until it follows, each of which goes on where the ledger says; `follow.rs` has the rest.
 
-use std::collections::{BTreeMap, HashMap};
-use std::convert::Infallible;
-use std::pin::pin;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
-use tokio::time::MissedTickBehavior;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::Running;
 use super::prepare::Held;
-use super::{Direction, Running};
 use crate::apply::change::{Adoption, Change};
 use crate::apply::layout::Layout;
 use crate::apply::reconcile::reconcile;
 use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
 use crate::care::standbys;
-use crate::control::{Answer, CutoverRequest};
 use crate::copy::{self, Copier};
-use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, WayBack};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
-use crate::observe::status::{Level, Phase as ShownPhase, TableState, WayBack as ShownWayBack};
+use crate::observe::status::{Level, Phase as ShownPhase, TableState};
 use crate::queue::Queue;
-use crate::source::catalog::{self, Table};
+use crate::source::catalog::Table;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
 use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
-use crate::target::{index, schema, warm};
-use crate::verify;
+use crate::target::{index, schema};
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
-/// How often the source's catalog is compared with what was migrated (I11).
-const CATALOG_INTERVAL: Duration = Duration::from_secs(30);
-/// How often it is looked at whether a cutover could begin.
-const READINESS_INTERVAL: Duration = Duration::from_secs(1);
-/// How a blocker begins that names a change of the source's catalog.
-const CATALOG_BLOCKER: &str = "on the source, ";
-/// With more lag than this, a cutover would keep the applications waiting.
-const READY_LAG_SECONDS: f64 = 5.0;
-
 impl Running {
     pub(super) async fn target(&self) -> Result<Client> {
         self.config.target.connect(&self.application_name).await
@@ -225,7 +209,7 @@ impl Running {
     }
 
     /// Applies with sessions of its own, renewed now and then (H25), until `until` is reached.
-    async fn apply(
+    pub(super) async fn apply(
         &self,
         queue: &Queue,
         layout: &Arc<Layout>,
@@ -351,218 +335,6 @@ impl Running {
         }
         Ok(())
     }
-
-    /// Applies what comes, until a cutover goes through.
-    pub(super) async fn follow(
-        &self,
-        queue: &Queue,
-        layout: &Arc<Layout>,
-        requested: &mut mpsc::Receiver<CutoverRequest>,
-    ) -> Result<()> {
-        self.board.set_phase(ShownPhase::Following);
-        let (applied, watching) = watch::channel(Applied::default());
-        let mut applying = pin!(async move {
-            let outcome = self.apply(queue, layout, None, &applied).await;
-            // Whoever waits for it, as a cutover does, sees that it has ended.
-            drop(applied);
-            outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
-        });
-        let mut warming = JoinSet::new();
-        let keep_warm = |warming: &mut JoinSet<Infallible>| {
-            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone()));
-        };
-        keep_warm(&mut warming);
-        let (tell, arming) = watch::channel(Arming::Preparing(None));
-        // A task of its own: a cutover waits for it.
-        let mut beside = JoinSet::new();
-        let way_back = if self.direction == Direction::There && self.config.reverse {
-            let way_back = self.way_back().await?;
-            beside.spawn(way_back.clone().keep_ready(tell));
-            Some((way_back, arming))
-        } else {
-            None
-        };
-        let arming = way_back.as_ref().map(|(_, arming)| arming.clone());
-        let mut watching_readiness = pin!(self.watch_readiness(arming));
-        loop {
-            let request = tokio::select! {
-                outcome = &mut applying => return outcome,
-                error = &mut watching_readiness => return Err(error),
-                request = requested.recv() => request,
-            };
-            let request = request.ok_or_else(|| Error::new(ErrorKind::Other, "the control socket is gone"))?;
-            warming.abort_all();
-            // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
-            let mut cutover = Box::pin(self.cut_over(&watching, &way_back, request));
-            let (went_through, ended) = tokio::select! {
-                went_through = &mut cutover => (went_through, None),
-                outcome = &mut applying => (cutover.await, Some(outcome)),
-            };
-            match (went_through, ended) {
-                (CutOver::Done, _) => return Ok(()),
-                (CutOver::GivenUp, None) => keep_warm(&mut warming),
-                (CutOver::GivenUp, Some(outcome)) => return outcome,
-                (CutOver::FenceLeft, _) => {
-                    return Err(Error::new(ErrorKind::Transient, "the cutover's fence is still up on the source"));
-                }
-            }
-        }
-    }
-
-    /// Does it, and tells whoever asked.
-    async fn cut_over(
-        &self,
-        applied: &watch::Receiver<Applied>,
-        way_back: &Option<(WayBack, watch::Receiver<Arming>)>,
-        request: CutoverRequest,
-    ) -> CutOver {
-        let known = async {
-            self.is_the_right_way(&request)?;
-            warm::stop(&self.target().await?, &self.application_name).await?;
-            // As they are now: they can have changed since the migration began.
-            let tables = ledger::tables(&self.target().await?).await?;
-            let target_closed = match self.direction {
-                Direction::There => None,
-                // The ledger of the way there stands on the server that took over.
-                Direction::Back => Closed::load(&self.config.source.connect(&self.application_name).await?).await?,
-            };
-            Ok((tables, target_closed))
-        };
-        let (tables, target_closed): (Vec<(Table, bool)>, _) = match known.await {
-            Ok((tables, closed)) => {
-                (tables.into_iter().map(|entry| (entry.table, entry.insert_only)).collect(), closed)
-            }
-            Err(error) => {
-                let error: Error = error;
-                let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
-                return CutOver::GivenUp;
-            }
-        };
-        let blockers = self.board.snapshot().blockers;
-        self.board.set_phase(ShownPhase::CuttingOver);
-        self.board.event(Level::Info, "a cutover begins");
-        let cutover = Cutover {
-            source: &self.config.source,
-            target: &self.config.target,
-            application_name: &self.application_name,
-            tables: &tables,
-            applied: applied.clone(),
-            // What changed on the source it looks at itself, and knows what is waived.
-            blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(CATALOG_BLOCKER)).collect(),
-            way_back: way_back.clone(),
-            target_closed,
-        };
-        let outcome = cutover
-            .run(&request.options, |step| {
-                // Whoever asked may have gone; the cutover goes on.
-                let _ = request.answers.send(Answer::Step(step.clone()));
-            })
-            .await;
-        let (answer, became) = match outcome {
-            Ok(outcome) => {
-                self.board.set_phase(ShownPhase::CutOver);
-                self.board.event(
-                    Level::Info,
-                    format!("cut over at {} with {:.0} ms of downtime", outcome.cutover_lsn, outcome.downtime_ms),
-                );
-                (Answer::CutOver(outcome), CutOver::Done)
-            }
-            Err(GivenUp { error, fence_is_left }) => {
-                self.board.set_phase(ShownPhase::Following);
-                self.board.event(Level::Warn, error.to_string());
-                (Answer::from(&error), if fence_is_left { CutOver::FenceLeft } else { CutOver::GivenUp })
-            }
-        };
-        if request.answers.send(answer).is_ok() {
-            // The process may end now: not before the answer is on its way.
-            let _ = tokio::time::timeout(Duration::from_secs(2), request.answers.closed()).await;
-        }
-        became
-    }
-
-    /// `cutover` and `switchback` are not each other's repetition.
-    fn is_the_right_way(&self, request: &CutoverRequest) -> Result<()> {
-        let (text, hint) = match (&self.direction, request.options.back) {
-            (Direction::There, true) => {
-                ("there is nothing to switch back from", "`walferry cutover` switches to the target.")
-            }
-            (Direction::Back, false) => (
-                "this migration has been cut over already",
-                "`walferry switchback` switches back to the old primary; `walferry finish` ends the way back.",
-            ),
-            _ => return Ok(()),
-        };
-        Err(Error::new(ErrorKind::Aborted, text).hint(hint))
-    }
-
-    fn show_way_back(&self, arming: &Arming) {
-        match arming {
-            Arming::Preparing(why) => self.board.set_way_back(ShownWayBack::Preparing, why.clone()),
-            Arming::Ready => self.board.set_way_back(ShownWayBack::Ready, None),
-            Arming::Impossible(why, _) => self.board.set_way_back(ShownWayBack::Impossible, Some(why.clone())),
-        }
-    }
-
-    /// What the way back is made from.
-    async fn way_back(&self) -> Result<WayBack> {
-        Ok(WayBack {
-            source: self.config.source.clone(),
-            target: self.config.target.clone(),
-            application_name: self.application_name.clone(),
-            migration: self.load(&self.target().await?).await?,
-            caps: self.config.care.caps,
-        })
-    }
-
-    /// Says what stands against a cutover, until a connection breaks.
-    async fn watch_readiness(&self, arming: Option<watch::Receiver<Arming>>) -> Error {
-        let watch = async {
-            let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
-            let mut changed = BTreeMap::new();
-            let mut compared: Option<std::time::Instant> = None;
-            let mut tick = tokio::time::interval(READINESS_INTERVAL);
-            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                tick.tick().await;
-                if let Some(arming) = &arming {
-                    self.show_way_back(&arming.borrow());
-                }
-                if self.board.phase() != ShownPhase::Following {
-                    continue;
-                }
-                self.board.set_verification(verify::last(&target).await?);
-                if compared.is_none_or(|at| at.elapsed() >= CATALOG_INTERVAL) {
-                    compared = Some(std::time::Instant::now());
-                    let before = ledger::fingerprint(&target).await?;
-                    let now = cutover::changes(&before, &catalog::fingerprint(&source).await?);
-                    let fresh = now.iter().filter(|change| !changed.contains_key(*change));
-                    for change in fresh {
-                        self.board.event(Level::Warn, format!("on the source, {change}: the stream does not show it"));
-                    }
-                    changed = now.into_iter().map(|change| (change, ())).collect();
-                }
-                let mut blockers: Vec<String> =
-                    changed.keys().map(|change| format!("{CATALOG_BLOCKER}{change}")).collect();
-                let lag = self.board.snapshot().lag.seconds;
-                if let Some(lag) = lag.filter(|lag| *lag > READY_LAG_SECONDS) {
-                    blockers.push(format!("the target is {lag:.0} s behind"));
-                }
-                self.board.set_blockers(blockers);
-            }
-        };
-        let outcome: Result<()> = watch.await;
-        outcome.err().unwrap_or_else(|| Error::new(ErrorKind::Other, "nobody looks at readiness any more"))
-    }
-}
-
-/// What became of a cutover.
-enum CutOver {
-    /// The target is the primary.
-    Done,
-    /// As if it had not been.
-    GivenUp,
-    /// Given up, but the source is still closed to writers.
-    FenceLeft,
 }
 
 /// Uses the snapshot now and then; answers when it is gone.

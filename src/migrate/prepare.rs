@@ -38,7 +38,7 @@ impl Running {
         for spec in [&self.config.source, &self.config.target] {
             self.end_sessions(spec).await?;
         }
-        super::background::lift_fence(&self.config).await
+        super::background::lift_fence(&self.config, &self.board).await
     }
 
     /// Ends every session of this migration on a server, this process's own too, and waits until they are gone.

@@ -123,7 +123,8 @@ impl Running {
         let mut backoff = Backoff::new();
         loop {
             let dropped = async {
-                let old = self.target().await?;
+                // Another name: what an earlier process left is being ended by its own.
+                let old = self.config.target.connect("walferry").await?;
                 slot::drop(&old, &forward.slot).await?;
                 slot::drop_publications(&old, &forward.publication, &forward.insert_only_publication).await
             };

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use tokio::task::AbortHandle;
 
 use crate::connection::ConnectionCount;
+use crate::cutover::GivenUpTry;
 use crate::error::Error;
 use crate::lsn::Lsn;
 use crate::observe::lag::Pending;
 use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow, Rates};
 use crate::observe::status::{
-    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Direction, Event, Failure, Indexes, Lag, Level, Phase,
-    Queue, STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target, WayBack,
+    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, CutoverOutlook, Direction, Event, Failure, Indexes, Lag,
+    Level, Phase, Queue, STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target, WayBack,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
@@ -115,6 +116,7 @@ struct Text {
     /// Why the way back is not ready.
     way_back_lacks: Option<String>,
     blockers: Vec<String>,
+    cutover: CutoverOutlook,
     source: Source,
     target: Target,
     events: VecDeque<Event>,
@@ -148,6 +150,7 @@ impl StatusBoard {
             way_back: WayBack::None,
             way_back_lacks: None,
             blockers: Vec::new(),
+            cutover: CutoverOutlook::default(),
             source: Source::default(),
             target: Target::default(),
             events: VecDeque::with_capacity(EVENTS_MAX),
@@ -255,6 +258,23 @@ impl StatusBoard {
     /// What besides the phase, a pause and a lost source stands in the way of a cutover.
     pub fn set_blockers(&self, blockers: Vec<String>) {
         lock(&self.shared.text).blockers = blockers;
+    }
+
+    /// What was measured of the way that a cutover waits for.
+    pub fn set_expected_downtime(&self, downtime_ms: f64, marker_ms: f64, measured_at: String) {
+        let mut text = lock(&self.shared.text);
+        let last_given_up = text.cutover.last_given_up.take();
+        text.cutover = CutoverOutlook {
+            expected_downtime_ms: Some(downtime_ms),
+            marker_ms: Some(marker_ms),
+            measured_at: Some(measured_at),
+            last_given_up,
+        };
+    }
+
+    /// The cutover that was given up last.
+    pub fn set_given_up(&self, given_up: GivenUpTry) {
+        lock(&self.shared.text).cutover.last_given_up = Some(given_up);
     }
 
     /// Says what the last comparison of both sides came to.
@@ -482,6 +502,7 @@ impl StatusBoard {
             source,
             target: Target { reconnects, ..text.target.clone() },
             connections: self.connections(),
+            cutover: text.cutover.clone(),
             verification: text.verification.clone(),
             events: text.events.iter().cloned().collect(),
             error: text.error.clone(),

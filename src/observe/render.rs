@@ -39,16 +39,24 @@ pub fn render(status: &Status, width: usize) -> String {
         page.line("next", error.hint.as_deref().unwrap_or_default());
     } else if status.ready_to_cutover {
         let way_back = if status.way_back == WayBack::Ready { ", with a way back" } else { "" };
-        page.line("cutover", &if back { "done; a switchback is ready".to_owned() } else { format!("ready{way_back}") });
+        let what = if back { "done; a switchback is ready".to_owned() } else { format!("ready{way_back}") };
+        page.line("cutover", &format!("{what}{}", expected_downtime(status)));
     } else {
         let done = if back { "done; no switchback: " } else { "not yet: " };
         page.line("cutover", &format!("{done}{}", status.blockers.join("; ")));
+    }
+    if let Some(last) = &status.cutover.last_given_up {
+        page.line("last try", &format!("given up during {}, {}: {}", last.step, last.at, last.reason));
     }
     page.line("attention", &status.attention.join("; "));
     render_tables(&mut page, &status.tables);
     render_events(&mut page, status);
     page.line("as of", &status.updated_at);
     page.text
+}
+
+fn expected_downtime(status: &Status) -> String {
+    status.cutover.expected_downtime_ms.map_or(String::new(), |ms| format!(", writers would wait about {ms:.0} ms"))
 }
 
 /// Phase, progress, lag and rate in one line, for a live line or a log.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cutover::GivenUpTry;
 use crate::error::{Error, ErrorKind};
 use crate::lsn::Lsn;
 use crate::observe::format::size;
@@ -61,6 +62,9 @@ pub struct Status {
     /// Our connections to both servers.
     #[serde(default)]
     pub connections: Connections,
+    /// What is known of a cutover that is to come.
+    #[serde(default)]
+    pub cutover: CutoverOutlook,
     /// What the last comparison of both sides came to; null where there was none.
     #[serde(default)]
     pub verification: Option<Verification>,
@@ -95,6 +99,7 @@ impl Status {
             source: Source::default(),
             target: Target::default(),
             connections: Connections::default(),
+            cutover: CutoverOutlook::default(),
             verification: None,
             events: Vec::new(),
             error: None,
@@ -460,6 +465,19 @@ pub struct ConnectionNumbers {
     pub max: Option<u64>,
 }
 
+/// What is known of a cutover that is to come.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CutoverOutlook {
+    /// How long writers would have to wait, in milliseconds, from what was measured last; null before that.
+    pub expected_downtime_ms: Option<f64>,
+    /// How long a marker took from the source through the queue until the target had committed it, likewise.
+    pub marker_ms: Option<f64>,
+    /// When that was measured: RFC 3339, UTC.
+    pub measured_at: Option<String>,
+    /// The last try, if it was given up.
+    pub last_given_up: Option<GivenUpTry>,
+}
+
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
@@ -559,7 +577,7 @@ mod tests {
         };
         assert_eq!(
             keys(""),
-            "apply attention blockers connections copy direction error eta_seconds events indexes lag phase process_alive queue \
+            "apply attention blockers connections copy cutover direction error eta_seconds events indexes lag phase process_alive queue \
              ready_to_cutover source stream tables target updated_at verification version way_back"
         );
         assert_eq!(keys("/lag"), "bytes seconds");
@@ -568,6 +586,7 @@ mod tests {
             "bytes_done bytes_per_second bytes_total jobs jobs_max paused rate_max_bytes_per_second rows_done tables_done \
              tables_total waits_for"
         );
+        assert_eq!(keys("/cutover"), "expected_downtime_ms last_given_up marker_ms measured_at");
         assert_eq!(keys("/connections"), "source target");
         assert_eq!(keys("/connections/source"), "max now peak");
         assert_eq!(keys("/tables/0"), "bytes_done bytes_total name rows_done schema state");

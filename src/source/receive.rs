@@ -16,9 +16,11 @@
 //! How it dies: before the fsync, nothing was confirmed and the source sends it again; after it, the queue has it. A
 //! transaction cut off by a lost connection is dropped by [`Appender::rewind`] and comes again as a whole.
 
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::error::SqlState;
 
@@ -44,10 +46,13 @@ const GATHER: Duration = Duration::from_millis(5);
 /// How long the queue's disk may refuse everything. A path that fails over or a volume that is extended is waited for, since the
 /// apply goes on meanwhile; a disk that is gone needs somebody, who hears of it by the end of the process.
 const DISK_PATIENCE: Duration = Duration::from_secs(60);
-/// The source sends each message by itself. While they come closer than `BUSY`, the socket is left alone for `LET_BE` after each
-/// look: what has come by then is read at once, instead of waking up for every message beside a server that needs the processor.
+/// The source sends each message by itself. While they come closer than `BUSY`, the socket is let be after each look at it that
+/// found no more: what has come by then is read at once, instead of waking up for every message beside a server that needs the
+/// processor. Longer where a look brings so much as only a backlog or a heavy load does.
 const BUSY: Duration = Duration::from_micros(500);
 const LET_BE: Duration = Duration::from_millis(1);
+const LET_BE_LONG: Duration = Duration::from_millis(4);
+const MUCH_BYTES: u64 = 16 << 10;
 /// The longest wait between two attempts to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -70,10 +75,59 @@ pub struct Subscription {
 
 /// Receives until it is dropped, or until something happens that no new attempt can mend.
 ///
+/// In a thread of its own: there the socket can be let be (see `LET_BE`), while a runtime that also serves others hears of each
+/// of the source's messages from the kernel. The thread has ended, and the appender with it, when this future is dropped.
+///
 /// # Errors
 /// `Gap` when the stream cannot go on where the queue ends; `Queue` when the queue is corrupt; `Disk` when its disk has refused
 /// everything for a minute; otherwise an error that is not transient, such as a password that is no longer accepted.
 pub async fn run(
+    source: ConnectionSpec,
+    subscription: Subscription,
+    queue: Queue,
+    mut appender: Appender,
+    board: StatusBoard,
+) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context(|| "making what receives the stream".into())?;
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (said, outcome) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("receive".into()).spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                ended = attempts(&source, &subscription, &queue, &mut appender, &board) => {
+                    // Nobody is left to hear it but after the drop.
+                    let _ = said.send(ended);
+                }
+                _ = stopped => {}
+            }
+        });
+        // Not waiting for a name that is still being looked up.
+        runtime.shutdown_background();
+    });
+    let _receiving =
+        Receiving { stop: Some(stop), thread: Some(thread.context(|| "starting the thread that receives".into())?) };
+    outcome.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Other, "the thread that receives the stream has ended")))
+}
+
+/// The thread; dropped, it is told to stop and waited for.
+struct Receiving {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that receives the stream ended by a panic");
+        }
+    }
+}
+
+async fn attempts(
     source: &ConnectionSpec,
     subscription: &Subscription,
     queue: &Queue,
@@ -252,6 +306,16 @@ struct Transaction {
     repeated: bool,
 }
 
+/// What the messages that were read at once have in common.
+#[derive(Default)]
+struct Run {
+    bytes: u64,
+    /// What the source's clock said last.
+    server_time: Option<i64>,
+    /// Whether the source wants to hear from us.
+    reply_requested: bool,
+}
+
 impl<'a> Receiver<'a> {
     fn new(queue: &'a Queue, appender: &'a mut Appender, board: &'a StatusBoard, end: Lsn) -> Receiver<'a> {
         Receiver { queue, appender, board, end, transaction: None, position: None, position_at: Instant::now() }
@@ -265,14 +329,19 @@ impl<'a> Receiver<'a> {
         let mut confirmed = Lsn::ZERO;
         let mut handed_over = Instant::now();
         let mut is_gathering = false;
-        let mut let_be_until = None;
+        let mut let_be = None;
+        let mut rested = LET_BE;
         loop {
             // Back-pressure (I7): while the queue has no room, the socket is not read, and the connection is kept
             // alive by the status messages below.
             let event = async {
                 self.appender.ready().await?;
-                if let Some(until) = let_be_until {
-                    tokio::time::sleep_until(until).await;
+                if let Some(rest) = let_be.take() {
+                    if let Some(event) = stream.next().now_or_never() {
+                        return event;
+                    }
+                    // Not the runtime's sleep, during which it would hear of each message.
+                    std::thread::sleep(rest);
                 }
                 stream.next().await
             };
@@ -311,8 +380,10 @@ impl<'a> Receiver<'a> {
             };
             if let Some(event) = event {
                 let before = std::mem::replace(&mut heard, Instant::now());
-                let_be_until = (heard < before + BUSY + LET_BE).then(|| heard + LET_BE);
-                let reply_requested = self.take_buffered(event, stream)?;
+                let Run { bytes, reply_requested, .. } = self.take_buffered(event, stream)?;
+                let is_busy = heard < before + BUSY + rested;
+                rested = if bytes < MUCH_BYTES { LET_BE } else { LET_BE_LONG };
+                let_be = is_busy.then_some(rested);
                 if !stream.has_buffered() {
                     self.write_position(reply_requested)?;
                     is_gathering = heard < handed_over + GATHER;
@@ -337,39 +408,47 @@ impl<'a> Receiver<'a> {
         }
     }
 
-    /// Takes a message and those that have been read with it, as long as there is room, without waiting for anything;
-    /// answers whether the source wants to hear from us.
-    fn take_buffered(&mut self, event: StreamEvent, stream: &mut ReplicationStream) -> Result<bool> {
-        let mut reply_requested = self.take(event)?;
-        // Never more than one socket buffer, so the status messages have their turn.
-        while stream.has_buffered() {
-            let Some(ready) = self.appender.ready().now_or_never() else { break };
-            ready?;
-            let Some(event) = stream.next().now_or_never() else { break };
-            reply_requested |= self.take(event?)?;
+    /// Takes a message and those that have been read with it, without waiting for anything; answers what they have in
+    /// common. It is never more than one socket buffer, so that room in the queue need be asked for only once (I7) and
+    /// the status messages have their turn.
+    fn take_buffered(&mut self, event: StreamEvent, stream: &mut ReplicationStream) -> Result<Run> {
+        let mut run = Run::default();
+        match event {
+            StreamEvent::Data { server_time, data, .. } => self.take_data(&mut run, server_time, &data)?,
+            StreamEvent::KeepAlive { wal_end, server_time, reply_requested } => {
+                self.take_keepalive(&mut run, wal_end, server_time, reply_requested);
+            }
         }
-        Ok(reply_requested)
+        stream.take_buffered(|event| {
+            match event {
+                StreamEvent::Data { server_time, data, .. } => return self.take_data(&mut run, server_time, data),
+                StreamEvent::KeepAlive { wal_end, server_time, reply_requested } => {
+                    self.take_keepalive(&mut run, wal_end, server_time, reply_requested);
+                }
+            }
+            Ok(())
+        })?;
+        self.board.received_bytes(run.bytes);
+        if let Some(server_time) = run.server_time {
+            self.board.source_clock(server_time);
+        }
+        Ok(run)
     }
 
-    /// Takes one message; answers whether the source wants to hear from us.
-    fn take(&mut self, event: StreamEvent) -> Result<bool> {
-        match event {
-            StreamEvent::KeepAlive { wal_end, server_time, reply_requested } => {
-                self.board.heard_from_source(wal_end, server_time);
-                // Everything that commits before this position has been sent, so outside of a transaction it is an
-                // end like that of a transaction.
-                if self.transaction.is_none() && wal_end > self.end {
-                    self.position = Some(wal_end);
-                }
-                Ok(reply_requested)
-            }
-            StreamEvent::Data { server_time, data, .. } => {
-                self.board.source_clock(server_time);
-                self.board.received_bytes(data.len() as u64);
-                self.take_message(&data)?;
-                Ok(false)
-            }
+    fn take_keepalive(&mut self, run: &mut Run, wal_end: Lsn, server_time: i64, reply_requested: bool) {
+        self.board.heard_from_source(wal_end, server_time);
+        // Everything that commits before this position has been sent, so outside of a transaction it is an end like that
+        // of a transaction.
+        if self.transaction.is_none() && wal_end > self.end {
+            self.position = Some(wal_end);
         }
+        run.reply_requested |= reply_requested;
+    }
+
+    fn take_data(&mut self, run: &mut Run, server_time: i64, data: &[u8]) -> Result<()> {
+        run.server_time = Some(server_time);
+        run.bytes += data.len() as u64;
+        self.take_message(data)
     }
 
     fn take_message(&mut self, data: &[u8]) -> Result<()> {

@@ -8,9 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use pgwire_replication::Lsn as WireLsn;
 use pgwire_replication::protocol::framing::{write_copy_data, write_copy_done, write_query};
-use pgwire_replication::protocol::replication::{
-    ReplicationCopyData, encode_standby_status_update, parse_copy_data, unix_to_pg_timestamp,
-};
+use pgwire_replication::protocol::replication::{encode_standby_status_update, unix_to_pg_timestamp};
 
 use crate::connection::wire::{RawSession, Wire, lost, protocol, server_error, unexpected};
 use crate::connection::{ConnectionSpec, Login, Session, Stream, open};
@@ -163,9 +161,9 @@ impl Session for ReplicationSession {
     }
 }
 
-/// What comes from the stream of a slot.
+/// What comes from the stream of a slot; its data owned, or a slice of what was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StreamEvent {
+pub enum StreamEvent<D = Bytes> {
     /// A message of the output plugin.
     Data {
         /// Where in the WAL the message belongs; zero for messages that have no position, such as a table's layout.
@@ -175,7 +173,7 @@ pub enum StreamEvent {
         /// When it was sent, by the server's clock, in microseconds since 2000-01-01 UTC.
         server_time: i64,
         /// The message of pgoutput.
-        data: Bytes,
+        data: D,
     },
     /// How far the server has read its WAL for this slot, when there is nothing to send.
     KeepAlive {
@@ -186,6 +184,46 @@ pub enum StreamEvent {
         /// The server wants to hear from us soon, or it ends the connection (`wal_sender_timeout`).
         reply_requested: bool,
     },
+}
+
+/// Bytes of an `XLogData` before its data: its kind, three numbers of 8 bytes.
+const DATA_HEADER_BYTES: usize = 25;
+
+impl<'a> StreamEvent<&'a [u8]> {
+    /// Reads what a CopyData of the stream holds; `None` where it is nothing that the manual knows.
+    fn parse(payload: &'a [u8]) -> Option<StreamEvent<&'a [u8]>> {
+        let number = |at: usize| payload.get(at..)?.first_chunk::<8>().map(|bytes| u64::from_be_bytes(*bytes));
+        match payload.first()? {
+            b'w' => Some(StreamEvent::Data {
+                wal_start: Lsn(number(1)?),
+                wal_end: Lsn(number(9)?),
+                server_time: number(17)?.cast_signed(),
+                data: &payload[DATA_HEADER_BYTES..],
+            }),
+            b'k' => Some(StreamEvent::KeepAlive {
+                wal_end: Lsn(number(1)?),
+                server_time: number(9)?.cast_signed(),
+                reply_requested: *payload.get(17)? != 0,
+            }),
+            _ => None,
+        }
+    }
+}
+
+/// The same, with the data as a slice of the payload that lives on its own.
+fn owned_event(payload: &Bytes) -> Option<StreamEvent> {
+    Some(match StreamEvent::parse(payload)? {
+        StreamEvent::Data { wal_start, wal_end, server_time, data: _ } => {
+            StreamEvent::Data { wal_start, wal_end, server_time, data: payload.slice(DATA_HEADER_BYTES..) }
+        }
+        StreamEvent::KeepAlive { wal_end, server_time, reply_requested } => {
+            StreamEvent::KeepAlive { wal_end, server_time, reply_requested }
+        }
+    })
+}
+
+fn not_of_the_stream() -> Error {
+    protocol("the server sent something into the stream that is neither data nor a keepalive")
 }
 
 /// The running stream of a slot.
@@ -204,18 +242,7 @@ impl ReplicationStream {
         loop {
             let message = self.wire.read().await?;
             match message.tag {
-                b'd' => {
-                    return Ok(match parse_copy_data(message.payload).map_err(lost)? {
-                        ReplicationCopyData::XLogData { wal_start, wal_end, server_time_micros, data } => {
-                            let (wal_start, wal_end) = (Lsn(wal_start.0), Lsn(wal_end.0));
-                            StreamEvent::Data { wal_start, wal_end, server_time: server_time_micros, data }
-                        }
-                        ReplicationCopyData::KeepAlive { wal_end, server_time_micros, reply_requested } => {
-                            let wal_end = Lsn(wal_end.0);
-                            StreamEvent::KeepAlive { wal_end, server_time: server_time_micros, reply_requested }
-                        }
-                    });
-                }
+                b'd' => return owned_event(&message.payload).ok_or_else(not_of_the_stream),
                 b'E' => return Err(server_error(&message.payload)),
                 b'c' | b'C' | b'Z' => {
                     return Err(Error::new(
@@ -227,6 +254,15 @@ impl ReplicationStream {
                 tag => return Err(unexpected(tag, "streaming")),
             }
         }
+    }
+
+    /// Gives `take` all events that have already been read from the socket as a whole, in their order and where they lie,
+    /// without waiting for anything. Notices and the end of the stream are left to [`ReplicationStream::next`].
+    ///
+    /// # Errors
+    /// What `take` answers, after which the stream must not be used again; an event that cannot be read.
+    pub fn take_buffered(&mut self, mut take: impl FnMut(StreamEvent<&[u8]>) -> Result<()>) -> Result<()> {
+        self.wire.take_buffered(|payload| take(StreamEvent::parse(payload).ok_or_else(not_of_the_stream)?))
     }
 
     /// Whether a whole message has already been read from the socket, so that [`ReplicationStream::next`] will not wait

@@ -15,14 +15,24 @@ use crate::source::catalog::USER_RELATION;
 
 /// How often it is looked whether there is something to do.
 const INTERVAL: Duration = Duration::from_secs(60);
+/// How often it is looked whether the backlog is gone.
+const CLOSE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long somebody may wait for a lock of ours.
 const MAKE_WAY_INTERVAL: Duration = Duration::from_millis(500);
 /// Like autovacuum's own delay: the apply comes first.
 const SETTINGS: &str = "SET vacuum_cost_delay = '2ms'";
 
-/// Vacuums and analyses what needs it, until it is dropped.
-pub async fn keep_warm(target: ConnectionSpec, application_name: String) -> Infallible {
+/// Vacuums and analyses what needs it, until it is dropped; a backlog comes first, of which `is_close` knows.
+pub async fn keep_warm(
+    target: ConnectionSpec,
+    application_name: String,
+    is_close: impl Fn() -> bool + Send + Sync,
+) -> Infallible {
     loop {
+        if !is_close() {
+            tokio::time::sleep(CLOSE_INTERVAL).await;
+            continue;
+        }
         if let Err(error) = look_after(&target, &application_name).await {
             tracing::debug!(%error, "vacuuming the target waits");
         }

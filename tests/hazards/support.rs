@@ -151,10 +151,15 @@ impl Pair {
         directory
     }
 
-    /// What `walferry cutover` answers: its exit code and everything it said.
+    /// What `walferry cutover` without a way back answers: its exit code and everything it said.
     pub async fn cutover(&self) -> (i32, String) {
+        self.cutover_with(&["--no-reverse"]).await
+    }
+
+    /// The same with other options.
+    pub async fn cutover_with(&self, options: &[&str]) -> (i32, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_walferry"));
-        command.args(["cutover", "--yes", "--no-reverse", "--dir"]).arg(self.directory());
+        command.args(["cutover", "--yes"]).args(options).arg("--dir").arg(self.directory());
         let output = tokio::process::Command::from(command).stdin(Stdio::null()).output().await.unwrap();
         let text = [output.stdout, output.stderr].concat();
         (output.status.code().unwrap(), String::from_utf8_lossy(&text).into_owned())

@@ -37,6 +37,15 @@ impl Finished {
     }
 }
 
+impl Finished {
+    /// An error whose next steps stand on standard output already.
+    #[track_caller]
+    pub fn assert_refused_without_hint(&self, code: i32) {
+        assert_eq!(self.code, Some(code), "exit code; stderr:\n{}", self.stderr);
+        assert!(self.stderr.contains("error: ") && !self.stderr.contains("panicked"), "{}", self.stderr);
+    }
+}
+
 /// A running walferry; killed when it is dropped.
 pub struct Running {
     child: Child,

@@ -129,16 +129,15 @@ async fn a_fence_is_not_lifted_beside_a_decision_on_its_way() {
         .await
         .unwrap();
     let spec = ConnectionSpec::parse(&server.url()).unwrap();
-    let (source, target) = (spec.connect("walferry").await.unwrap(), spec.connect("walferry").await.unwrap());
-    let lifting =
-        tokio::spawn(async move { cutover::lift_left_over_fence(&source, &target, "postgres", "walferry").await });
+    let target = spec.connect("walferry").await.unwrap();
+    let lifting = tokio::spawn(async move { cutover::lift_left_over_fence(&spec, &target, &spec, "walferry").await });
     let waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock')";
     let watching = server.connect("postgres").await.unwrap();
     while !watching.query_one(waits, &[]).await.unwrap().get::<_, bool>(0) && !lifting.is_finished() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     deciding.batch_execute("COMMIT").await.unwrap();
-    assert!(!lifting.await.unwrap().unwrap(), "the target is the primary: the source stays closed");
+    assert!(lifting.await.unwrap().unwrap().is_none(), "the target is the primary: the source stays closed");
     let row = watching.query_one("SELECT count(*) FROM pg_db_role_setting WHERE setrole = 0", &[]).await.unwrap();
     assert_eq!(row.get::<_, i64>(0), 1);
 }

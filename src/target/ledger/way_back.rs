@@ -21,6 +21,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
+use crate::sql;
 use crate::state_directory::queue_name;
 use crate::target::route::Routing;
 
@@ -54,6 +55,8 @@ impl WayBack {
 
 /// What the stream of the way back needs to know, but for where it begins.
 pub struct Draft<'a> {
+    /// What no other draft is called.
+    pub name: &'a str,
     /// The migration from the new server to the old one.
     pub migration: &'a Migration,
     /// The tables as the new server has them, and which of them the stream shows inserts of only.
@@ -95,8 +98,8 @@ pub async fn draft(client: &mut Client, draft: &Draft<'_>) -> Result<()> {
     transaction
         .execute(
             "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \
-                 insert_only_publication, binary_format, apply_workers, phase, pre_data_restored, post_data_restored) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'following', true, true)",
+                 insert_only_publication, binary_format, apply_workers, phase, pre_data_restored, post_data_restored, cutover) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'following', true, true, jsonb_build_object('draft', $11::text))",
             &[
                 &FORMAT,
                 &migration.id,
@@ -108,6 +111,7 @@ pub async fn draft(client: &mut Client, draft: &Draft<'_>) -> Result<()> {
                 &migration.insert_only_publication,
                 &migration.binary,
                 &count(migration.apply_workers),
+                &draft.name,
             ],
         )
         .await
@@ -144,17 +148,21 @@ fn everything_before(position: Lsn) -> SnapshotData {
     SnapshotData { xmin: u64::MAX, xmax: u64::MAX, running: BTreeSet::new(), insert_lsn: position }
 }
 
-/// Has the stream begin at the release position; one commit that is on disk when this returns.
+/// Has the stream of a draft begin at the release position; one commit that is on disk when this returns.
 ///
 /// # Errors
-/// Whatever the server says.
-pub async fn begin_at(client: &Client, release: Lsn) -> Result<()> {
-    // `local`: a dead standby must not hold up a cutover (H34).
+/// Whatever the server says, also when the draft is another by now.
+pub async fn begin_at(client: &Client, draft: &str, release: Lsn) -> Result<()> {
+    // `local`: a dead standby must not hold up a cutover (H34). A cutover that was given up long ago may still have this under way.
     let statements = format!(
         "BEGIN; SET LOCAL synchronous_commit = local; \
-         UPDATE walferry.migration SET consistent_point = '{release}', queue = '{queue}'; \
+         DO $begin$ BEGIN \
+             UPDATE walferry.migration SET consistent_point = '{release}', queue = '{queue}' WHERE cutover->>'draft' = {draft}; \
+             IF NOT FOUND THEN RAISE EXCEPTION 'the way back was drafted anew'; END IF; \
+         END $begin$; \
          UPDATE walferry.snapshot SET insert_lsn = '{release}'; \
          UPDATE walferry.apply_progress SET applied = '{release}'; COMMIT",
+        draft = sql::literal(draft),
         queue = queue_name(release)
     );
     client.batch_execute(&statements).await.context(|| "writing where the way back begins".into())
