@@ -166,8 +166,13 @@ impl WayBack {
         let published = on_target(&target, &migrated).await?;
         slot::create_publications(&target, &names.publication, &names.insert_only_publication, &published).await?;
         let usable = slot::state(&target, &names.slot).await?.is_some_and(|state| state.is_usable());
-        if !usable {
+        // One that a process left which died before it had looked at it may be unable to decode (H37).
+        let is_prepared =
+            ledger::load(&target).await?.is_some_and(|now| now.way_back == Some(ledger::WayBack::Prepared));
+        if !usable || !is_prepared {
+            ledger::prepared(&target, false).await?;
             make_slot(&target, &names.slot).await?;
+            ledger::prepared(&target, true).await?;
         }
         // Also to find out now, and not behind the fence, whether it can be written.
         self.draft(&target, &migrated).await?;

@@ -247,7 +247,7 @@ pub(crate) async fn finish_without_process(
     let migration = ledger::load(&new_primary.connect("walferry").await?).await?;
     match migration {
         // One that was finished may still have its slot.
-        Some(migration) if migration.way_back.is_some() => {
+        Some(migration) if matches!(migration.way_back, Some(WayBack::Armed | WayBack::Finished)) => {
             finish_on(new_primary, old_primary, &migration, &application_name(&migration.id)).await
         }
         _ => Err(nothing_to_finish()),

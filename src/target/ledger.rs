@@ -35,7 +35,7 @@ use crate::target::route::Routing;
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
 pub use part::{Part, part_copied, plan_copy};
 pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
-pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft, finished};
+pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft, finished, prepared};
 
 /// The version of the ledger's tables that this walferry writes (H18).
 ///

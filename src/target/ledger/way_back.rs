@@ -29,6 +29,8 @@ use crate::target::route::Routing;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WayBack {
+    /// Its slot is there and can be decoded (H37); nothing more.
+    Prepared,
     /// The cutover decided with it: the old server is kept current.
     Armed,
     /// `walferry finish` ended it.
@@ -39,13 +41,15 @@ impl WayBack {
     /// As it stands in the ledger.
     pub fn name(self) -> &'static str {
         match self {
+            WayBack::Prepared => "prepared",
             WayBack::Armed => "armed",
             WayBack::Finished => "finished",
         }
     }
 
     pub(super) fn parse(name: &str) -> Result<WayBack> {
-        let known = [WayBack::Armed, WayBack::Finished].into_iter().find(|state| state.name() == name);
+        let known =
+            [WayBack::Prepared, WayBack::Armed, WayBack::Finished].into_iter().find(|state| state.name() == name);
         known.ok_or_else(|| {
             let text = format!("the ledger has a way back that is `{name}`, which this version does not know");
             Error::new(ErrorKind::Other, text)
@@ -192,6 +196,16 @@ pub async fn complete_fingerprint(client: &Client, now: &BTreeMap<String, String
 pub fn decide(armed: bool) -> String {
     let state = if armed { format!("'{}'", WayBack::Armed.name()) } else { "NULL".to_owned() };
     format!("UPDATE walferry.migration SET way_back = {state};")
+}
+
+/// Writes into the forward ledger, before the cutover, whether the slot is there and was looked at.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn prepared(client: &Client, is_prepared: bool) -> Result<()> {
+    let state = if is_prepared { format!("'{}'", WayBack::Prepared.name()) } else { "NULL".to_owned() };
+    let statement = format!("UPDATE walferry.migration SET way_back = {state} WHERE phase <> 'cut_over'");
+    client.batch_execute(&statement).await.context(|| "writing into the ledger how far the way back is".into())
 }
 
 /// Writes into the forward ledger that the way back has ended.
