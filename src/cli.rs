@@ -363,6 +363,10 @@ pub struct CutoverHow {
     /// Only where `walferry verify` has found all rows equal within this time
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     pub require_verified: Option<std::time::Duration>,
+    /// Before writers are held, read what the applications read most into the target's memory, for half of --timeout at most; takes the
+    /// extension pg_prewarm there
+    #[arg(long)]
+    pub prewarm: bool,
     /// Each sequence is so many values ahead on the target
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub sequence_margin: u32,

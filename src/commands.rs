@@ -380,6 +380,7 @@ fn cutover_options(how: &cli::CutoverHow) -> Result<cutover::Options> {
             timeout_seconds: how.hook_timeout.as_secs_f64(),
         },
         pgbouncer,
+        prewarm: how.prewarm,
         require_verified_seconds: how.require_verified.map(|age| age.as_secs_f64()),
         no_reverse: false,
         back: false,

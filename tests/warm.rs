@@ -24,6 +24,16 @@ async fn a_target_that_follows_is_vacuumed_and_analysed() {
     until_true(&target, never).await;
     application.goes_on(10).await;
     application.stop().await;
-    migration.cut_over(running).await;
+
+    let cutover = migration.with_directory("cutover", &["--yes", "--no-reverse", "--prewarm"]).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    let ended = running.wait().await;
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    let (_, said) = ended.stderr.split_once("prewarmed ").expect("it says what it read");
+    let relations: u32 = said.split(' ').next().unwrap().parse().unwrap();
+    assert!(relations > 3, "{relations} relations");
     migration.assert_equal().await;
+    let clean = migration.with_directory("clean", &[]).await;
+    assert_eq!(clean.code, Some(0), "{}", clean.stderr);
+    until_true(&target, "SELECT count(*) = 0 FROM pg_extension WHERE extname = 'pg_prewarm'").await;
 }

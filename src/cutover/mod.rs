@@ -28,6 +28,7 @@ mod fence;
 mod hook;
 mod options;
 mod pgbouncer;
+mod prewarm;
 mod ready;
 mod record;
 mod rehearse;
@@ -159,6 +160,11 @@ impl Cutover<'_> {
             Ok((findings, pgbouncer, verified))
         });
         let (findings, pgbouncer, verified) = begin.await.map_err(untouched)?;
+        if options.prewarm {
+            // It may take a part of the time, and leaves the rest for the cutover itself.
+            let reading = prewarm::prewarm(&sessions.source, &sessions.target, timer.left() / 2);
+            timer.within(Box::pin(reading)).await.map_err(untouched)?;
+        }
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&sessions.source, &timer)
             .await

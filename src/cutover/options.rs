@@ -30,6 +30,9 @@ pub struct Options {
     /// Only where all rows were found equal so many seconds ago at most.
     #[serde(default)]
     pub require_verified_seconds: Option<f64>,
+    /// What the applications read most is read into the target's memory first.
+    #[serde(default)]
+    pub prewarm: bool,
     /// Without a way back.
     #[serde(default)]
     pub no_reverse: bool,

@@ -107,6 +107,7 @@ mod tests {
             hooks: Hooks::default(),
             pgbouncer: None,
             require_verified_seconds: None,
+            prewarm: false,
             no_reverse: false,
             back: false,
         }
