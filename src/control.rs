@@ -23,6 +23,9 @@ use crate::pause::{Pause, Paused, What};
 use crate::state_directory::StateDirectory;
 use crate::verify::point::CommonPoint;
 
+/// A cutover that has begun answers by itself when its time is over.
+const BEGIN_GRACE: Duration = Duration::from_secs(5);
+
 /// What can be asked of a running migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "command")]
@@ -244,11 +247,12 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
             }
             // Until it begins, whoever asked can change their mind: with `received` goes the request.
             let mut rest = String::new();
-            let begins = tokio::time::sleep(limit);
+            let begins = tokio::time::sleep(limit.saturating_add(BEGIN_GRACE));
             tokio::pin!(begins);
             let mut begun = false;
             loop {
                 tokio::select! {
+                    biased;
                     answer = received.recv() => {
                         let Some(answer) = answer else { return Ok(()) };
                         send(&mut writer, &answer).await?;

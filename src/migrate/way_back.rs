@@ -188,9 +188,9 @@ async fn finish_on(
     forward: &Migration,
     name: &str,
 ) -> Result<Option<String>> {
+    no_switchback_is_left(new_primary, old_primary, forward, name).await?;
     // Another name: the sessions of the stream are ended, and would make the slot busy again.
     let new = new_primary.connect("walferry").await?;
-    no_switchback_is_left((new_primary, &new), old_primary, forward, name).await?;
     ledger::finished(&new).await?;
     let removed = async {
         end_sessions(&new, name).await?;
@@ -203,7 +203,7 @@ async fn finish_on(
 /// A switchback that was decided is not undone by ending the way back, and one that was cut off has its fence lifted first: its ledger
 /// stands on the old primary. Where that does not answer, the new primary shows whether it is closed to writers.
 async fn no_switchback_is_left(
-    (new_primary, new): (&ConnectionSpec, &Client),
+    new_primary: &ConnectionSpec,
     old_primary: Option<&ConnectionSpec>,
     forward: &Migration,
     name: &str,
@@ -225,7 +225,7 @@ async fn no_switchback_is_left(
         Ok(false) => Ok(()),
         Ok(true) => Err(Error::new(ErrorKind::Blocked, "there is no way back to finish: it has been switched back")
             .hint("`walferry migrate` does what may be left of that; then `walferry clean`.")),
-        Err(error) if cutover::is_closed_to_writers(new).await? => {
+        Err(error) if cutover::is_closed_to_writers(&new_primary.connect("walferry").await?).await? => {
             let database = sql::identifier(new_primary.database());
             let text = format!("the new primary is closed to writers by a switchback that was cut off, and {error}");
             Err(Error::new(ErrorKind::Blocked, text).hint(format!(
