@@ -12,10 +12,10 @@
 //! decided as for a copied table, by xid and commit LSN (I3), for every transaction behind C. Of those before C, which are all
 //! applied, S might not show one that still waits within its commit, such as for a synchronous standby that never answers. It has an
 //! xid below X0, which was assigned after C had committed, and S still lists it as running: so each such xid that was not seen to
-//! commit behind C is looked for among the sessions ([`Lingering`]).
+//! commit behind C is looked for among the sessions (`Lingering`).
 //!
-//! When what S shows is not a beginning of the stream, another snapshot is taken at once, and after [`REST_MAX`] the apply goes on for a
-//! while before that. Usually it rests for some ten milliseconds, and never longer than [`HOLD_MAX`]; the hold is an object of this
+//! When what S shows is not a beginning of the stream, another snapshot is taken at once, and after `REST_MAX` the apply goes on for a
+//! while before that. Usually it rests for some ten milliseconds, and never longer than `HOLD_MAX`; the hold is an object of this
 //! process ([`Hold`]), so nothing that dies can leave it behind.
 
 use std::time::{Duration, Instant};
