@@ -1,5 +1,7 @@
 //! Removes what a migration left: slot, publications, ledger, fence and state directory (I9).
 
+use std::time::Duration;
+
 use tokio_postgres::Client;
 
 use crate::connection::ConnectionSpec;
@@ -10,6 +12,10 @@ use crate::source::slot;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::ledger::{self, Phase, WayBack};
 use crate::target::schema;
+
+/// How often, and how far apart, an old server that does not answer is tried again before it counts as gone.
+const SOURCE_ATTEMPTS: usize = 5;
+const SOURCE_PAUSE: Duration = Duration::from_secs(2);
 
 /// Something that was removed, for people.
 pub type Removed = String;
@@ -72,7 +78,16 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         .hint("Run clean with that migration's --dir."));
     }
     let cut_over = migration.as_ref().is_some_and(|migration| migration.phase == Phase::CutOver);
-    let from = match (source.connect("walferry").await, &migration) {
+    let mut connected = source.connect("walferry").await;
+    for _ in 0..SOURCE_ATTEMPTS {
+        if !cut_over || !connected.as_ref().is_err_and(Error::is_transient) {
+            break;
+        }
+        // It may only be restarting, and then nothing is to be left on it.
+        tokio::time::sleep(SOURCE_PAUSE).await;
+        connected = source.connect("walferry").await;
+    }
+    let from = match (connected, &migration) {
         (Ok(from), _) => from,
         // After the cutover the old server may be gone for good.
         (Err(error), Some(migration)) if cut_over && error.is_transient() => {

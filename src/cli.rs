@@ -43,12 +43,13 @@ pub enum Command {
         Exit codes: 0 ready, 3 blocked"
     )]
     Check(Check),
-    /// Migrate, and follow until the cutover; run again, it goes on where it was
+    /// Migrate, follow until the cutover, then keep the old primary current; run again, it goes on where it was
     #[command(
         after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
         With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 13 \
         --source-wal-max 200GiB\n\
-        Ctrl-C stops it; the same command goes on. Exit codes: 0 cut over, 3 blocked, 130 interrupted"
+        Ctrl-C stops it; the same command goes on. It ends with a switchback or `walferry finish`, or with a cutover without a way back.\n\
+        Exit codes: 0 cut over or switched back, 3 blocked, 130 interrupted"
     )]
     Migrate(MigrateAgain),
     /// Go on after a loss: a new slot, every table compared, and only what differs copied again

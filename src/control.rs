@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -233,43 +234,8 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
             let answer = tune.change(change).map_or_else(|error| Answer::from(&error), Answer::Tuned);
             send(&mut writer, &answer).await
         }
-        Request::Cutover(_) | Request::Rehearse(_) => {
-            let dry_run = matches!(request, Request::Rehearse(_));
-            let (Request::Cutover(options) | Request::Rehearse(options)) = request else { return Ok(()) };
-            let limit = Duration::try_from_secs_f64(options.timeout_seconds).unwrap_or(Duration::MAX);
-            if let Err(error) = may_be_cut_over(board) {
-                return send(&mut writer, &Answer::from(&error)).await;
-            }
-            let (answers, mut received) = mpsc::unbounded_channel();
-            if senders.cutovers.try_send(CutoverRequest { options, dry_run, answers }).is_err() {
-                let error = Error::new(ErrorKind::Aborted, "another cutover is running");
-                return send(&mut writer, &Answer::from(&error)).await;
-            }
-            // Until it begins, whoever asked can change their mind: with `received` goes the request.
-            let mut rest = String::new();
-            let begins = tokio::time::sleep(limit.saturating_add(BEGIN_GRACE));
-            tokio::pin!(begins);
-            let mut begun = false;
-            loop {
-                tokio::select! {
-                    biased;
-                    answer = received.recv() => {
-                        let Some(answer) = answer else { return Ok(()) };
-                        send(&mut writer, &answer).await?;
-                        if !matches!(answer, Answer::Step(_)) {
-                            return Ok(());
-                        }
-                        begun = true;
-                    }
-                    _ = reader.read_line(&mut rest), if !begun => return Ok(()),
-                    () = &mut begins, if !begun && board.phase() != Phase::CuttingOver => {
-                        let error = Error::new(ErrorKind::Aborted, "it could not begin within --timeout")
-                            .hint("Nothing was touched. `walferry status` says what the migration waits for.");
-                        return send(&mut writer, &Answer::from(&error)).await;
-                    }
-                }
-            }
-        }
+        Request::Cutover(options) => cut_over(options, false, (reader, writer), board, senders).await,
+        Request::Rehearse(options) => cut_over(options, true, (reader, writer), board, senders).await,
         Request::TakePoint => {
             let (answers, mut received) = mpsc::unbounded_channel();
             if senders.points.try_send(PointRequest { answers }).is_err() {
@@ -313,6 +279,49 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
     }
 }
 
+/// Passes a cutover or its rehearsal on, and what comes of it back.
+async fn cut_over(
+    options: cutover::Options,
+    dry_run: bool,
+    (mut reader, mut writer): (BufReader<OwnedReadHalf>, OwnedWriteHalf),
+    board: &StatusBoard,
+    senders: &Senders,
+) -> Result<()> {
+    let limit = Duration::try_from_secs_f64(options.timeout_seconds).unwrap_or(Duration::MAX);
+    if let Err(error) = may_be_cut_over(board) {
+        return send(&mut writer, &Answer::from(&error)).await;
+    }
+    let (answers, mut received) = mpsc::unbounded_channel();
+    if senders.cutovers.try_send(CutoverRequest { options, dry_run, answers }).is_err() {
+        let error = Error::new(ErrorKind::Aborted, "another cutover is running");
+        return send(&mut writer, &Answer::from(&error)).await;
+    }
+    // Until it begins, whoever asked can change their mind: with `received` goes the request.
+    let mut rest = String::new();
+    let begins = tokio::time::sleep(limit.saturating_add(BEGIN_GRACE));
+    tokio::pin!(begins);
+    let mut begun = false;
+    loop {
+        tokio::select! {
+            biased;
+            answer = received.recv() => {
+                let Some(answer) = answer else { return Ok(()) };
+                send(&mut writer, &answer).await?;
+                if !matches!(answer, Answer::Step(_)) {
+                    return Ok(());
+                }
+                begun = true;
+            }
+            _ = reader.read_line(&mut rest), if !begun => return Ok(()),
+            () = &mut begins, if !begun && board.phase() != Phase::CuttingOver => {
+                let error = Error::new(ErrorKind::Aborted, "it could not begin within --timeout")
+                    .hint("Nothing was touched. `walferry status` says what the migration waits for.");
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
+        }
+    }
+}
+
 /// A request that could only wait is refused: it would be carried out when nobody looks any more.
 fn may_be_cut_over(board: &StatusBoard) -> Result<()> {
     let (text, hint) = match board.phase() {
@@ -323,7 +332,7 @@ fn may_be_cut_over(board: &StatusBoard) -> Result<()> {
     Err(Error::new(ErrorKind::Aborted, text).hint(hint))
 }
 
-async fn send(writer: &mut tokio::net::unix::OwnedWriteHalf, answer: &Answer) -> Result<()> {
+async fn send(writer: &mut OwnedWriteHalf, answer: &Answer) -> Result<()> {
     let mut line = serde_json::to_vec(answer).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
     line.push(b'\n');
     writer.write_all(&line).await?;

@@ -9,6 +9,7 @@
 //! How it dies: until the decision, nothing of it counts, and the next start makes it anew. The slot keeps WAL on the target, where
 //! nobody but us writes; `clean` removes it.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -136,7 +137,7 @@ impl WayBack {
             });
         };
         loop {
-            let Err(error) = self.make_and_advance(&say).await else { continue };
+            let Err(error) = self.make_and_advance(&say).await;
             say(match error.is_transient() {
                 true => Arming::Preparing(Some(error.to_string())),
                 false => Arming::Impossible(
@@ -154,7 +155,7 @@ impl WayBack {
         if *work { std::future::pending().await } else { work }
     }
 
-    async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<()> {
+    async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<Infallible> {
         let work = self.turn().await;
         let target = self.target.connect(&self.application_name).await?;
         self.prove_possible(&target).await?;

@@ -114,14 +114,13 @@ impl Running {
                 // The ledger of the way there stands on the server that took over.
                 Direction::Back => Closed::load(&self.config.source.connect(&self.application_name).await?).await?,
             };
-            Ok((tables, target_closed))
+            Ok::<_, Error>((tables, target_closed))
         };
         let (tables, target_closed): (Vec<(Table, bool)>, _) = match known.await {
             Ok((tables, closed)) => {
                 (tables.into_iter().map(|entry| (entry.table, entry.insert_only)).collect(), closed)
             }
             Err(error) => {
-                let error: Error = error;
                 let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
                 return CutOver::GivenUp;
             }
