@@ -22,6 +22,7 @@
 //! What is done to the source stands in the ledger before it is done (`record.rs`), so that after a crash [`lift_left_over_fence`]
 //! undoes it; what is left to do after the decision stands in the deciding commit, and [`finish_pending`] does it.
 
+mod afterwards;
 pub mod arming;
 mod automatic;
 mod fence;
@@ -70,9 +71,6 @@ use timer::Timer;
 
 /// How a blocker of the status begins that a cutover looks at itself, because it can be waived or does not matter to every fence.
 pub(crate) const SOURCE_BLOCKER: &str = "on the source, ";
-
-/// How long each thing may take that is left to do after the decision.
-const AFTERWARDS_MAX: Duration = Duration::from_secs(10);
 
 /// What a cutover works on.
 pub struct Cutover<'a> {
@@ -267,52 +265,6 @@ impl Cutover<'_> {
                 })
             }
         }
-    }
-
-    /// After the decision: the applications are told, and let go. Answers what did not work.
-    async fn go_on(
-        &self,
-        fence: &mut Fence<'_>,
-        around: &Surroundings,
-        target: &Client,
-        timer: &mut Timer<'_>,
-    ) -> Vec<String> {
-        let mut warnings = Vec::new();
-        // Before anybody is sent to the target: who comes then finds it open, and is not to be ended.
-        if let Some(closed) = &self.target_closed
-            && let Err(error) = bounded(closed.end_read_only_sessions(target, self.application_name)).await
-        {
-            warnings.push(format!("sessions of the new primary that are still read-only could not be ended: {error}"));
-        }
-        let pending = fence.record().pending();
-        let (so_far, mut hook_succeeded) = (warnings.len(), true);
-        if let Some(pending) = &pending {
-            if pending.on_switch.is_some() {
-                if let Err(error) = pending.run_hook(around).await {
-                    warnings.push(pending.hook_failed(&error));
-                    hook_succeeded = false;
-                }
-                timer.done();
-            }
-            if pending.pgbouncer.is_some() {
-                if let Err(error) = bounded(pending.switch_pooler(self.target, hook_succeeded)).await {
-                    warnings.push(error.to_string());
-                }
-                timer.done();
-            }
-        }
-        if let Err(error) = bounded(fence.release()).await {
-            tracing::warn!(%error, "after the decision, sessions that wait for the source's locks could not be ended");
-        }
-        if let Some(pending) = &pending {
-            if let Err(error) = bounded(pending.let_in(self.source)).await {
-                warnings.push(error.to_string());
-            }
-            if let Err(error) = pending.settle(target, warnings.len() == so_far).await {
-                tracing::warn!(%error, "what was done after the decision is done again at the next start");
-            }
-        }
-        warnings
     }
 
     /// What table locks do not hold back: prepared transactions (H30), and DDL (I11).
@@ -513,12 +465,6 @@ impl Cutover<'_> {
             "ALTER TABLE … REPLICA IDENTITY FULL on the source, then start anew: `walferry clean`, `walferry migrate`.",
         ))
     }
-}
-
-/// What is done after the decision, when somebody may have gone silent for good: whoever comes next must not wait for it.
-async fn bounded<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    let late = |_| Err(Error::new(ErrorKind::Transient, format!("no answer within {} s", AFTERWARDS_MAX.as_secs())));
-    tokio::time::timeout(AFTERWARDS_MAX, work).await.unwrap_or_else(late)
 }
 
 /// What changed between two fingerprints, as people would say it.
