@@ -101,20 +101,22 @@ async fn make_way(watch: &Client, pid: i32) -> Error {
 
 /// A statement for each table that needs one, the largest first.
 ///
-/// Vacuum: never vacuumed, and less than half of its pages known to be visible to all; a frozen copy has them known already. Analyse:
-/// a tenth of it changed since, or never analysed.
+/// Vacuum: less than half of its pages known to be visible to all, and not vacuumed just now; a frozen copy has them known already. One
+/// vacuum may not be enough: while anybody's snapshot is older than the rows, it can mark nothing. Analyse: a tenth of it changed since,
+/// or never analysed.
 pub async fn wanted(client: &Client) -> Result<Vec<String>> {
     let rows = client
         .query_typed(
             &format!(
-                "SELECT (CASE WHEN s.last_vacuum IS NULL AND s.last_autovacuum IS NULL AND c.relallvisible * 2 < pages \
-                              THEN 'VACUUM (ANALYZE, SKIP_LOCKED) ' ELSE 'ANALYZE (SKIP_LOCKED) ' END) || format('%I.%I', n.nspname, c.relname) \
+                "SELECT (CASE WHEN hidden THEN 'VACUUM (ANALYZE, SKIP_LOCKED) ' ELSE 'ANALYZE (SKIP_LOCKED) ' END) \
+                        || format('%I.%I', n.nspname, c.relname) \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  JOIN pg_catalog.pg_stat_user_tables s ON s.relid = c.oid, \
-                 LATERAL (SELECT pg_catalog.pg_relation_size(c.oid) / 8192 AS pages) size \
+                 LATERAL (SELECT pg_catalog.pg_relation_size(c.oid) / 8192 AS pages) size, \
+                 LATERAL (SELECT c.relallvisible * 2 < pages \
+                              AND coalesce(greatest(s.last_vacuum, s.last_autovacuum) < now() - interval '1 minute', true) AS hidden) seen \
                  WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND pages > 0 AND {USER_RELATION} \
-                   AND (s.last_vacuum IS NULL AND s.last_autovacuum IS NULL AND c.relallvisible * 2 < pages \
-                        OR s.n_mod_since_analyze > 50 + greatest(c.reltuples, 0) / 10 \
+                   AND (hidden OR s.n_mod_since_analyze > 50 + greatest(c.reltuples, 0) / 10 \
                         OR s.last_analyze IS NULL AND s.last_autoanalyze IS NULL) \
                  ORDER BY pages DESC"
             ),

@@ -174,8 +174,9 @@ impl Migration {
         }
     }
 
-    /// Cuts over, and waits for the end of `migrate`.
-    pub async fn cut_over(&self, running: Running) -> Value {
+    /// Cuts over as soon as that may begin, and waits for the end of `migrate`.
+    pub async fn cut_over(&self, mut running: Running) -> Value {
+        self.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
         let cutover =
             self.with_directory("cutover", &["--yes", "--no-reverse", "--json", "--max-write-stall", "25s"]).await;
         assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
