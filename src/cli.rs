@@ -1,16 +1,22 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
-use std::net::SocketAddr;
+mod cutover;
+mod values;
+
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::apply::conflict::OnConflict;
 use crate::care::tune::Limit;
 use crate::care::wal::OnSourceWalMax;
-use crate::cutover::FenceMode;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
+
+pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
+pub use values::{HttpAddress, Time};
+use values::{at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate};
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
 #[derive(Debug, Parser)]
@@ -183,7 +189,7 @@ pub struct Care {
     /// The copy waits while a physical standby of the source lags more than this; `off` to let it lag [default: 30s, or what was
     /// tuned before]
     #[arg(long, value_parser = parse_lag, value_name = "DURATION")]
-    pub max_standby_lag: Option<Limit<std::time::Duration>>,
+    pub max_standby_lag: Option<Limit<Duration>>,
     /// Say so when our slot makes the source keep more WAL than this
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
     pub source_wal_max: Option<u64>,
@@ -261,7 +267,7 @@ pub struct Migrate {
     pub index_memory: Option<u64>,
     /// How long applied changes are kept in the queue, for a target that fails over and loses its newest commits
     #[arg(long, default_value = "1h", value_parser = parse_duration, value_name = "DURATION")]
-    pub queue_keep: std::time::Duration,
+    pub queue_keep: Duration,
     /// Who wins where somebody else has written to the target: nobody, and the migration stops; the source's row; or the target's
     #[arg(long, value_enum, default_value_t, value_name = "WHO")]
     pub on_conflict: OnConflict,
@@ -299,143 +305,6 @@ pub struct Status {
     pub exit_code: bool,
 }
 
-/// `walferry cutover`.
-#[derive(Debug, Args)]
-pub struct Cutover {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub switch: Switch,
-    /// Without a way back: the old primary is not kept current, and `migrate` exits
-    #[arg(long)]
-    pub no_reverse: bool,
-}
-
-/// `walferry finish`.
-#[derive(Debug, Args)]
-pub struct Finish {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub servers: Servers,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub directory: Directory,
-    /// One JSON object on standard output
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `walferry switchback`, and what `walferry cutover` has of it.
-#[derive(Debug, Args)]
-pub struct Switch {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub directory: Directory,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub how: CutoverHow,
-    /// Show what stands against it and how long writers would have to wait; touch nothing
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Do not ask
-    #[arg(long)]
-    pub yes: bool,
-    /// One JSON object on standard output
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// How a cutover is done, whether by hand or by itself.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "How to cut over")]
-pub struct CutoverHow {
-    /// Give up when it takes longer in all
-    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
-    pub timeout: std::time::Duration,
-    /// Give up when writers have to wait longer
-    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "DURATION")]
-    pub max_write_stall: std::time::Duration,
-    /// How writers are held meanwhile; with each of them the source's database is read-only by default afterwards
-    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
-    pub fence: FenceMode,
-    /// What the cutover names and refuses though it does not matter: an object that changed since the start, `role NAME`,
-    /// `subscription NAME`; may be given again
-    #[arg(long, value_name = "OBJECT")]
-    pub waive: Vec<String>,
-    /// Only where `walferry verify` has found all rows equal within this time
-    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
-    pub require_verified: Option<std::time::Duration>,
-    /// Before writers are held, read what the applications read most into the target's memory, for half of --timeout at most; takes the
-    /// extension pg_prewarm there
-    #[arg(long)]
-    pub prewarm: bool,
-    /// Each sequence is so many values ahead on the target
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub sequence_margin: u32,
-    /// Run this by `sh -c` when writers are held; when it fails the cutover is given up
-    #[arg(long, value_name = "COMMAND")]
-    pub on_fence: Option<String>,
-    /// Run this when the target is the primary, before anybody is let go: to point applications at it. A failure is shown and
-    /// takes nothing back. After a crash it can run a second time
-    #[arg(long, value_name = "COMMAND")]
-    pub on_switch: Option<String>,
-    /// Run this when a cutover that held writers was given up and they are free again
-    #[arg(long, value_name = "COMMAND")]
-    pub on_abort: Option<String>,
-    /// Each of these commands is killed, with its children, when it takes longer
-    #[arg(long, default_value = "10s", value_parser = parse_duration, value_name = "DURATION")]
-    pub hook_timeout: std::time::Duration,
-    /// The admin console of a PgBouncer in front of the source: its clients wait instead of being ended, until --on-switch or
-    /// --pgbouncer-include has pointed it at the target
-    #[arg(long, env = "WALFERRY_PGBOUNCER", hide_env_values = true, value_name = "URL")]
-    pub pgbouncer: Option<String>,
-    /// The database as PgBouncer calls it [default: as the source does]
-    #[arg(long, value_name = "NAME")]
-    pub pgbouncer_database: Option<String>,
-    /// A file that PgBouncer's configuration includes: its entry for the database is pointed at the target, and reloaded
-    #[arg(long, value_name = "FILE")]
-    pub pgbouncer_include: Option<PathBuf>,
-}
-
-/// Whether a migration cuts over by itself.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "When to cut over")]
-pub struct CutoverWhen {
-    /// `auto` cuts over without being asked, as soon as it is ready and within the times below
-    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
-    pub cutover: CutoverStart,
-    /// Not while the target is further behind
-    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "DURATION")]
-    pub max_lag: std::time::Duration,
-    /// Not before this time, such as 2026-11-21T02:00:00Z
-    #[arg(long, value_parser = parse_time, value_name = "TIME")]
-    pub not_before: Option<Time>,
-    /// Not after this time: from then on it only follows
-    #[arg(long, value_parser = parse_time, value_name = "TIME")]
-    pub not_after: Option<Time>,
-    /// Rest between a try that was given up and the next
-    #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
-    pub retry_pause: std::time::Duration,
-}
-
-/// Who begins a cutover.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum CutoverStart {
-    /// `walferry cutover`
-    #[default]
-    Asked,
-    /// The migration itself
-    Auto,
-}
-
-/// A moment: milliseconds since 1970.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Time(pub i64);
-
-fn parse_time(text: &str) -> Result<Time, String> {
-    let time = crate::observe::wall_clock::parse_rfc3339(text);
-    time.map(Time).ok_or_else(|| "expected a time such as 2026-11-21T02:00:00Z or 2026-11-21T03:00:00+01:00".to_owned())
-}
-
 /// `walferry pause` and `walferry resume`.
 #[derive(Debug, Args)]
 pub struct PauseOptions {
@@ -464,7 +333,7 @@ pub struct TuneOptions {
     pub copy_rate: Option<Limit<u64>>,
     /// The copy waits while a physical standby of the source lags more than this; `off` to let it lag
     #[arg(long, value_parser = parse_lag, value_name = "DURATION")]
-    pub max_standby_lag: Option<Limit<std::time::Duration>>,
+    pub max_standby_lag: Option<Limit<Duration>>,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
@@ -550,93 +419,6 @@ pub struct Demo {
     pub json: bool,
 }
 
-/// Where HTTP is served, if at all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HttpAddress(pub Option<SocketAddr>);
-
-fn parse_http_address(text: &str) -> Result<HttpAddress, String> {
-    if text == "off" {
-        return Ok(HttpAddress(None));
-    }
-    let address =
-        text.parse().map_err(|_| "expected an address and a port such as 127.0.0.1:9617, or `off`".to_owned())?;
-    Ok(HttpAddress(Some(address)))
-}
-
-fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number @ 1..=1000) => Ok(number),
-        _ => Err("expected a number from 1 to 1000".into()),
-    }
-}
-
-/// Bytes with a unit: `512MiB`, `2GB`, `1048576`.
-fn parse_bytes(text: &str) -> Result<u64, String> {
-    let (number, unit) = split_unit(text);
-    let factor: u64 = match unit.to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" | "kb" | "kib" => 1 << 10,
-        "m" | "mb" | "mib" => 1 << 20,
-        "g" | "gb" | "gib" => 1 << 30,
-        "t" | "tb" | "tib" => 1 << 40,
-        _ => return Err("expected a size such as 512MiB or 2GiB".into()),
-    };
-    let number: u64 = number.parse().map_err(|_| "expected a size such as 512MiB or 2GiB".to_owned())?;
-    number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned())
-}
-
-/// A share of a whole: `10%`, `0.5`.
-fn parse_percent(text: &str) -> Result<f64, String> {
-    match text.trim_end_matches('%').trim_end().parse() {
-        Ok(percent) if percent > 0.0 && percent <= 100.0 => Ok(percent),
-        _ => Err("expected a percentage such as 10%".to_owned()),
-    }
-}
-
-/// Bytes a second, or `off`.
-fn parse_rate(text: &str) -> Result<Limit<u64>, String> {
-    match text {
-        "off" => Ok(Limit::Off),
-        _ => match parse_bytes(text)? {
-            0 => Err("nothing would be copied; `walferry pause copy` holds the copy".to_owned()),
-            rate => Ok(Limit::Max(rate)),
-        },
-    }
-}
-
-/// How far a standby may be behind, or `off`.
-fn parse_lag(text: &str) -> Result<Limit<std::time::Duration>, String> {
-    match text {
-        "off" => Ok(Limit::Off),
-        _ => match parse_duration(text)? {
-            std::time::Duration::ZERO => Err("every standby lags a little; `off` lets it lag".to_owned()),
-            lag => Ok(Limit::Max(lag)),
-        },
-    }
-}
-
-/// A duration with a unit: `500ms`, `30s`, `5m`, `1h`, `2d`.
-fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
-    let expected = || "expected a duration such as 500ms, 30s, 5m or 1h".to_owned();
-    let (number, unit) = split_unit(text);
-    let number: u64 = number.parse().map_err(|_| expected())?;
-    let milliseconds = match unit {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" | "min" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return Err(expected()),
-    };
-    number.checked_mul(milliseconds).map(std::time::Duration::from_millis).ok_or_else(|| "that is too long".to_owned())
-}
-
-fn split_unit(text: &str) -> (&str, &str) {
-    let at = text.find(|character: char| !character.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(at);
-    (number, unit.trim_start())
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -646,43 +428,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_and_durations_have_units() {
-        assert_eq!(parse_bytes("1GiB"), Ok(1 << 30));
-        assert_eq!(parse_bytes("17"), Ok(17));
-        assert_eq!(parse_bytes("2 mb"), Ok(2 << 20));
-        assert!(parse_bytes("GiB").is_err());
-        assert!(parse_bytes("99999999999999TiB").is_err());
-        assert_eq!(parse_duration("500ms"), Ok(std::time::Duration::from_millis(500)));
-        assert_eq!(parse_duration("1h"), Ok(std::time::Duration::from_secs(3600)));
-        assert!(parse_duration("-1s").is_err());
-        assert!(parse_duration("1y").is_err());
-    }
-
-    #[test]
-    fn a_sample_is_a_percentage() {
-        assert_eq!((parse_percent("10%"), parse_percent("0.5")), (Ok(0.5 * 20.0), Ok(0.5)));
-        for wrong in ["0", "101%", "-1", "NaN", "much"] {
-            assert!(parse_percent(wrong).is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn limits_can_be_switched_off_and_are_never_nothing() {
-        assert_eq!(parse_rate("20MiB"), Ok(Limit::Max(20 << 20)));
-        assert_eq!(parse_rate("off"), Ok(Limit::Off));
-        assert!(parse_rate("0").unwrap_err().contains("pause copy"));
-        assert_eq!(parse_lag("30s"), Ok(Limit::Max(std::time::Duration::from_secs(30))));
-        assert_eq!(parse_lag("off"), Ok(Limit::Off));
-        assert!(parse_lag("0s").is_err());
-    }
-
-    #[test]
-    fn http_can_be_switched_off() {
-        assert_eq!(parse_http_address("off"), Ok(HttpAddress(None)));
-        assert!(parse_http_address("9617").is_err());
     }
 
     #[test]
