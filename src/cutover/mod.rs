@@ -13,7 +13,7 @@
 //! | on-fence | the operator's command, if there is one, has succeeded |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
-//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
+//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence; unlogged tables are copied (H14) |
 //! | arm | the stream back to the server that is left begins behind all that was applied (H33); not without a way back |
 //! | switch | the fence has proved that it still stands; one synchronous commit on the target decides |
 //! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
@@ -36,6 +36,7 @@ mod rehearse;
 mod sequences;
 mod timer;
 mod unique;
+pub(crate) mod unlogged;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -321,6 +322,7 @@ impl Cutover<'_> {
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
                 .hint(ready::who_writes_all_the_same(options.fence)));
         }
+        timer.within(unlogged::copy(inspector, target, &tables, &options.waive)).await?;
         timer.done();
 
         if let Some(way_back) = way_back {
@@ -427,8 +429,8 @@ impl Cutover<'_> {
 
     /// H27: an update or delete of these would not be in the stream.
     async fn insert_only_tables_are_equal(&self, sessions: &Sessions) -> Result<()> {
-        let tables: Vec<Table> =
-            self.tables.iter().filter(|(_, insert_only)| *insert_only).map(|(table, _)| table.clone()).collect();
+        let of_inserts = self.tables.iter().filter(|(table, insert_only)| *insert_only && !table.unlogged);
+        let tables: Vec<Table> = of_inserts.map(|(table, _)| table.clone()).collect();
         if tables.is_empty() {
             return Ok(());
         }

@@ -295,10 +295,15 @@ impl Running {
             schema::run_post_data_item(target, *position, item).await?;
         }
         self.refresh_materialized_views(target).await?;
+        // Before anything is applied with them in place.
+        let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
+        let relaxed: String =
+            schema::relax_firing(&tables).iter().map(|statement| format!("{statement}; ")).collect();
         target
-            .batch_execute(
-                "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
-            )
+            .batch_execute(&format!(
+                "BEGIN; SET LOCAL synchronous_commit = on; {relaxed} \
+                 UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
+            ))
             .await
             .context(|| "writing into the ledger that the schema is complete".into())
     }

@@ -7,4 +7,5 @@
 mod support;
 
 mod area;
+mod large;
 mod rows;

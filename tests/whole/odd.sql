@@ -96,6 +96,30 @@ CREATE CONSTRAINT TRIGGER d_late AFTER UPDATE ON odd.triggered DEFERRABLE INITIA
 CREATE TRIGGER e_disabled AFTER INSERT ON odd.triggered FOR EACH ROW EXECUTE FUNCTION odd.trace();
 ALTER TABLE odd.triggered DISABLE TRIGGER e_disabled;
 
+-- What fires in replica sessions too: it must not, for what is applied, and must again after the switch.
+CREATE TABLE odd.replica (id integer PRIMARY KEY, t text);
+INSERT INTO odd.replica SELECT i, 't' FROM generate_series(1, 20) i;
+CREATE TRIGGER always_change BEFORE INSERT OR UPDATE ON odd.replica FOR EACH ROW EXECUTE FUNCTION odd.change();
+CREATE TRIGGER always_trace AFTER INSERT OR UPDATE OR DELETE ON odd.replica FOR EACH ROW EXECUTE FUNCTION odd.trace();
+CREATE TRIGGER replica_trace AFTER INSERT OR UPDATE OR DELETE ON odd.replica FOR EACH ROW EXECUTE FUNCTION odd.trace();
+ALTER TABLE odd.replica ENABLE ALWAYS TRIGGER always_change, ENABLE ALWAYS TRIGGER always_trace, ENABLE REPLICA TRIGGER replica_trace;
+CREATE RULE always_rule AS ON INSERT TO odd.replica DO ALSO INSERT INTO odd.trace (who, what) VALUES ('always rule', NEW.id::text);
+CREATE RULE replica_rule AS ON UPDATE TO odd.replica DO ALSO INSERT INTO odd.trace (who, what) VALUES ('replica rule', NEW.t);
+ALTER TABLE odd.replica ENABLE ALWAYS RULE always_rule;
+ALTER TABLE odd.replica ENABLE REPLICA RULE replica_rule;
+
+-- Unlogged, one referring to another and to a logged one, and as a partition.
+CREATE UNLOGGED TABLE odd.cache (id serial PRIMARY KEY, parent integer REFERENCES odd.cache, dropped integer, hidden integer REFERENCES odd.triggered ON DELETE CASCADE, t text, n numeric GENERATED ALWAYS AS (length(t)) STORED);
+ALTER TABLE odd.cache DROP dropped;
+CREATE UNLOGGED TABLE odd.cache_line (cache integer REFERENCES odd.cache ON DELETE CASCADE, line text);
+INSERT INTO odd.cache (parent, t) SELECT nullif(i / 2, 0), repeat(md5(i::text), 100) FROM generate_series(1, 200) i;
+INSERT INTO odd.cache_line SELECT i, 'line' FROM generate_series(1, 100) i;
+CREATE TABLE odd.cache_parted (id integer, t text) PARTITION BY LIST (t);
+CREATE UNLOGGED TABLE odd.cache_parted_a PARTITION OF odd.cache_parted FOR VALUES IN ('a');
+CREATE TABLE odd.cache_parted_b PARTITION OF odd.cache_parted FOR VALUES IN ('b');
+INSERT INTO odd.cache_parted SELECT i, (ARRAY['a', 'b'])[1 + i % 2] FROM generate_series(1, 20) i;
+CREATE UNLOGGED TABLE odd.cache_empty (t text);
+
 -- Row-level security that hides everything, from the owner too.
 CREATE TABLE odd.hidden (id integer PRIMARY KEY, t text);
 INSERT INTO odd.hidden SELECT i, 't' FROM generate_series(1, 20) i;

@@ -66,6 +66,17 @@ DELETE FROM odd.ruled WHERE id IN (:round, 10 + :round);
 INSERT INTO odd.triggered VALUES (100 + :round, 'new');
 UPDATE odd.triggered SET t = t || :round WHERE id % 4 = 0;
 DELETE FROM odd.triggered WHERE id = 10 + :round;
+INSERT INTO odd.replica VALUES (100 + :round, 'new');
+UPDATE odd.replica SET t = t || :round WHERE id % 4 = 0;
+DELETE FROM odd.replica WHERE id = 10 + :round;
+-- One of a batch that is refused, and replayed row by row.
+BEGIN; DELETE FROM odd.replica WHERE id = 19; INSERT INTO odd.replica VALUES (19, 'again'); UPDATE odd.replica SET id = 500 WHERE id = 18; UPDATE odd.replica SET id = 18 WHERE id = 19; UPDATE odd.replica SET id = 19 WHERE id = 500; COMMIT;
+INSERT INTO odd.cache (parent, t) SELECT i, 'new' FROM generate_series(1, 5) i;
+UPDATE odd.cache SET t = t || :round WHERE id % 4 = 0;
+INSERT INTO odd.cache_line SELECT i, 'new' FROM generate_series(1, 20) i;
+DELETE FROM odd.cache_line WHERE cache % 7 = :round;
+DELETE FROM odd.cache WHERE id > 200 AND id % 3 = :round;
+INSERT INTO odd.cache_parted SELECT 100 * :round + i, (ARRAY['a', 'b'])[1 + i % 2] FROM generate_series(1, 20) i;
 INSERT INTO odd.hidden VALUES (100 + :round, 'new');
 UPDATE odd.hidden SET t = t || :round WHERE id % 4 = 0;
 DELETE FROM odd.hidden WHERE id = 10 + :round;

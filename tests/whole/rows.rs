@@ -1,41 +1,221 @@
 //! Rows and tables of every kind.
 
-use crate::area::Area;
-use crate::support::Servers;
-
-fn area<'a>(database: &'a str, schema: &'a str, changes: &'a str) -> Area<'a> {
-    Area { database, schema, changes, options: &[], explained: &[] }
-}
+use crate::area::{Area, assert_cleans_up, assert_whole};
+use crate::support::{Servers, until_true};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_type_arrives_with_its_edge_values() {
-    let servers = Servers::with(&[("max_locks_per_transaction", "1000")], &[("max_locks_per_transaction", "1000")]).await;
+    let locks = [("max_locks_per_transaction", "1000")];
+    let servers = Servers::with(&locks, &locks).await;
     for (database, in_binary) in [("whole_text", false), ("whole_binary", true)] {
-        let area = area(database, include_str!("types.sql"), include_str!("types_changes.sql"));
+        let area = Area::new("types").in_database(database);
         let (migration, running, before) = area.begin(&servers).await;
         let binary = migration.ledger("SELECT binary_format FROM walferry.migration").await[0].get::<_, bool>(0);
         assert_eq!(binary, in_binary);
-        area.change(&migration, 2).await;
-        area.change(&migration, 3).await;
+        area.change(&migration.source_url, 2).await;
+        area.change(&migration.source_url, 3).await;
         migration.cut_over(running).await;
-        area.assert_whole(&migration, &before).await;
+        assert_whole(&migration, &before).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn odd_tables_arrive_as_they_are() {
     let servers = Servers::start().await;
-    area("odd", include_str!("odd.sql"), include_str!("odd_changes.sql")).migrate(&servers).await;
+    let migration = Area::new("odd").migrate(&servers).await;
+    // What fires is what fired on the source.
+    let target = migration.target().await;
+    target.batch_execute("INSERT INTO odd.replica VALUES (9000, 'a'); INSERT INTO odd.triggered VALUES (9000, 'a')").await.unwrap();
+    let written = "SELECT array_agg(who || ' ' || coalesce(what, '') ORDER BY who, what) FROM odd.trace WHERE what LIKE '%9000%'";
+    let written: Vec<String> = target.query_one(written, &[]).await.unwrap().get(0);
+    assert_eq!(written, ["always rule 9000", "always_trace INSERT (9000,a+)", "b_trace INSERT (9000,a+)"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn partitions_of_every_kind_and_inheritance_arrive_with_rows_that_move() {
     let servers = Servers::start().await;
-    area("partitions", include_str!("partitions.sql"), include_str!("partitions_changes.sql")).migrate(&servers).await;
+    Area::new("partitions").migrate(&servers).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn partitions_that_come_and_go_on_the_way_are_named_and_what_is_attached_goes_on() {
+    let servers = Servers::start().await;
+    let area = Area::new("partitions");
+    let (migration, mut running, _) = area.begin(&servers).await;
+    let (source, target) = (migration.source().await, migration.target().await);
+    let on_both = "ALTER TABLE parted.sale DETACH PARTITION parted.sale_2023";
+    source.batch_execute(on_both).await.unwrap();
+    source.batch_execute("INSERT INTO parted.sale_2023 (id, region, at) VALUES (-1, 'detached', '2023-05-05')").await.unwrap();
+    until_true(&target, "SELECT count(*) = 1 FROM parted.sale_2023 WHERE region = 'detached'").await;
+    let attached = "ALTER TABLE parted.sale ATTACH PARTITION parted.sale_2023 FOR VALUES FROM ('2023-01-01') TO ('2024-01-01')";
+    source.batch_execute(attached).await.unwrap();
+    source.batch_execute("CREATE TABLE parted.sale_2040 PARTITION OF parted.sale FOR VALUES FROM ('2040-01-01') TO ('2041-01-01'); \
+                          INSERT INTO parted.sale (region, at) VALUES ('lost', '2040-02-02')").await.unwrap();
+    area.change(&migration.source_url, 2).await;
+    // Named, with the row that would be lost.
+    let named = |status: &serde_json::Value| status["blockers"].to_string().contains("table parted.sale_2040 is new");
+    migration.wait_for_status(&mut running, "the new partition is named", named).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
+    refused.assert_refused(5, &["table parted.sale_2040 is new"]);
+    source.batch_execute("DROP TABLE parted.sale_2040").await.unwrap();
+    // The same partition, attached again: only the names of what the attaching made could differ.
+    let gone = |status: &serde_json::Value| !status["blockers"].to_string().contains("sale_2040");
+    migration.wait_for_status(&mut running, "the new partition is gone", gone).await;
+    target.batch_execute(&format!("{on_both}; {attached}")).await.unwrap();
+    area.change(&migration.source_url, 3).await;
+    let status = migration.status().await.unwrap();
+    let blockers: Vec<String> = serde_json::from_value(status["blockers"].clone()).unwrap();
+    let waived = blockers.iter().filter_map(|blocker| {
+        let object = blocker.strip_prefix("on the source, ")?;
+        [" is new", " is gone", " has changed"].iter().find_map(|end| object.strip_suffix(end))
+    });
+    let mut arguments = vec!["--yes", "--no-reverse", "--max-write-stall", "25s"];
+    waived.for_each(|object| arguments.extend(["--waive", object]));
+    let cutover = migration.with_directory("cutover", &arguments).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    assert_eq!(running.wait().await.code, Some(0));
+    migration.assert_equal().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h26_every_replica_identity_finds_exactly_its_row() {
     let servers = Servers::start().await;
-    area("identity", include_str!("identity.sql"), include_str!("identity_changes.sql")).migrate(&servers).await;
+    Area::new("identity").migrate(&servers).await;
+}
+
+/// All that the stream cannot tell without a replica identity.
+const UNTOLD: &str = "
+    UPDATE identity.nothing_key SET id = id + 1000 WHERE id = :round;
+    UPDATE identity.nothing_key SET t = t || '.' WHERE id % 3 = 0;
+    DELETE FROM identity.nothing_key WHERE id = 10 + :round;
+    INSERT INTO identity.default_none SELECT n, t FROM identity.default_none WHERE n < 5;
+    UPDATE identity.default_none SET t = 'one of them' WHERE ctid = (SELECT min(ctid::text)::tid FROM identity.default_none WHERE n = 2 AND t = 't');
+    DELETE FROM identity.default_none WHERE ctid = (SELECT min(ctid::text)::tid FROM identity.default_none WHERE n = 3);
+    UPDATE identity.nullable_unique SET t = NULL WHERE ctid = (SELECT min(ctid::text)::tid FROM identity.nullable_unique WHERE n IS NULL AND t IS NOT NULL);
+    DELETE FROM identity.nullable_unique WHERE n = 10 + :round;
+    UPDATE identity.deferrable_key SET id = 200 - id WHERE id BETWEEN 50 AND 150;
+    DELETE FROM identity.deferrable_key WHERE id = 10 + :round;";
+
+const IDENTITIES: &str = "SELECT string_agg(relname || ' ' || relreplident::text, ', ' ORDER BY relname) FROM pg_class \
+    WHERE relname IN ('nothing_key', 'default_none', 'nullable_unique', 'deferrable_key')";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h27_what_has_no_identity_gets_full_for_the_time_of_the_migration_and_the_way_back() {
+    let servers = Servers::start().await;
+    let area = Area { options: &["--replica-identity-full"], more_changes: UNTOLD, ..Area::new("identity") };
+    let mut migration = area.make(&servers).await;
+    let before = crate::area::dump(&migration.source_url).await;
+    let source = migration.source().await;
+    let identities = async |client: &tokio_postgres::Client| -> String { client.query_one(IDENTITIES, &[]).await.unwrap().get(0) };
+    let (as_it_was, full) = (
+        "default_none d, deferrable_key d, nothing_key n, nullable_unique d",
+        "default_none f, deferrable_key f, nothing_key f, nullable_unique f",
+    );
+
+    // It waits for those who use a table; and what it has set before it died, the next start and `clean` know.
+    let mut user = migration.source().await;
+    let using = user.transaction().await.unwrap();
+    using.batch_execute("LOCK TABLE identity.nothing_key IN ROW EXCLUSIVE MODE").await.unwrap();
+    let mut running = migration.migrate(area.options);
+    crate::support::until("it waits", async || running.log().contains("somebody uses").then_some(())).await;
+    assert!(running.is_alive());
+    let noted = migration.ledger("SELECT count(*) FROM walferry.replica_identity").await[0].get::<_, i64>(0);
+    assert_eq!(noted, 4, "noted before it is done");
+    assert_eq!(identities(&source).await, "default_none f, deferrable_key f, nothing_key n, nullable_unique f");
+    running.kill().await;
+    drop(using);
+    assert_eq!(migration.with_directory("clean", &[]).await.code, Some(0));
+    assert_eq!(identities(&source).await, as_it_was);
+
+    let held = crate::support::hold_pg_dump(&mut migration);
+    let running = migration.migrate(area.options);
+    held.is_reached().await;
+    assert_eq!(identities(&source).await, full);
+    running.kill().await;
+    held.release();
+    let mut running = migration.migrate(area.options);
+    migration.wait_for_phase(&mut running, "following").await;
+    let published = source
+        .query_one("SELECT count(*) FROM pg_publication_tables WHERE pubname LIKE '%inserts'", &[])
+        .await
+        .unwrap();
+    assert_eq!(published.get::<_, i64>(0), 0, "all tell their updates and deletes");
+    area.change(&migration.source_url, 1).await;
+    area.change(&migration.source_url, 2).await;
+
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    let cutover = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    let target = migration.target().await;
+    assert_eq!(identities(&target).await, full, "the way back needs it too");
+    area.change(&migration.target_url, 3).await;
+    target.batch_execute("INSERT INTO identity.default_key VALUES (77777, NULL, 'the last')").await.unwrap();
+    until_true(&migration.source().await, "SELECT count(*) = 1 FROM identity.default_key WHERE id = 77777").await;
+    let finished = migration.with_directory("finish", &[]).await;
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert_eq!(running.wait().await.code, Some(0));
+    migration.assert_equal().await;
+    assert_cleans_up(&migration, &before).await;
+    assert_eq!(identities(&migration.target().await).await, as_it_was);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h27_what_has_no_identity_is_published_for_its_inserts_only_and_an_update_is_found_at_the_cutover() {
+    let servers = Servers::start().await;
+    let area = Area::new("identity");
+    let (migration, mut running, _) = area.begin(&servers).await;
+    let source = migration.source().await;
+    let published = "SELECT string_agg(tablename, ', ' ORDER BY tablename) FROM pg_publication_tables JOIN pg_publication USING (pubname) \
+                     WHERE NOT pubupdate AND NOT pubdelete";
+    let published: String = source.query_one(published, &[]).await.unwrap().get(0);
+    assert_eq!(published, "default_none, deferrable_key, nothing_key, nullable_unique");
+    // The application's own update must not fail.
+    source.batch_execute("UPDATE identity.default_none SET t = 'changed' WHERE n = 1").await.unwrap();
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse", "--max-write-stall", "25s"]).await;
+    refused.assert_refused(5, &["identity\".\"default_none", "REPLICA IDENTITY FULL"]);
+    running.terminate().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h14_unlogged_tables_are_copied_behind_the_fence_and_back() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("unlogged").await;
+    let source = migration.source().await;
+    let schema = "CREATE UNLOGGED TABLE cache (id int PRIMARY KEY, t text); INSERT INTO cache SELECT i, 'first' FROM generate_series(1, 1000) i;
+         CREATE UNLOGGED TABLE keyless (t text); CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)";
+    source.batch_execute(schema).await.unwrap();
+    let mut running = migration.migrate(&[]);
+    migration.wait_for_phase(&mut running, "following").await;
+    // None of this is in the stream.
+    source
+        .batch_execute(
+            "DELETE FROM cache WHERE id % 2 = 0; UPDATE cache SET t = 'changed' WHERE id < 100; INSERT INTO cache VALUES (5000, 'new');
+             INSERT INTO keyless SELECT 'line' FROM generate_series(1, 10); INSERT INTO t VALUES (2)",
+        )
+        .await
+        .unwrap();
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    let verified = migration.with_directory("verify", &[]).await;
+    assert_eq!(verified.code, Some(0), "they are left out until the cutover: {}{}", verified.stdout, verified.stderr);
+    let cutover = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    let (there, here) = (migration.target().await, migration.source().await);
+    let state = "SELECT (SELECT md5(string_agg(c::text, ',' ORDER BY id)) FROM cache c), (SELECT count(*) FROM keyless), \
+                 (SELECT string_agg(relname || relpersistence::text, ',' ORDER BY relname) FROM pg_class WHERE relname IN ('cache', 'keyless', 't'))";
+    let read = async |client: &tokio_postgres::Client| {
+        let row = client.query_one(state, &[]).await.unwrap();
+        (row.get::<_, String>(0), row.get::<_, i64>(1), row.get::<_, String>(2))
+    };
+    let now = read(&there).await;
+    assert_eq!(now, read(&here).await);
+    assert_eq!((now.1, now.2.as_str()), (10, "cacheu,keylessu,tp"));
+
+    there.batch_execute("UPDATE cache SET t = 'on the new primary'; DELETE FROM keyless; INSERT INTO t VALUES (3)").await.unwrap();
+    migration.wait_for_status(&mut running, "ready to go back", |status| status["ready_to_cutover"] == true).await;
+    let back = migration.with_directory("switchback", &["--yes", "--max-write-stall", "25s"]).await;
+    assert_eq!(back.code, Some(0), "{}\n{}", back.stderr, running.log());
+    assert_eq!(running.wait().await.code, Some(0));
+    assert_eq!(read(&migration.source().await).await, read(&migration.target().await).await);
+    migration.assert_equal().await;
 }
