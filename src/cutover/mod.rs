@@ -415,13 +415,15 @@ impl Cutover<'_> {
     /// I11: nothing that the stream does not show has come, gone or changed.
     async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
         let now = catalog::fingerprint(source).await?;
-        let changed: Vec<String> = changes(before, &now)
+        let mut changed: Vec<String> = changes(before, &now)
             .into_iter()
             .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
             .collect();
         if changed.is_empty() {
             return Ok(());
         }
+        // A new table is not to be lost among its columns and indexes.
+        changed.sort_by_key(|change| !change.starts_with("table "));
         let shown = changed.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("; ");
         Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
             .hint("Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry migrate`."))

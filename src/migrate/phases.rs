@@ -297,8 +297,7 @@ impl Running {
         self.refresh_materialized_views(target).await?;
         // Before anything is applied with them in place.
         let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
-        let relaxed: String =
-            schema::relax_firing(&tables).iter().map(|statement| format!("{statement}; ")).collect();
+        let relaxed: String = schema::relax_firing(&tables).iter().map(|statement| format!("{statement}; ")).collect();
         target
             .batch_execute(&format!(
                 "BEGIN; SET LOCAL synchronous_commit = on; {relaxed} \

@@ -146,7 +146,8 @@ impl Running {
             tables.iter().filter(|entry| entry.insert_only).map(|entry| entry.table.qualified()).collect();
         if !names.is_empty() {
             let names = shortened(names.iter().map(String::as_str));
-            let text = format!("--replica-identity-full comes too late for {names}: a migration takes it when it begins");
+            let text =
+                format!("--replica-identity-full comes too late for {names}: a migration takes it when it begins");
             self.board.event(Level::Warn, text);
         }
         Ok(())

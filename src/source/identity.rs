@@ -66,8 +66,12 @@ pub async fn lacking(client: &Client, tables: &[Table]) -> Result<Vec<Before>> {
         )
         .await
         .context(|| "reading the source's replica identities".into())?;
-    let before =
-        |row: &tokio_postgres::Row| Before { relid: row.get(0), schema: row.get(1), name: row.get(2), identity: row.get(3) };
+    let before = |row: &tokio_postgres::Row| Before {
+        relid: row.get(0),
+        schema: row.get(1),
+        name: row.get(2),
+        identity: row.get(3),
+    };
     Ok(rows.iter().map(before).collect())
 }
 
@@ -113,8 +117,9 @@ pub async fn restore(client: &Client, tables: &[Before], on: On) -> Result<Vec<S
                 Ok(false) if attempts < RESTORE_ATTEMPTS => tokio::time::sleep(PAUSE).await,
                 Ok(false) => {
                     let text = format!("{name} is in use, and its replica identity cannot be put back");
-                    return Err(Error::new(ErrorKind::Transient, text)
-                        .hint("End the long transaction that holds it, or wait for it; then run the same command again."));
+                    return Err(Error::new(ErrorKind::Transient, text).hint(
+                        "End the long transaction that holds it, or wait for it; then run the same command again.",
+                    ));
                 }
                 // Its index is gone, and it would be identified by nothing.
                 Err(error) if error.sqlstate() == Some(&SqlState::UNDEFINED_OBJECT) => {

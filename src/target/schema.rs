@@ -98,7 +98,8 @@ pub async fn restore_pre_data(client: &mut Client, tables: &[Table]) -> Result<(
 /// source: for the cutover.
 pub fn restore_identity(tables: &[Table]) -> Vec<String> {
     let identity = tables.iter().flat_map(identity_statements("SET GENERATED ALWAYS"));
-    let fire = |table| move |firing: &Firing| alter_firing(table, firing, if firing.always { "ALWAYS " } else { "REPLICA " });
+    let fire =
+        |table| move |firing: &Firing| alter_firing(table, firing, if firing.always { "ALWAYS " } else { "REPLICA " });
     identity.chain(tables.iter().flat_map(|table| table.firing.iter().map(fire(table)))).collect()
 }
 
