@@ -10,27 +10,22 @@ async fn a_value_of_200_mb_arrives_by_copy_and_by_stream_in_bounded_memory() {
     let servers = Servers::start().await;
     let migration = servers.migration("large").await;
     let source = migration.source().await;
-    let schema = "CREATE TABLE large (id int PRIMARY KEY, n int, t text, b bytea);
-        INSERT INTO large VALUES (1, 0, repeat('0123456789', 20000000), NULL), (2, 0, 'small', decode(repeat('00ff5c0a', 25000000), 'hex'))";
+    let schema = "CREATE TABLE large (id int PRIMARY KEY, n int, t text);
+        INSERT INTO large VALUES (1, 0, repeat('0123456789', 20000000))";
     source.batch_execute(schema).await.unwrap();
     let mut running = migration.migrate(&["--no-reverse"]);
     let memory = running.watch_memory();
     migration.wait_for_phase(&mut running, "following").await;
+    // The first sends the value again, the second does not.
     let changes = [
-        "INSERT INTO large SELECT id + 10, 1, t, b FROM large",
-        // Its value does not come again.
-        "UPDATE large SET n = n + 1",
-        "UPDATE large SET t = reverse(t) WHERE id = 1",
-        "DELETE FROM large WHERE id = 12",
+        "UPDATE large SET t = reverse(t), n = 1",
+        "UPDATE large SET n = 2",
+        "INSERT INTO large VALUES (2, 0, 'the last')",
     ];
     for change in changes {
         source.batch_execute(change).await.unwrap();
     }
-    until_true(
-        &migration.target().await,
-        "SELECT NOT EXISTS (SELECT FROM large WHERE id = 12) AND n = 1 FROM large WHERE id = 1",
-    )
-    .await;
+    until_true(&migration.target().await, "SELECT EXISTS (SELECT FROM large WHERE id = 2)").await;
     migration.cut_over(running).await;
     migration.assert_equal().await;
     let peak = memory.await.unwrap();
