@@ -17,7 +17,7 @@ pub const BYTES_MAX: i64 = 1 << 30;
 
 const NAME: &str = "unlogged tables";
 
-/// As the catalog's fingerprint names tables, and as they are waived.
+/// As they are waived. Not as the catalog's fingerprint names tables: waiving that a table has changed must not leave its rows behind.
 fn object(table: &Table) -> String {
     let part = |name: &str| {
         let plain = name.bytes().enumerate().all(|(at, byte)| {
@@ -25,7 +25,7 @@ fn object(table: &Table) -> String {
         });
         if plain && !name.is_empty() { name.to_owned() } else { sql::identifier(name) }
     };
-    format!("table {}.{}", part(&table.schema), part(&table.name))
+    format!("unlogged table {}.{}", part(&table.schema), part(&table.name))
 }
 
 /// Those that have to be copied.
@@ -59,7 +59,7 @@ pub(super) async fn fit(source: &Client, tables: &[&Table], waive: &[String]) ->
         return Ok(Finding::ok(NAME, format!("{} with {mib} MiB, copied behind the fence", tables.len())));
     }
     let objects: Vec<String> = tables.iter().map(|table| object(table)).collect();
-    let text = format!("{} would have to be copied while applications wait: unlogged, {mib} MiB", objects.join(", "));
+    let text = format!("{} would have to be copied while applications wait: {mib} MiB", objects.join(", "));
     let hint = format!(
         "Empty it, if its rows may go. Or --waive '{}': the target keeps its rows as they were copied at the start. Or, with a migration \
          that begins anew: {}",
@@ -129,7 +129,8 @@ mod tests {
         let (logged, cache, odd) = (table("orders", false), table("cache", true), table("Odd one", true));
         let all = [&logged, &cache, &odd];
         assert_eq!(to_copy(&all, &[]), [&cache, &odd]);
-        assert_eq!(to_copy(&all, &["table public.cache".to_owned()]), [&odd]);
-        assert_eq!(to_copy(&all, &["table public.\"Odd one\"".to_owned()]), [&cache]);
+        assert_eq!(to_copy(&all, &["unlogged table public.cache".to_owned()]), [&odd]);
+        assert_eq!(to_copy(&all, &["unlogged table public.\"Odd one\"".to_owned()]), [&cache]);
+        assert_eq!(to_copy(&all, &["table public.cache".to_owned()]), [&cache, &odd]);
     }
 }

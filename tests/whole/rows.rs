@@ -234,3 +234,52 @@ async fn h14_unlogged_tables_are_copied_behind_the_fence_and_back() {
     assert_eq!(read(&migration.source().await).await, read(&migration.target().await).await);
     migration.assert_equal().await;
 }
+
+/// What the trigger wrote, in both directions, is in the stream: fired by the apply as well, there would be more of it.
+const FIRING: &str = "
+    CREATE TABLE t (id int PRIMARY KEY, n int);
+    CREATE TABLE trace (id bigserial PRIMARY KEY, what text);
+    CREATE FUNCTION trace() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        NEW.n := NEW.n + 1; INSERT INTO trace (what) VALUES (NEW.id || ' ' || NEW.n); RETURN NEW; END $$;
+    CREATE TRIGGER a BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION trace();
+    CREATE TRIGGER r BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION trace();
+    CREATE RULE w AS ON INSERT TO t DO ALSO INSERT INTO trace (what) VALUES ('rule');
+    ALTER TABLE t ENABLE ALWAYS TRIGGER a, ENABLE REPLICA TRIGGER r, ENABLE ALWAYS RULE w;
+    INSERT INTO t SELECT i, 0 FROM generate_series(1, 50) i";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fires_in_replica_sessions_is_quiet_for_what_is_applied_there_and_back() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("firing").await;
+    let source = migration.source().await;
+    source.batch_execute(FIRING).await.unwrap();
+    let before = crate::area::dump(&migration.source_url).await;
+    let mut running = migration.migrate(&[]);
+    migration.wait_for_phase(&mut running, "following").await;
+    source
+        .batch_execute("UPDATE t SET n = 10 WHERE id < 20; INSERT INTO t VALUES (100, 0); DELETE FROM t WHERE id = 3")
+        .await
+        .unwrap();
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    let cutover = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    let target = migration.target().await;
+    let fires = "SELECT string_agg(name || enabled, ' ' ORDER BY name) FROM (SELECT tgname::text, tgenabled::text FROM pg_trigger WHERE NOT tgisinternal \
+                 UNION ALL SELECT rulename::text, ev_enabled::text FROM pg_rewrite WHERE rulename = 'w') firing(name, enabled)";
+    assert_eq!(target.query_one(fires, &[]).await.unwrap().get::<_, String>(0), "aA rR wA");
+    let traces = async |client: tokio_postgres::Client| -> i64 {
+        client.query_one("SELECT count(*) FROM trace", &[]).await.unwrap().get(0)
+    };
+    assert_eq!(traces(migration.source().await).await, traces(migration.target().await).await);
+    until_true(&migration.source().await, &format!("SELECT fires = 'aO rO wO' FROM ({fires}) f(fires)")).await;
+    target
+        .batch_execute("UPDATE t SET n = 20 WHERE id < 10; INSERT INTO t VALUES (101, 0); DELETE FROM t WHERE id = 4")
+        .await
+        .unwrap();
+    migration.wait_for_status(&mut running, "ready to go back", |status| status["ready_to_cutover"] == true).await;
+    let back = migration.with_directory("switchback", &["--yes", "--max-write-stall", "25s"]).await;
+    assert_eq!(back.code, Some(0), "{}\n{}", back.stderr, running.log());
+    assert_eq!(running.wait().await.code, Some(0));
+    migration.assert_equal().await;
+    assert_cleans_up(&migration, &before).await;
+}
