@@ -33,7 +33,7 @@ pub(super) async fn identify(
                 {
                     // What died in the middle of it may still hold the ledger's locks (H18).
                     super::prepare::end_sessions(&target, &application_name(&migration.id)).await?;
-                    restore_replica_identities(config, &target).await?;
+                    restore_replica_identities(config, &target, &application_name(&migration.id)).await?;
                     remove_unprepared(&mut target).await?;
                     None
                 }
@@ -228,10 +228,12 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
 }
 
 /// What a preparation that was interrupted had changed on the source, as its ledger says, which goes.
-async fn restore_replica_identities(config: &Config, target: &tokio_postgres::Client) -> Result<()> {
+async fn restore_replica_identities(config: &Config, target: &tokio_postgres::Client, name: &str) -> Result<()> {
     let before = ledger::replica_identities(target).await?;
     if !before.is_empty() {
         let source = config.source.connect("walferry").await?;
+        // One that still waits for a table's lock would change it afterwards.
+        super::prepare::end_sessions(&source, name).await?;
         identity::restore(&source, &before, identity::On::Source).await?;
     }
     Ok(())

@@ -142,8 +142,8 @@ impl Running {
     /// What was in the stream before an identity was set says no row, so nothing is set once there is a slot (H2).
     async fn say_what_came_too_late(&self, target: &Client) -> Result<()> {
         let tables = ledger::tables(target).await?;
-        let names: Vec<String> =
-            tables.iter().filter(|entry| entry.insert_only).map(|entry| entry.table.qualified()).collect();
+        let untold = tables.iter().filter(|entry| entry.insert_only && !entry.table.unlogged);
+        let names: Vec<String> = untold.map(|entry| entry.table.qualified()).collect();
         if !names.is_empty() {
             let names = shortened(names.iter().map(String::as_str));
             let text =
