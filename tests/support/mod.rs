@@ -5,6 +5,7 @@ pub mod compare;
 pub mod http;
 pub mod load;
 pub mod process;
+pub mod tools;
 
 use std::future::Future;
 use std::path::PathBuf;
