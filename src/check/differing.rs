@@ -7,6 +7,7 @@ use super::report::{Finding, Severity, Side};
 use super::server::{Server, Setting};
 use crate::error::{Context, Result};
 use crate::sql;
+use crate::target::roles::LISTS;
 
 /// They decide what a statement answers or whether it runs at all. What our sessions pin cannot be seen by them; of those, what
 /// the database sets is compared.
@@ -53,9 +54,6 @@ const SPEED: [&str; 22] = [
     "wal_compression",
     "work_mem",
 ];
-
-/// Their values in the catalog are lists that are quoted already.
-const LISTS: [&str; 4] = ["search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"];
 
 /// How much of a value is shown.
 const SHOWN: usize = 60;

@@ -40,7 +40,7 @@ pub async fn keep_warm(
     }
 }
 
-/// Ends what [`keep_warm`] was at: a cutover's statements must not wait for a vacuum.
+/// Ends what [`keep_warm`] was at, and refreshes of materialized views: a cutover's statements must not wait for them.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -48,11 +48,11 @@ pub async fn stop(target: &Client, application_name: &str) -> Result<()> {
     target
         .query(
             "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
-             WHERE application_name = $1 AND query ~ '^(VACUUM|ANALYZE) ' AND pid <> pg_catalog.pg_backend_pid()",
+             WHERE application_name = $1 AND query ~ '^(VACUUM|ANALYZE|REFRESH) ' AND pid <> pg_catalog.pg_backend_pid()",
             &[&application_name],
         )
         .await
-        .context(|| "ending our vacuum on the target".into())?;
+        .context(|| "ending our maintenance on the target".into())?;
     Ok(())
 }
 
