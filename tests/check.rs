@@ -453,6 +453,30 @@ async fn a_target_that_is_not_empty_blocks_and_a_new_database_mends_it() {
 }
 
 #[tokio::test]
+async fn what_a_managed_service_has_put_into_every_database_leaves_the_target_empty() {
+    let pair = Pair::start(&[]).await;
+    let target = pair.on_target().await;
+    run(
+        &target,
+        "CREATE ROLE rdsadmin; CREATE SCHEMA service AUTHORIZATION rdsadmin; SET ROLE rdsadmin; \
+         CREATE TABLE service.t (id serial PRIMARY KEY); CREATE FUNCTION service.f() RETURNS int LANGUAGE sql AS 'SELECT 1'; \
+         CREATE TYPE service.mood AS ENUM ('ok'); SELECT lo_create(7); RESET ROLE; CREATE EXTENSION citext",
+    )
+    .await;
+    let report = pair.check().await;
+    assert!(report.ready(), "{report}");
+    let found = the_finding(&report, "preinstalled");
+    assert_eq!(
+        found.object,
+        "function service.f(), large object 7, sequence service.t_id_seq, table service.t, type service.mood"
+    );
+    // Somebody else's in the same schema is in the way, and a large object too.
+    run(&target, "CREATE TABLE service.ours (); SELECT lo_create(8)").await;
+    let report = pair.check().await;
+    assert_eq!(the_finding(&report, "target-not-empty").object, "large object 8, table service.ours");
+}
+
+#[tokio::test]
 async fn roles_that_the_dump_names_must_be_on_the_target() {
     let pair = Pair::start(&[]).await;
     pair.as_app("CREATE TABLE t (id int PRIMARY KEY);").await;

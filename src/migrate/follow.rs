@@ -49,10 +49,16 @@ impl Running {
             outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
         });
         let mut warming = JoinSet::new();
+        let turn = Arc::default();
         let keep_warm = |warming: &mut JoinSet<Infallible>| {
             let board = self.board.clone();
             let is_close = move || board.snapshot().lag.seconds.is_some_and(|lag| lag <= READY_LAG_SECONDS);
-            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone(), is_close));
+            warming.spawn(warm::keep_warm(
+                self.config.target.clone(),
+                self.application_name.clone(),
+                is_close,
+                Arc::clone(&turn),
+            ));
         };
         let (tell_obstacles, obstacles) = watch::channel(Vec::new());
         let keep_current = |working: &mut JoinSet<Infallible>| {
@@ -64,6 +70,7 @@ impl Running {
                 watching.clone(),
                 tell_obstacles.clone(),
                 self.board.clone(),
+                Arc::clone(&turn),
             ));
         };
         keep_warm(&mut warming);

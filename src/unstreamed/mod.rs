@@ -15,9 +15,10 @@ pub mod large_object;
 pub mod materialized_view;
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio_postgres::Client;
 
 use crate::apply::Applied;
@@ -91,7 +92,8 @@ pub async fn refresh_late(target: &Client, views: Vec<View>) -> Vec<String> {
     }
 }
 
-/// Brings it up to date again and again while following, until it is dropped. `obstacles` are what would stand against a cutover.
+/// Brings it up to date again and again while following, until it is dropped. `obstacles` are what would stand against a cutover. It works
+/// while it has the turn: vacuuming the target uses the same connections.
 pub async fn keep_current(
     source: ConnectionSpec,
     target: ConnectionSpec,
@@ -100,8 +102,10 @@ pub async fn keep_current(
     applied: watch::Receiver<Applied>,
     obstacles: watch::Sender<Vec<String>>,
     board: StatusBoard,
+    turn: Arc<Mutex<()>>,
 ) -> Infallible {
     loop {
+        let in_turn = turn.lock().await;
         let once = async {
             let (source, target) =
                 tokio::try_join!(source.connect(&application_name), target.connect(&application_name))?;
@@ -115,6 +119,7 @@ pub async fn keep_current(
             }
             Err(error) => vec![error.to_string()],
         };
+        drop(in_turn);
         let before = obstacles.send_replace(now.clone());
         for obstacle in now.iter().filter(|obstacle| !before.contains(obstacle)) {
             board.event(Level::Warn, obstacle);

@@ -52,7 +52,7 @@ async fn h14_large_objects_are_copied_and_what_changes_until_the_fence_is_copied
     migration.target().await.batch_execute(wrote).await.unwrap();
     migration
         .wait_for_status(&mut running, "ready to switch back", |status: &Value| {
-            status["phase"] == "reversed" && status["ready_to_cutover"] == true
+            status["direction"] == "back" && status["ready_to_cutover"] == true
         })
         .await;
     let back = migration.with_directory("switchback", &["--yes", "--json", "--max-write-stall", "25s"]).await;

@@ -5,6 +5,7 @@
 mod dump;
 mod everything;
 mod extension;
+mod fingerprint;
 mod large_object;
 mod materialized_view;
 mod roles;

@@ -72,6 +72,7 @@ async fn a_role_map_gives_everything_to_the_roles_of_another_name() {
     let running = migration.migrate(&map);
     migration.cut_over(running).await;
     // The same schema as if the roles were called so on the source.
+    let source = migration.source().await;
     source
         .batch_execute(
             "ALTER ROLE objects_owner RENAME TO \"Other Owner\"; ALTER ROLE objects_reader RENAME TO other_reader",
