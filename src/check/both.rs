@@ -213,6 +213,8 @@ struct Offers {
     schemas: BTreeSet<String>,
     public_create: Option<bool>,
     has_icu: bool,
+    /// Our role may create others.
+    create_role: bool,
 }
 
 async fn offers(target: &Client, server: &Server) -> Result<Offers> {
@@ -224,6 +226,7 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
         schemas: BTreeSet::new(),
         public_create: None,
         has_icu: false,
+        create_role: false,
     };
     let extensions = target
         .query_typed(
@@ -244,6 +247,7 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
         .query_typed(
             &format!(
                 "SELECT 'role', rolname::text, pg_has_role(oid, '{giving}') FROM pg_roles \
+                 UNION ALL SELECT 'create role', '', rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user \
                  UNION ALL SELECT 'collation', collname, collprovider = 'i' FROM pg_collation \
                    WHERE collencoding IN (-1, (SELECT encoding FROM pg_database WHERE datname = current_database())) \
                  UNION ALL SELECT 'schema', nspname, has_schema_privilege(oid, 'CREATE') FROM pg_namespace n \
@@ -258,6 +262,7 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
         let (kind, name, flag): (&str, String, bool) = (row.get(0), row.get(1), row.get(2));
         match kind {
             "role" => drop(offers.roles.insert(name, flag)),
+            "create role" => offers.create_role = flag,
             "collation" => {
                 offers.has_icu |= flag;
                 offers.collations.insert(name);
@@ -404,8 +409,14 @@ fn roles(references: &References, offers: &Offers, server: &Server, owners: &Own
         }
         let names: Vec<String> = missing.iter().map(|(name, _)| sql::identifier(name)).collect();
         if owners.create_roles {
-            let message = "The target has no such role; migrate --roles creates it.";
-            findings.push(finding(Severity::Info, "role-created", first_ten(&names), message));
+            if offers.create_role {
+                let message = "The target has no such role; migrate --roles creates it.";
+                findings.push(finding(Severity::Info, "role-created", first_ten(&names), message));
+            } else {
+                let message = "The target has no such role, and our role may not create it, as --roles asks.";
+                let fix = format!("ALTER ROLE {} CREATEROLE;", sql::identifier(&server.role));
+                findings.push(finding(Severity::Blocker, "role-created", first_ten(&names), message).fix(fix));
+            }
             continue;
         }
         let member = |name: &str| match server.superuser || code != "owner-role" {

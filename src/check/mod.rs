@@ -39,6 +39,7 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Result};
 use crate::source::catalog;
 use server::Server;
+pub(crate) use target::SERVICE_OWNERS;
 
 use crate::unstreamed::large_object::Owners;
 

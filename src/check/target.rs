@@ -14,7 +14,8 @@ fn finding(severity: Severity, code: &'static str, object: impl Into<String>, me
 
 /// The roles that managed services keep for themselves, as which no customer can log in: Amazon's, Azure's, Google's (two),
 /// Supabase's and Neon's.
-const SERVICE_OWNERS: &str = "'rdsadmin', 'azuresu', 'cloudsqladmin', 'alloydbadmin', 'supabase_admin', 'cloud_admin'";
+pub(crate) const SERVICE_OWNERS: &str =
+    "'rdsadmin', 'azuresu', 'cloudsqladmin', 'alloydbadmin', 'supabase_admin', 'cloud_admin'";
 
 /// Whether the database is empty: no relation, function, type or large object of a user, and no ledger.
 ///

@@ -327,11 +327,12 @@ impl Cutover<'_> {
                 self.drain(source, timer),
                 Box::pin(self.insert_only_tables_are_equal(sessions)),
                 Box::pin(async {
-                    tokio::try_join!(
+                    let ((), (), is_any) = tokio::try_join!(
                         Box::pin(self.nothing_escaped(inspector, before, options)),
                         unique::hold(checker, &tables),
+                        unstreamed::is_there_any(inspector, checker),
                     )?;
-                    unstreamed::settle(inspector, checker, self.owners).await
+                    if is_any { unstreamed::settle(inspector, checker, self.owners).await } else { Ok(Vec::new()) }
                 }),
             )
         });
@@ -524,6 +525,7 @@ impl Sessions {
         let target = cutover.target.connect(cutover.application_name).await?;
         let inspector = cutover.source.connect(cutover.application_name).await?;
         let checker = cutover.target.connect(cutover.application_name).await?;
+        tokio::join!(unstreamed::silence_event_triggers(&target), unstreamed::silence_event_triggers(&checker));
         let before = ledger::fingerprint(&target).await?;
         let is_locked_out = options.fence == FenceMode::Connections;
         let spare = if is_locked_out && cutover.tables.iter().any(|(_, insert_only)| *insert_only) {

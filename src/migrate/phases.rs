@@ -302,6 +302,8 @@ impl Running {
             Level::Info,
             format!("restoring foreign keys, triggers and the rest of the schema ({} items)", items.len()),
         );
+        // Event triggers are among the last of them.
+        unstreamed::silence_event_triggers(target).await;
         for (position, item) in &items {
             if let Some(left_out) = schema::run_post_data_item(target, *position, item).await? {
                 self.board.event(Level::Warn, left_out);

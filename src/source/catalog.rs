@@ -428,13 +428,12 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
 
 /// Catalogs whose rows are objects that the fingerprint has nothing special to say of: the catalog, which rows, and what is hashed of
 /// a row `o`. The rows of servers may hold passwords, of which not even a hash is to leave the server (I10).
-const OBJECTS: [(&str, &str, &str); 23] = [
+const OBJECTS: [(&str, &str, &str); 22] = [
     ("pg_am", "true", "o::text"),
     ("pg_amop", "true", "o::text"),
     ("pg_amproc", "true", "o::text"),
     ("pg_cast", "true", "o::text"),
     ("pg_collation", "true", "o::text"),
-    ("pg_constraint", "o.contypid <> 0", "o::text"),
     ("pg_conversion", "true", "o::text"),
     ("pg_default_acl", "true", "o::text"),
     ("pg_event_trigger", "o.evtname !~ '^walferry'", "o::text"),
@@ -477,6 +476,11 @@ fn everything_else() -> String {
             )
         })
         .collect();
+    branches.push_str(&format!(
+        " UNION ALL SELECT format('constraint %I on type %s', o.conname, pg_catalog.format_type(o.contypid, NULL)), md5(o::text) \
+         FROM pg_catalog.pg_constraint o WHERE o.contypid <> 0 AND {}",
+        not_an_extensions("'pg_catalog.pg_type'::regclass", "o.contypid")
+    ));
     // Its options, which hold passwords, only a superuser may read.
     branches.push_str(
         " UNION ALL SELECT pg_catalog.pg_describe_object('pg_catalog.pg_user_mapping'::regclass, umid, 0), md5(srvid || '/' || umuser) \

@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row};
 
+use crate::check::SERVICE_OWNERS;
 use crate::error::{Context, Result};
 use crate::sql;
 
@@ -80,6 +81,9 @@ pub async fn sync(source: &Client, target: &Client, owners: &Owners) -> Result<S
         synced.copied += page_synced.copied;
         synced.removed += page_synced.removed;
         if last == u32::MAX {
+            if synced != Synced::default() {
+                tracing::info!(copied = synced.copied, removed = synced.removed, "large objects");
+            }
             return Ok(synced);
         }
         after = last;
@@ -211,11 +215,16 @@ async fn sync_page(
     // Another session of ours, whose connection broke, may still have a commit on its way.
     let known = "BEGIN; LOCK TABLE walferry.large_object IN SHARE ROW EXCLUSIVE MODE";
     target.batch_execute(known).await.context(doing)?;
+    // What a managed service has of its own is not the migration's.
     let rows = target
         .query_typed(
-            "SELECT coalesce(m.oid, l.loid), m.oid IS NOT NULL, l.marker \
-             FROM (SELECT oid FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2) m \
-             FULL JOIN (SELECT loid, marker FROM walferry.large_object WHERE loid > $1 AND loid <= $2) l ON l.loid = m.oid",
+            &format!(
+                "SELECT coalesce(m.oid, l.loid), m.oid IS NOT NULL, l.marker \
+                 FROM (SELECT oid FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2 \
+                         AND (pg_catalog.pg_get_userbyid(lomowner) NOT IN ({SERVICE_OWNERS}) \
+                              OR pg_catalog.pg_get_userbyid(lomowner) = current_user)) m \
+                 FULL JOIN (SELECT loid, marker FROM walferry.large_object WHERE loid > $1 AND loid <= $2) l ON l.loid = m.oid"
+            ),
             &[(&after, Type::OID), (&last, Type::OID)],
         )
         .await

@@ -16,7 +16,7 @@ pub mod materialized_view;
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Mutex, watch};
 use tokio_postgres::Client;
@@ -24,9 +24,10 @@ use tokio_postgres::Client;
 use crate::apply::Applied;
 use crate::connection::ConnectionSpec;
 use crate::cutover;
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
+use configuration::LEFT_OUT;
 use large_object::Owners;
 use materialized_view::View;
 
@@ -34,6 +35,28 @@ pub(crate) use materialized_view::Refused;
 
 /// How often it is looked while following.
 const INTERVAL: Duration = Duration::from_secs(30);
+/// So many times as long as a look takes is none: where there is much, the servers have other work to do.
+const REST: u32 = 10;
+
+/// Has the session's own DDL (`REFRESH`, `COMMENT`, `ALTER … IDENTITY`) fire no event trigger of the user: what they have done on the
+/// source comes with the stream. Where the role may not do that, they fire.
+pub(crate) async fn silence_event_triggers(target: &Client) {
+    if let Err(error) = target.batch_execute("SET session_replication_role = replica").await {
+        tracing::debug!(%error, "event triggers of the target fire for what the migration does");
+    }
+}
+
+/// Forgets when what was copied: a source that has failed over may use the numbers of its lost transactions once more, so what is there
+/// is compared by its content.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn forget(target: &Client) -> Result<()> {
+    target
+        .batch_execute("DROP TABLE IF EXISTS walferry.large_object, walferry.materialized_view")
+        .await
+        .context(|| "forgetting what the ledger says of large objects and materialized views".into())
+}
 
 /// Copies what there is, before the target follows. Materialized views come later, when there is something to refresh them from.
 ///
@@ -73,6 +96,21 @@ async fn refresh(target: &Client, views: Vec<View>) -> Result<Vec<Refused>> {
     Ok(refused)
 }
 
+/// Whether there is anything of it at all, in one round trip: most databases have nothing, and applications wait.
+///
+/// # Errors
+/// Whatever the servers say.
+pub async fn is_there_any(source: &Client, target: &Client) -> Result<bool> {
+    let others = format!(
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extconfig IS NOT NULL AND extname NOT IN ({LEFT_OUT})) \
+             OR EXISTS (SELECT FROM pg_catalog.pg_class WHERE relkind = 'm')"
+    );
+    let (large_objects, others) = tokio::try_join!(large_object::are_there(source, target), async {
+        source.query_typed_one(&others, &[]).await.context(|| "looking for what is in no stream".into())
+    })?;
+    Ok(large_objects || others.get(0))
+}
+
 /// The last look, when nobody writes to the source any more (H14): what is left is copied. Answers the materialized views that were
 /// refreshed meanwhile: refreshing them may take longer than applications are to wait.
 ///
@@ -106,9 +144,11 @@ pub async fn keep_current(
 ) -> Infallible {
     loop {
         let in_turn = turn.lock().await;
+        let began = Instant::now();
         let once = async {
             let (source, target) =
                 tokio::try_join!(source.connect(&application_name), target.connect(&application_name))?;
+            silence_event_triggers(&target).await;
             bring_up_to_date(&source, &target, &owners, &applied).await
         };
         let now: Vec<String> = match once.await {
@@ -124,6 +164,6 @@ pub async fn keep_current(
         for obstacle in now.iter().filter(|obstacle| !before.contains(obstacle)) {
             board.event(Level::Warn, obstacle);
         }
-        tokio::time::sleep(INTERVAL).await;
+        tokio::time::sleep(INTERVAL.max(began.elapsed() * REST)).await;
     }
 }

@@ -6,6 +6,7 @@ mod dump;
 mod everything;
 mod extension;
 mod fingerprint;
+mod harmless;
 mod large_object;
 mod materialized_view;
 mod roles;
