@@ -148,6 +148,7 @@ async fn check(options: cli::Check) -> Result<()> {
         jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
+        owners: &options.roles.owners(),
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
@@ -187,6 +188,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         },
         http_address: options.http_addr.0,
         heal,
+        owners: options.roles.owners(),
         on_conflict: options.on_conflict,
         reverse: !options.no_reverse,
         automatic: automatic(options)?,

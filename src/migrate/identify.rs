@@ -93,6 +93,7 @@ pub(super) async fn identify(
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        owners: &config.owners,
         estimate: std::time::Duration::ZERO,
     })
     .await?;
