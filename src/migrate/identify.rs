@@ -96,6 +96,7 @@ pub(super) async fn identify(
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
         replica_identity_full: config.replica_identity_full,
+        owners: &config.owners,
         estimate: std::time::Duration::ZERO,
     })
     .await?;

@@ -20,6 +20,7 @@ use crate::source::slot;
 use crate::source::snapshot::{self, HeldSnapshot};
 use crate::target::ledger::{self, Migration, Prepared};
 use crate::target::schema;
+use crate::unstreamed::materialized_view;
 
 /// How often the preparation is made anew when the schema changes under it.
 const ATTEMPTS: usize = 5;
@@ -92,6 +93,7 @@ impl Running {
             &self.application_name,
             &new.snapshot.name,
             self.directory.directory().path(),
+            &self.config.owners,
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);
@@ -108,7 +110,10 @@ impl Running {
             fingerprint: &fingerprint,
             binary,
         };
+        // Everything that the target will have when it first refreshes them is newer than what they show now.
+        let views = materialized_view::list(&source).await?;
         ledger::record_prepared(target, migration, &prepared).await?;
+        materialized_view::remember(target, &views).await?;
         self.board.event(
             Level::Info,
             format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),

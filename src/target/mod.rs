@@ -6,8 +6,11 @@
 
 pub mod adopt;
 pub mod copy_rows;
+pub mod harmless;
 pub mod index;
 pub mod ledger;
+pub mod role_map;
+pub mod roles;
 pub mod route;
 pub mod schema;
 pub mod serial;
