@@ -21,7 +21,7 @@ use crate::care::connections::Caps;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
-use crate::source::catalog::{self, Table};
+use crate::source::catalog::{self, Firing, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::target::ledger::{self, Draft, Migration, Phase};
@@ -353,15 +353,18 @@ fn same_name(one: &Table, other: &Table) -> bool {
     (&one.schema, &one.name) == (&other.schema, &other.name)
 }
 
+fn form_of(firing: &Firing) -> &'static str {
+    if firing.is_rule { "rule %I on table %I.%I" } else { "trigger %I on table %I.%I" }
+}
+
 /// How the catalog's fingerprint names what the decision changes: the columns that are `GENERATED ALWAYS AS IDENTITY`, and the triggers
-/// that fire in replica sessions. It does not know of rules.
+/// and rules that fire in replica sessions.
 async fn changed_back(target: &Client, tables: &[Table]) -> Result<Vec<String>> {
     let objects = tables.iter().flat_map(|table| {
         let always = table.columns.iter().filter(|column| column.identity_always);
         let columns = always.map(|column| ("column %I of table %I.%I", column.name.as_str()));
-        let triggers = table.firing.iter().filter(|firing| !firing.is_rule);
-        let triggers = triggers.map(|trigger| ("trigger %I on table %I.%I", trigger.name.as_str()));
-        columns.chain(triggers).map(|(form, name)| ((form, name), (table.schema.as_str(), table.name.as_str())))
+        let firing = table.firing.iter().map(|firing| (form_of(firing), firing.name.as_str()));
+        columns.chain(firing).map(|(form, name)| ((form, name), (table.schema.as_str(), table.name.as_str())))
     });
     type Texts<'a> = Vec<&'a str>;
     let ((forms, names), (schemas, tables)): ((Texts<'_>, Texts<'_>), (Texts<'_>, Texts<'_>)) = objects.unzip();
