@@ -148,8 +148,8 @@ async fn check(options: cli::Check) -> Result<()> {
         jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
-        replica_identity_full: options.replica_identity_full,
         owners: &options.roles.owners(),
+        replica_identity_full: options.replica_identity_full,
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;

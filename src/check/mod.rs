@@ -61,10 +61,10 @@ pub struct Inputs<'a> {
     pub queue_max_bytes: Option<u64>,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
     pub resuming: bool,
-    /// Whether the migration will set `REPLICA IDENTITY FULL` where nothing else identifies a row.
-    pub replica_identity_full: bool,
     /// Who is to own what on the target, and which roles are made there.
     pub owners: &'a Owners,
+    /// Whether the migration will set `REPLICA IDENTITY FULL` where nothing else identifies a row.
+    pub replica_identity_full: bool,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,

@@ -21,7 +21,7 @@ use crate::care::connections::Caps;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
-use crate::source::catalog::{self, Firing, Table};
+use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::target::ledger::{self, Draft, Migration, Phase};
@@ -353,17 +353,17 @@ fn same_name(one: &Table, other: &Table) -> bool {
     (&one.schema, &one.name) == (&other.schema, &other.name)
 }
 
-fn form_of(firing: &Firing) -> &'static str {
-    if firing.is_rule { "rule %I on table %I.%I" } else { "trigger %I on table %I.%I" }
-}
-
 /// How the catalog's fingerprint names what the decision changes: the columns that are `GENERATED ALWAYS AS IDENTITY`, and the triggers
 /// and rules that fire in replica sessions.
 async fn changed_back(target: &Client, tables: &[Table]) -> Result<Vec<String>> {
+    const RULE: &str = "";
     let objects = tables.iter().flat_map(|table| {
         let always = table.columns.iter().filter(|column| column.identity_always);
         let columns = always.map(|column| ("column %I of table %I.%I", column.name.as_str()));
-        let firing = table.firing.iter().map(|firing| (form_of(firing), firing.name.as_str()));
+        let firing = table
+            .firing
+            .iter()
+            .map(|firing| (if firing.is_rule { RULE } else { "trigger %I on table %I.%I" }, firing.name.as_str()));
         columns.chain(firing).map(|(form, name)| ((form, name), (table.schema.as_str(), table.name.as_str())))
     });
     type Texts<'a> = Vec<&'a str>;
@@ -373,7 +373,11 @@ async fn changed_back(target: &Client, tables: &[Table]) -> Result<Vec<String>> 
     }
     let rows = target
         .query_typed(
-            "SELECT format(f, o, s, t) FROM unnest($1, $2, $3, $4) u(f, o, s, t)",
+            // The fingerprint has the server's own description of a rule.
+            "SELECT CASE WHEN f <> '' THEN format(f, o, s, t) \
+                         ELSE (SELECT pg_catalog.pg_describe_object('pg_catalog.pg_rewrite'::regclass, w.oid, 0) FROM pg_catalog.pg_rewrite w \
+                               WHERE w.ev_class = pg_catalog.to_regclass(format('%I.%I', s, t)) AND w.rulename = o) END \
+             FROM unnest($1, $2, $3, $4) u(f, o, s, t)",
             &[
                 (&forms, Type::TEXT_ARRAY),
                 (&names, Type::TEXT_ARRAY),
@@ -382,5 +386,5 @@ async fn changed_back(target: &Client, tables: &[Table]) -> Result<Vec<String>> 
             ],
         )
         .await?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    Ok(rows.iter().filter_map(|row| row.get(0)).collect())
 }

@@ -95,8 +95,8 @@ pub(super) async fn identify(
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
-        replica_identity_full: config.replica_identity_full,
         owners: &config.owners,
+        replica_identity_full: config.replica_identity_full,
         estimate: std::time::Duration::ZERO,
     })
     .await?;
