@@ -149,6 +149,7 @@ async fn check(options: cli::Check) -> Result<()> {
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
         owners: &options.roles.owners(),
+        replica_identity_full: options.replica_identity_full,
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
@@ -190,6 +191,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         heal,
         owners: options.roles.owners(),
         on_conflict: options.on_conflict,
+        replica_identity_full: options.replica_identity_full,
         reverse: !options.no_reverse,
         automatic: automatic(options)?,
         care: care::Options {

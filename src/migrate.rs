@@ -90,6 +90,8 @@ pub struct Config {
     pub owners: Owners,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
+    /// Whether tables without a usable replica identity get `REPLICA IDENTITY FULL` for the time of the migration.
+    pub replica_identity_full: bool,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
     /// When it is to cut over by itself.

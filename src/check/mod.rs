@@ -63,6 +63,8 @@ pub struct Inputs<'a> {
     pub resuming: bool,
     /// Who is to own what on the target, and which roles are made there.
     pub owners: &'a Owners,
+    /// Whether the migration will set `REPLICA IDENTITY FULL` where nothing else identifies a row.
+    pub replica_identity_full: bool,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,
@@ -215,7 +217,7 @@ async fn check_source(
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server).await?);
     findings.extend(source::cutover(client, server, Side::Source).await?);
-    findings.extend(objects::tables(client, tables).await?);
+    findings.extend(objects::tables(client, tables, inputs.replica_identity_full).await?);
     findings.extend(objects::others(client).await?);
     findings.extend(unstreamed::findings(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);

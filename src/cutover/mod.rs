@@ -13,7 +13,7 @@
 //! | on-fence | the operator's command, if there is one, has succeeded |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
-//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); large objects and extensions' configuration are equal (H14); no change came between the markers, so nothing slipped through the fence |
+//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); large objects and extensions' configuration are equal (H14); no change came between the markers, so nothing slipped through the fence; unlogged tables are copied (H14) |
 //! | arm | the stream back to the server that is left begins behind all that was applied (H33); not without a way back |
 //! | switch | the fence has proved that it still stands; one synchronous commit on the target decides |
 //! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
@@ -36,6 +36,7 @@ mod rehearse;
 mod sequences;
 mod timer;
 mod unique;
+pub(crate) mod unlogged;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -348,6 +349,7 @@ impl Cutover<'_> {
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
                 .hint(ready::who_writes_all_the_same(options.fence)));
         }
+        timer.within(unlogged::copy(inspector, target, &tables, &options.waive)).await?;
         timer.done();
 
         if let Some(way_back) = way_back {
@@ -440,13 +442,15 @@ impl Cutover<'_> {
     /// I11: nothing that the stream does not show has come, gone or changed.
     async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
         let now = catalog::fingerprint(source).await?;
-        let changed: Vec<String> = changes(before, &now)
+        let mut changed: Vec<String> = changes(before, &now)
             .into_iter()
             .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
             .collect();
         if changed.is_empty() {
             return Ok(());
         }
+        // A new table is not to be lost among its columns and indexes.
+        changed.sort_by_key(|change| !change.starts_with("table "));
         let shown = changed.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("; ");
         Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
             .hint("Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry migrate`."))
@@ -454,8 +458,8 @@ impl Cutover<'_> {
 
     /// H27: an update or delete of these would not be in the stream.
     async fn insert_only_tables_are_equal(&self, sessions: &Sessions) -> Result<()> {
-        let tables: Vec<Table> =
-            self.tables.iter().filter(|(_, insert_only)| *insert_only).map(|(table, _)| table.clone()).collect();
+        let of_inserts = self.tables.iter().filter(|(table, insert_only)| *insert_only && !table.unlogged);
+        let tables: Vec<Table> = of_inserts.map(|(table, _)| table.clone()).collect();
         if tables.is_empty() {
             return Ok(());
         }

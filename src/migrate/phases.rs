@@ -310,10 +310,14 @@ impl Running {
             }
         }
         self.refresh_materialized_views(target).await?;
+        // Before anything is applied with them in place.
+        let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
+        let relaxed: String = schema::relax_firing(&tables).iter().map(|statement| format!("{statement}; ")).collect();
         target
-            .batch_execute(
-                "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
-            )
+            .batch_execute(&format!(
+                "BEGIN; SET LOCAL synchronous_commit = on; {relaxed} \
+                 UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
+            ))
             .await
             .context(|| "writing into the ledger that the schema is complete".into())
     }
