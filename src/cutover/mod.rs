@@ -175,7 +175,13 @@ impl Cutover<'_> {
             refused.into_iter().find(not_waived).map_or(Ok(()), |refused| Err(refused.into_error()))
         };
         timer.within(Box::pin(unstreamed)).await.map_err(|error| {
-            untouched(error.context("bringing large objects and materialized views up to date, before the fence"))
+            let hint = error
+                .next_step()
+                .unwrap_or("Nothing was touched. Try again, or give more time with --timeout.")
+                .to_owned();
+            untouched(
+                error.context("bringing large objects and materialized views up to date, before the fence").hint(hint),
+            )
         })?;
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&sessions.source, &timer)
