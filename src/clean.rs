@@ -10,7 +10,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::migrate::application_name;
 use crate::source::slot;
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{self, Phase, WayBack};
+use crate::target::ledger::{self, Phase, Section, WayBack};
 use crate::target::schema;
 
 /// How often, and how far apart, an old server that does not answer is tried again before it counts as gone.
@@ -145,9 +145,19 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
             }
         }
     }
+    say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
     Ok(removed)
+}
+
+/// The ledger is all that knows of it (H23).
+async fn say_what_is_not_validated(target: &Client, removed: &mut Vec<Removed>) -> Result<()> {
+    let left = ledger::pending_items(target, Section::AfterCutover).await?;
+    removed.extend(left.into_iter().map(|(_, item)| {
+        format!("the task to validate the {}; it is left to you: {}", item.name, item.statement.replace('\n', " "))
+    }));
+    Ok(())
 }
 
 fn is_armed() -> Error {
@@ -167,6 +177,7 @@ async fn without_source(
     }
     let removed = cutover::arming::Names::of(&migration.id).remove(target).await?;
     let mut removed: Vec<Removed> = removed.into_iter().map(|what| format!("{what} on the target")).collect();
+    say_what_is_not_validated(target, &mut removed).await?;
     target
         .batch_execute("DROP SCHEMA walferry CASCADE")
         .await

@@ -6,6 +6,7 @@ use super::report::{Finding, Severity, Side, counted, first_ten, size};
 use super::server::Server;
 use crate::error::{Context, Result};
 use crate::sql;
+use crate::target::role::ApplyRole;
 
 /// A finding on the target.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -144,38 +145,38 @@ pub(crate) fn disk(source_bytes: i64) -> Finding {
     finding(Severity::Info, "target-disk", "data_directory", message)
 }
 
-/// Whether our role may write without firing triggers and foreign keys; tried in a transaction that is rolled back. On the source,
-/// only the way back writes.
+/// Whether our role may write without firing triggers and foreign keys. Without, they are made at the cutover (H23); on the source,
+/// where only the way back writes, they are there.
 ///
 /// # Errors
 /// Whatever the server says, but for the refusal itself.
 pub(crate) async fn replica_role(client: &Client, server: &Server, side: Side) -> Result<Option<Finding>> {
-    let doing = || "trying session_replication_role".to_string();
-    client.batch_execute("BEGIN").await.context(doing)?;
-    let tried = client.batch_execute("SET LOCAL session_replication_role = replica").await;
-    client.batch_execute("ROLLBACK").await.context(doing)?;
-    match tried {
-        Ok(()) => Ok(None),
-        Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => {
-            let (severity, code, message) = match side {
-                Side::Source => (
-                    Severity::Warning,
-                    "way-back",
-                    "The role may not set it. After the cutover the way back writes to the source, where triggers must not fire a \
-                     second time; without it, only `cutover --no-reverse` switches.",
-                ),
-                _ => (
-                    Severity::Blocker,
-                    "replica-role",
-                    "The role may not set it. Without it triggers fire a second time for every change that is \
-                     applied, and foreign keys refuse rows whose parents come in another session.",
-                ),
-            };
-            let fix = format!("GRANT SET ON PARAMETER session_replication_role TO {};", sql::identifier(&server.role));
-            Ok(Some(Finding::new(severity, side, code, "session_replication_role", message).fix(fix)))
-        }
-        Err(error) => Err(error).context(doing),
+    if ApplyRole::allowed(client).await? == ApplyRole::Replica {
+        return Ok(None);
     }
+    let (severity, code, message) = match side {
+        Side::Source => (
+            Severity::Warning,
+            "way-back",
+            "The role may not set it. After the cutover the way back writes to the source, where triggers must not fire a \
+             second time; without it, only `cutover --no-reverse` switches.",
+        ),
+        _ => (
+            Severity::Info,
+            "replica-role",
+            "The role may not set it, so triggers, rules and foreign keys are made only at the cutover: until then they are tried, \
+             and taken back. Foreign keys are validated after it, while applications are at work.",
+        ),
+    };
+    let finding = Finding::new(severity, side, code, "session_replication_role", message);
+    // Before 15 nobody can grant it.
+    Ok(Some(match server.major() {
+        15.. => finding.fix(format!(
+            "GRANT SET ON PARAMETER session_replication_role TO {};  -- where the service lets anybody",
+            sql::identifier(&server.role)
+        )),
+        _ => finding,
+    }))
 }
 
 #[cfg(test)]

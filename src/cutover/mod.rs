@@ -52,6 +52,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::target::ledger;
+use crate::target::late::AtCutover;
 use crate::target::schema;
 use crate::{sql, verify};
 
@@ -177,9 +178,10 @@ impl Cutover<'_> {
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
         let known = timer.within(async {
             unique::hold(&sessions.checker, &tables).await?;
-            sequences::list(&sessions.source, options.sequence_margin).await
+            let late = AtCutover::plan(&sessions.target).await?;
+            Ok((sequences::list(&sessions.source, options.sequence_margin).await?, late))
         });
-        let sequences = known.await.map_err(untouched)?;
+        let (sequences, late) = known.await.map_err(untouched)?;
         let mut way_back = match self.way_back(options) {
             None => None,
             Some((way_back, arming)) => {
@@ -207,7 +209,7 @@ impl Cutover<'_> {
                 Box::pin(self.switch(
                     &sessions,
                     &mut fence,
-                    (&sequences, options, &around, way_back.as_ref()),
+                    (&sequences, &late, options, &around, way_back.as_ref()),
                     &mut timer,
                 ))
                 .await
@@ -283,7 +285,7 @@ impl Cutover<'_> {
         &self,
         sessions: &Sessions,
         fence: &mut Fence<'_>,
-        (sequences, options, around, way_back): (&sequences::Sequences, &Options, &Surroundings, Option<&Drafted<'_>>),
+        (sequences, late, options, around, way_back): Prepared<'_>,
         timer: &mut Timer<'_>,
     ) -> Result<Lsn> {
         let Sessions { source, target, inspector, checker, before, .. } = sessions;
@@ -338,10 +340,12 @@ impl Cutover<'_> {
             None => String::new(),
         };
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
+            // Behind what it may have to wait for nothing else: all or nothing, as the rest (H23).
+            late.statements(),
             ledger::decide(way_back.is_some()),
             self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
             second.lsn
@@ -469,10 +473,13 @@ impl Cutover<'_> {
 
 /// What changed between two fingerprints, as people would say it.
 pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
-    let gone = before.keys().filter(|object| !now.contains_key(*object)).map(|object| format!("{object} is gone"));
+    // An empty hash stands for what the cutover itself changes, or has left to be done.
+    let known = |object: &str| before.get(object).is_some_and(|hash| !hash.is_empty());
+    let gone = before.keys().filter(|object| known(object) && !now.contains_key(*object));
+    let gone = gone.map(|object| format!("{object} is gone"));
     let other = now.iter().filter_map(|(object, hash)| match before.get(object) {
         None => Some(format!("{object} is new")),
-        Some(was) if was != hash => Some(format!("{object} has changed")),
+        Some(was) if was != hash && known(object) => Some(format!("{object} has changed")),
         Some(_) => None,
     });
     gone.chain(other).collect()
@@ -482,6 +489,11 @@ pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>
 fn is_waived(change: &str, waived: &str) -> bool {
     change.strip_prefix(waived).is_some_and(|rest| matches!(rest, " is gone" | " is new" | " has changed"))
 }
+
+/// What is known before the fence: sequences, what the target makes only now, what the operator wants, where hooks are run, and the way
+/// back.
+type Prepared<'a> =
+    (&'a sequences::Sequences, &'a AtCutover, &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
 
 /// What a cutover works with, opened before anybody waits.
 struct Sessions {
@@ -588,6 +600,8 @@ mod tests {
         let now = map(&[("table a", "1"), ("table b", "2"), ("index d", "1")]);
         assert_eq!(changes(&before, &now), ["index c is gone", "index d is new", "table b has changed"]);
         assert!(changes(&before, &before).is_empty());
+        let expected = map(&[("table a", "1"), ("table b", ""), ("index c", "")]);
+        assert_eq!(changes(&expected, &now), ["index d is new"], "what the cutover itself changes");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::source::snapshot::HeldSnapshot;
 use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
-use crate::target::{index, schema};
+use crate::target::{index, late, schema};
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -125,6 +125,7 @@ impl Running {
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
+            role: self.load(target).await?.apply_role,
             board: self.board.clone(),
             paused: self.pause.subscribe(),
             tune: self.tune.clone(),
@@ -226,7 +227,8 @@ impl Running {
                 return ledger::make_durable(&target).await;
             }
             self.board.resume_stream(queue.durable_end(), least);
-            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));
+            let role = self.load(&target).await?.apply_role;
+            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name, role));
             let writers = futures_util::future::try_join_all(open).await?;
             let mut apply = Apply {
                 layout,
@@ -285,7 +287,9 @@ impl Running {
     }
 
     /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
-    pub(super) async fn finish_schema(&self, target: &Client) -> Result<()> {
+    ///
+    /// What waits for the cutover is tried here, where nothing is applied (H23).
+    pub(super) async fn finish_schema(&self, target: &mut Client) -> Result<()> {
         let items = ledger::pending_items(target, Section::PostData).await?;
         self.board.event(
             Level::Info,
@@ -295,6 +299,14 @@ impl Running {
             schema::run_post_data_item(target, *position, item).await?;
         }
         self.refresh_materialized_views(target).await?;
+        let late = late::prove(target).await?;
+        if late > 0 {
+            let text = format!(
+                "{late} foreign keys, triggers and rules were tried on the target and taken back: they are made at the cutover, \
+                 because our role may not set session_replication_role there"
+            );
+            self.board.event(Level::Info, text);
+        }
         target
             .batch_execute(
                 "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",

@@ -85,6 +85,7 @@ impl Running {
             &self.application_name,
             &new.snapshot.name,
             self.directory.directory().path(),
+            migration.apply_role,
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);

@@ -7,7 +7,9 @@
 pub mod adopt;
 pub mod copy_rows;
 pub mod index;
+pub mod late;
 pub mod ledger;
+pub mod role;
 pub mod route;
 pub mod schema;
 pub mod serial;
