@@ -1,0 +1,1 @@
+//! H23: rows are written without `session_replication_role`.
