@@ -11,3 +11,4 @@ mod support;
 
 mod origin;
 mod services;
+mod timeouts;
