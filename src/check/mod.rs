@@ -35,7 +35,8 @@ pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
 use crate::care::connections::Jobs;
 use crate::connection::ConnectionSpec;
-use crate::error::{Context, Result};
+use crate::connection::wire::RawSession;
+use crate::error::{Context, ErrorKind, Result};
 use crate::source::catalog;
 use server::Server;
 
@@ -173,7 +174,13 @@ async fn open(spec: &ConnectionSpec, side: Side, findings: &mut Vec<Finding>) ->
             return Ok(None);
         }
     };
-    if server::is_pooled(&client, &second).await? {
+    // One that gives each of our sessions a server session of its own shows only in the process that the login names.
+    let is_direct = match RawSession::connect(spec, "walferry check").await {
+        Ok(_) => true,
+        Err(error) if error.kind() == ErrorKind::Blocked => false,
+        Err(error) => return Err(error),
+    };
+    if !is_direct || server::is_pooled(&client, &second).await? {
         findings.push(server::pooler(side, spec.describe()));
         return Ok(None);
     }

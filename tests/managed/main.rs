@@ -10,5 +10,6 @@ mod shop;
 mod support;
 
 mod origin;
+mod poolers;
 mod services;
 mod timeouts;

@@ -44,7 +44,7 @@ async fn h36_a_migration_outlives_the_timeouts_of_server_database_and_role() {
     let application = Application::start(&application_url, 1);
     let dump = hold_pg_dump(&mut migration);
     // One statement that takes longer than it may.
-    let mut running = migration.migrate(&["--copy-jobs", "1", "--copy-rate", "300KiB"]);
+    let mut running = migration.migrate(&["--copy-jobs", "1", "--copy-rate", "700KiB"]);
     dump.is_reached().await;
     tokio::time::sleep(LONGER).await;
     dump.release();
