@@ -112,6 +112,13 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         findings.extend(tools::findings(&tools, source.major(), target.major()));
         findings.push(target::disk(source.bytes));
     }
+    if let Some((client, server)) = &target
+        && !server.superuser
+        && !server.in_recovery
+        && server.major() >= *server::SUPPORTED.start()
+    {
+        target::without_superuser(client, &mut findings).await?;
+    }
     if let Some(directory) = inputs.state_directory {
         let source_bytes = source.as_ref().map(|(_, server)| server.bytes);
         findings.extend(local::state_directory(directory, inputs.queue_max_bytes, source_bytes));

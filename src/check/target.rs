@@ -1,6 +1,7 @@
 //! What the target must be: empty, and ours to write to.
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::report::{Finding, Severity, Side, counted, first_ten, size};
 use super::server::Server;
@@ -177,6 +178,54 @@ pub(crate) async fn replica_role(client: &Client, server: &Server, side: Side) -
         )),
         _ => finding,
     }))
+}
+
+/// What findings on the source mean where the target's role is no superuser: event triggers may be refused to it, and what fires in the
+/// replica role does so only where rows are written in that role (H23).
+///
+/// # Errors
+/// Whatever the server says, but for the refusal itself.
+pub(crate) async fn without_superuser(target: &Client, findings: &mut Vec<Finding>) -> Result<()> {
+    let has = |findings: &[Finding], codes: &[&str]| findings.iter().any(|found| codes.contains(&found.code));
+    if has(findings, &["event-trigger"]) && !makes_event_triggers(target).await? {
+        for found in findings.iter_mut().filter(|found| found.code == "event-trigger") {
+            found.severity = Severity::Blocker;
+            found.message = "The target does not let our role make an event trigger: the schema could not be completed there.".into();
+            let drops = found.object.split(", ").map(|name| format!("DROP EVENT TRIGGER {name};"));
+            found.fix = Some(format!(
+                "{}  -- on the source; or migrate as a role of the target that may make it",
+                drops.collect::<Vec<_>>().join("\n")
+            ));
+        }
+    }
+    if has(findings, &["replica-role"]) {
+        findings.retain(|found| found.code != "rule");
+        for found in findings.iter_mut().filter(|found| matches!(found.code, "rule-always" | "trigger-always")) {
+            found.severity = Severity::Warning;
+            found.message = "It fires in replica sessions too, and so on the way back, for every change that is written to the source. On \
+                             the way there it does not: the target gets it at the cutover."
+                .into();
+        }
+    }
+    Ok(())
+}
+
+/// Services let roles of theirs do it; PostgreSQL itself only a superuser. Tried in a transaction that is rolled back.
+async fn makes_event_triggers(target: &Client) -> Result<bool> {
+    let doing = || "trying to make an event trigger on the target".to_owned();
+    let tried = target
+        .batch_execute(
+            "BEGIN READ WRITE; \
+             CREATE FUNCTION pg_temp.walferry_trial() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'; \
+             CREATE EVENT TRIGGER walferry_trial ON ddl_command_end EXECUTE FUNCTION pg_temp.walferry_trial()",
+        )
+        .await;
+    target.batch_execute("ROLLBACK").await.context(doing)?;
+    match tried {
+        Ok(()) => Ok(true),
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Ok(false),
+        Err(error) => Err(error).context(doing),
+    }
 }
 
 #[cfg(test)]
