@@ -2,6 +2,7 @@
 //! process, an application that writes all the time, and a comparison by plain SQL that shares no code with walferry's own.
 
 pub mod compare;
+pub mod http;
 pub mod load;
 pub mod process;
 
