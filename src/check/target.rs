@@ -190,7 +190,9 @@ pub(crate) async fn without_superuser(target: &Client, findings: &mut Vec<Findin
     if has(findings, &["event-trigger"]) && !makes_event_triggers(target).await? {
         for found in findings.iter_mut().filter(|found| found.code == "event-trigger") {
             found.severity = Severity::Blocker;
-            found.message = "The target does not let our role make an event trigger: the schema could not be completed there.".into();
+            found.message =
+                "The target does not let our role make an event trigger: the schema could not be completed there."
+                    .into();
             let drops = found.object.split(", ").map(|name| format!("DROP EVENT TRIGGER {name};"));
             found.fix = Some(format!(
                 "{}  -- on the source; or migrate as a role of the target that may make it",

@@ -25,8 +25,8 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
-use crate::target::ledger::{self, Draft, Migration, Phase};
 use crate::target::late::AtCutover;
+use crate::target::ledger::{self, Draft, Migration, Phase};
 use crate::target::role::ApplyRole;
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.

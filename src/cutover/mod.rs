@@ -25,6 +25,7 @@
 mod afterwards;
 pub mod arming;
 mod automatic;
+mod changes;
 mod fence;
 mod hook;
 mod options;
@@ -52,14 +53,16 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
-use crate::target::ledger;
 use crate::target::late::AtCutover;
+use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
 
 use arming::Drafted;
 pub use arming::{Arming, WayBack};
 pub use automatic::Automatic;
+pub use changes::changes;
+use changes::is_waived;
 use fence::Fence;
 use hook::{Hook, Surroundings};
 pub use options::{FenceMode, Hooks, Options, PgBouncer};
@@ -185,7 +188,10 @@ impl Cutover<'_> {
                 // It may take a part of the time, and leaves the rest for the cutover itself.
                 let skipped = orphans::none(&sessions.source, &sessions.checker, look_at_most).await?;
                 if skipped > 0 {
-                    tracing::info!(skipped, "foreign keys that there was no time to look at are validated after the release");
+                    tracing::info!(
+                        skipped,
+                        "foreign keys that there was no time to look at are validated after the release"
+                    );
                 }
             }
             Ok((sequences::list(&sessions.source, options.sequence_margin).await?, late))
@@ -480,29 +486,9 @@ impl Cutover<'_> {
     }
 }
 
-/// What changed between two fingerprints, as people would say it.
-pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
-    // An empty hash stands for what the cutover itself changes, or has left to be done.
-    let known = |object: &str| before.get(object).is_some_and(|hash| !hash.is_empty());
-    let gone = before.keys().filter(|object| known(object) && !now.contains_key(*object));
-    let gone = gone.map(|object| format!("{object} is gone"));
-    let other = now.iter().filter_map(|(object, hash)| match before.get(object) {
-        None => Some(format!("{object} is new")),
-        Some(was) if was != hash && known(object) => Some(format!("{object} has changed")),
-        Some(_) => None,
-    });
-    gone.chain(other).collect()
-}
-
-/// Whether a change is that of this object: `table public.a` is not `table public.ab`.
-fn is_waived(change: &str, waived: &str) -> bool {
-    change.strip_prefix(waived).is_some_and(|rest| matches!(rest, " is gone" | " is new" | " has changed"))
-}
-
 /// What is known before the fence: sequences, what the target makes only now, what the operator wants, where hooks are run, and the way
 /// back.
-type Prepared<'a> =
-    (&'a sequences::Sequences, &'a AtCutover, &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
+type Prepared<'a> = (&'a sequences::Sequences, &'a AtCutover, &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
 
 /// What a cutover works with, opened before anybody waits.
 struct Sessions {
@@ -595,31 +581,5 @@ fn reopen_statement(database: &str, previous: Option<&str>) -> String {
     match previous {
         Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
         None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn changes_are_named_as_people_would_say_them() {
-        let map = |entries: &[(&str, &str)]| entries.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
-        let before = map(&[("table a", "1"), ("table b", "1"), ("index c", "1")]);
-        let now = map(&[("table a", "1"), ("table b", "2"), ("index d", "1")]);
-        assert_eq!(changes(&before, &now), ["index c is gone", "index d is new", "table b has changed"]);
-        assert!(changes(&before, &before).is_empty());
-        let expected = map(&[("table a", "1"), ("table b", ""), ("index c", "")]);
-        assert_eq!(changes(&expected, &now), ["index d is new"], "what the cutover itself changes");
-    }
-
-    #[test]
-    fn i11_one_object_is_waived_and_not_those_whose_names_begin_alike() {
-        assert!(is_waived("table a.b is new", "table a.b"));
-        assert!(is_waived("index a.b is gone", "index a.b"));
-        for other in ["table a.b", "table a.bc is new", "column c of table a.b has changed"] {
-            assert!(!is_waived(other, "table a.b"), "{other}");
-        }
-        assert!(!is_waived("table a.b is new", ""), "nothing named is nothing waived");
     }
 }

@@ -102,7 +102,9 @@ async fn holds(target: &Client, key: &ForeignKey, limit_ms: u128) -> Result<bool
 async fn foreign_keys(source: &Client) -> Result<Vec<ForeignKey>> {
     // The rows of a partitioned table are in its partitions.
     let named = |class: &str, schema: &str| {
-        format!("CASE WHEN {class}.relkind = 'p' THEN '' ELSE 'ONLY ' END || pg_catalog.format('%I.%I', {schema}.nspname, {class}.relname)")
+        format!(
+            "CASE WHEN {class}.relkind = 'p' THEN '' ELSE 'ONLY ' END || pg_catalog.format('%I.%I', {schema}.nspname, {class}.relname)"
+        )
     };
     let columns = |table: &str, numbers: &str| {
         format!(

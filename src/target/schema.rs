@@ -17,9 +17,9 @@ use futures_util::future::{join_all, try_join};
 use tokio::process::Command;
 use tokio_postgres::Client;
 
+use super::late;
 use super::ledger::{self, SchemaItem, Section};
 use super::role::ApplyRole;
-use super::late;
 use crate::check::tools::Tools;
 use crate::connection::{ConnectionSpec, without_secrets};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -480,8 +480,7 @@ mod tests {
             (20u32..).zip(kinds).map(|(id, kind)| format!("{id}; 2620 {id} {kind} public x me")).collect();
         let entries: HashMap<Entry, &str> = list.iter().filter_map(|line| Entry::in_list(line)).collect();
         let late = |role| {
-            let items =
-                split(Section::PostData, &entries, &script, &mut BTreeMap::from([(9, 100)]), role).unwrap();
+            let items = split(Section::PostData, &entries, &script, &mut BTreeMap::from([(9, 100)]), role).unwrap();
             assert_eq!(items.len(), kinds.len());
             let late = items.into_iter().filter(|item| item.section == Section::AtCutover);
             late.map(|item| item.name).collect::<Vec<_>>()

@@ -36,7 +36,10 @@ async fn h23_foreign_keys_come_with_the_cutover_are_looked_at_before_and_validat
     application.is_ended().await;
     let left = "SELECT name FROM walferry.schema_item WHERE section = 'after-cutover' AND NOT done";
     let left: Vec<String> = target.query(left, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
-    assert_eq!(left, ["constraint item_owner_fkey of table shop.item", "constraint \"the Visitor\" of table shop.visit"]);
+    assert_eq!(
+        left,
+        ["constraint item_owner_fkey of table shop.item", "constraint \"the Visitor\" of table shop.visit"]
+    );
     assert_eq!(shop::not_valid(&target).await, ["item_owner_fkey", "of_customer"]);
     let attention = migration.status().await.unwrap()["attention"].to_string();
     assert!(attention.contains("item_owner_fkey"), "{attention}");
@@ -66,7 +69,8 @@ async fn h23_the_way_back_knows_what_the_cutover_has_made() {
     let mut running = migration.migrate(&[]);
     let ready = |status: &serde_json::Value| status["ready_to_cutover"] == true && status["way_back"] == "ready";
     migration.wait_for_status(&mut running, "ready with a way back", ready).await;
-    let no_superuser = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = 'app' AND usename = 'postgres')";
+    let no_superuser =
+        "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = 'app' AND usename = 'postgres')";
     until_true(&beside, no_superuser).await;
     let cutover = migration.with_directory("cutover", &["--yes", "--max-write-stall", "25s"]).await;
     assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
@@ -81,7 +85,8 @@ async fn h23_the_way_back_knows_what_the_cutover_has_made() {
     }
     drop(target);
     until_true(&servers.target.connect("postgres").await.unwrap(), no_superuser).await;
-    let ready = |status: &serde_json::Value| status["ready_to_cutover"] == true && status["attention"].to_string() == "[]";
+    let ready =
+        |status: &serde_json::Value| status["ready_to_cutover"] == true && status["attention"].to_string() == "[]";
     migration.wait_for_status(&mut running, "ready to switch back", ready).await;
     let back = migration.with_directory("switchback", &["--yes", "--max-write-stall", "25s"]).await;
     assert_eq!(back.code, Some(0), "{}\n{}", back.stderr, running.log());

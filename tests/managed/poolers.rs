@@ -77,7 +77,8 @@ async fn h36_a_pooler_is_refused_by_name_in_every_mode_and_on_both_sides() {
     migration.source().await.batch_execute("CREATE TABLE t (id int PRIMARY KEY)").await.unwrap();
     for server in [&servers.source, &servers.target] {
         // Even what a pooler has dropped looks as if it had arrived.
-        let as_pinned = "ALTER ROLE postgres SET IntervalStyle = 'postgres'; ALTER ROLE postgres SET extra_float_digits = 3";
+        let as_pinned =
+            "ALTER ROLE postgres SET IntervalStyle = 'postgres'; ALTER ROLE postgres SET extra_float_digits = 3";
         server.connect("postgres").await.unwrap().batch_execute(as_pinned).await.unwrap();
     }
     let lenient = "ignore_startup_parameters = options,extra_float_digits";

@@ -51,7 +51,10 @@ impl Service {
             self.provide(server).await;
             let superuser = server.connect("postgres").await.unwrap();
             if side == "source" {
-                superuser.batch_execute("CREATE ROLE app_owner; CREATE ROLE app LOGIN IN ROLE app_owner").await.unwrap();
+                superuser
+                    .batch_execute("CREATE ROLE app_owner; CREATE ROLE app LOGIN IN ROLE app_owner")
+                    .await
+                    .unwrap();
                 if self.owner != self.administrator {
                     superuser.batch_execute("CREATE DATABASE app OWNER app_owner").await.unwrap();
                 } else {

@@ -22,7 +22,11 @@ async fn migrates(service: Service, settings: &[(&str, &str)]) {
     refused.assert_refused(5, &["superuser postgres"]);
     drop(source);
     let beside = servers.source.connect("postgres").await.unwrap();
-    until_true(&beside, "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = 'app' AND usename = 'postgres')").await;
+    until_true(
+        &beside,
+        "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = 'app' AND usename = 'postgres')",
+    )
+    .await;
     migration.cut_over(running).await;
     application.is_ended().await;
 

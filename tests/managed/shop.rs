@@ -144,7 +144,9 @@ pub async fn is_the_same_on_both_sides(migration: &Migration) {
     assert_eq!(of_source, of_target, "rows (count, hash)");
     assert_eq!(compare::sequences(&source).await, compare::sequences(&target).await);
     let (of_source, of_target) = (compare::definitions(&source).await, compare::definitions(&target).await);
-    let of_partition = |definition: &String| definition.contains("REFERENCES shop.visit_") || definition.contains("REFERENCES shop.\"visit ");
+    let of_partition = |definition: &String| {
+        definition.contains("REFERENCES shop.visit_") || definition.contains("REFERENCES shop.\"visit ")
+    };
     let only_in = |these: &[String], those: &[String]| -> Vec<String> {
         these.iter().filter(|definition| !of_partition(definition) && !those.contains(definition)).cloned().collect()
     };

@@ -23,10 +23,8 @@ async fn h36_a_migration_outlives_the_timeouts_of_server_database_and_role() {
     let mut migration = servers.migration("shop").await;
     for server in [&servers.source, &servers.target] {
         let superuser = server.connect("postgres").await.unwrap();
-        let newer = superuser
-            .query("SELECT name FROM pg_settings WHERE name IN ('transaction_timeout')", &[])
-            .await
-            .unwrap();
+        let newer =
+            superuser.query("SELECT name FROM pg_settings WHERE name IN ('transaction_timeout')", &[]).await.unwrap();
         let names = TIMEOUTS.iter().map(|name| (*name).to_owned()).chain(newer.iter().map(|row| row.get(0)));
         for name in names {
             for place in ["SYSTEM", "DATABASE shop", "ROLE postgres", "ROLE postgres IN DATABASE shop"] {
