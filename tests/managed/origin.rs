@@ -97,3 +97,27 @@ async fn h23_the_way_back_knows_what_the_cutover_has_made() {
     let orphan = source.batch_execute("INSERT INTO shop.item VALUES (-2, -2, 1)").await.unwrap_err();
     assert_eq!(orphan.code().map(|code| code.code()), Some("23503"));
 }
+
+#[tokio::test]
+async fn h19_in_the_origin_role_a_deferrable_constraint_may_be_broken_within_a_batch_and_not_at_its_end() {
+    let servers = Servers::start().await;
+    let migration = RDS.migration(&servers).await;
+    let (source, target) = (superuser(&servers.source).await, superuser(&servers.target).await);
+    let seats = "SET ROLE app_owner; CREATE SCHEMA shop; CREATE TABLE shop.seat (id int PRIMARY KEY, place int UNIQUE DEFERRABLE); \
+         INSERT INTO shop.seat SELECT i, i FROM generate_series(1, 10) i";
+    source.batch_execute(seats).await.unwrap();
+    let mut running = migration.migrate(&["--no-reverse"]);
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    for _ in 0..5 {
+        source.batch_execute("UPDATE shop.seat SET place = 11 - place").await.unwrap();
+    }
+    source.batch_execute("INSERT INTO shop.seat VALUES (11, 11)").await.unwrap();
+    until_true(&target, "SELECT sum(place * id) = 341 AND max(id) = 11 FROM shop.seat").await;
+    assert!(!running.log().contains("row by row"), "{}", running.log());
+
+    target.batch_execute("INSERT INTO shop.seat VALUES (100, 77)").await.unwrap();
+    source.batch_execute("INSERT INTO shop.seat VALUES (12, 77)").await.unwrap();
+    let ended = running.wait().await;
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("seat_place_key"), "{}", ended.stderr);
+}
