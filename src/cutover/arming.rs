@@ -28,6 +28,7 @@ use crate::source::slot;
 use crate::target::late::AtCutover;
 use crate::target::ledger::{self, Draft, Migration, Phase};
 use crate::target::role::ApplyRole;
+use crate::unstreamed::silence_event_triggers;
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
 const ADVANCE_INTERVAL: Duration = Duration::from_secs(2);
@@ -73,6 +74,7 @@ impl Names {
     /// Whatever the server says.
     pub async fn remove(&self, server: &Client) -> Result<Vec<String>> {
         let mut removed = Vec::new();
+        silence_event_triggers(server).await;
         if slot::state(server, &self.slot).await?.is_some() {
             slot::drop(server, &self.slot).await?;
             removed.push(format!("slot {}", self.slot));
@@ -161,6 +163,7 @@ impl WayBack {
     async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<Infallible> {
         let work = self.turn().await;
         let target = self.target.connect(&self.application_name).await?;
+        silence_event_triggers(&target).await;
         self.prove_possible(&target).await?;
         let names = self.names();
         let migrated: Vec<Table> = {
@@ -258,7 +261,7 @@ impl WayBack {
         replication.close().await;
         let tables = on_target(target, migrated).await?;
         let mut fingerprint = catalog::fingerprint(target).await?;
-        for object in identity_columns(target, &tables).await? {
+        for object in changed_back(target, &tables).await? {
             // The deciding transaction gives them back what they are on the source.
             fingerprint.insert(object, String::new());
         }
@@ -332,12 +335,14 @@ async fn make_slot(target: &Client, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The migrated tables as the target has them; identity columns as the source has them, because the decision makes them so.
+/// The migrated tables as the target has them; identity columns, triggers and rules as the source has them, because the decision makes
+/// them so.
 async fn on_target(target: &Client, migrated: &[Table]) -> Result<Vec<Table>> {
     let mut tables = catalog::tables(target).await?;
     tables.retain(|table| migrated.iter().any(|other| same_name(table, other)));
     for table in &mut tables {
         let Some(other) = migrated.iter().find(|other| same_name(table, other)) else { continue };
+        table.firing.clone_from(&other.firing);
         for column in &mut table.columns {
             column.identity_always =
                 other.columns.iter().any(|other| other.name == column.name && other.identity_always);
@@ -367,20 +372,30 @@ async fn late_objects(target: &Client) -> Result<BTreeSet<String>> {
     Ok(made.chain(late.later().iter().cloned()).collect())
 }
 
-/// How the catalog's fingerprint names the columns that are `GENERATED ALWAYS AS IDENTITY`.
-async fn identity_columns(target: &Client, tables: &[Table]) -> Result<Vec<String>> {
-    let columns = tables.iter().flat_map(|table| {
+/// How the catalog's fingerprint names what the decision changes: the columns that are `GENERATED ALWAYS AS IDENTITY`, and the triggers
+/// that fire in replica sessions. It does not know of rules.
+async fn changed_back(target: &Client, tables: &[Table]) -> Result<Vec<String>> {
+    let objects = tables.iter().flat_map(|table| {
         let always = table.columns.iter().filter(|column| column.identity_always);
-        always.map(|column| (table.schema.as_str(), (table.name.as_str(), column.name.as_str())))
+        let columns = always.map(|column| ("column %I of table %I.%I", column.name.as_str()));
+        let triggers = table.firing.iter().filter(|firing| !firing.is_rule);
+        let triggers = triggers.map(|trigger| ("trigger %I on table %I.%I", trigger.name.as_str()));
+        columns.chain(triggers).map(|(form, name)| ((form, name), (table.schema.as_str(), table.name.as_str())))
     });
-    let (schemas, (names, columns)): (Vec<&str>, (Vec<&str>, Vec<&str>)) = columns.unzip();
-    if schemas.is_empty() {
+    type Texts<'a> = Vec<&'a str>;
+    let ((forms, names), (schemas, tables)): ((Texts<'_>, Texts<'_>), (Texts<'_>, Texts<'_>)) = objects.unzip();
+    if forms.is_empty() {
         return Ok(Vec::new());
     }
     let rows = target
         .query_typed(
-            "SELECT format('column %I of table %I.%I', c, s, t) FROM unnest($1, $2, $3) u(s, t, c)",
-            &[(&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY), (&columns, Type::TEXT_ARRAY)],
+            "SELECT format(f, o, s, t) FROM unnest($1, $2, $3, $4) u(f, o, s, t)",
+            &[
+                (&forms, Type::TEXT_ARRAY),
+                (&names, Type::TEXT_ARRAY),
+                (&schemas, Type::TEXT_ARRAY),
+                (&tables, Type::TEXT_ARRAY),
+            ],
         )
         .await?;
     Ok(rows.iter().map(|row| row.get(0)).collect())

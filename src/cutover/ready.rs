@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use super::options::{FenceMode, Options, limit};
-use super::{Arming, Cutover, Sessions, fence, record};
+use super::{Arming, Cutover, Sessions, fence, record, unlogged};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
@@ -37,7 +37,7 @@ pub enum Weight {
 }
 
 impl Finding {
-    fn ok(name: &str, text: impl Into<String>) -> Finding {
+    pub(super) fn ok(name: &str, text: impl Into<String>) -> Finding {
         Finding { name: name.to_owned(), weight: Weight::Ok, text: text.into(), hint: None }
     }
 
@@ -45,7 +45,7 @@ impl Finding {
         Finding { name: name.to_owned(), weight: Weight::Warning, text: text.into(), hint: Some(hint.into()) }
     }
 
-    fn blocks(name: &str, text: impl Into<String>, hint: impl Into<String>) -> Finding {
+    pub(super) fn blocks(name: &str, text: impl Into<String>, hint: impl Into<String>) -> Finding {
         Finding { name: name.to_owned(), weight: Weight::Blocks, text: text.into(), hint: Some(hint.into()) }
     }
 
@@ -196,6 +196,7 @@ pub(crate) async fn obstacles(
         background_workers(source).await?,
         vacuum_against_wraparound(source, tables, mode).await?,
         long_transactions(source).await?,
+        unlogged::fit(source, tables, waive).await?,
     ])
 }
 

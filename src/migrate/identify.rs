@@ -6,6 +6,7 @@ use crate::check::{self, Severity};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
+use crate::source::identity;
 use crate::source::replication::ReplicationSession;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
@@ -33,6 +34,7 @@ pub(super) async fn identify(
                 {
                     // What died in the middle of it may still hold the ledger's locks (H18).
                     super::prepare::end_sessions(&target, &application_name(&migration.id)).await?;
+                    restore_replica_identities(config, &target).await?;
                     remove_unprepared(&mut target).await?;
                     None
                 }
@@ -94,6 +96,8 @@ pub(super) async fn identify(
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        owners: &config.owners,
+        replica_identity_full: config.replica_identity_full,
         estimate: std::time::Duration::ZERO,
     })
     .await?;
@@ -224,6 +228,16 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
     };
     ledger::create(&mut target, &migration).await?;
     Ok(migration.id)
+}
+
+/// What a preparation that was interrupted had changed on the source, as its ledger says, which goes.
+async fn restore_replica_identities(config: &Config, target: &tokio_postgres::Client) -> Result<()> {
+    let before = ledger::replica_identities(target).await?;
+    if !before.is_empty() {
+        let source = config.source.connect("walferry").await?;
+        identity::restore(&source, &before, identity::On::Source).await?;
+    }
+    Ok(())
 }
 
 async fn remove_unprepared(target: &mut tokio_postgres::Client) -> Result<()> {

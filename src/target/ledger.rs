@@ -9,12 +9,15 @@
 //! | `schema_item` | a statement of the schema that `pg_dump` wrote, and whether it has been run |
 //! | `fingerprint` | an object of the source and the hash of its definition (I11) |
 //! | `apply_progress` | how far one apply session has come |
+//! | `large_object`, `materialized_view` | what is in no stream, and the marker that it had when it was last brought up to date ([`crate::unstreamed`] makes them where there is anything) |
+//! | `replica_identity` | what a table of the source was identified by, before walferry changed that (there only where it did) |
 //!
 //! A function here that takes a session runs inside whatever transaction that session has open: the caller makes
 //! the row and the work one transaction.
 
 mod heal;
 mod part;
+mod replica_identity;
 mod schema_item;
 mod upgrade;
 mod way_back;
@@ -35,6 +38,7 @@ use crate::target::route::Routing;
 
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
 pub use part::{Part, part_copied, plan_copy};
+pub use replica_identity::{note_replica_identities, replica_identities};
 pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
 pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft, finished, prepared};
 

@@ -37,6 +37,18 @@ impl ApplyRole {
         }
     }
 
+    /// That of the migration whose ledger the target has.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn recorded(target: &Client) -> Result<ApplyRole> {
+        let row = target
+            .query_typed_one("SELECT apply_role FROM walferry.migration", &[])
+            .await
+            .context(|| "reading from the ledger in which role rows are written".into())?;
+        ApplyRole::parse(row.get(0))
+    }
+
     /// As the ledger has it.
     pub fn name(self) -> &'static str {
         match self {
