@@ -11,7 +11,7 @@ use crate::migrate::{self, application_name};
 use crate::source::identity::{self, On};
 use crate::source::slot;
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{self, LedgerTable, Phase, WayBack};
+use crate::target::ledger::{self, LedgerTable, Phase, Section, WayBack};
 use crate::target::schema;
 
 /// How often, and how far apart, an old server that does not answer is tried again before it counts as gone.
@@ -151,9 +151,19 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         let restored = identity::restore(server, &identities, on).await?;
         removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the {side}")));
     }
+    say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
     Ok(removed)
+}
+
+/// The ledger is all that knows of it (H23).
+async fn say_what_is_not_validated(target: &Client, removed: &mut Vec<Removed>) -> Result<()> {
+    let left = ledger::pending_items(target, Section::AfterCutover).await?;
+    removed.extend(left.into_iter().map(|(_, item)| {
+        format!("the task to validate the {}; it is left to you: {}", item.name, item.statement.replace('\n', " "))
+    }));
+    Ok(())
 }
 
 /// Identity columns, triggers and rules as they were, where a migration made them other for its own time only.
@@ -187,6 +197,7 @@ async fn without_source(
     let identities = ledger::replica_identities(target).await?;
     let restored = identity::restore(target, &identities, On::Target).await?;
     removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the target")));
+    say_what_is_not_validated(target, &mut removed).await?;
     target
         .batch_execute("DROP SCHEMA walferry CASCADE")
         .await

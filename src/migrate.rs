@@ -12,6 +12,7 @@
 //! Every phase can be interrupted anywhere. A transient error (a server restarts, a connection breaks) makes the phases begin
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
+mod after_cutover;
 mod background;
 mod follow;
 mod heal;
@@ -433,7 +434,7 @@ impl Running {
         let mut layout = self.layout(&target, &migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;
-            self.finish_schema(&target).await?;
+            self.finish_schema(&mut target).await?;
             // The source may have changed tables meanwhile.
             layout = self.layout(&target, &migration).await?;
         }

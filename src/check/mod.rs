@@ -36,7 +36,8 @@ pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
 use crate::care::connections::Jobs;
 use crate::connection::ConnectionSpec;
-use crate::error::{Context, Result};
+use crate::connection::wire::RawSession;
+use crate::error::{Context, ErrorKind, Result};
 use crate::source::catalog;
 use server::Server;
 pub(crate) use target::SERVICE_OWNERS;
@@ -119,6 +120,13 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         findings.extend(tools::findings(&tools, source.major(), target.major()));
         findings.push(target::disk(source.bytes));
     }
+    if let Some((client, server)) = &target
+        && !server.superuser
+        && !server.in_recovery
+        && server.major() >= *server::SUPPORTED.start()
+    {
+        target::without_superuser(client, &mut findings).await?;
+    }
     if let Some(directory) = inputs.state_directory {
         let source_bytes = source.as_ref().map(|(_, server)| server.bytes);
         findings.extend(local::state_directory(directory, inputs.queue_max_bytes, source_bytes));
@@ -181,7 +189,13 @@ async fn open(spec: &ConnectionSpec, side: Side, findings: &mut Vec<Finding>) ->
             return Ok(None);
         }
     };
-    if server::is_pooled(&client, &second).await? {
+    // One that gives each of our sessions a server session of its own shows only in the process that the login names.
+    let is_direct = match RawSession::connect(spec, "walferry check").await {
+        Ok(_) => true,
+        Err(error) if error.kind() == ErrorKind::Blocked => false,
+        Err(error) => return Err(error),
+    };
+    if !is_direct || server::is_pooled(&client, &second).await? {
         findings.push(server::pooler(side, spec.describe()));
         return Ok(None);
     }

@@ -10,6 +10,7 @@ use crate::source::identity;
 use crate::source::replication::ReplicationSession;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
+use crate::target::role::ApplyRole;
 
 /// How long the sessions of a process that died may take to end.
 const ALONE_WITHIN_SECONDS: u32 = 15;
@@ -205,7 +206,9 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
     let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
     let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
     source.close().await;
+    let mut target = config.target.connect(&application_name(&id)).await?;
     let migration = Migration {
+        apply_role: ApplyRole::allowed(&target).await?,
         source_system: server.system_id,
         source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
         source_database: config.source.database().to_owned(),
@@ -223,7 +226,6 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         way_back: None,
         id,
     };
-    let mut target = config.target.connect(&application_name(&migration.id)).await?;
     ledger::create(&mut target, &migration).await?;
     Ok(migration.id)
 }

@@ -94,6 +94,7 @@ impl Running {
             &new.snapshot.name,
             self.directory.directory().path(),
             &self.config.owners,
+            migration.apply_role,
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);
