@@ -189,6 +189,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         heal,
         on_conflict: options.on_conflict,
         reverse: !options.no_reverse,
+        replicate_ddl: options.replicate_ddl,
         automatic: automatic(options)?,
         care: care::Options {
             copy_jobs: options.parallelism.copy_jobs,

@@ -88,6 +88,8 @@ pub struct Config {
     pub on_conflict: OnConflict,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
+    /// Whether DDL is replicated. Fixed when the migration begins.
+    pub replicate_ddl: bool,
     /// When it is to cut over by itself.
     pub automatic: Option<Automatic>,
 }

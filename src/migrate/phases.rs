@@ -27,7 +27,7 @@ use crate::source::snapshot::HeldSnapshot;
 use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
-use crate::target::{index, schema};
+use crate::target::{ddl, index, schema};
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -192,7 +192,11 @@ impl Running {
 
     pub(super) async fn layout(&self, target: &Client, migration: &Migration) -> Result<Arc<Layout>> {
         let (tables, snapshots) = tokio::try_join!(ledger::tables(target), ledger::snapshots(target))?;
-        Ok(Arc::new(Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?))
+        let mut layout = Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?;
+        if ddl::is_replicated(target).await? {
+            layout.ddl_prefix = Some(crate::source::ddl::prefix(&migration.id));
+        }
+        Ok(Arc::new(layout))
     }
 
     /// Applies until every table is past what its copy saw (H24).

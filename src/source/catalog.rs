@@ -88,6 +88,18 @@ pub enum ReplicaIdentity {
     Index,
 }
 
+impl ReplicaIdentity {
+    /// Reads `pg_class.relreplident`.
+    pub(super) fn of_catalog(relreplident: &str) -> ReplicaIdentity {
+        match relreplident {
+            "n" => ReplicaIdentity::Nothing,
+            "f" => ReplicaIdentity::Full,
+            "i" => ReplicaIdentity::Index,
+            _ => ReplicaIdentity::Default,
+        }
+    }
+}
+
 impl Table {
     /// `"schema"."name"`.
     pub fn qualified(&self) -> String {
@@ -178,12 +190,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     let mut tables = Vec::with_capacity(rows.len());
     for row in rows {
         let relid: u32 = row.get(0);
-        let identity = match row.get::<_, &str>(5) {
-            "n" => ReplicaIdentity::Nothing,
-            "f" => ReplicaIdentity::Full,
-            "i" => ReplicaIdentity::Index,
-            _ => ReplicaIdentity::Default,
-        };
+        let identity = ReplicaIdentity::of_catalog(row.get(5));
         let columns = columns.remove(&relid).unwrap_or_default();
         let indexes = indexes.remove(&relid).unwrap_or_default();
         let (key, has_other_unique) = choose_key(identity, &columns, &indexes);
@@ -208,18 +215,38 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
 }
 
 async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
-    let rows = client
-        .query_typed(
-            &format!(
-                // A domain goes over the wire as its base type does, so the base decides. What is asked of a type is asked once for
-                // each type (OFFSET 0 keeps it so), not for each of perhaps a hundred thousand columns.
-                "WITH RECURSIVE a AS ( \
+    let rows =
+        client.query_typed(&columns_query("true"), &[]).await.context(|| "reading the catalog's columns".into())?;
+    let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
+    for row in rows {
+        columns.entry(row.get(0)).or_default().push(Column {
+            name: row.get(1),
+            number: row.get(2),
+            type_oid: row.get(3),
+            type_name: row.get(4),
+            type_modifier: row.get(5),
+            not_null: row.get(6),
+            identity_always: row.get(7),
+            binary_safe: row.get(8),
+            byte_equal: row.get(9),
+            equality_schema: row.get(10),
+        });
+    }
+    Ok(columns)
+}
+
+/// What is read of the columns of those tables (`c`) that a condition holds of.
+pub(super) fn columns_query(of: &str) -> String {
+    format!(
+        // A domain goes over the wire as its base type does, so the base decides. What is asked of a type is asked once for
+        // each type (OFFSET 0 keeps it so), not for each of perhaps a hundred thousand columns.
+        "WITH RECURSIVE a AS ( \
                    SELECT a.attrelid, a.attname, a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attidentity, a.attcollation \
                    FROM pg_catalog.pg_attribute a \
                    JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                    WHERE c.relkind = 'r' AND {USER_RELATION} AND a.attnum > 0 AND NOT a.attisdropped \
-                     AND a.attgenerated = ''), \
+                     AND a.attgenerated = '' AND {of}), \
                  base(type, root) AS ( \
                    SELECT DISTINCT atttypid, atttypid FROM a \
                    UNION ALL SELECT base.type, t.typbasetype FROM base JOIN pg_catalog.pg_type t ON t.oid = base.root \
@@ -242,27 +269,7 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
                  FROM a JOIN facts ON facts.type = a.atttypid \
                  LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation \
                  ORDER BY a.attrelid, a.attnum"
-            ),
-            &[],
-        )
-        .await
-        .context(|| "reading the catalog's columns".into())?;
-    let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
-    for row in rows {
-        columns.entry(row.get(0)).or_default().push(Column {
-            name: row.get(1),
-            number: row.get(2),
-            type_oid: row.get(3),
-            type_name: row.get(4),
-            type_modifier: row.get(5),
-            not_null: row.get(6),
-            identity_always: row.get(7),
-            binary_safe: row.get(8),
-            byte_equal: row.get(9),
-            equality_schema: row.get(10),
-        });
-    }
-    Ok(columns)
+    )
 }
 
 /// A column of a type, where the catalog no longer has the column itself; `None` when it does not have the type either. Its
@@ -300,28 +307,31 @@ pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32
 }
 
 /// A unique index or exclusion constraint of a table.
-struct Index {
-    columns: Vec<i16>,
-    primary: bool,
-    replica_identity: bool,
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Index {
+    pub columns: Vec<i16>,
+    pub primary: bool,
+    pub replica_identity: bool,
     /// Unique, valid, immediate, without predicate and without expressions: it can name one row.
-    names_one_row: bool,
+    pub names_one_row: bool,
+}
+
+/// What is read of the indexes (`i`) of those tables that a condition holds of.
+pub(super) fn indexes_query(of: &str) -> String {
+    format!(
+        "SELECT i.indrelid, \
+                (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
+                 FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
+                 WHERE k.ordinality <= i.indnkeyatts), \
+                i.indisprimary, i.indisreplident, \
+                i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
+         FROM pg_catalog.pg_index i WHERE (i.indisunique OR i.indisexclusion) AND {of} ORDER BY i.indrelid, i.indexrelid"
+    )
 }
 
 async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
-    let rows = client
-        .query_typed(
-            "SELECT i.indrelid, \
-                    (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
-                     FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
-                     WHERE k.ordinality <= i.indnkeyatts), \
-                    i.indisprimary, i.indisreplident, \
-                    i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
-             FROM pg_catalog.pg_index i WHERE i.indisunique OR i.indisexclusion ORDER BY i.indrelid, i.indexrelid",
-            &[],
-        )
-        .await
-        .context(|| "reading the catalog's indexes".into())?;
+    let rows =
+        client.query_typed(&indexes_query("true"), &[]).await.context(|| "reading the catalog's indexes".into())?;
     let mut indexes: BTreeMap<u32, Vec<Index>> = BTreeMap::new();
     for row in rows {
         indexes.entry(row.get(0)).or_default().push(Index {
@@ -335,7 +345,7 @@ async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
 }
 
 /// Which columns find a row, and whether another index can make rows with different keys contend.
-fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) -> (Vec<usize>, bool) {
+pub(super) fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) -> (Vec<usize>, bool) {
     let positions = |index: &Index| -> Option<Vec<usize>> {
         let place = |number: &i16| {
             columns
@@ -368,60 +378,103 @@ fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) 
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
     let rows = client
-        .query_typed(
-            &format!(
-                "SELECT (CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'i' THEN 'index' \
-                           WHEN 'I' THEN 'partitioned index' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' \
-                           WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'type' END) \
-                        || ' ' || format('%I.%I', n.nspname, c.relname), \
-                        md5(concat_ws('/', c.relkind, c.relpersistence, c.relreplident, \
-                            CASE WHEN c.relkind IN ('i', 'I') THEN pg_catalog.pg_get_indexdef(c.oid) END, \
-                            CASE WHEN c.relkind IN ('v', 'm') THEN pg_catalog.pg_get_viewdef(c.oid) END, \
-                            pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
-                            (SELECT concat_ws('/', s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle) \
-                             FROM pg_catalog.pg_sequence s WHERE s.seqrelid = c.oid))) \
-                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} \
-                 UNION ALL \
-                 SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), \
-                        md5(concat_ws('/', a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
-                            a.attidentity, a.attgenerated, a.attcollation, \
-                            a.atthasmissing, a.attmissingval::text, pg_catalog.pg_get_expr(d.adbin, d.adrelid))) \
-                 FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
-                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} \
-                   AND a.attnum > 0 AND NOT a.attisdropped \
-                 UNION ALL \
-                 SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
-                        md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \
-                 FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {USER_RELATION} \
-                 UNION ALL \
-                 SELECT format('trigger %I on table %I.%I', t.tgname, n.nspname, c.relname), \
-                        md5(concat_ws('/', pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled)) \
-                 FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal AND {USER_RELATION} \
-                 UNION ALL \
-                 SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
-                        md5(concat_ws('/', p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, \
-                            p.proisstrict, p.proconfig)) \
-                 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
-                 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
-                   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_proc'::regclass \
-                                   AND d.objid = p.oid AND d.deptype = 'e') \
-                 UNION ALL \
-                 SELECT format('enum value %L of type %I.%I', e.enumlabel, n.nspname, t.typname), e.enumsortorder::text \
-                 FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace \
-                 UNION ALL \
-                 SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e"
-            ),
-            &[],
-        )
+        .query_typed(&fingerprint_query(Hash::OfTheServer, &Objects::ALL), &[])
         .await
         .context(|| "reading the catalog's fingerprint".into())?;
     Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// What a hash of the fingerprint is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hash {
+    /// To be compared with an earlier one of the same server: it shows also what leaves a definition that reads as before.
+    OfTheServer,
+    /// To be compared with that of another server: only what a definition says.
+    OfTheDefinition,
+}
+
+/// Conditions that say which relations (`c`), functions (`p`), types (`t`) and extensions (`e`) a fingerprint is of.
+pub(crate) struct Objects<'a> {
+    pub relations: &'a str,
+    pub functions: &'a str,
+    pub types: &'a str,
+    pub extensions: &'a str,
+}
+
+impl Objects<'_> {
+    pub const ALL: Objects<'static> =
+        Objects { relations: "true", functions: "true", types: "true", extensions: "true" };
+}
+
+/// The query behind [`fingerprint`].
+pub(crate) fn fingerprint_query(hash: Hash, of: &Objects<'_>) -> String {
+    let Objects { relations, functions, types, extensions } = of;
+    let (view, column, constraint, function) = match hash {
+        Hash::OfTheServer => (
+            "pg_catalog.pg_get_viewdef(c.oid)",
+            "a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated, \
+             a.attcollation, a.atthasmissing, a.attmissingval::text, pg_catalog.pg_get_expr(d.adbin, d.adrelid)",
+            "true",
+            "p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, p.proisstrict, p.proconfig",
+        ),
+        // A view is printed otherwise by another version, and NOT NULL is a constraint only since 18. Identity columns are BY DEFAULT on the target for the time of the
+        // migration (H22).
+        Hash::OfTheDefinition => (
+            "(SELECT string_agg(concat_ws(' ', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod)), ',' ORDER BY a.attnum) \
+              FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)",
+            "pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity <> '', a.attgenerated, \
+             pg_catalog.pg_get_expr(d.adbin, d.adrelid)",
+            "k.contype <> 'n'",
+            "p.prosrc, p.probin, p.proretset, p.provolatile, p.prosecdef, p.proisstrict, p.proconfig",
+        ),
+    };
+    format!(
+        "SELECT (CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'i' THEN 'index' \
+                   WHEN 'I' THEN 'partitioned index' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' \
+                   WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'type' END) \
+                || ' ' || format('%I.%I', n.nspname, c.relname), \
+                md5(concat_ws('/', c.relkind, c.relpersistence, c.relreplident, \
+                    CASE WHEN c.relkind IN ('i', 'I') THEN pg_catalog.pg_get_indexdef(c.oid) END, \
+                    CASE WHEN c.relkind IN ('v', 'm') THEN {view} END, \
+                    pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
+                    (SELECT concat_ws('/', s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle) \
+                     FROM pg_catalog.pg_sequence s WHERE s.seqrelid = c.oid))) \
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} \
+           AND {relations} \
+         UNION ALL \
+         SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), md5(concat_ws('/', {column})) \
+         FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
+         WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} AND {relations} \
+           AND a.attnum > 0 AND NOT a.attisdropped \
+         UNION ALL \
+         SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
+                md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \
+         FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {USER_RELATION} AND {relations} AND {constraint} \
+         UNION ALL \
+         SELECT format('trigger %I on table %I.%I', t.tgname, n.nspname, c.relname), \
+                md5(concat_ws('/', pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled)) \
+         FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
+         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE NOT t.tgisinternal AND {USER_RELATION} AND {relations} \
+         UNION ALL \
+         SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
+                md5(concat_ws('/', {function})) \
+         FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
+         WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
+           AND n.nspname NOT LIKE 'walferry\\_ddl\\_%' AND {functions} \
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_proc'::regclass \
+                           AND d.objid = p.oid AND d.deptype = 'e') \
+         UNION ALL \
+         SELECT format('enum value %L of type %I.%I', e.enumlabel, n.nspname, t.typname), e.enumsortorder::text \
+         FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
+         JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace WHERE {types} \
+         UNION ALL \
+         SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e WHERE {extensions}"
+    )
 }
 
 /// The objects that are not the same in two fingerprints.

@@ -5,6 +5,7 @@
 //! [`replication`] session.
 
 pub mod catalog;
+pub mod ddl;
 pub mod receive;
 pub mod replication;
 pub mod slot;
