@@ -224,6 +224,9 @@ pub struct Check {
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
+    /// Check also what `migrate --replicate-ddl` needs
+    #[arg(long)]
+    pub replicate_ddl: bool,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

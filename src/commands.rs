@@ -148,6 +148,7 @@ async fn check(options: cli::Check) -> Result<()> {
         jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
+        replicate_ddl: options.replicate_ddl,
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;

@@ -106,6 +106,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         jobs: Jobs { copy: 4, index: 2, apply: 4 },
         queue_max_bytes: None,
         resuming: false,
+        replicate_ddl: false,
         estimate: Duration::ZERO,
     }
 }

@@ -53,7 +53,7 @@ const STEPS: [&str; 31] = [
     "UPDATE items SET v = v || '!' WHERE id < 100; INSERT INTO items (v) VALUES ('last')",
     "CREATE TABLE events_2 PARTITION OF events FOR VALUES FROM (100) TO (200); INSERT INTO events (day, body) VALUES (150, 'two')",
     "ALTER TABLE events ADD COLUMN source text DEFAULT 'web'; UPDATE events SET source = 'app' WHERE id < 50",
-    "ALTER TABLE events DETACH PARTITION events_1 CONCURRENTLY",
+    "ALTER TABLE events DETACH PARTITION events_1",
     "UPDATE events_1 SET body = 'alone' WHERE id % 2 = 0; ALTER TABLE events ATTACH PARTITION events_1 FOR VALUES FROM (0) TO (100)",
     "ALTER TYPE mood ADD VALUE 'happy' BEFORE 'ok'",
     "INSERT INTO moods VALUES (2, 'happy'); CREATE TYPE colour AS ENUM ('red'); CREATE TABLE paint (id int PRIMARY KEY, c colour); \
@@ -190,8 +190,10 @@ async fn a_series_of_schema_migrations_under_load_is_replayed_and_cut_over() {
     all_is_applied(&migration, &mut running).await;
     let not_run = migration.ledger("SELECT tag || objects || outcome FROM walferry.ddl WHERE outcome <> 'run'").await;
     assert_eq!(not_run.iter().map(|row| row.get(0)).collect::<Vec<String>>(), Vec::<String>::new());
-    let status = migration.status().await.unwrap();
-    assert!(status["apply"]["ddl_replayed"].as_u64() >= Some(40), "{status:#}");
+    let replayed = migration.ledger("SELECT FROM walferry.ddl").await.len();
+    assert!(replayed > 35, "{replayed}");
+    let shown = |status: &serde_json::Value| status["apply"]["ddl_replayed"].as_u64() == Some(replayed as u64);
+    migration.wait_for_status(&mut running, "all of them counted", shown).await;
     migration.cut_over(running).await;
     migration.assert_equal().await;
     assert_eq!(dumped(&migration.source_url), dumped(&migration.target_url));
@@ -237,7 +239,9 @@ async fn i02_a_statement_is_run_exactly_once_wherever_the_process_dies() {
         running = migration.migrate(&[]);
     }
     migration.wait_for_phase(&mut running, "following").await;
-    assert_eq!(migration.ledger("SELECT FROM walferry.ddl").await.len(), 12);
+    let replayed = migration.ledger("SELECT tag || objects FROM walferry.ddl ORDER BY number").await;
+    let replayed: Vec<String> = replayed.iter().map(|row| row.get(0)).collect();
+    assert_eq!(replayed.len(), 12, "{replayed:#?}");
     migration.cut_over(running).await;
     migration.assert_equal().await;
 }

@@ -56,7 +56,7 @@ impl Replay<'_> {
         let changed: Definitions = told
             .definition
             .iter()
-            .filter(|(object, _)| recorded.get(*object) != told.fingerprint.get(*object))
+            .filter(|(object, _)| told.fingerprint.get(*object).is_some_and(|now| recorded.get(*object) != Some(now)))
             .map(|(object, hash)| (object.clone(), hash.clone()))
             .collect();
         let unproven = self.rows_unproven(&told, &tables).await?;
@@ -179,7 +179,7 @@ impl Replay<'_> {
                 let before = &self.layout.tables[place].table;
                 (table.pages, table.bytes) = (before.pages, before.bytes);
                 (table.estimated_rows, table.updates_and_deletes) = (before.estimated_rows, before.updates_and_deletes);
-            } else if !is_new || is_left_out(told, &table) {
+            } else if !is_new {
                 continue;
             }
             if self.layout.binary && !table.binary_safe() {
@@ -229,21 +229,13 @@ impl Replay<'_> {
         (before, after): (&Definitions, &Definitions),
         record: &mut Recorded,
     ) -> Result<()> {
-        let mut left_out = Vec::new();
-        for (table, is_new) in told.tables() {
-            if is_new && is_left_out(told, &table) {
-                left_out.push(ddl::quoted(self.writer, &table).await?);
-            }
-        }
-        let is_left_out = |object: &str| left_out.iter().any(|table| object.ends_with(&format!(" {table}")));
         record.present = told.fingerprint.clone();
-        record.present.retain(|object, _| !is_left_out(object));
         // Of others that it changed too, the target's hash is the source's, but for columns.
         let also: Vec<&String> = after
             .iter()
-            .filter(|(object, hash)| before.get(*object) != Some(hash) && !told.fingerprint.contains_key(*object))
+            .filter(|(object, hash)| before.get(*object) != Some(hash) && !told.definition.contains_key(*object))
             .map(|(object, _)| object)
-            .filter(|object| !object.starts_with("column ") && !is_left_out(object))
+            .filter(|object| !object.starts_with("column "))
             .collect();
         if !also.is_empty() {
             let own = ddl::fingerprint(self.writer).await?;
@@ -268,11 +260,6 @@ impl Replay<'_> {
         record.gone = recorded.keys().filter(is_gone).cloned().collect();
         Ok(())
     }
-}
-
-/// Whether the rows of a new table are not in the stream.
-fn is_left_out(told: &Told, table: &Table) -> bool {
-    table.unlogged || told.unpublished.iter().any(|unpublished| unpublished.relid == table.relid)
 }
 
 /// What the target does not have as the source has it: objects that the statement changed, and dropped ones that are there.

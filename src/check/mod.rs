@@ -13,6 +13,7 @@
 //! table; only the trial of a copy (`estimate`) writes, in a transaction that it rolls back. A finding says what was found on which object, why it matters, and the SQL that mends it.
 
 mod both;
+mod ddl;
 mod differing;
 mod estimate;
 mod local;
@@ -57,6 +58,8 @@ pub struct Inputs<'a> {
     pub queue_max_bytes: Option<u64>,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
     pub resuming: bool,
+    /// Whether DDL is to be replicated.
+    pub replicate_ddl: bool,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,
@@ -213,6 +216,9 @@ async fn check_source(
     findings.extend(objects::others(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
     findings.extend(target::replica_role(client, server, Side::Source).await?);
+    if inputs.replicate_ddl {
+        findings.extend(ddl::source(client, server).await?);
+    }
     Ok(findings)
 }
 

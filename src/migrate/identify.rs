@@ -99,6 +99,7 @@ pub(super) async fn identify(
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        replicate_ddl: config.replicate_ddl,
         estimate: std::time::Duration::ZERO,
     })
     .await?;

@@ -394,6 +394,7 @@ pub(crate) enum Hash {
 }
 
 /// Conditions that say which relations (`c`), functions (`p`), types (`t`) and extensions (`e`) a fingerprint is of.
+#[derive(Clone, Copy)]
 pub(crate) struct Objects<'a> {
     pub relations: &'a str,
     pub functions: &'a str,

@@ -47,13 +47,17 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
     for (place, text) in [
         ("{schema}", sql::identifier(&schema(id))),
         ("{prefix}", sql::literal(&prefix(id))),
+        ("{prefix_end}", sql::literal(&format!("{}_end", prefix(id)))),
         ("{publication}", sql::literal(publication)),
         ("{inserts}", sql::literal(insert_only)),
         ("{rows_max}", ROWS_MAX.to_string()),
         ("{user_relation}", USER_RELATION.to_owned()),
         ("{columns}", catalog::columns_query("c.oid = ANY (v_relations)")),
         ("{indexes}", catalog::indexes_query("i.indrelid = ANY (v_relations)")),
-        ("{fingerprint}", catalog::fingerprint_query(Hash::OfTheServer, &of)),
+        (
+            "{fingerprint}",
+            catalog::fingerprint_query(Hash::OfTheServer, &Objects { relations: "c.oid = ANY (v_sent)", ..of }),
+        ),
         ("{definition}", catalog::fingerprint_query(Hash::OfTheDefinition, &of)),
         ("{name}", sql::identifier(&name)),
         ("{name_drop}", sql::identifier(&name_drop)),
@@ -134,7 +138,7 @@ pub struct Told {
     pub columns: Vec<ToldColumn>,
     #[serde(default)]
     indexes: Vec<ToldIndex>,
-    /// What the fingerprint has of these objects behind it: the source's own hashes.
+    /// What the fingerprint has of these objects behind it: the source's own hashes. Without tables whose rows are not in the stream.
     #[serde(default)]
     pub fingerprint: BTreeMap<String, String>,
     /// The same hashes as another server has them.

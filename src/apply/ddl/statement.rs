@@ -104,8 +104,7 @@ impl Statement<'_> {
     fn without_concurrently(&self) -> String {
         let words: Vec<&str> = self.tokens.iter().map(|(_, token)| token.as_str()).collect();
         let is_of_index = |at: usize| at > 1 && words[at - 1] == "INDEX" && matches!(words[0], "CREATE" | "DROP");
-        let is_of_partition = |at: usize| at + 1 == words.len() && words.contains(&"DETACH");
-        let at = (0..words.len()).find(|&at| words[at] == "CONCURRENTLY" && (is_of_index(at) || is_of_partition(at)));
+        let at = (0..words.len()).find(|&at| words[at] == "CONCURRENTLY" && is_of_index(at));
         match at {
             Some(at) => {
                 let place = &self.tokens[at].0;

@@ -17,6 +17,7 @@ DECLARE
     v_fired jsonb;
     v_nth integer;
     v_relations oid[];
+    v_sent oid[];
     v_functions oid[];
     v_types oid[];
     v_extensions oid[];
@@ -28,10 +29,10 @@ DECLARE
 BEGIN
     IF v_event = 'sql_drop' THEN
         SELECT jsonb_agg(jsonb_build_object('type', d.object_type, 'identity', d.object_identity, 'names', to_jsonb(d.address_names),
-                   'object', CASE WHEN d.object_type = 'table column' THEN 'column ' WHEN d.object_type = 'table constraint' THEN 'constraint '
-                                  WHEN d.object_type = 'trigger' THEN 'trigger ' END
-                             || format(CASE d.object_type WHEN 'trigger' THEN '%I on table %I.%I' ELSE '%I of table %I.%I' END,
-                                       d.address_names[3], d.address_names[1], d.address_names[2]),
+                   'object', CASE WHEN d.object_type IN ('table column', 'table constraint', 'trigger') THEN
+                       format(CASE d.object_type WHEN 'table column' THEN 'column %I of table %I.%I'
+                                  WHEN 'table constraint' THEN 'constraint %I of table %I.%I' ELSE 'trigger %I on table %I.%I' END,
+                              d.address_names[3], d.address_names[1], d.address_names[2]) END,
                    'relid', CASE WHEN d.classid = 'pg_class'::regclass AND d.objsubid = 0 THEN d.objid::int8 END))
             INTO v_dropped FROM pg_event_trigger_dropped_objects() d
             WHERE NOT d.is_temporary AND d.object_identity NOT LIKE '%pg\_temp%' AND d.object_identity NOT LIKE 'pg\_toast.%'
@@ -149,6 +150,14 @@ BEGIN
         END;
     END LOOP;
 
+    -- Of tables whose rows are in the stream.
+    v_sent := ARRAY(
+        SELECT c.oid FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid
+        LEFT JOIN pg_class t ON t.oid = coalesce(i.indrelid, c.oid) AND t.relkind = 'r'
+        WHERE c.oid = ANY (v_relations) AND (t.oid IS NULL OR EXISTS (
+            SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
+            WHERE r.prrelid = t.oid AND p.pubname IN ({publication}, {inserts}))));
+
     PERFORM pg_logical_emit_message(true, {prefix}, convert_to(jsonb_build_object(
         'tag', v_tag, 'query', current_query(), 'nth', v_nth, 'context', v_context, 'caller', v_caller, 'statement', v_statement,
         'commands', coalesce(v_commands, '[]'), 'dropped', v_dropped, 'rewritten', v_rewritten,
@@ -158,7 +167,7 @@ BEGIN
                        'unlogged', c.relpersistence = 'u', 'is_partition', c.relispartition, 'identity', c.relreplident::text,
                        'relfilenode', c.relfilenode::int8, 'is_new', coalesce(c.oid = ANY (v_new), false)))
             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-            WHERE c.oid = ANY (v_relations) AND c.relkind = 'r' AND {user_relation}), '[]'),
+            WHERE c.oid = ANY (v_sent) AND c.relkind = 'r' AND {user_relation}), '[]'),
         'columns', coalesce((
             SELECT jsonb_agg(jsonb_build_object('relid', q.relid::int8, 'missing', CASE WHEN m.atthasmissing THEN (m.attmissingval::text::text[])[1] END,
                        'column', jsonb_build_object('name', q.name, 'number', q.number, 'type_oid', q.type_oid::int8, 'type_name', q.type_name,
@@ -175,6 +184,9 @@ BEGIN
         'fingerprint', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({fingerprint}) q(object, hash)), '{}'),
         'definition', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({definition}) q(object, hash)), '{}')
     )::text, 'UTF8'));
+    -- A message is decoded at the end of its record, which is where the next one begins: beside the subtransaction that this is, the
+    -- row of that one could come first. This one is in between.
+    PERFORM pg_logical_emit_message(true, {prefix_end}, '');
 
     FOREACH v_statement IN ARRAY v_again LOOP
         EXECUTE format('WITH gone AS (DELETE FROM ONLY %s RETURNING *) INSERT INTO %s SELECT * FROM gone', v_statement, v_statement);
