@@ -148,7 +148,7 @@ async fn run(url: &str, step: &str) {
 }
 
 /// `pg_dump --schema-only`, without walferry's own and what names the dump itself.
-fn dumped(url: &str) -> String {
+fn dumped(url: &str) -> Vec<String> {
     let output = Command::new(programs().bin("pg_dump"))
         .args(["--schema-only", "--no-publications", "--exclude-schema=walferry*", url])
         .output()
@@ -156,12 +156,11 @@ fn dumped(url: &str) -> String {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).unwrap();
     let lines = text.lines().filter(|line| !line.starts_with("--") && !line.contains("restrict") && !line.is_empty());
-    // Columns that were dropped leave a gap on the source only where the target never had them.
     let statements = lines.collect::<Vec<_>>().join("\n");
-    let mut kept: Vec<&str> =
-        statements.split_inclusive(";\n").filter(|statement| !statement.contains("EVENT TRIGGER walferry_")).collect();
+    let statements = statements.split(";\n").map(|statement| statement.trim_end_matches(';').to_owned());
+    let mut kept: Vec<String> = statements.filter(|statement| !statement.contains("EVENT TRIGGER walferry_")).collect();
     kept.sort_unstable();
-    kept.concat()
+    kept
 }
 
 async fn follows(migration: &Migration) -> Running {
@@ -234,11 +233,12 @@ async fn i02_a_statement_is_run_exactly_once_wherever_the_process_dies() {
         assert_eq!(compare::rows(&source).await, compare::rows(&target).await, "{statement}");
         // Now and then right behind the commit.
         run(&migration.source_url, &format!("DROP TABLE t{number}")).await;
-        until_true(&target, &format!("SELECT to_regclass('t{number}') IS NULL")).await;
+        until_true(&target, &format!("SELECT to_regclass('public.t{number}') IS NULL")).await;
         running.kill().await;
         running = migration.migrate(&[]);
     }
     migration.wait_for_phase(&mut running, "following").await;
+    all_is_applied(&migration, &mut running).await;
     let replayed = migration.ledger("SELECT tag || objects FROM walferry.ddl ORDER BY number").await;
     let replayed: Vec<String> = replayed.iter().map(|row| row.get(0)).collect();
     assert_eq!(replayed.len(), 12, "{replayed:#?}");
@@ -280,6 +280,20 @@ async fn what_cannot_be_replayed_stops_by_name_and_goes_on_when_it_is_there() {
     let owner =
         target.query_one("SELECT relowner::regrole::text FROM pg_class WHERE relname = 'built'", &[]).await.unwrap();
     assert_eq!(owner.get::<_, &str>(0), "builder");
+
+    // It runs, and does not make what it made on the source.
+    target.batch_execute("CREATE TABLE clash (id int PRIMARY KEY)").await.unwrap();
+    source
+        .batch_execute(
+            "CREATE TABLE IF NOT EXISTS clash (id int PRIMARY KEY, a text); INSERT INTO clash VALUES (1, 'a')",
+        )
+        .await
+        .unwrap();
+    let stopped = running.wait().await;
+    stopped.assert_refused(1, &["would differ from the source in column a of table public.clash"]);
+    target.batch_execute("DROP TABLE clash").await.unwrap();
+    let mut running = migration.migrate(&[]);
+    all_is_applied(&migration, &mut running).await;
 
     // Each row that was there got a value of its own.
     source
@@ -339,5 +353,39 @@ async fn the_applications_ddl_goes_through_where_it_cannot_be_told() {
     migration.assert_equal().await;
 
     assert_eq!(migration.with_directory("clean", &[]).await.code, Some(0));
+    assert_eq!(migration.left_over().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_is_checked_beforehand_and_fixed_when_the_migration_begins() {
+    let servers = Servers::start().await;
+    let mut migration = servers.migration("checked").await;
+    let source = migration.source().await;
+    source.batch_execute("CREATE TABLE t (id int PRIMARY KEY); CREATE ROLE plain LOGIN REPLICATION; GRANT CREATE ON DATABASE checked TO plain").await.unwrap();
+    let superuser = migration.source_url.clone();
+    migration.source_url = superuser.replace("postgres@", "plain@");
+    let refused = migration.with_servers("check", &["--replicate-ddl"]).await;
+    assert_eq!(refused.code, Some(3));
+    assert!(refused.stdout.contains("may not make event triggers"), "{}", refused.stdout);
+    let without = migration.with_servers("check", &[]).await;
+    assert!(!without.stdout.contains("event triggers"), "{}", without.stdout);
+    migration.source_url = superuser;
+
+    let mut running = migration.migrate(&[]);
+    migration.wait_for_phase(&mut running, "following").await;
+    running.terminate().await;
+    migration.migrate(&REPLICATE).wait().await.assert_refused(3, &["began without --replicate-ddl"]);
+    assert_eq!(migration.with_directory("clean", &[]).await.code, Some(0));
+
+    // Killed while it waits for its slot, the triggers are there already.
+    migration.target().await.batch_execute("DROP TABLE t").await.unwrap();
+    source.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+    let running = migration.migrate(&REPLICATE);
+    let other = migration.source().await;
+    until_true(&other, "SELECT count(*) = 3 FROM pg_event_trigger").await;
+    running.kill().await;
+    source.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(migration.with_servers("clean", &[]).await.code, Some(0));
+    std::fs::remove_dir_all(migration.directory()).unwrap();
     assert_eq!(migration.left_over().await, Vec::<String>::new());
 }
