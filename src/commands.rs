@@ -149,6 +149,7 @@ async fn check(options: cli::Check) -> Result<()> {
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
         replicate_ddl: options.replicate_ddl,
+        owners: &options.roles.owners(),
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
@@ -188,6 +189,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         },
         http_address: options.http_addr.0,
         heal,
+        owners: options.roles.owners(),
         on_conflict: options.on_conflict,
         reverse: !options.no_reverse,
         replicate_ddl: options.replicate_ddl,

@@ -23,6 +23,7 @@ mod stall;
 mod way_back;
 
 pub(crate) use identify::application_name;
+pub(crate) use prepare::end_sessions;
 pub(crate) use way_back::finish_without_process;
 
 use std::net::SocketAddr;
@@ -54,6 +55,7 @@ use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
+use crate::unstreamed::large_object::Owners;
 
 /// The longest pause before the phases begin again.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -84,6 +86,8 @@ pub struct Config {
     pub http_address: Option<SocketAddr>,
     /// What is brought right before it goes on.
     pub heal: Heal,
+    /// Who owns what on the target, and who may do what.
+    pub owners: Owners,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
     /// Whether a way back is made ready while following.

@@ -244,7 +244,7 @@ impl Assembler {
                 return Ok(expected.map_err(|_| NeedsSerialReplay));
             }
             Message::Logical { prefix, content, .. } => {
-                if self.layout.ddl_prefix.as_deref() == Some(prefix) {
+                if self.layout.is_ddl(prefix) {
                     return Ok(Err(NeedsSerialReplay));
                 }
                 if prefix == MARKER_PREFIX {

@@ -14,18 +14,31 @@ use super::replay::Replay;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::queue::TransactionHead;
-use crate::source::catalog::Table;
+use crate::source::catalog::{THERE, Table};
 use crate::source::ddl::Told;
 use crate::source::slot;
 use crate::target::ddl::{self, Recorded};
+use crate::unstreamed::large_object::Owners;
 
 /// How much of a statement an error shows.
 const SHOWN: usize = 400;
+
+/// What became of a statement that is not run, and on which no row depends.
+const LEFT: &str = "left to the operator";
 
 /// Bits of a table's rewriting.
 const PERSISTENCE: u32 = 1;
 const DEFAULT: u32 = 2;
 const TYPE: u32 = 4;
+
+/// How DDL is replicated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ddl {
+    /// What the messages of this migration begin with.
+    pub prefix: String,
+    /// Who runs it on the target.
+    pub owners: Owners,
+}
 
 /// The target's catalog by the fingerprint's names.
 type Definitions = BTreeMap<String, String>;
@@ -48,7 +61,7 @@ impl Replay<'_> {
         }
         let tables = told.tables();
         // The copies were made of what it has left, and the target fitted them.
-        if self.copies_have_seen(head, &tables) {
+        if self.copies_have_seen(head, &told, &tables) {
             return Ok(());
         }
         let recorded = ddl::recorded(self.writer).await?;
@@ -71,24 +84,33 @@ impl Replay<'_> {
             Err(why) => Some(why),
             Ok(statement) => self.run_and_compare(&told, &statement, &changed, &before).await?,
         };
+        // What it did shows: an object has come or gone.
+        let shows = changed.keys().any(|object| !recorded.contains_key(object))
+            || recorded.keys().any(|object| told.dropped.iter().any(|dropped| dropped.is(object)));
         let outcome = match refused {
             None => "run",
-            Some(why) if is_there => {
+            Some(why) if is_there && shows => {
                 let text = format!("{}{} was not run: the target has it already ({why})", told.tag, told.objects());
                 self.board.event(Level::Info, text);
                 "there already"
             }
-            Some(why) if changed.is_empty() && told.dropped.is_empty() => {
+            Some(why) if is_there || (changed.is_empty() && told.dropped.is_empty()) => {
                 // Grants, comments and the like: no row depends on them, and no comparison shows whether they are there.
-                let text = format!("{}{} is not on the target: {why}. Run it there by hand", told.tag, told.objects());
+                let text = format!(
+                    "{}{} is not on the target: {why}. Run it there by hand; the cutover names what is different until it is waived",
+                    told.tag,
+                    told.objects()
+                );
                 self.board.event(Level::Warn, text);
-                "left to the operator"
+                LEFT
             }
             Some(why) => return Err(stop(why)),
         };
         let after = ddl::definitions(self.writer).await?;
         let mut record = self.redefine(head, &told, tables).await?;
-        self.fingerprint(&told, &recorded, (&before, &after), &mut record).await?;
+        if outcome != LEFT {
+            self.fingerprint(&told, &recorded, (&before, &after), &mut record).await?;
+        }
         ddl::record(self.writer, &record).await?;
         ddl::note(self.writer, head.commit_lsn, &told.tag, &told.objects(), outcome).await?;
         tracing::info!(tag = told.tag, objects = told.objects(), outcome, "DDL of the source");
@@ -97,8 +119,9 @@ impl Replay<'_> {
     }
 
     /// Whether it is about tables whose copies have all seen it.
-    fn copies_have_seen(&self, head: &TransactionHead, tables: &[(Table, bool)]) -> bool {
-        let mut places = tables.iter().filter_map(|(table, _)| self.layout.find(table.relid)).peekable();
+    fn copies_have_seen(&self, head: &TransactionHead, told: &Told, tables: &[(Table, bool)]) -> bool {
+        let about = tables.iter().filter(|(table, _)| told.is_about(table.relid));
+        let mut places = about.filter_map(|(table, _)| self.layout.find(table.relid)).peekable();
         places.peek().is_some() && places.all(|place| self.layout.copy_has_seen(place, head.xid, head.commit_lsn))
     }
 
@@ -110,8 +133,11 @@ impl Replay<'_> {
         changed: &Definitions,
         before: &Definitions,
     ) -> Result<Option<String>> {
+        let layout = std::sync::Arc::clone(&self.layout);
+        let owners = layout.ddl.as_ref().map(|ddl| &ddl.owners);
+        let role = owners.filter(|owners| !owners.no_owner).map(|owners| owners.role(&told.caller.role));
         self.writer.query("SAVEPOINT walferry_ddl").await?;
-        let why = match ddl::run(self.writer, &told.caller, statement).await {
+        let why = match ddl::run(self.writer, &told.caller, role, statement).await {
             Err(error) => {
                 let waits = error.sqlstate().is_some_and(|state| {
                     let class = state.code().get(..2).unwrap_or_default();
@@ -127,8 +153,10 @@ impl Replay<'_> {
             Ok(()) => {
                 let after = ddl::definitions(self.writer).await?;
                 let lacking = lacking(told, changed, &after);
-                let is_new = |object: &&String| !before.contains_key(*object) && !told.definition.contains_key(*object);
-                let more: Vec<&str> = after.keys().filter(is_new).map(String::as_str).collect();
+                let is_new = |(object, hash): &(&String, &String)| {
+                    *hash != THERE && !before.contains_key(*object) && !told.definition.contains_key(*object)
+                };
+                let more: Vec<&str> = after.iter().filter(is_new).map(|(object, _)| object.as_str()).collect();
                 if lacking.is_empty() && more.is_empty() {
                     return Ok(None);
                 }
@@ -230,18 +258,6 @@ impl Replay<'_> {
         record: &mut Recorded,
     ) -> Result<()> {
         record.present = told.fingerprint.clone();
-        // Of others that it changed too, the target's hash is the source's, but for columns.
-        let also: Vec<&String> = after
-            .iter()
-            .filter(|(object, hash)| before.get(*object) != Some(hash) && !told.definition.contains_key(*object))
-            .map(|(object, _)| object)
-            .filter(|object| !object.starts_with("column "))
-            .collect();
-        if !also.is_empty() {
-            let own = ddl::fingerprint(self.writer).await?;
-            let hashes = also.into_iter().filter_map(|object| Some((object.clone(), own.get(object)?.clone())));
-            record.present.extend(hashes.collect::<Vec<_>>());
-        }
         // What is no longer there under the table's name of before, where it was another.
         let mut names = Vec::new();
         for table in &record.redefined {
@@ -265,8 +281,9 @@ impl Replay<'_> {
 /// What the target does not have as the source has it: objects that the statement changed, and dropped ones that are there.
 fn lacking(told: &Told, changed: &Definitions, target: &Definitions) -> Vec<String> {
     // Another version of an extension is the target's own affair.
-    let differs =
-        changed.iter().filter(|(object, hash)| !object.starts_with("extension ") && target.get(*object) != Some(hash));
+    let differs = changed.iter().filter(|(object, hash)| {
+        !object.starts_with("extension ") && *hash != THERE && target.get(*object) != Some(hash)
+    });
     let there = target.keys().filter(|object| {
         !told.definition.contains_key(*object) && told.dropped.iter().any(|dropped| dropped.is(object))
     });

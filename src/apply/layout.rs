@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::change::{Adoption, View};
+use super::ddl::Ddl;
 use crate::decode::{Relation, ReplicaIdentity as WireIdentity, Tuple};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -25,8 +26,8 @@ pub struct Layout {
     pub binary: bool,
     /// How many sessions apply.
     pub workers: usize,
-    /// The prefix of messages that tell of DDL, where that is replicated.
-    pub ddl_prefix: Option<String>,
+    /// How DDL is replicated, where it is.
+    pub ddl: Option<Ddl>,
     /// Up to so many changed rows of a table go by a statement each; [`SINGLE_ROWS_MAX`] but for tests.
     pub single_rows_max: usize,
 }
@@ -82,7 +83,7 @@ impl Layout {
         let by_relid = layouts.iter().enumerate().map(|(at, layout)| (layout.table.relid, at)).collect();
         let snapshots_end = layouts.iter().map(|layout| layout.snapshot.insert_lsn).max().unwrap_or(Lsn::ZERO);
         let single_rows_max = SINGLE_ROWS_MAX;
-        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, ddl_prefix: None, single_rows_max })
+        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, ddl: None, single_rows_max })
     }
 
     /// The position from which on every change is applied, whatever any copy saw (H24).
@@ -102,6 +103,11 @@ impl Layout {
             )
             .hint("Only the tables that were there at the start are migrated: `walferry clean`, then `walferry migrate` takes all.")
         })
+    }
+
+    /// Whether messages with this prefix tell of DDL that is to be replicated.
+    pub fn is_ddl(&self, prefix: &str) -> bool {
+        self.ddl.as_ref().is_some_and(|ddl| ddl.prefix == prefix)
     }
 
     /// The place of a table, if it is one of the migration's.

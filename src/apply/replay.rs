@@ -195,7 +195,7 @@ impl Replay<'_> {
             Message::Logical { prefix, content, .. } if prefix == MARKER_PREFIX => {
                 end.markers.push(String::from_utf8_lossy(content).into_owned());
             }
-            Message::Logical { prefix, content, .. } if layout.ddl_prefix.as_deref() == Some(prefix) => {
+            Message::Logical { prefix, content, .. } if layout.is_ddl(prefix) => {
                 Box::pin(self.ddl(head, content)).await?;
             }
             Message::Truncate { relids, restart_identity, .. } => {

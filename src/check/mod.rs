@@ -23,6 +23,7 @@ mod server;
 mod source;
 mod target;
 pub mod tools;
+mod unstreamed;
 
 use std::path::Path;
 use std::time::Duration;
@@ -39,6 +40,9 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Result};
 use crate::source::catalog;
 use server::Server;
+pub(crate) use target::SERVICE_OWNERS;
+
+use crate::unstreamed::large_object::Owners;
 
 /// The version of the report's format.
 const REPORT_VERSION: u32 = 1;
@@ -60,6 +64,8 @@ pub struct Inputs<'a> {
     pub resuming: bool,
     /// Whether DDL is to be replicated.
     pub replicate_ddl: bool,
+    /// Who is to own what on the target, and which roles are made there.
+    pub owners: &'a Owners,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,
@@ -94,7 +100,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     {
         findings.extend(check_target(inputs, client, server).await.context(|| "checking the target".into())?);
         if let Some(references) = &references {
-            findings.extend(both::missing(client, server, references, inputs.resuming).await?);
+            findings.extend(both::missing(client, server, references, inputs).await?);
             findings.extend(objects::locks(server, Side::Target, references.restore_locks(), "Restoring the schema"));
         }
     }
@@ -213,7 +219,8 @@ async fn check_source(
     findings.extend(source::privileges(client, server).await?);
     findings.extend(source::cutover(client, server, Side::Source).await?);
     findings.extend(objects::tables(client, tables).await?);
-    findings.extend(objects::others(client, server).await?);
+    findings.extend(objects::others(client).await?);
+    findings.extend(unstreamed::findings(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
     findings.extend(target::replica_role(client, server, Side::Source).await?);
     if inputs.replicate_ddl {

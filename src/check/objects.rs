@@ -4,11 +4,10 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
-use super::report::{Finding, Severity, Side, counted, first_ten};
+use super::report::{Finding, Severity, Side, first_ten};
 use super::server::Server;
 use crate::error::{Context, Result};
 use crate::source::catalog::{ReplicaIdentity, Table, USER_RELATION};
-use crate::sql;
 
 /// A finding on the source.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -123,11 +122,11 @@ fn table_findings(tables: &[Table], keys: &Keys) -> Vec<Finding> {
     findings
 }
 
-/// Everything else in the database: rules, triggers, large objects, foreign tables, inheritance, event triggers.
+/// Everything else in the database: rules, triggers, foreign tables, inheritance, event triggers.
 ///
 /// # Errors
 /// Whatever the server says.
-pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Finding>> {
+pub(crate) async fn others(client: &Client) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let rows = client
         .query_typed(
@@ -249,27 +248,6 @@ pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Findi
         "The database uses TimescaleDB. Hypertables, chunks and continuous aggregates are not moved by this version of walferry.",
         None,
     );
-    let row = client
-        .query_typed_one("SELECT count(*) FROM pg_largeobject_metadata", &[])
-        .await
-        .context(|| "counting the source's large objects".into())?;
-    let large_objects: i64 = row.get(0);
-    if large_objects > 0 {
-        let message = "Large objects change without a trace in the stream, and this version of walferry does not move \
-                       them. Remove those that nothing refers to; keep what the others hold in bytea columns.";
-        findings.push(
-            finding(
-                Severity::Blocker,
-                "large-objects",
-                counted(usize::try_from(large_objects).unwrap_or(usize::MAX), "large object"),
-                message,
-            )
-            .fix(format!(
-                "vacuumlo --dry-run --verbose {}  # lists those that nothing refers to",
-                sql::identifier(&server.database)
-            )),
-        );
-    }
     Ok(findings)
 }
 

@@ -12,7 +12,15 @@ fn finding(severity: Severity, code: &'static str, object: impl Into<String>, me
     Finding::new(severity, Side::Target, code, object, message)
 }
 
-/// Whether the database is empty: no relation, function or type of a user, and no ledger.
+/// The roles that managed services keep for themselves, as which no customer can log in: Amazon's, Azure's, Google's (two),
+/// Supabase's and Neon's.
+pub(crate) const SERVICE_OWNERS: &str =
+    "'rdsadmin', 'azuresu', 'cloudsqladmin', 'alloydbadmin', 'supabase_admin', 'cloud_admin'";
+
+/// Whether the database is empty: no relation, function, type or large object of a user, and no ledger.
+///
+/// What an extension has brought does not count, and neither does what belongs to a managed service's own role (unless that is ours):
+/// the service has put it into every database.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -24,40 +32,57 @@ pub(crate) async fn emptiness(client: &Client, server: &Server) -> Result<Vec<Fi
             "EXISTS (SELECT FROM pg_depend d WHERE d.classid = '{class}'::regclass AND d.objid = {object} AND d.deptype = 'e')"
         )
     };
+    let service = |owner: &str| {
+        format!("(pg_get_userbyid({owner}) IN ({SERVICE_OWNERS}) AND pg_get_userbyid({owner}) <> current_user)")
+    };
     let rows = client
         .query_typed(
             &format!(
                 "SELECT CASE c.relkind WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' \
                           WHEN 'f' THEN 'foreign table' WHEN 'c' THEN 'type' ELSE 'table' END, \
-                        format('%I.%I', n.nspname, c.relname) \
+                        format('%I.%I', n.nspname, c.relname), {} \
                  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                  WHERE c.relkind IN ('r', 'p', 'v', 'm', 'S', 'f', 'c') AND c.relpersistence <> 't' AND {own} AND NOT {} \
                  UNION ALL \
-                 SELECT 'function', format('%I.%I(%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) \
+                 SELECT 'function', format('%I.%I(%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)), {} \
                  FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace \
                  WHERE {own} AND NOT {} \
                    AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid \
                                    AND d.deptype = 'i') \
                  UNION ALL \
-                 SELECT 'type', format('%I.%I', n.nspname, t.typname) \
+                 SELECT 'type', format('%I.%I', n.nspname, t.typname), {} \
                  FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace \
                  WHERE t.typtype IN ('e', 'd', 'r') AND {own} AND NOT {} \
                  UNION ALL \
-                 SELECT 'schema', quote_ident(nspname) FROM pg_namespace WHERE nspname = 'walferry' \
+                 (SELECT 'large object', oid::text, {} FROM pg_largeobject_metadata m ORDER BY oid LIMIT 11) \
+                 UNION ALL \
+                 SELECT 'schema', quote_ident(nspname), false FROM pg_namespace WHERE nspname = 'walferry' \
                  ORDER BY 1, 2",
+                service("c.relowner"),
                 extension("pg_class", "c.oid"),
+                service("p.proowner"),
                 extension("pg_proc", "p.oid"),
+                service("t.typowner"),
                 extension("pg_type", "t.oid"),
+                service("m.lomowner"),
             ),
             &[],
         )
         .await
         .context(|| "looking whether the target is empty".into())?;
-    if rows.is_empty() {
-        return Ok(Vec::new());
+    let (preinstalled, rows): (Vec<_>, Vec<_>) = rows.iter().partition(|row| row.get::<_, bool>(2));
+    let named = |rows: &[&tokio_postgres::Row]| -> Vec<String> {
+        rows.iter().map(|row| format!("{} {}", row.get::<_, &str>(0), row.get::<_, &str>(1))).collect()
+    };
+    let mut findings = Vec::new();
+    if !preinstalled.is_empty() {
+        let message = "It belongs to the managed service's own role. It is left alone, and the target counts as empty.";
+        findings.push(finding(Severity::Info, "preinstalled", first_ten(&named(&preinstalled)), message));
     }
-    let names: Vec<String> =
-        rows.iter().map(|row| format!("{} {}", row.get::<_, &str>(0), row.get::<_, &str>(1))).collect();
+    if rows.is_empty() {
+        return Ok(findings);
+    }
+    let names = named(&rows);
     let ledger = names.iter().any(|name| name == "schema walferry");
     let mut message = format!(
         "The target is not empty ({}): what is there would collide with what is moved. Move into a database of its own.",
@@ -70,7 +95,8 @@ pub(crate) async fn emptiness(client: &Client, server: &Server) -> Result<Vec<Fi
         );
         fix.push_str("\nwalferry clean --source … --target …  # to give the earlier migration up");
     }
-    Ok(vec![finding(Severity::Blocker, "target-not-empty", first_ten(&names), message).fix(fix)])
+    findings.push(finding(Severity::Blocker, "target-not-empty", first_ten(&names), message).fix(fix));
+    Ok(findings)
 }
 
 /// A new, empty database like this one. Nothing is dropped: what is there may be somebody's.

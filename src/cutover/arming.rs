@@ -25,6 +25,7 @@ use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::target::ledger::{self, Draft, Migration, Phase};
+use crate::unstreamed::silence_event_triggers;
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
 const ADVANCE_INTERVAL: Duration = Duration::from_secs(2);
@@ -70,6 +71,7 @@ impl Names {
     /// Whatever the server says.
     pub async fn remove(&self, server: &Client) -> Result<Vec<String>> {
         let mut removed = Vec::new();
+        silence_event_triggers(server).await;
         if slot::state(server, &self.slot).await?.is_some() {
             slot::drop(server, &self.slot).await?;
             removed.push(format!("slot {}", self.slot));
@@ -158,6 +160,7 @@ impl WayBack {
     async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<Infallible> {
         let work = self.turn().await;
         let target = self.target.connect(&self.application_name).await?;
+        silence_event_triggers(&target).await;
         self.prove_possible(&target).await?;
         let names = self.names();
         let migrated: Vec<Table> = {

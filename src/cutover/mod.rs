@@ -13,7 +13,7 @@
 //! | on-fence | the operator's command, if there is one, has succeeded |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
-//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
+//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); large objects and extensions' configuration are equal (H14); no change came between the markers, so nothing slipped through the fence |
 //! | arm | the stream back to the server that is left begins behind all that was applied (H33); not without a way back |
 //! | switch | the fence has proved that it still stands; one synchronous commit on the target decides |
 //! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
@@ -53,7 +53,9 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::target::ledger;
 use crate::target::schema;
-use crate::{sql, verify};
+use crate::unstreamed::large_object::Owners;
+use crate::unstreamed::materialized_view::View;
+use crate::{sql, unstreamed, verify};
 
 use arming::Drafted;
 pub use arming::{Arming, WayBack};
@@ -88,6 +90,8 @@ pub struct Cutover<'a> {
     pub blockers: Vec<String>,
     /// What the way back is made from, and how far it is; `None` on the way back itself.
     pub way_back: Option<(WayBack, watch::Receiver<Arming>)>,
+    /// Whose large objects are on the target.
+    pub owners: &'a Owners,
     /// How the target was closed to writers by the cutover before, which this one takes back; `None` where there was none.
     pub target_closed: Option<Closed>,
 }
@@ -163,6 +167,15 @@ impl Cutover<'_> {
             let reading = prewarm::prewarm(&sessions.source, &sessions.target, timer.left() / 2);
             timer.within(Box::pin(reading)).await.map_err(untouched)?;
         }
+        let unstreamed = async {
+            let Sessions { source, checker, .. } = &sessions;
+            let refused = unstreamed::bring_up_to_date(source, checker, self.owners, &self.applied).await?;
+            let not_waived = |refused: &unstreamed::Refused| !options.waive.contains(&refused.view.object);
+            refused.into_iter().find(not_waived).map_or(Ok(()), |refused| Err(refused.into_error()))
+        };
+        timer.within(Box::pin(unstreamed)).await.map_err(|error| {
+            untouched(error.context("bringing large objects and materialized views up to date, before the fence"))
+        })?;
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&sessions.source, &timer)
             .await
@@ -215,12 +228,14 @@ impl Cutover<'_> {
             Err(error) => Err(error),
         };
         match outcome {
-            Ok(cutover_lsn) => {
+            Ok((cutover_lsn, late)) => {
                 // Decided: what is left to do takes nothing back.
                 if let Some(way_back) = &mut way_back {
                     way_back.is_open();
                 }
                 let mut warnings = Box::pin(self.go_on(&mut fence, &around, &sessions.target, &mut timer)).await;
+                let late = late.into_iter().filter(|view| !options.waive.contains(&view.object)).collect();
+                warnings.extend(afterwards::refresh_late(&sessions.target, late).await);
                 warnings.extend(ready::warnings(&findings));
                 warnings.extend(sequences.warnings());
                 timer.done();
@@ -285,7 +300,7 @@ impl Cutover<'_> {
         fence: &mut Fence<'_>,
         (sequences, options, around, way_back): (&sequences::Sequences, &Options, &Surroundings, Option<&Drafted<'_>>),
         timer: &mut Timer<'_>,
-    ) -> Result<Lsn> {
+    ) -> Result<(Lsn, Vec<View>)> {
         let Sessions { source, target, inspector, checker, before, .. } = sessions;
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
         // Which step is under way is noted in the ledger beside its work: applications wait.
@@ -310,12 +325,18 @@ impl Cutover<'_> {
                 note(timer.current()),
                 sequences.copy(source, target),
                 self.drain(source, timer),
-                Box::pin(self.nothing_escaped(inspector, before, options)),
                 Box::pin(self.insert_only_tables_are_equal(sessions)),
-                unique::hold(checker, &tables),
+                Box::pin(async {
+                    let ((), (), is_any) = tokio::try_join!(
+                        Box::pin(self.nothing_escaped(inspector, before, options)),
+                        unique::hold(checker, &tables),
+                        unstreamed::is_there_any(inspector, checker),
+                    )?;
+                    if is_any { unstreamed::settle(inspector, checker, self.owners).await } else { Ok(Vec::new()) }
+                }),
             )
         });
-        let ((), (), second, (), (), ()) = settled.await?;
+        let ((), (), second, (), late) = settled.await?;
         if second.changes != first.changes {
             let count = second.changes - first.changes;
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
@@ -355,7 +376,7 @@ impl Cutover<'_> {
             return Err(error);
         }
         timer.done();
-        Ok(second.lsn)
+        Ok((second.lsn, late))
     }
 
     /// What the way back is made from, where there is to be one.
@@ -504,6 +525,7 @@ impl Sessions {
         let target = cutover.target.connect(cutover.application_name).await?;
         let inspector = cutover.source.connect(cutover.application_name).await?;
         let checker = cutover.target.connect(cutover.application_name).await?;
+        tokio::join!(unstreamed::silence_event_triggers(&target), unstreamed::silence_event_triggers(&checker));
         let before = ledger::fingerprint(&target).await?;
         let is_locked_out = options.fence == FenceMode::Connections;
         let spare = if is_locked_out && cutover.tables.iter().any(|(_, insert_only)| *insert_only) {
@@ -544,6 +566,14 @@ async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applie
         Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
     };
     Ok(Drained { lsn: lsn.into(), changes })
+}
+
+/// Waits until the apply has passed this moment of the source.
+///
+/// # Errors
+/// Whatever the source says, or `Other` when the apply has ended.
+pub(crate) async fn let_the_apply_pass(source: &Client, applied: &watch::Receiver<Applied>) -> Result<()> {
+    send_and_await_marker(source, applied).await.map(drop)
 }
 
 /// A text that no other cutover has.

@@ -100,6 +100,7 @@ pub(super) async fn identify(
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
         replicate_ddl: config.replicate_ddl,
+        owners: &config.owners,
         estimate: std::time::Duration::ZERO,
     })
     .await?;

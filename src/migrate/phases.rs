@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 
 use super::Running;
 use super::prepare::Held;
 use crate::apply::change::{Adoption, Change};
+use crate::apply::ddl::Ddl;
 use crate::apply::layout::Layout;
 use crate::apply::reconcile::reconcile;
 use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
@@ -24,10 +24,11 @@ use crate::queue::Queue;
 use crate::source::catalog::Table;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
-use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::writer::Writer;
-use crate::target::{ddl, index, schema};
+use crate::target::{ddl, index, roles, schema};
+use crate::unstreamed;
+use crate::unstreamed::materialized_view;
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -62,8 +63,17 @@ impl Running {
 
     pub(super) async fn restore_pre_data(&self, target: &mut Client, tables: &[LedgerTable]) -> Result<()> {
         let tables: Vec<Table> = tables.iter().map(|entry| entry.table.clone()).collect();
+        if self.config.owners.create_roles {
+            let source = self.config.source.connect(&self.application_name).await?;
+            for said in roles::create_missing(&source, target, &self.config.owners).await? {
+                self.board.event(Level::Info, said);
+            }
+        }
         self.board.event(Level::Info, "restoring the schema on the target");
-        schema::restore_pre_data(target, &tables).await
+        for left_out in schema::restore_pre_data(target, &tables).await? {
+            self.board.event(Level::Warn, left_out);
+        }
+        Ok(())
     }
 
     /// Copies every table that is not complete, and builds the indexes of each as soon as it is.
@@ -106,6 +116,8 @@ impl Running {
             Ok(())
         };
         tokio::try_join!(copying, indexing)?;
+        let source = self.config.source.connect(&self.application_name).await?;
+        unstreamed::copy(&source, target, &self.config.owners).await?;
         // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
         // committed asynchronously, and has ended it. A new session would know nothing of that.
         // With a schema that is complete, tables were only compared again.
@@ -194,7 +206,8 @@ impl Running {
         let (tables, snapshots) = tokio::try_join!(ledger::tables(target), ledger::snapshots(target))?;
         let mut layout = Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?;
         if ddl::is_replicated(target).await? {
-            layout.ddl_prefix = Some(crate::source::ddl::prefix(&migration.id));
+            let prefix = crate::source::ddl::prefix(&migration.id);
+            layout.ddl = Some(Ddl { prefix, owners: self.config.owners.clone() });
         }
         Ok(Arc::new(layout))
     }
@@ -295,8 +308,12 @@ impl Running {
             Level::Info,
             format!("restoring foreign keys, triggers and the rest of the schema ({} items)", items.len()),
         );
+        // Event triggers are among the last of them.
+        unstreamed::silence_event_triggers(target).await;
         for (position, item) in &items {
-            schema::run_post_data_item(target, *position, item).await?;
+            if let Some(left_out) = schema::run_post_data_item(target, *position, item).await? {
+                self.board.event(Level::Warn, left_out);
+            }
         }
         self.refresh_materialized_views(target).await?;
         target
@@ -307,35 +324,15 @@ impl Running {
             .context(|| "writing into the ledger that the schema is complete".into())
     }
 
-    /// Those that have rows on the source, the older first. One that reads from another that is not refreshed yet is refused
-    /// by the server, and comes after it.
+    /// Those that have rows on the source. One that cannot be refreshed stands against a cutover, and is tried again while following.
     async fn refresh_materialized_views(&self, target: &Client) -> Result<()> {
         let source = self.config.source.connect(&self.application_name).await?;
-        let views = source
-            .query_typed(
-                "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind = 'm' AND c.relispopulated ORDER BY c.oid",
-                &[],
-            )
-            .await
-            .context(|| "listing the source's materialized views".into())?;
-        let mut waiting: Vec<String> = views.iter().map(|view| sql::qualified(view.get(0), view.get(1))).collect();
-        while !waiting.is_empty() {
-            let mut too_early = Vec::new();
-            let mut refused = None;
-            for name in &waiting {
-                match target.batch_execute(&format!("REFRESH MATERIALIZED VIEW {name}")).await {
-                    Err(error) if error.code() == Some(&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE) => {
-                        too_early.push(name.clone());
-                        refused = Some((error, name.clone()));
-                    }
-                    outcome => outcome.context(|| format!("refreshing the materialized view {name}"))?,
-                }
-            }
-            if let Some((error, name)) = refused.filter(|_| too_early.len() == waiting.len()) {
-                return Err(error).context(|| format!("refreshing the materialized view {name}"));
-            }
-            waiting = too_early;
+        let mut views = materialized_view::list(&source).await?;
+        views.retain(|view| view.is_populated);
+        let refused = materialized_view::refresh(target, &views).await?;
+        materialized_view::forget(target, refused.iter().map(|refused| &refused.view)).await?;
+        for refused in refused {
+            self.board.event(Level::Warn, refused.into_error().to_string());
         }
         Ok(())
     }

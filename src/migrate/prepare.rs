@@ -20,6 +20,7 @@ use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared};
 use crate::target::schema;
+use crate::unstreamed::materialized_view;
 
 /// How often the preparation is made anew when the schema changes under it.
 const ATTEMPTS: usize = 5;
@@ -90,6 +91,7 @@ impl Running {
             &self.application_name,
             &new.snapshot.name,
             self.directory.directory().path(),
+            &self.config.owners,
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);
@@ -106,7 +108,10 @@ impl Running {
             fingerprint: &fingerprint,
             binary,
         };
+        // Everything that the target will have when it first refreshes them is newer than what they show now.
+        let views = materialized_view::list(&source).await?;
         ledger::record_prepared(target, migration, &prepared).await?;
+        materialized_view::remember(target, &views).await?;
         self.board.event(
             Level::Info,
             format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),
@@ -196,7 +201,7 @@ fn shortened<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
 }
 
 /// Ends the sessions of a name, and returns when they are gone: they could still commit what they have begun.
-pub(super) async fn end_sessions(client: &Client, application_name: &str) -> Result<()> {
+pub(crate) async fn end_sessions(client: &Client, application_name: &str) -> Result<()> {
     for _ in 0..200 {
         let left = client
             .query(

@@ -40,6 +40,7 @@ impl Config {
     pub(super) fn reversed(mut self) -> Config {
         std::mem::swap(&mut self.source, &mut self.target);
         std::mem::swap(&mut self.care.caps.source, &mut self.care.caps.target);
+        self.owners = self.owners.reversed();
         self
     }
 }

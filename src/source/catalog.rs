@@ -4,6 +4,8 @@
 //! layout of a row in the stream: pgoutput sends the columns that are not dropped and not generated in the order of
 //! `attnum` ("Logical Replication Message Formats" in the manual), which is exactly [`Table::columns`].
 
+mod fingerprint;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +13,9 @@ use tokio_postgres::Client;
 
 use crate::error::{Context, Result};
 use crate::sql;
+
+pub(crate) use fingerprint::{Hash, Objects, THERE, fingerprint_query};
+pub use fingerprint::{changed_objects, fingerprint};
 
 /// A table that holds rows of its own: an ordinary table or a leaf of a partitioned one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -364,128 +369,6 @@ pub(super) fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes:
     };
     let spare = indexes.len() - usize::from(key.is_some());
     (key.unwrap_or_default(), spare > 0)
-}
-
-/// Every object whose coming, going or change the stream does not show (I11), with a hash of its definition.
-///
-/// The key reads as an operator would name the object: `table "public"."orders"`, `column … of table …`.
-///
-/// A column's hash has the transaction that last wrote its row of the catalog (`xmin`): `ALTER … TYPE integer USING v + 1` of
-/// an integer column rewrites every value, shows none of them in the stream, and leaves a definition that reads as before (H4).
-/// The table's file alone would not tell, since TRUNCATE and VACUUM FULL change it too and lose nothing.
-///
-/// # Errors
-/// Whatever the server says.
-pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
-    let rows = client
-        .query_typed(&fingerprint_query(Hash::OfTheServer, &Objects::ALL), &[])
-        .await
-        .context(|| "reading the catalog's fingerprint".into())?;
-    Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
-}
-
-/// What a hash of the fingerprint is good for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Hash {
-    /// To be compared with an earlier one of the same server: it shows also what leaves a definition that reads as before.
-    OfTheServer,
-    /// To be compared with that of another server: only what a definition says.
-    OfTheDefinition,
-}
-
-/// Conditions that say which relations (`c`), functions (`p`), types (`t`) and extensions (`e`) a fingerprint is of.
-#[derive(Clone, Copy)]
-pub(crate) struct Objects<'a> {
-    pub relations: &'a str,
-    pub functions: &'a str,
-    pub types: &'a str,
-    pub extensions: &'a str,
-}
-
-impl Objects<'_> {
-    pub const ALL: Objects<'static> =
-        Objects { relations: "true", functions: "true", types: "true", extensions: "true" };
-}
-
-/// The query behind [`fingerprint`].
-pub(crate) fn fingerprint_query(hash: Hash, of: &Objects<'_>) -> String {
-    let Objects { relations, functions, types, extensions } = of;
-    let (view, column, constraint, function) = match hash {
-        Hash::OfTheServer => (
-            "pg_catalog.pg_get_viewdef(c.oid)",
-            "a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated, \
-             a.attcollation, a.atthasmissing, a.attmissingval::text, pg_catalog.pg_get_expr(d.adbin, d.adrelid)",
-            "true",
-            "p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, p.proisstrict, p.proconfig",
-        ),
-        // A view is printed otherwise by another version, and NOT NULL is a constraint only since 18. Identity columns are BY DEFAULT on the target for the time of the
-        // migration (H22).
-        Hash::OfTheDefinition => (
-            "(SELECT string_agg(concat_ws(' ', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod)), ',' ORDER BY a.attnum) \
-              FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)",
-            "pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity <> '', a.attgenerated, \
-             pg_catalog.pg_get_expr(d.adbin, d.adrelid)",
-            "k.contype <> 'n'",
-            "p.prosrc, p.probin, p.proretset, p.provolatile, p.prosecdef, p.proisstrict, p.proconfig",
-        ),
-    };
-    format!(
-        "SELECT (CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'i' THEN 'index' \
-                   WHEN 'I' THEN 'partitioned index' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' \
-                   WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'type' END) \
-                || ' ' || format('%I.%I', n.nspname, c.relname), \
-                md5(concat_ws('/', c.relkind, c.relpersistence, c.relreplident, \
-                    CASE WHEN c.relkind IN ('i', 'I') THEN pg_catalog.pg_get_indexdef(c.oid) END, \
-                    CASE WHEN c.relkind IN ('v', 'm') THEN {view} END, \
-                    pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
-                    (SELECT concat_ws('/', s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle) \
-                     FROM pg_catalog.pg_sequence s WHERE s.seqrelid = c.oid))) \
-         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-         WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} \
-           AND {relations} \
-         UNION ALL \
-         SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), md5(concat_ws('/', {column})) \
-         FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-         LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
-         WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} AND {relations} \
-           AND a.attnum > 0 AND NOT a.attisdropped \
-         UNION ALL \
-         SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
-                md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \
-         FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
-         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {USER_RELATION} AND {relations} AND {constraint} \
-         UNION ALL \
-         SELECT format('trigger %I on table %I.%I', t.tgname, n.nspname, c.relname), \
-                md5(concat_ws('/', pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled)) \
-         FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
-         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-         WHERE NOT t.tgisinternal AND {USER_RELATION} AND {relations} \
-         UNION ALL \
-         SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
-                md5(concat_ws('/', {function})) \
-         FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
-         WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
-           AND n.nspname NOT LIKE 'walferry\\_ddl\\_%' AND {functions} \
-           AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_proc'::regclass \
-                           AND d.objid = p.oid AND d.deptype = 'e') \
-         UNION ALL \
-         SELECT format('enum value %L of type %I.%I', e.enumlabel, n.nspname, t.typname), e.enumsortorder::text \
-         FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
-         JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace WHERE {types} \
-         UNION ALL \
-         SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e WHERE {extensions}"
-    )
-}
-
-/// The objects that are not the same in two fingerprints.
-pub fn changed_objects<'a>(
-    before: &'a BTreeMap<String, String>,
-    now: &'a BTreeMap<String, String>,
-) -> impl Iterator<Item = &'a str> {
-    let gone = before.keys().filter(|object| !now.contains_key(*object));
-    let other = now.iter().filter(|(object, hash)| before.get(*object) != Some(hash)).map(|(object, _)| object);
-    gone.chain(other).map(String::as_str)
 }
 
 #[cfg(test)]

@@ -41,7 +41,18 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
         functions: "p.oid = ANY (v_functions)",
         types: "t.oid = ANY (v_types)",
         extensions: "e.oid = ANY (v_extensions)",
+        others: "pg_catalog.age(o.xmin) <= v_age",
     };
+    // Objects are named in the server's language; only a superuser can choose it.
+    let row = client
+        .query_typed_one(
+            "SELECT pg_catalog.current_setting('is_superuser')::bool, pg_catalog.current_setting('lc_messages')",
+            &[],
+        )
+        .await
+        .context(|| "asking for the language of the source".into())?;
+    let (is_superuser, language): (bool, &str) = (row.get(0), row.get(1));
+    let messages = if is_superuser { format!(" SET lc_messages = {}", sql::literal(language)) } else { String::new() };
     let mut made = include_str!("ddl/trigger.sql").to_owned();
     let [name, name_drop, name_rewrite] = triggers(id);
     for (place, text) in [
@@ -50,6 +61,7 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
         ("{prefix_end}", sql::literal(&format!("{}_end", prefix(id)))),
         ("{publication}", sql::literal(publication)),
         ("{inserts}", sql::literal(insert_only)),
+        ("{messages}", messages),
         ("{rows_max}", ROWS_MAX.to_string()),
         ("{user_relation}", USER_RELATION.to_owned()),
         ("{columns}", catalog::columns_query("c.oid = ANY (v_relations)")),
@@ -230,6 +242,7 @@ struct ToldTable {
     identity: String,
     relfilenode: u32,
     is_new: bool,
+    is_about: bool,
 }
 
 /// A column, and the value of the rows that have none.
@@ -259,7 +272,12 @@ impl Told {
             .map_err(|error| Error::new(ErrorKind::Other, format!("reading what the source told of DDL: {error}")))
     }
 
-    /// The tables that it is about, as they are behind it, and whether it has made them.
+    /// Whether it names a table, or a whole that this is a part of.
+    pub fn is_about(&self, relid: u32) -> bool {
+        self.tables.iter().any(|table| table.relid == relid && table.is_about)
+    }
+
+    /// The tables that it is about, and others that were altered lately, as they are behind it, and whether it has made them.
     pub fn tables(&self) -> Vec<(Table, bool)> {
         let table = |told: &ToldTable| {
             let columns: Vec<Column> = self

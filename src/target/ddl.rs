@@ -49,14 +49,6 @@ pub async fn definitions(writer: &mut Writer) -> Result<BTreeMap<String, String>
     pairs(writer, &catalog::fingerprint_query(Hash::OfTheDefinition, &Objects::ALL)).await
 }
 
-/// The hashes of the target's own fingerprint.
-///
-/// # Errors
-/// Whatever the server says.
-pub async fn fingerprint(writer: &mut Writer) -> Result<BTreeMap<String, String>> {
-    pairs(writer, &catalog::fingerprint_query(Hash::OfTheServer, &Objects::ALL)).await
-}
-
 /// The fingerprint that the ledger has.
 ///
 /// # Errors
@@ -74,11 +66,11 @@ async fn pairs(writer: &mut Writer, query: &str) -> Result<BTreeMap<String, Stri
     Ok(rows.into_iter().filter_map(pair).collect())
 }
 
-/// Runs a statement as whoever ran it on the source, with what its text is read by, and goes back to what our sessions pin.
+/// Runs a statement as a role, `None` for our own, with what its text is read by, and goes back to what our sessions pin.
 ///
 /// # Errors
 /// What the server says: the transaction is then to be rolled back.
-pub async fn run(writer: &mut Writer, caller: &Caller, statement: &str) -> Result<()> {
+pub async fn run(writer: &mut Writer, caller: &Caller, role: Option<&str>, statement: &str) -> Result<()> {
     let mut settings = caller.settings.clone();
     settings.insert("search_path".into(), caller.search_path.clone());
     settings.insert("row_security".into(), "on".into());
@@ -86,11 +78,10 @@ pub async fn run(writer: &mut Writer, caller: &Caller, statement: &str) -> Resul
     let set = |(name, value): (&String, &String)| {
         format!("pg_catalog.set_config({}, {}, true)", sql::literal(name), sql::literal(value))
     };
-    let before = format!(
-        "SELECT {}; SET LOCAL ROLE {}",
-        settings.iter().map(set).collect::<Vec<_>>().join(", "),
-        sql::identifier(&caller.role)
-    );
+    let mut before = format!("SELECT {}", settings.iter().map(set).collect::<Vec<_>>().join(", "));
+    if let Some(role) = role {
+        before.push_str(&format!("; SET LOCAL ROLE {}", sql::identifier(role)));
+    }
     writer.query(&before).await?;
     writer.execute(statement.to_owned(), &[]).await?;
     let reset = |name: &String| {

@@ -9,6 +9,7 @@
 //! | `schema_item` | a statement of the schema that `pg_dump` wrote, and whether it has been run |
 //! | `fingerprint` | an object of the source and the hash of its definition (I11) |
 //! | `apply_progress` | how far one apply session has come |
+//! | `large_object`, `materialized_view` | what is in no stream, and the marker that it had when it was last brought up to date ([`crate::unstreamed`] makes them where there is anything) |
 //!
 //! A function here that takes a session runs inside whatever transaction that session has open: the caller makes
 //! the row and the work one transaction.

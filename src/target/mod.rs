@@ -7,8 +7,11 @@
 pub mod adopt;
 pub mod copy_rows;
 pub mod ddl;
+pub mod harmless;
 pub mod index;
 pub mod ledger;
+pub mod role_map;
+pub mod roles;
 pub mod route;
 pub mod schema;
 pub mod serial;

@@ -226,7 +226,9 @@ mod tests {
     use super::*;
 
     fn told(tag: &str, query: &str, nth: usize, context: &str) -> Told {
-        Told { tag: tag.into(), query: query.into(), nth, context: context.into(), ..Told::default() }
+        let mut told = Told::default();
+        (told.tag, told.query, told.nth, told.context) = (tag.into(), query.into(), nth, context.into());
+        told
     }
 
     fn texts(source: &str) -> Option<Vec<String>> {

@@ -1,6 +1,5 @@
 -- Puts DDL into the stream. Made by walferry, removed by `walferry clean`.
 CREATE SCHEMA {schema};
-COMMENT ON SCHEMA {schema} IS 'walferry: tells a running migration of DDL; `walferry clean` removes it';
 GRANT USAGE ON SCHEMA {schema} TO PUBLIC;
 
 -- What happened, as its owner sees it: whoever runs DDL need not own the publications. It is told what only the caller knows.
@@ -8,7 +7,7 @@ CREATE FUNCTION {schema}.emit(v_event text, v_tag text, v_caller jsonb, v_contex
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '500ms'
 SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres' SET TimeZone = 'UTC' SET extra_float_digits = '3'
-SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET standard_conforming_strings = 'on'
+SET bytea_output = 'hex' SET xmloption = 'content' SET lc_monetary = 'C' SET standard_conforming_strings = 'on'{messages}
 AS $walferry$
 DECLARE
     v_commands jsonb;
@@ -18,6 +17,8 @@ DECLARE
     v_nth integer;
     v_relations oid[];
     v_sent oid[];
+    v_about oid[];
+    v_age integer;
     v_functions oid[];
     v_types oid[];
     v_extensions oid[];
@@ -94,7 +95,14 @@ BEGIN
         SELECT relid FROM named UNION SELECT i.inhrelid FROM pg_inherits i JOIN whole ON whole.relid = i.inhparent
     )
     SELECT array_agg(c.oid) INTO v_relations FROM pg_class c WHERE c.oid IN (SELECT relid FROM whole) AND c.relpersistence <> 't';
-    v_relations := coalesce(v_relations, '{}')
+    v_about := coalesce(v_relations, '{}');
+    -- And all whose rows of the catalog were written lately: what else it did, and of GRANT, which does not say to what. What others have
+    -- done and committed comes before this in the stream.
+    v_age := age(pg_snapshot_xmin(pg_current_snapshot())::xid);
+    v_relations := v_about || ARRAY(SELECT c.oid FROM pg_class c WHERE age(c.xmin) <= v_age AND c.relpersistence <> 't'
+                                    AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S', 'c') AND c.oid <> ALL (v_about));
+    v_functions := v_functions || ARRAY(SELECT p.oid FROM pg_proc p WHERE age(p.xmin) <= v_age);
+    v_relations := v_relations
         || ARRAY(SELECT i.indexrelid FROM pg_index i WHERE i.indrelid = ANY (v_relations));
 
     -- A new table is in the stream from here on; one that got or lost its replica identity changes its publication, because a table
@@ -165,7 +173,7 @@ BEGIN
         'tables', coalesce((
             SELECT jsonb_agg(jsonb_build_object('relid', c.oid::int8, 'schema', n.nspname, 'name', c.relname,
                        'unlogged', c.relpersistence = 'u', 'is_partition', c.relispartition, 'identity', c.relreplident::text,
-                       'relfilenode', c.relfilenode::int8, 'is_new', coalesce(c.oid = ANY (v_new), false)))
+                       'relfilenode', c.relfilenode::int8, 'is_new', coalesce(c.oid = ANY (v_new), false), 'is_about', c.oid = ANY (v_about)))
             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
             WHERE c.oid = ANY (v_sent) AND c.relkind = 'r' AND {user_relation}), '[]'),
         'columns', coalesce((
@@ -181,8 +189,8 @@ BEGIN
             SELECT jsonb_agg(jsonb_build_object('relid', q.relid::int8, 'index', jsonb_build_object('columns', q.columns, 'primary', q.is_primary,
                        'replica_identity', q.is_identity, 'names_one_row', q.names_one_row)))
             FROM ({indexes}) q(relid, columns, is_primary, is_identity, names_one_row)), '[]'),
-        'fingerprint', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({fingerprint}) q(object, hash)), '{}'),
-        'definition', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({definition}) q(object, hash)), '{}')
+        'fingerprint', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({fingerprint}) q(object, hash) WHERE q.object IS NOT NULL), '{}'),
+        'definition', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({definition}) q(object, hash) WHERE q.object IS NOT NULL), '{}')
     )::text, 'UTF8'));
     -- A message is decoded at the end of its record, which is where the next one begins: beside the subtransaction that this is, the
     -- row of that one could come first. This one is in between.
