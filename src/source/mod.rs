@@ -5,6 +5,7 @@
 //! table has seen; [`receive`] brings the stream into the queue over a [`replication`] session.
 
 pub mod catalog;
+pub mod ddl;
 pub mod identity;
 pub mod receive;
 pub mod replication;
