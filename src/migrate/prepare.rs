@@ -76,7 +76,7 @@ impl Running {
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
         // Before the slot: of every transaction that it sends, the DDL is told of.
-        if is_replicated(target).await? {
+        if is_replicated(&self.target().await?).await? {
             ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;
         }
         let new = self.make_slot(&source, &migration.slot).await?;

@@ -52,7 +52,10 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
         .await
         .context(|| "asking for the language of the source".into())?;
     let (is_superuser, language): (bool, &str) = (row.get(0), row.get(1));
-    let messages = if is_superuser { format!(" SET lc_messages = {}", sql::literal(language)) } else { String::new() };
+    let messages = match is_superuser && !language.is_empty() {
+        true => format!(" SET lc_messages = {}", sql::literal(language)),
+        false => String::new(),
+    };
     let mut made = include_str!("ddl/trigger.sql").to_owned();
     let [name, name_drop, name_rewrite] = triggers(id);
     for (place, text) in [
