@@ -428,7 +428,7 @@ async fn triggers_and_rules_that_ddl_makes_fire_always_are_quiet_until_the_switc
     all_is_applied(&migration, &mut running).await;
     migration.cut_over(running).await;
     migration.assert_equal().await;
-    let enabled = "SELECT string_agg(tgname || tgenabled, ' ' ORDER BY tgname) || ' ' || (SELECT ev_enabled FROM pg_rewrite WHERE rulename = 'counted') \
+    let enabled = "SELECT string_agg(tgname || tgenabled::text, ' ' ORDER BY tgname) || ' ' || (SELECT ev_enabled::text FROM pg_rewrite WHERE rulename = 'counted') \
                    FROM pg_trigger WHERE tgrelid = 'public.t'::regclass";
     let row = migration.target().await.query_one(enabled, &[]).await.unwrap();
     assert_eq!(row.get::<_, &str>(0), "earlyA easedO lateA R");
