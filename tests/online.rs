@@ -407,13 +407,20 @@ async fn on_the_way_back_both_sides_are_compared_and_repaired_likewise() {
     }
 
     let old_primary = migration.source().await;
-    let plant = "BEGIN READ WRITE; SET LOCAL session_replication_role = replica; \
-        UPDATE app.note SET document = '{}' WHERE id BETWEEN 1900 AND 1902; COMMIT";
-    old_primary.batch_execute(plant).await.unwrap();
+    // Of the notes that the application has written, which it never deletes.
+    let written =
+        "SELECT array_agg(id ORDER BY id) FROM (SELECT id FROM app.note WHERE id > 2000 ORDER BY id LIMIT 3) n";
+    let ids: Vec<i64> = old_primary.query_one(written, &[]).await.unwrap().get(0);
+    let plant = format!(
+        "BEGIN READ WRITE; SET LOCAL session_replication_role = replica; \
+         UPDATE app.note SET document = '{{}}' WHERE id BETWEEN {} AND {}; COMMIT",
+        ids[0], ids[2]
+    );
+    old_primary.batch_execute(&plant).await.unwrap();
     let found = verify(&migration, &[]).await;
     assert_eq!(found.code, Some(4), "{}", found.stderr);
     let expected: Vec<String> =
-        (1900..=1902).map(|id| format!("different \"app\".\"note\" (id)=({id}) document")).collect();
+        ids.iter().map(|id| format!("different \"app\".\"note\" (id)=({id}) document")).collect();
     assert_eq!(differences(&found.json()), expected);
     let repaired = migration.with_directory("repair", &[]).await;
     assert_eq!(repaired.code, Some(0), "{}\n{}", repaired.stderr, running.log());
