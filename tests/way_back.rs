@@ -61,6 +61,7 @@ async fn a_switchback_leads_back_with_all_that_was_written_since_and_clean_leave
     assert_eq!(shown(&migration.source_url, "default_transaction_read_only").await, "on");
     // The slot of the way there would keep the old primary's WAL.
     until_true(&migration.source().await, "SELECT count(*) = 0 FROM pg_replication_slots").await;
+    ready(&migration, &mut running).await;
     let again = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     again.assert_refused(5, &["has been cut over already", "walferry switchback"]);
     let clean = migration.with_directory("clean", &[]).await;
