@@ -9,9 +9,9 @@ use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::migrate::{self, application_name};
 use crate::source::identity::{self, On};
-use crate::source::slot;
+use crate::source::{ddl, slot};
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{self, LedgerTable, Phase, WayBack};
+use crate::target::ledger::{self, LedgerTable, Phase, Section, WayBack};
 use crate::target::schema;
 
 /// How often, and how far apart, an old server that does not answer is tried again before it counts as gone.
@@ -151,9 +151,19 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         let restored = identity::restore(server, &identities, on).await?;
         removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the {side}")));
     }
+    say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
     Ok(removed)
+}
+
+/// The ledger is all that knows of it (H23).
+async fn say_what_is_not_validated(target: &Client, removed: &mut Vec<Removed>) -> Result<()> {
+    let left = ledger::pending_items(target, Section::AfterCutover).await?;
+    removed.extend(left.into_iter().map(|(_, item)| {
+        format!("the task to validate the {}; it is left to you: {}", item.name, item.statement.replace('\n', " "))
+    }));
+    Ok(())
 }
 
 /// Identity columns, triggers and rules as they were, where a migration made them other for its own time only.
@@ -187,6 +197,7 @@ async fn without_source(
     let identities = ledger::replica_identities(target).await?;
     let restored = identity::restore(target, &identities, On::Target).await?;
     removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the target")));
+    say_what_is_not_validated(target, &mut removed).await?;
     target
         .batch_execute("DROP SCHEMA walferry CASCADE")
         .await
@@ -207,6 +218,7 @@ async fn source_of(source: &Client, id: &str, removed: &mut Vec<Removed>) -> Res
         slot::drop(source, &name).await?;
         removed.push(format!("slot {name} on the source"));
     }
+    removed.extend(ddl::remove(source, id).await?.into_iter().map(|what| format!("{what} on the source")));
     let inserts = format!("{name}_inserts");
     let publications = source
         .query("SELECT pubname FROM pg_catalog.pg_publication WHERE pubname IN ($1, $2) ORDER BY 1", &[&name, &inserts])
@@ -224,7 +236,9 @@ async fn orphans(server: &Client, way: &str) -> Result<Vec<String>> {
         .query(
             "SELECT DISTINCT substr(name, 10, 8) FROM ( \
                  SELECT slot_name::text FROM pg_catalog.pg_replication_slots WHERE database = pg_catalog.current_database() AND NOT active \
-                 UNION ALL SELECT pubname::text FROM pg_catalog.pg_publication) names(name) \
+                 UNION ALL SELECT pubname::text FROM pg_catalog.pg_publication \
+                 UNION ALL SELECT 'walferry_' || substr(nspname, 14) FROM pg_catalog.pg_namespace \
+                     WHERE nspname LIKE 'walferry\\_ddl\\_%') names(name) \
              WHERE name ~ ('^walferry_[0-9a-f]{8}' || $1 || '(_inserts)?$')",
             &[&way],
         )

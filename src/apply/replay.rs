@@ -44,6 +44,8 @@ pub struct Replay<'a> {
     /// The conflicts of the transaction at work, by schema, table and kind: counted when it is over, because one that is given up
     /// for another reason comes again.
     pub conflicts: BTreeMap<(String, String, ConflictKind), u64>,
+    /// Statements of DDL of the transaction at work.
+    pub ddl_replayed: u64,
     /// Where conflicts are counted.
     pub board: &'a StatusBoard,
 }
@@ -92,6 +94,7 @@ impl Replay<'_> {
             Arc::make_mut(&mut self.layout).foresee(adoption);
         }
         self.conflicts.clear();
+        self.ddl_replayed = 0;
         let mut at = None;
         let outcome = self.changes(head, entries, &mut at).await;
         if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
@@ -112,6 +115,7 @@ impl Replay<'_> {
         let end = outcome.context(naming)?;
         self.writer.commit().await.context(naming)?;
         self.count_conflicts();
+        self.board.ddl_replayed(self.ddl_replayed);
         for position in self.progress.iter_mut() {
             *position = end.end_lsn.max(*position);
         }
@@ -190,6 +194,9 @@ impl Replay<'_> {
         match message {
             Message::Logical { prefix, content, .. } if prefix == MARKER_PREFIX => {
                 end.markers.push(String::from_utf8_lossy(content).into_owned());
+            }
+            Message::Logical { prefix, content, .. } if layout.is_ddl(prefix) => {
+                Box::pin(self.ddl(head, content)).await?;
             }
             Message::Truncate { relids, restart_identity, .. } => {
                 let mut emptied = Vec::new();

@@ -40,6 +40,7 @@ use crate::observe::status::Level;
 use crate::pause::{self, Paused};
 use crate::source::catalog::Table;
 use crate::target::ledger::Part;
+use crate::target::role::ApplyRole;
 
 pub use plan::plan;
 
@@ -67,6 +68,8 @@ pub struct Copier {
     pub application_name: String,
     /// The tables by their relid.
     pub tables: HashMap<u32, Table>,
+    /// In which role rows are written.
+    pub role: ApplyRole,
     /// Where progress is shown.
     pub board: StatusBoard,
     /// Whether it is to rest; it does so between parts.
@@ -283,8 +286,7 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
-                let shown_and_paced = (&copier.board, copier.tune.pace());
-                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, shown_and_paced).await? {
+                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, copier).await? {
                     Outcome::Copied(complete) => {
                         if complete {
                             // The receiver outlives the copy; if it is gone, so is the migration.

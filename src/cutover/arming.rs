@@ -9,6 +9,7 @@
 //! How it dies: until the decision, nothing of it counts, and the next start makes it anew. The slot keeps WAL on the target, where
 //! nobody but us writes; `clean` removes it.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +25,9 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
+use crate::target::late::AtCutover;
 use crate::target::ledger::{self, Draft, Migration, Phase};
+use crate::target::role::ApplyRole;
 use crate::unstreamed::silence_event_triggers;
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
@@ -215,6 +218,12 @@ impl WayBack {
         if !slot::state(target, &slot).await?.is_some_and(|state| state.is_usable()) {
             return Err(Error::new(ErrorKind::Transient, format!("the slot {slot} is not on the target")));
         }
+        // Tables that replicated DDL has made, dropped, or given a key since.
+        let (names, published) = (self.names(), on_target(target, migrated).await?);
+        let fit = slot::are_published(target, &names.publication, &names.insert_only_publication, &published).await?;
+        if !fit {
+            slot::create_publications(target, &names.publication, &names.insert_only_publication, &published).await?;
+        }
         let draft = self.draft(target, migrated).await?;
         Ok(Drafted { way_back: self, draft, work })
     }
@@ -241,13 +250,10 @@ impl WayBack {
             );
         }
         let source = self.source.connect(&self.application_name).await?;
-        source.batch_execute("BEGIN").await?;
-        let tried = source.batch_execute("SET LOCAL session_replication_role = replica").await;
-        source.batch_execute("ROLLBACK").await?;
-        if let Err(error) = tried {
+        if ApplyRole::allowed(&source).await? == ApplyRole::Origin {
             return blocked(
-                format!("on the source, changes could not be written back without firing triggers: {error}"),
-                "the source: GRANT SET ON PARAMETER session_replication_role TO our role".into(),
+                "on the source our role may not set session_replication_role, so what is written back would fire triggers there".into(),
+                "the source: GRANT SET ON PARAMETER session_replication_role TO our role (from PostgreSQL 15 on)".into(),
             );
         }
         Ok(())
@@ -265,6 +271,10 @@ impl WayBack {
             // The deciding transaction gives them back what they are on the source.
             fingerprint.insert(object, String::new());
         }
+        for object in late_objects(target).await? {
+            // It makes them, and leaves some to be validated (H23).
+            fingerprint.entry(object).or_default();
+        }
         let names = self.names();
         let migration = Migration {
             source_system: server.system_id,
@@ -275,6 +285,8 @@ impl WayBack {
             insert_only_publication: names.insert_only_publication,
             binary: tables.iter().all(Table::binary_safe),
             phase: Phase::Following,
+            // Proved: see above.
+            apply_role: ApplyRole::Replica,
             ..self.migration.clone()
         };
         let tables: Vec<(Table, bool)> = tables
@@ -351,6 +363,19 @@ async fn on_target(target: &Client, migrated: &[Table]) -> Result<Vec<Table>> {
 
 fn same_name(one: &Table, other: &Table) -> bool {
     (&one.schema, &one.name) == (&other.schema, &other.name)
+}
+
+/// How the catalog's fingerprint names what the deciding transaction makes: the triggers and constraints that the source has and the
+/// target does not, and those that are valid only later.
+async fn late_objects(target: &Client) -> Result<BTreeSet<String>> {
+    let late = AtCutover::plan(target).await?;
+    if late == AtCutover::default() {
+        return Ok(BTreeSet::new());
+    }
+    let of_source = ledger::fingerprint(target).await?;
+    let made = |object: &String| object.starts_with("trigger ") || object.starts_with("constraint ");
+    let made = of_source.into_keys().filter(made);
+    Ok(made.chain(late.later().iter().cloned()).collect())
 }
 
 /// How the catalog's fingerprint names what the decision changes: the columns that are `GENERATED ALWAYS AS IDENTITY`, and the triggers

@@ -25,9 +25,11 @@
 mod afterwards;
 pub mod arming;
 mod automatic;
+mod changes;
 mod fence;
 mod hook;
 mod options;
+mod orphans;
 mod pgbouncer;
 mod prewarm;
 mod ready;
@@ -52,6 +54,7 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
+use crate::target::late::AtCutover;
 use crate::target::ledger;
 use crate::target::schema;
 use crate::unstreamed::large_object::Owners;
@@ -61,6 +64,8 @@ use crate::{sql, unstreamed, verify};
 use arming::Drafted;
 pub use arming::{Arming, WayBack};
 pub use automatic::Automatic;
+pub use changes::changes;
+use changes::is_waived;
 use fence::Fence;
 use hook::{Hook, Surroundings};
 pub use options::{FenceMode, Hooks, Options, PgBouncer};
@@ -195,11 +200,23 @@ impl Cutover<'_> {
             })?;
         // As for the backlog: what can be known before applications wait is looked at before.
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        let look_at_most = timer.left() / 3;
         let known = timer.within(async {
             unique::hold(&sessions.checker, &tables).await?;
-            sequences::list(&sessions.source, options.sequence_margin).await
+            let late = AtCutover::plan(&sessions.target).await?;
+            if !late.later().is_empty() {
+                // It may take a part of the time, and leaves the rest for the cutover itself.
+                let skipped = orphans::none(&sessions.source, &sessions.checker, look_at_most).await?;
+                if skipped > 0 {
+                    tracing::info!(
+                        skipped,
+                        "foreign keys that there was no time to look at are validated after the release"
+                    );
+                }
+            }
+            Ok((sequences::list(&sessions.source, options.sequence_margin).await?, late))
         });
-        let sequences = known.await.map_err(untouched)?;
+        let (sequences, late) = known.await.map_err(untouched)?;
         let mut way_back = match self.way_back(options) {
             None => None,
             Some((way_back, arming)) => {
@@ -227,7 +244,7 @@ impl Cutover<'_> {
                 Box::pin(self.switch(
                     &sessions,
                     &mut fence,
-                    (&sequences, options, &around, way_back.as_ref()),
+                    (&sequences, &late, options, &around, way_back.as_ref()),
                     &mut timer,
                 ))
                 .await
@@ -305,7 +322,7 @@ impl Cutover<'_> {
         &self,
         sessions: &Sessions,
         fence: &mut Fence<'_>,
-        (sequences, options, around, way_back): (&sequences::Sequences, &Options, &Surroundings, Option<&Drafted<'_>>),
+        (sequences, at_cutover, options, around, way_back): Prepared<'_>,
         timer: &mut Timer<'_>,
     ) -> Result<(Lsn, Vec<View>)> {
         let Sessions { source, target, inspector, checker, before, .. } = sessions;
@@ -367,9 +384,11 @@ impl Cutover<'_> {
             None => String::new(),
         };
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
+            // Before what is said of triggers that it makes (H23).
+            at_cutover.statements(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             ledger::decide(way_back.is_some()),
             self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
@@ -498,21 +517,9 @@ impl Cutover<'_> {
     }
 }
 
-/// What changed between two fingerprints, as people would say it.
-pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
-    let gone = before.keys().filter(|object| !now.contains_key(*object)).map(|object| format!("{object} is gone"));
-    let other = now.iter().filter_map(|(object, hash)| match before.get(object) {
-        None => Some(format!("{object} is new")),
-        Some(was) if was != hash => Some(format!("{object} has changed")),
-        Some(_) => None,
-    });
-    gone.chain(other).collect()
-}
-
-/// Whether a change is that of this object: `table public.a` is not `table public.ab`.
-fn is_waived(change: &str, waived: &str) -> bool {
-    change.strip_prefix(waived).is_some_and(|rest| matches!(rest, " is gone" | " is new" | " has changed"))
-}
+/// What is known before the fence: sequences, what the target makes only now, what the operator wants, where hooks are run, and the way
+/// back.
+type Prepared<'a> = (&'a sequences::Sequences, &'a AtCutover, &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
 
 /// What a cutover works with, opened before anybody waits.
 struct Sessions {
@@ -614,29 +621,5 @@ fn reopen_statement(database: &str, previous: Option<&str>) -> String {
     match previous {
         Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
         None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn changes_are_named_as_people_would_say_them() {
-        let map = |entries: &[(&str, &str)]| entries.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
-        let before = map(&[("table a", "1"), ("table b", "1"), ("index c", "1")]);
-        let now = map(&[("table a", "1"), ("table b", "2"), ("index d", "1")]);
-        assert_eq!(changes(&before, &now), ["index c is gone", "index d is new", "table b has changed"]);
-        assert!(changes(&before, &before).is_empty());
-    }
-
-    #[test]
-    fn i11_one_object_is_waived_and_not_those_whose_names_begin_alike() {
-        assert!(is_waived("table a.b is new", "table a.b"));
-        assert!(is_waived("index a.b is gone", "index a.b"));
-        for other in ["table a.b", "table a.bc is new", "column c of table a.b has changed"] {
-            assert!(!is_waived(other, "table a.b"), "{other}");
-        }
-        assert!(!is_waived("table a.b is new", ""), "nothing named is nothing waived");
     }
 }

@@ -11,6 +11,7 @@ use crate::copy;
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
 use crate::sql;
+use crate::target::role::ApplyRole;
 
 /// Unlogged tables together that are copied while applications wait, in bytes with TOAST and without indexes.
 pub const BYTES_MAX: i64 = 1 << 30;
@@ -88,7 +89,8 @@ pub(super) async fn copy(source: &Client, target: &Client, tables: &[&Table], wa
     // Together: only unlogged tables refer to unlogged tables, and one that is referred to is not emptied without the other.
     let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
     let statements = format!(
-        "BEGIN; SET LOCAL session_replication_role = replica; SET LOCAL lock_timeout = '2s'; TRUNCATE {}",
+        "BEGIN; {}; SET LOCAL lock_timeout = '2s'; TRUNCATE {}",
+        ApplyRole::recorded(target).await?.begin_statement(),
         names.join(", ")
     );
     target.batch_execute(&statements).await.context(|| "emptying unlogged tables of the target".into())?;

@@ -9,7 +9,9 @@ use crate::observe::status::Level;
 use crate::source::identity;
 use crate::source::replication::ReplicationSession;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
+use crate::target::ddl;
 use crate::target::ledger::{self, Migration, Phase};
+use crate::target::role::ApplyRole;
 
 /// How long the sessions of a process that died may take to end.
 const ALONE_WITHIN_SECONDS: u32 = 15;
@@ -33,7 +35,7 @@ pub(super) async fn identify(
                 {
                     // What died in the middle of it may still hold the ledger's locks (H18).
                     super::prepare::end_sessions(&target, &application_name(&migration.id)).await?;
-                    restore_replica_identities(config, &target).await?;
+                    restore_replica_identities(config, &target, &application_name(&migration.id)).await?;
                     remove_unprepared(&mut target).await?;
                     None
                 }
@@ -86,6 +88,11 @@ pub(super) async fn identify(
     if let Some(migration) = recorded {
         // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
         board.event(Level::Info, format!("going on with migration {}", migration.id));
+        if config.replicate_ddl && !replicates_ddl(config).await? {
+            let text = "this migration began without --replicate-ddl, which is fixed when it begins";
+            return Err(Error::new(ErrorKind::Blocked, text)
+                .hint("Go on without it; or start anew: `walferry clean`, then `walferry migrate --replicate-ddl`."));
+        }
         return Ok(application_name(&migration.id));
     }
     let report = check::run(&check::Inputs {
@@ -95,6 +102,7 @@ pub(super) async fn identify(
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        replicate_ddl: config.replicate_ddl,
         owners: &config.owners,
         replica_identity_full: config.replica_identity_full,
         estimate: std::time::Duration::ZERO,
@@ -123,6 +131,11 @@ pub(super) async fn identify(
     }
     let id = write_down(config, directory, identity).await?;
     Ok(application_name(&id))
+}
+
+async fn replicates_ddl(config: &Config) -> Result<bool> {
+    let target = config.target.connect("walferry").await?;
+    ddl::is_replicated(&target).await
 }
 
 /// Takes up the migration that the target's ledger speaks of, whatever became of its state directory or its servers' addresses.
@@ -205,7 +218,9 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
     let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
     let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
     source.close().await;
+    let mut target = config.target.connect(&application_name(&id)).await?;
     let migration = Migration {
+        apply_role: ApplyRole::allowed(&target).await?,
         source_system: server.system_id,
         source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
         source_database: config.source.database().to_owned(),
@@ -223,16 +238,20 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         way_back: None,
         id,
     };
-    let mut target = config.target.connect(&application_name(&migration.id)).await?;
     ledger::create(&mut target, &migration).await?;
+    if config.replicate_ddl {
+        ddl::will_replicate(&target).await?;
+    }
     Ok(migration.id)
 }
 
 /// What a preparation that was interrupted had changed on the source, as its ledger says, which goes.
-async fn restore_replica_identities(config: &Config, target: &tokio_postgres::Client) -> Result<()> {
+async fn restore_replica_identities(config: &Config, target: &tokio_postgres::Client, name: &str) -> Result<()> {
     let before = ledger::replica_identities(target).await?;
     if !before.is_empty() {
         let source = config.source.connect("walferry").await?;
+        // One that still waits for a table's lock would change it afterwards.
+        super::prepare::end_sessions(&source, name).await?;
         identity::restore(&source, &before, identity::On::Source).await?;
     }
     Ok(())

@@ -11,6 +11,7 @@ use tokio_postgres::Client;
 use super::Running;
 use super::prepare::Held;
 use crate::apply::change::{Adoption, Change};
+use crate::apply::ddl::Ddl;
 use crate::apply::layout::Layout;
 use crate::apply::reconcile::reconcile;
 use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
@@ -24,8 +25,9 @@ use crate::source::catalog::Table;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
+use crate::target::role::ApplyRole;
 use crate::target::writer::Writer;
-use crate::target::{index, roles, schema};
+use crate::target::{ddl, index, late, roles, schema};
 use crate::unstreamed;
 use crate::unstreamed::materialized_view;
 
@@ -136,6 +138,7 @@ impl Running {
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
+            role: self.load(target).await?.apply_role,
             board: self.board.clone(),
             paused: self.pause.subscribe(),
             tune: self.tune.clone(),
@@ -203,7 +206,12 @@ impl Running {
 
     pub(super) async fn layout(&self, target: &Client, migration: &Migration) -> Result<Arc<Layout>> {
         let (tables, snapshots) = tokio::try_join!(ledger::tables(target), ledger::snapshots(target))?;
-        Ok(Arc::new(Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?))
+        let mut layout = Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?;
+        if ddl::is_replicated(target).await? {
+            let prefix = crate::source::ddl::prefix(&migration.id);
+            layout.ddl = Some(Ddl { prefix, owners: self.config.owners.clone() });
+        }
+        Ok(Arc::new(layout))
     }
 
     /// Applies until every table is past what its copy saw (H24).
@@ -237,7 +245,8 @@ impl Running {
                 return ledger::make_durable(&target).await;
             }
             self.board.resume_stream(queue.durable_end(), least);
-            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));
+            let role = self.load(&target).await?.apply_role;
+            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name, role));
             let writers = futures_util::future::try_join_all(open).await?;
             let mut apply = Apply {
                 layout,
@@ -296,7 +305,9 @@ impl Running {
     }
 
     /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
-    pub(super) async fn finish_schema(&self, target: &Client) -> Result<()> {
+    ///
+    /// What waits for the cutover is tried here, where nothing is applied (H23).
+    pub(super) async fn finish_schema(&self, target: &mut Client) -> Result<()> {
         let items = ledger::pending_items(target, Section::PostData).await?;
         self.board.event(
             Level::Info,
@@ -310,9 +321,22 @@ impl Running {
             }
         }
         self.refresh_materialized_views(target).await?;
+        let late = late::prove(target).await?;
+        if late > 0 {
+            let text = format!(
+                "{late} foreign keys, triggers and rules were tried on the target and taken back: they are made at the cutover, \
+                 because our role may not set session_replication_role there"
+            );
+            self.board.event(Level::Info, text);
+        }
         // Before anything is applied with them in place.
         let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
-        let relaxed: String = schema::relax_firing(&tables).iter().map(|statement| format!("{statement}; ")).collect();
+        let relaxed = match self.load(target).await?.apply_role {
+            ApplyRole::Replica => schema::relax_firing(&tables),
+            // They are not there.
+            ApplyRole::Origin => Vec::new(),
+        };
+        let relaxed: String = relaxed.iter().map(|statement| format!("{statement}; ")).collect();
         target
             .batch_execute(&format!(
                 "BEGIN; SET LOCAL synchronous_commit = on; {relaxed} \

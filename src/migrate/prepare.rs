@@ -16,8 +16,9 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::{self, Table};
 use crate::source::identity;
-use crate::source::slot;
 use crate::source::snapshot::{self, HeldSnapshot};
+use crate::source::{ddl, slot};
+use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared};
 use crate::target::schema;
 use crate::unstreamed::materialized_view;
@@ -74,6 +75,10 @@ impl Running {
         let published = catalog::tables(&source).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
+        // Before the slot: of every transaction that it sends, the DDL is told of.
+        if is_replicated(&self.target().await?).await? {
+            ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;
+        }
         let new = self.make_slot(&source, &migration.slot).await?;
 
         let tables = catalog::tables(&source).await?;
@@ -94,6 +99,7 @@ impl Running {
             &new.snapshot.name,
             self.directory.directory().path(),
             &self.config.owners,
+            migration.apply_role,
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);
@@ -147,8 +153,8 @@ impl Running {
     /// What was in the stream before an identity was set says no row, so nothing is set once there is a slot (H2).
     async fn say_what_came_too_late(&self, target: &Client) -> Result<()> {
         let tables = ledger::tables(target).await?;
-        let names: Vec<String> =
-            tables.iter().filter(|entry| entry.insert_only).map(|entry| entry.table.qualified()).collect();
+        let untold = tables.iter().filter(|entry| entry.insert_only && !entry.table.unlogged);
+        let names: Vec<String> = untold.map(|entry| entry.table.qualified()).collect();
         if !names.is_empty() {
             let names = shortened(names.iter().map(String::as_str));
             let text =

@@ -75,6 +75,7 @@ struct Shared {
     applied_changes: AtomicU64,
     applied_batches: AtomicU64,
     serial_replays: AtomicU64,
+    ddl_replayed: AtomicU64,
     /// By schema, table and kind.
     conflicts: Mutex<BTreeMap<(String, String, ConflictKind), u64>>,
     indexes_total: AtomicU64,
@@ -115,6 +116,8 @@ struct Text {
     way_back: WayBack,
     /// Why the way back is not ready.
     way_back_lacks: Option<String>,
+    /// What a cutover that went through has left to be done.
+    left_by_cutover: Option<String>,
     blockers: Vec<String>,
     cutover: CutoverOutlook,
     source: Source,
@@ -149,6 +152,7 @@ impl StatusBoard {
             turned_back: false,
             way_back: WayBack::None,
             way_back_lacks: None,
+            left_by_cutover: None,
             blockers: Vec::new(),
             cutover: CutoverOutlook::default(),
             source: Source::default(),
@@ -172,6 +176,7 @@ impl StatusBoard {
             applied_changes: AtomicU64::new(0),
             applied_batches: AtomicU64::new(0),
             serial_replays: AtomicU64::new(0),
+            ddl_replayed: AtomicU64::new(0),
             conflicts: Default::default(),
             indexes_total: AtomicU64::new(0),
             indexes_done: AtomicU64::new(0),
@@ -253,6 +258,11 @@ impl StatusBoard {
     pub fn set_way_back(&self, way_back: WayBack, lacks: Option<String>) {
         let mut text = lock(&self.shared.text);
         (text.way_back, text.way_back_lacks) = (way_back, lacks);
+    }
+
+    /// What a cutover that went through has left to be done, where there is something.
+    pub fn set_left_by_cutover(&self, left: Option<String>) {
+        lock(&self.shared.text).left_by_cutover = left;
     }
 
     /// What besides the phase, a pause and a lost source stands in the way of a cutover.
@@ -390,6 +400,11 @@ impl StatusBoard {
         self.shared.serial_replays.fetch_add(1, Relaxed);
     }
 
+    /// Statements of DDL were replayed.
+    pub fn ddl_replayed(&self, statements: u64) {
+        self.shared.ddl_replayed.fetch_add(statements, Relaxed);
+    }
+
     /// Changes of a table did not meet the rows they should have.
     pub fn conflicts(&self, schema: &str, table: &str, kind: ConflictKind, changes: u64) {
         *lock(&self.shared.conflicts).entry((schema.to_owned(), table.to_owned(), kind)).or_insert(0) += changes;
@@ -486,7 +501,7 @@ impl StatusBoard {
             direction: if text.turned_back { Direction::Back } else { Direction::There },
             ready_to_cutover: blockers.is_empty(),
             blockers,
-            attention: attention(&source, &copy, text.way_back_lacks.as_deref()),
+            attention: attention(&source, &copy, &text),
             process_alive: true,
             updated_at: wall_clock::now_rfc3339(),
             lag,
@@ -574,6 +589,7 @@ impl StatusBoard {
             changes_per_second: rates.applied_changes,
             applied_lsn: lock(&self.shared.pending).applied_lsn(),
             serial_replays: self.shared.serial_replays.load(Relaxed),
+            ddl_replayed: self.shared.ddl_replayed.load(Relaxed),
             conflicts: conflicts_by_kind.values().sum(),
             conflicts_by_kind,
             conflicts_by_table,
@@ -654,10 +670,10 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
 }
 
 /// What does not stop a cutover, but somebody should look after.
-fn attention(source: &Source, copy: &Copy, way_back_lacks: Option<&str>) -> Vec<String> {
+fn attention(source: &Source, copy: &Copy, text: &Text) -> Vec<String> {
     let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
-    let way_back = way_back_lacks.map(|why| format!("a cutover has no way back: {why}"));
-    source.too_much_wal().into_iter().chain(waits).chain(way_back).collect()
+    let way_back = text.way_back_lacks.as_ref().map(|why| format!("a cutover has no way back: {why}"));
+    source.too_much_wal().into_iter().chain(waits).chain(way_back).chain(text.left_by_cutover.clone()).collect()
 }
 
 /// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.

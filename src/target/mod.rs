@@ -6,9 +6,12 @@
 
 pub mod adopt;
 pub mod copy_rows;
+pub mod ddl;
 pub mod harmless;
 pub mod index;
+pub mod late;
 pub mod ledger;
+pub mod role;
 pub mod role_map;
 pub mod roles;
 pub mod route;

@@ -6,9 +6,10 @@
 //!
 //! Items of the post-data section that belong to one table (its indexes and keys) are run as soon as that table is
 //! copied, several tables at a time; the rest (attached indexes, foreign keys, triggers, rules) in `pg_dump`'s order once
-//! the apply has passed every snapshot (H24).
+//! the apply has passed every snapshot (H24). What would fire while rows are written in the origin role waits for the cutover
+//! ([`super::late`]).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -16,7 +17,9 @@ use futures_util::future::{join_all, try_join};
 use tokio::process::Command;
 use tokio_postgres::Client;
 
+use super::late;
 use super::ledger::{self, SchemaItem, Section};
+use super::role::ApplyRole;
 use super::{harmless, role_map};
 use crate::check::tools::Tools;
 use crate::connection::{ConnectionSpec, without_secrets};
@@ -39,6 +42,7 @@ pub async fn dump(
     snapshot: &str,
     directory: &Path,
     owners: &Owners,
+    role: ApplyRole,
 ) -> Result<Vec<SchemaItem>> {
     let archive = Archive(directory.join("schema.dump"));
     // Made before pg_dump does, so that it never is readable for others.
@@ -48,7 +52,7 @@ pub async fn dump(
     let mut command = Command::new(&tools.pg_dump);
     command
         .args(["--format=custom", "--schema-only", "--no-publications", "--no-subscriptions", "--no-tablespaces"])
-        .args(["--exclude-schema=walferry", "--lock-wait-timeout=30s"])
+        .args(["--exclude-schema=walferry", "--exclude-schema=walferry_ddl_*", "--lock-wait-timeout=30s"])
         .arg(format!("--snapshot={snapshot}"))
         .arg(format!("--file={}", archive.0.display()));
     environment.apply(&mut command);
@@ -75,7 +79,9 @@ pub async fn dump(
     let mut relations = BTreeMap::new();
     for (section, (list, script)) in [(Section::PreData, before), (Section::PostData, after)] {
         let entries = list.lines().filter_map(Entry::in_list).collect();
-        items.extend(split(section, &entries, &script, &mut relations)?);
+        items.extend(split(section, &entries, &script, &mut relations, role)?);
+        // Our own (--replicate-ddl).
+        items.retain(|item| item.kind != "EVENT TRIGGER" || !item.name.contains("walferry_"));
     }
     if !owners.role_map.is_empty() {
         for item in &mut items {
@@ -253,7 +259,7 @@ pub async fn run_post_data_item(client: &Client, position: i32, item: &SchemaIte
     outcome.map(|()| None)
 }
 
-fn restoring(item: &SchemaItem) -> String {
+pub(super) fn restoring(item: &SchemaItem) -> String {
     format!("restoring {} {} on the target", item.kind, item.name)
 }
 
@@ -278,10 +284,10 @@ pub fn items_by_table(items: Vec<(i32, SchemaItem)>, tables: &[u32]) -> BTreeMap
 const ITEMS_IN_FLIGHT: usize = 30;
 
 /// What an item may have set for its session; `pg_dump` itself starts from these.
-const RESET_SETTINGS: &str = "RESET default_tablespace; RESET default_table_access_method";
+pub(super) const RESET_SETTINGS: &str = "RESET default_tablespace; RESET default_table_access_method";
 
 /// What every script of `pg_restore` starts with, besides what our sessions have pinned already.
-const ITEM_SETTINGS: &str = "SET LOCAL check_function_bodies = false; SET LOCAL client_min_messages = warning; \
+pub(super) const ITEM_SETTINGS: &str = "SET LOCAL check_function_bodies = false; SET LOCAL client_min_messages = warning; \
      SELECT pg_catalog.set_config('search_path', '', true)";
 
 /// In the transaction that the session is in, which goes on when a rule says that the refusal is harmless.
@@ -393,6 +399,7 @@ fn split(
     entries: &HashMap<Entry, &str>,
     script: &str,
     relations: &mut BTreeMap<u32, u32>,
+    role: ApplyRole,
 ) -> Result<Vec<SchemaItem>> {
     let mut expected: HashMap<Entry, bool> = entries.keys().map(|entry| (*entry, false)).collect();
     // Where the header of each item begins and where its first line ends.
@@ -416,6 +423,7 @@ fn split(
         before = line;
     }
     let mut items = Vec::new();
+    let mut late = HashSet::new();
     let end = without_psql_commands_at_the_end(script);
     for (number, (entry, _, body)) in headers.iter().enumerate() {
         let until = headers.get(number + 1).map_or(end, |(_, next, _)| *next).max(*body);
@@ -425,6 +433,14 @@ fn split(
             relations.insert(entry.dump_id, entry.oid);
         }
         let relid = dependencies.iter().find_map(|dump_id| relations.get(dump_id).copied());
+        let depends_on_late = dependencies.iter().any(|dump_id| late.contains(dump_id));
+        let waits = depends_on_late || late::waits_for_cutover(&kind, &name, relid.is_some());
+        let section = if section == Section::PostData && role == ApplyRole::Origin && waits {
+            late.insert(entry.dump_id);
+            Section::AtCutover
+        } else {
+            section
+        };
         if !statement.is_empty() {
             items.push(SchemaItem { section, kind, name, relid, statement });
         }
@@ -508,7 +524,7 @@ mod tests {
         let entries: HashMap<Entry, &str> = LIST.lines().filter_map(Entry::in_list).collect();
         assert_eq!(entries.len(), 5);
         let mut relations = BTreeMap::new();
-        let items = split(Section::PreData, &entries, SCRIPT, &mut relations).unwrap();
+        let items = split(Section::PreData, &entries, SCRIPT, &mut relations, ApplyRole::Origin).unwrap();
         let kinds: Vec<(&str, &str, Option<u32>)> =
             items.iter().map(|item| (item.kind.as_str(), item.name.as_str(), item.relid)).collect();
         assert_eq!(kinds, [("TABLE", "t", None), ("FUNCTION", "f()", None), ("CONSTRAINT", "t t_pkey", Some(100))]);
@@ -551,7 +567,40 @@ mod tests {
     fn a_body_that_repeats_the_header_of_an_item_is_refused() {
         let entries = HashMap::from([(Entry { dump_id: 8, class: 1259, oid: 101 }, "TABLE public t me")]);
         let twice = SCRIPT.replacen("entry 7 (class 1259 OID 100)", "entry 8 (class 1259 OID 101)", 1);
-        assert!(split(Section::PreData, &entries, &twice, &mut BTreeMap::new()).is_err());
+        assert!(split(Section::PreData, &entries, &twice, &mut BTreeMap::new(), ApplyRole::Replica).is_err());
+    }
+
+    #[test]
+    fn what_would_fire_waits_for_the_cutover_where_rows_are_written_in_the_origin_role() {
+        let item = |dump_id: u32, depends: &str, name: &str, kind: &str| {
+            format!(
+                "--\n-- TOC entry {dump_id} (class 2620 OID {dump_id})\n-- Dependencies: {depends}\n\
+                 -- Name: {name}; Type: {kind}; Schema: public; Owner: me\n--\n\nSELECT {dump_id};\n\n\n"
+            )
+        };
+        let script = [
+            item(20, "9", "t i", "INDEX"),
+            item(21, "9", "t g", "TRIGGER"),
+            item(22, "9 21", "TRIGGER g ON t", "COMMENT"),
+            item(23, "9", "t fk", "FK CONSTRAINT"),
+            item(24, "9 30", "v _RETURN", "RULE"),
+            item(25, "9", "t r", "RULE"),
+            item(26, "30", "v r", "RULE"),
+            item(27, "", "e", "EVENT TRIGGER"),
+        ]
+        .concat();
+        let kinds = ["INDEX", "TRIGGER", "COMMENT", "FK CONSTRAINT", "RULE", "RULE", "RULE", "EVENT TRIGGER"];
+        let list: Vec<String> =
+            (20u32..).zip(kinds).map(|(id, kind)| format!("{id}; 2620 {id} {kind} public x me")).collect();
+        let entries: HashMap<Entry, &str> = list.iter().filter_map(|line| Entry::in_list(line)).collect();
+        let late = |role| {
+            let items = split(Section::PostData, &entries, &script, &mut BTreeMap::from([(9, 100)]), role).unwrap();
+            assert_eq!(items.len(), kinds.len());
+            let late = items.into_iter().filter(|item| item.section == Section::AtCutover);
+            late.map(|item| item.name).collect::<Vec<_>>()
+        };
+        assert_eq!(late(ApplyRole::Origin), ["t g", "TRIGGER g ON t", "t fk", "t r", "e"]);
+        assert_eq!(late(ApplyRole::Replica), [""; 0]);
     }
 
     #[test]
