@@ -256,6 +256,9 @@ pub struct Check {
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// Check for a migration with --replica-identity-full
+    #[arg(long)]
+    pub replica_identity_full: bool,
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
@@ -312,6 +315,10 @@ pub struct Migrate {
     /// Who wins where somebody else has written to the target: nobody, and the migration stops; the source's row; or the target's
     #[arg(long, value_enum, default_value_t, value_name = "WHO")]
     pub on_conflict: OnConflict,
+    /// Have the whole old row identify each table whose updates and deletes would name no row (REPLICA IDENTITY FULL), from before
+    /// the slot until `walferry clean` puts back what there was
+    #[arg(long)]
+    pub replica_identity_full: bool,
     /// Make no way back ready: nothing of it is written to the source, and the cutover is for good
     #[arg(long)]
     pub no_reverse: bool,

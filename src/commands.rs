@@ -150,6 +150,7 @@ async fn check(options: cli::Check) -> Result<()> {
         resuming,
         replicate_ddl: options.replicate_ddl,
         owners: &options.roles.owners(),
+        replica_identity_full: options.replica_identity_full,
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
@@ -191,6 +192,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         heal,
         owners: options.roles.owners(),
         on_conflict: options.on_conflict,
+        replica_identity_full: options.replica_identity_full,
         reverse: !options.no_reverse,
         replicate_ddl: options.replicate_ddl,
         automatic: automatic(options)?,

@@ -12,6 +12,7 @@
 //! Every phase can be interrupted anywhere. A transient error (a server restarts, a connection breaks) makes the phases begin
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
+mod after_cutover;
 mod background;
 mod follow;
 mod heal;
@@ -90,6 +91,8 @@ pub struct Config {
     pub owners: Owners,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
+    /// Whether tables without a usable replica identity get `REPLICA IDENTITY FULL` for the time of the migration.
+    pub replica_identity_full: bool,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
     /// Whether DDL is replicated. Fixed when the migration begins.
@@ -433,7 +436,7 @@ impl Running {
         let mut layout = self.layout(&target, &migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;
-            self.finish_schema(&target).await?;
+            self.finish_schema(&mut target).await?;
             // The source may have changed tables meanwhile.
             layout = self.layout(&target, &migration).await?;
         }

@@ -107,7 +107,7 @@ impl Replay<'_> {
             Some(why) => return Err(stop(why)),
         };
         let after = ddl::definitions(self.writer).await?;
-        let mut record = self.redefine(head, &told, tables).await?;
+        let mut record = self.redefine(head, &told, tables, &changed).await?;
         let is_left = outcome == LEFT;
         if !is_left {
             self.fingerprint(&told, &recorded, (&before, &after), &mut record).await?;
@@ -198,7 +198,13 @@ impl Replay<'_> {
     }
 
     /// The tables as they are from here on.
-    async fn redefine(&mut self, head: &TransactionHead, told: &Told, tables: Vec<(Table, bool)>) -> Result<Recorded> {
+    async fn redefine(
+        &mut self,
+        head: &TransactionHead,
+        told: &Told,
+        tables: Vec<(Table, bool)>,
+        changed: &Definitions,
+    ) -> Result<Recorded> {
         let mut record = Recorded::default();
         for (mut table, is_new) in tables {
             let place = self.layout.find(table.relid);
@@ -220,6 +226,9 @@ impl Replay<'_> {
                 return Err(Error::new(ErrorKind::SchemaChanged, text).hint(slot::RESYNC));
             }
             ddl::relax_identity(self.writer, &table).await?;
+            let fired = place.map(|place| self.layout.tables[place].table.firing.clone()).unwrap_or_default();
+            table.firing =
+                ddl::relax_firing(self.writer, &table, &fired, |object| changed.contains_key(object)).await?;
             if let Some(place) = place {
                 let before = self.layout.tables[place].table.clone();
                 let added = |column: &&crate::source::ddl::ToldColumn| {

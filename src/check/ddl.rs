@@ -5,12 +5,24 @@ use tokio_postgres::Client;
 use super::report::{Finding, Severity, Side};
 use super::server::Server;
 use crate::error::{Context, Result};
+use crate::target::role::ApplyRole;
 
 /// Administrators of services that may make event triggers without being superusers.
 const ADMINISTRATORS: [&str; 4] = ["rds_superuser", "cloudsqlsuperuser", "azure_pg_admin", "alloydbsuperuser"];
 
 /// The first version whose pgoutput sends messages.
 const MESSAGES_SINCE: u32 = 14;
+
+/// A finding on the target: DDL that runs there while rows are written must make nothing that fires for them.
+pub(super) async fn target(client: &Client) -> Result<Option<Finding>> {
+    if ApplyRole::allowed(client).await? == ApplyRole::Replica {
+        return Ok(None);
+    }
+    let message = "The role may not set session_replication_role: a trigger or foreign key that DDL brings would act on every row that is \
+                   applied.";
+    let finding = Finding::new(Severity::Blocker, Side::Target, "replicate-ddl", "--replicate-ddl", message);
+    Ok(Some(finding.fix("connect to the target as a role that may; or migrate without --replicate-ddl")))
+}
 
 /// Findings on the source.
 pub(super) async fn source(client: &Client, server: &Server) -> Result<Vec<Finding>> {

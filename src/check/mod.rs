@@ -37,7 +37,8 @@ pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
 use crate::care::connections::Jobs;
 use crate::connection::ConnectionSpec;
-use crate::error::{Context, Result};
+use crate::connection::wire::RawSession;
+use crate::error::{Context, ErrorKind, Result};
 use crate::source::catalog;
 use server::Server;
 pub(crate) use target::SERVICE_OWNERS;
@@ -66,6 +67,8 @@ pub struct Inputs<'a> {
     pub replicate_ddl: bool,
     /// Who is to own what on the target, and which roles are made there.
     pub owners: &'a Owners,
+    /// Whether the migration will set `REPLICA IDENTITY FULL` where nothing else identifies a row.
+    pub replica_identity_full: bool,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,
@@ -119,6 +122,13 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         let tools = tools::find_tools_for(source.major(), target.major());
         findings.extend(tools::findings(&tools, source.major(), target.major()));
         findings.push(target::disk(source.bytes));
+    }
+    if let Some((client, server)) = &target
+        && !server.superuser
+        && !server.in_recovery
+        && server.major() >= *server::SUPPORTED.start()
+    {
+        target::without_superuser(client, &mut findings).await?;
     }
     if let Some(directory) = inputs.state_directory {
         let source_bytes = source.as_ref().map(|(_, server)| server.bytes);
@@ -182,7 +192,13 @@ async fn open(spec: &ConnectionSpec, side: Side, findings: &mut Vec<Finding>) ->
             return Ok(None);
         }
     };
-    if server::is_pooled(&client, &second).await? {
+    // One that gives each of our sessions a server session of its own shows only in the process that the login names.
+    let is_direct = match RawSession::connect(spec, "walferry check").await {
+        Ok(_) => true,
+        Err(error) if error.kind() == ErrorKind::Blocked => false,
+        Err(error) => return Err(error),
+    };
+    if !is_direct || server::is_pooled(&client, &second).await? {
         findings.push(server::pooler(side, spec.describe()));
         return Ok(None);
     }
@@ -218,7 +234,7 @@ async fn check_source(
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server).await?);
     findings.extend(source::cutover(client, server, Side::Source).await?);
-    findings.extend(objects::tables(client, tables).await?);
+    findings.extend(objects::tables(client, tables, inputs.replica_identity_full).await?);
     findings.extend(objects::others(client).await?);
     findings.extend(unstreamed::findings(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
@@ -241,6 +257,9 @@ async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> 
         findings.extend(target::emptiness(client, server).await?);
     }
     findings.extend(source::session_defaults(client, Side::Target).await?);
+    if inputs.replicate_ddl {
+        findings.extend(ddl::target(client).await?);
+    }
     Ok(findings)
 }
 

@@ -1,11 +1,13 @@
 //! What the target must be: empty, and ours to write to.
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::report::{Finding, Severity, Side, counted, first_ten, size};
 use super::server::Server;
 use crate::error::{Context, Result};
 use crate::sql;
+use crate::target::role::ApplyRole;
 
 /// A finding on the target.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -170,36 +172,75 @@ pub(crate) fn disk(source_bytes: i64) -> Finding {
     finding(Severity::Info, "target-disk", "data_directory", message)
 }
 
-/// Whether our role may write without firing triggers and foreign keys; tried in a transaction that is rolled back. On the source,
-/// only the way back writes.
+/// Whether our role may write without firing triggers and foreign keys. Without, they are made at the cutover (H23); on the source,
+/// where only the way back writes, they are there.
 ///
 /// # Errors
 /// Whatever the server says, but for the refusal itself.
 pub(crate) async fn replica_role(client: &Client, server: &Server, side: Side) -> Result<Option<Finding>> {
-    let doing = || "trying session_replication_role".to_string();
-    client.batch_execute("BEGIN").await.context(doing)?;
-    let tried = client.batch_execute("SET LOCAL session_replication_role = replica").await;
-    client.batch_execute("ROLLBACK").await.context(doing)?;
-    match tried {
-        Ok(()) => Ok(None),
-        Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => {
-            let (severity, code, message) = match side {
-                Side::Source => (
-                    Severity::Warning,
-                    "way-back",
-                    "The role may not set it. After the cutover the way back writes to the source, where triggers must not fire a \
-                     second time; without it, only `cutover --no-reverse` switches.",
-                ),
-                _ => (
-                    Severity::Blocker,
-                    "replica-role",
-                    "The role may not set it. Without it triggers fire a second time for every change that is \
-                     applied, and foreign keys refuse rows whose parents come in another session.",
-                ),
-            };
-            let fix = format!("GRANT SET ON PARAMETER session_replication_role TO {};", sql::identifier(&server.role));
-            Ok(Some(Finding::new(severity, side, code, "session_replication_role", message).fix(fix)))
+    if ApplyRole::allowed(client).await? == ApplyRole::Replica {
+        return Ok(None);
+    }
+    let (severity, code, message) = match side {
+        Side::Source => (
+            Severity::Warning,
+            "way-back",
+            "The role may not set it. After the cutover the way back writes to the source, where triggers must not fire a \
+             second time; without it, only `cutover --no-reverse` switches.",
+        ),
+        _ => (
+            Severity::Info,
+            "replica-role",
+            "The role may not set it, so triggers, rules and foreign keys are made only at the cutover: until then they are tried, \
+             and taken back. Foreign keys are validated after it, while applications are at work.",
+        ),
+    };
+    let finding = Finding::new(severity, side, code, "session_replication_role", message);
+    // Before 15 nobody can grant it.
+    Ok(Some(match server.major() {
+        15.. => finding.fix(format!(
+            "GRANT SET ON PARAMETER session_replication_role TO {};  -- where the service lets anybody",
+            sql::identifier(&server.role)
+        )),
+        _ => finding,
+    }))
+}
+
+/// What findings on the source mean where the target's role is no superuser: event triggers may be refused to it.
+///
+/// # Errors
+/// Whatever the server says, but for the refusal itself.
+pub(crate) async fn without_superuser(target: &Client, findings: &mut Vec<Finding>) -> Result<()> {
+    if findings.iter().any(|found| found.code == "event-trigger") && !makes_event_triggers(target).await? {
+        for found in findings.iter_mut().filter(|found| found.code == "event-trigger") {
+            found.severity = Severity::Blocker;
+            found.message =
+                "The target does not let our role make an event trigger: the schema could not be completed there."
+                    .into();
+            let drops = found.object.split(", ").map(|name| format!("DROP EVENT TRIGGER {name};"));
+            found.fix = Some(format!(
+                "{}  -- on the source; or migrate as a role of the target that may make it",
+                drops.collect::<Vec<_>>().join("\n")
+            ));
         }
+    }
+    Ok(())
+}
+
+/// Services let roles of theirs do it; PostgreSQL itself only a superuser. Tried in a transaction that is rolled back.
+async fn makes_event_triggers(target: &Client) -> Result<bool> {
+    let doing = || "trying to make an event trigger on the target".to_owned();
+    let tried = target
+        .batch_execute(
+            "BEGIN READ WRITE; \
+             CREATE FUNCTION pg_temp.walferry_trial() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'; \
+             CREATE EVENT TRIGGER walferry_trial ON ddl_command_end EXECUTE FUNCTION pg_temp.walferry_trial()",
+        )
+        .await;
+    target.batch_execute("ROLLBACK").await.context(doing)?;
+    match tried {
+        Ok(()) => Ok(true),
+        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => Ok(false),
         Err(error) => Err(error).context(doing),
     }
 }

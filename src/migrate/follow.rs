@@ -64,16 +64,17 @@ impl Running {
         };
         let (tell_obstacles, obstacles) = watch::channel(Vec::new());
         let keep_current = |working: &mut JoinSet<Infallible>| {
-            working.spawn(unstreamed::keep_current(
-                self.config.source.clone(),
-                self.config.target.clone(),
-                self.application_name.clone(),
-                self.config.owners.clone(),
-                watching.clone(),
-                tell_obstacles.clone(),
-                self.board.clone(),
-                Arc::clone(&turn),
-            ));
+            let keeper = unstreamed::Keeper {
+                source: self.config.source.clone(),
+                target: self.config.target.clone(),
+                application_name: self.application_name.clone(),
+                owners: self.config.owners.clone(),
+                applied: watching.clone(),
+                obstacles: tell_obstacles.clone(),
+                board: self.board.clone(),
+                turn: Arc::clone(&turn),
+            };
+            working.spawn(keeper.run());
         };
         keep_warm(&mut warming);
         keep_current(&mut warming);

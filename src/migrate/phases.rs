@@ -25,8 +25,9 @@ use crate::source::catalog::Table;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
+use crate::target::role::ApplyRole;
 use crate::target::writer::Writer;
-use crate::target::{ddl, index, roles, schema};
+use crate::target::{ddl, index, late, roles, schema};
 use crate::unstreamed;
 use crate::unstreamed::materialized_view;
 
@@ -137,6 +138,7 @@ impl Running {
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
+            role: self.load(target).await?.apply_role,
             board: self.board.clone(),
             paused: self.pause.subscribe(),
             tune: self.tune.clone(),
@@ -243,7 +245,8 @@ impl Running {
                 return ledger::make_durable(&target).await;
             }
             self.board.resume_stream(queue.durable_end(), least);
-            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));
+            let role = self.load(&target).await?.apply_role;
+            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name, role));
             let writers = futures_util::future::try_join_all(open).await?;
             let mut apply = Apply {
                 layout,
@@ -302,7 +305,9 @@ impl Running {
     }
 
     /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
-    pub(super) async fn finish_schema(&self, target: &Client) -> Result<()> {
+    ///
+    /// What waits for the cutover is tried here, where nothing is applied (H23).
+    pub(super) async fn finish_schema(&self, target: &mut Client) -> Result<()> {
         let items = ledger::pending_items(target, Section::PostData).await?;
         self.board.event(
             Level::Info,
@@ -316,10 +321,27 @@ impl Running {
             }
         }
         self.refresh_materialized_views(target).await?;
+        let late = late::prove(target).await?;
+        if late > 0 {
+            let text = format!(
+                "{late} foreign keys, triggers and rules were tried on the target and taken back: they are made at the cutover, \
+                 because our role may not set session_replication_role there"
+            );
+            self.board.event(Level::Info, text);
+        }
+        // Before anything is applied with them in place.
+        let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
+        let relaxed = match self.load(target).await?.apply_role {
+            ApplyRole::Replica => schema::relax_firing(&tables),
+            // They are not there.
+            ApplyRole::Origin => Vec::new(),
+        };
+        let relaxed: String = relaxed.iter().map(|statement| format!("{statement}; ")).collect();
         target
-            .batch_execute(
-                "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
-            )
+            .batch_execute(&format!(
+                "BEGIN; SET LOCAL synchronous_commit = on; {relaxed} \
+                 UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
+            ))
             .await
             .context(|| "writing into the ledger that the schema is complete".into())
     }

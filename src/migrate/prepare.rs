@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
-use super::Running;
+use super::{Direction, Running};
 use crate::check::tools;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::{self, Table};
+use crate::source::identity;
 use crate::source::snapshot::{self, HeldSnapshot};
 use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
@@ -48,6 +49,9 @@ impl Running {
     /// Makes what is missing until the copy can begin. The second answer is the slot's snapshot, if it was made just now.
     pub(super) async fn prepare(&self, target: &mut Client, migration: Migration) -> Result<(Migration, Option<Held>)> {
         if migration.consistent_point.is_some() {
+            if self.config.replica_identity_full && self.direction == Direction::There {
+                self.say_what_came_too_late(target).await?;
+            }
             return Ok((migration, None));
         }
         self.directory.discard_queues(None)?;
@@ -65,6 +69,9 @@ impl Running {
     async fn try_to_prepare(&self, target: &mut Client, migration: &Migration) -> Result<Option<Held>> {
         let source = self.config.source.connect(&self.application_name).await?;
         slot::drop(&source, &migration.slot).await?;
+        if self.config.replica_identity_full {
+            self.set_replica_identities(&source, target).await?;
+        }
         let published = catalog::tables(&source).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
@@ -92,6 +99,7 @@ impl Running {
             &new.snapshot.name,
             self.directory.directory().path(),
             &self.config.owners,
+            migration.apply_role,
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);
@@ -117,6 +125,43 @@ impl Running {
             format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),
         );
         Ok(Some(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false }))
+    }
+}
+
+impl Running {
+    /// Has the whole old row identify every table that nothing else does (H27): before the slot, so that everything of the stream says
+    /// which row it is (H2). Noted in the ledger before it is done.
+    async fn set_replica_identities(&self, source: &Client, target: &mut Client) -> Result<()> {
+        let before = identity::lacking(source, &catalog::tables(source).await?).await?;
+        if before.is_empty() {
+            return Ok(());
+        }
+        ledger::note_replica_identities(target, &before).await?;
+        for table in &before {
+            let waits = |name: &str| {
+                let text = format!("somebody uses {name}: its replica identity is set when nobody does");
+                self.board.event(Level::Warn, text);
+            };
+            identity::set_full(source, table, waits).await?;
+        }
+        let names: Vec<String> = before.iter().map(|table| crate::sql::qualified(&table.schema, &table.name)).collect();
+        let names = shortened(names.iter().map(String::as_str));
+        self.board.event(Level::Info, format!("REPLICA IDENTITY FULL, until `walferry clean`: {names}"));
+        Ok(())
+    }
+
+    /// What was in the stream before an identity was set says no row, so nothing is set once there is a slot (H2).
+    async fn say_what_came_too_late(&self, target: &Client) -> Result<()> {
+        let tables = ledger::tables(target).await?;
+        let untold = tables.iter().filter(|entry| entry.insert_only && !entry.table.unlogged);
+        let names: Vec<String> = untold.map(|entry| entry.table.qualified()).collect();
+        if !names.is_empty() {
+            let names = shortened(names.iter().map(String::as_str));
+            let text =
+                format!("--replica-identity-full comes too late for {names}: a migration takes it when it begins");
+            self.board.event(Level::Warn, text);
+        }
+        Ok(())
     }
 }
 

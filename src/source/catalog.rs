@@ -51,6 +51,20 @@ pub struct Table {
     /// an earlier version recorded the table.
     #[serde(default)]
     pub relfilenode: Option<u32>,
+    /// What would fire for every change that is applied, were it not made ordinary for the time of the migration.
+    #[serde(default)]
+    pub firing: Vec<Firing>,
+}
+
+/// A trigger or rule that is `ENABLE ALWAYS` or `ENABLE REPLICA`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Firing {
+    /// Name, unquoted.
+    pub name: String,
+    /// A rule, not a trigger.
+    pub is_rule: bool,
+    /// `ENABLE ALWAYS`, not `ENABLE REPLICA`.
+    pub always: bool,
 }
 
 /// A column as the stream and COPY see it.
@@ -175,6 +189,7 @@ const BORROWED_EQUALITY: &str = "1043,650,24,2202,2203,2204,2205,2206,3734,3769,
 pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     let mut columns = columns(client).await?;
     let mut indexes = indexes(client).await?;
+    let mut firing = firing(client).await?;
     let rows = client
         .query_typed(
             &format!(
@@ -214,6 +229,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
             estimated_rows: row.get(8),
             updates_and_deletes: row.get(9),
             relfilenode: Some(row.get(10)),
+            firing: firing.remove(&relid).unwrap_or_default(),
         });
     }
     Ok(tables)
@@ -309,6 +325,25 @@ pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32
         byte_equal: false,
         equality_schema: None,
     }))
+}
+
+async fn firing(client: &Client) -> Result<BTreeMap<u32, Vec<Firing>>> {
+    let rows = client
+        .query_typed(
+            "SELECT tgrelid, tgname::text, false, tgenabled = 'A' FROM pg_catalog.pg_trigger \
+             WHERE NOT tgisinternal AND tgenabled IN ('A', 'R') \
+             UNION ALL SELECT ev_class, rulename::text, true, ev_enabled = 'A' FROM pg_catalog.pg_rewrite \
+             WHERE ev_enabled IN ('A', 'R') ORDER BY 1, 3, 2",
+            &[],
+        )
+        .await
+        .context(|| "reading the catalog's triggers and rules".into())?;
+    let mut firing: BTreeMap<u32, Vec<Firing>> = BTreeMap::new();
+    for row in rows {
+        let one = Firing { name: row.get(1), is_rule: row.get(2), always: row.get(3) };
+        firing.entry(row.get(0)).or_default().push(one);
+    }
+    Ok(firing)
 }
 
 /// A unique index or exclusion constraint of a table.
@@ -411,6 +446,7 @@ mod tests {
             estimated_rows: -1.0,
             updates_and_deletes: 0,
             relfilenode: None,
+            firing: Vec::new(),
         };
         let (plain, hostile) = (table("t"), table("it's $(a) \"b\""));
         let option = Table::recopy_option(&[&plain, &hostile]);

@@ -301,6 +301,8 @@ impl Told {
                 is_partition: told.is_partition,
                 identity,
                 columns,
+                // Whatever it is, the target has the same by then, and is asked.
+                firing: Vec::new(),
                 key,
                 has_other_unique,
                 pages: 0,

@@ -9,10 +9,11 @@ use tokio_postgres::Client;
 
 use super::adopt;
 use super::route::Routing;
+use super::schema;
 use super::writer::Writer;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
-use crate::source::catalog::{self, Hash, Objects, Table};
+use crate::source::catalog::{self, Firing, Hash, Objects, Table};
 use crate::source::ddl::{Caller, Told, ToldColumn};
 use crate::sql;
 
@@ -159,6 +160,44 @@ pub async fn relax_identity(writer: &mut Writer, table: &Table) -> Result<()> {
         writer.execute(relax, &[]).await?;
     }
     Ok(())
+}
+
+/// Has triggers and rules that a statement made `ENABLE ALWAYS` or `REPLICA` not fire for what is applied, as those that were there
+/// from the start. Answers all of the table that are to be given that back: of `before` those that are there still and that the
+/// statement left alone, by the names that the fingerprint has for them.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn relax_firing(
+    writer: &mut Writer,
+    table: &Table,
+    before: &[Firing],
+    is_changed: impl Fn(&str) -> bool,
+) -> Result<Vec<Firing>> {
+    let name = sql::literal(&table.qualified());
+    let query = format!(
+        "SELECT tgname, false, tgenabled, pg_catalog.format('trigger %I on table %I.%I', tgname, {schema}, {relation}) \
+         FROM pg_catalog.pg_trigger WHERE tgrelid = {name}::pg_catalog.regclass AND NOT tgisinternal \
+         UNION ALL SELECT rulename, true, ev_enabled, pg_catalog.pg_describe_object('pg_catalog.pg_rewrite'::pg_catalog.regclass, oid, 0) \
+         FROM pg_catalog.pg_rewrite WHERE ev_class = {name}::pg_catalog.regclass",
+        schema = sql::literal(&table.schema),
+        relation = sql::literal(&table.name)
+    );
+    let mut firing = Vec::new();
+    for row in writer.query(&query).await? {
+        let [Some(name), Some(is_rule), Some(enabled), Some(object)] = row.as_slice() else { continue };
+        let is_rule = is_rule == "t";
+        match enabled.as_str() {
+            "A" | "R" => firing.push(Firing { name: name.clone(), is_rule, always: enabled == "A" }),
+            _ if is_changed(object) => {}
+            _ => firing.extend(before.iter().find(|was| was.name == *name && was.is_rule == is_rule).cloned()),
+        }
+    }
+    let with_firing = Table { firing, ..table.clone() };
+    for statement in schema::relax_firing(std::slice::from_ref(&with_firing)) {
+        writer.execute(statement, &[]).await?;
+    }
+    Ok(with_firing.firing)
 }
 
 /// What a statement did to the tables of the migration, for the ledger.

@@ -117,9 +117,8 @@ fn quoted(text: &str, quote: u8, with_backslashes: bool) -> usize {
     let bytes = text.as_bytes();
     let mut at = 1;
     while at < bytes.len() {
-        if with_backslashes && bytes[at] == b'\\' {
-            at += 2;
-        } else if bytes[at] == quote && bytes.get(at + 1) == Some(&quote) {
+        let doubled = bytes[at] == quote && bytes.get(at + 1) == Some(&quote);
+        if doubled || with_backslashes && bytes[at] == b'\\' {
             at += 2;
         } else if bytes[at] == quote {
             return at + 1;

@@ -130,40 +130,53 @@ pub async fn refresh_late(target: &Client, views: Vec<View>) -> Vec<String> {
     }
 }
 
-/// Brings it up to date again and again while following, until it is dropped. `obstacles` are what would stand against a cutover. It works
-/// while it has the turn: vacuuming the target uses the same connections.
-pub async fn keep_current(
-    source: ConnectionSpec,
-    target: ConnectionSpec,
-    application_name: String,
-    owners: Owners,
-    applied: watch::Receiver<Applied>,
-    obstacles: watch::Sender<Vec<String>>,
-    board: StatusBoard,
-    turn: Arc<Mutex<()>>,
-) -> Infallible {
-    loop {
-        let in_turn = turn.lock().await;
-        let began = Instant::now();
-        let once = async {
-            let (source, target) =
-                tokio::try_join!(source.connect(&application_name), target.connect(&application_name))?;
-            silence_event_triggers(&target).await;
-            bring_up_to_date(&source, &target, &owners, &applied).await
-        };
-        let now: Vec<String> = match once.await {
-            Ok(refused) => refused.into_iter().map(|refused| refused.into_error().to_string()).collect(),
-            Err(error) if error.is_transient() => {
-                tracing::debug!(%error, "what is not in the stream is looked at again later");
-                obstacles.borrow().clone()
+/// Brings it up to date again and again while following.
+pub struct Keeper {
+    /// Where it comes from.
+    pub source: ConnectionSpec,
+    /// Where it goes.
+    pub target: ConnectionSpec,
+    /// What our sessions call themselves.
+    pub application_name: String,
+    /// Who owns what on the target.
+    pub owners: Owners,
+    /// How far the apply is.
+    pub applied: watch::Receiver<Applied>,
+    /// What would stand against a cutover, a sentence each.
+    pub obstacles: watch::Sender<Vec<String>>,
+    /// Where it is said.
+    pub board: StatusBoard,
+    /// It works while it has the turn: vacuuming the target uses the same connections.
+    pub turn: Arc<Mutex<()>>,
+}
+
+impl Keeper {
+    /// Does it, until it is dropped.
+    pub async fn run(self) -> Infallible {
+        loop {
+            let in_turn = self.turn.lock().await;
+            let began = Instant::now();
+            let now: Vec<String> = match self.once().await {
+                Ok(refused) => refused.into_iter().map(|refused| refused.into_error().to_string()).collect(),
+                Err(error) if error.is_transient() => {
+                    tracing::debug!(%error, "what is not in the stream is looked at again later");
+                    self.obstacles.borrow().clone()
+                }
+                Err(error) => vec![error.to_string()],
+            };
+            drop(in_turn);
+            let before = self.obstacles.send_replace(now.clone());
+            for obstacle in now.iter().filter(|obstacle| !before.contains(obstacle)) {
+                self.board.event(Level::Warn, obstacle);
             }
-            Err(error) => vec![error.to_string()],
-        };
-        drop(in_turn);
-        let before = obstacles.send_replace(now.clone());
-        for obstacle in now.iter().filter(|obstacle| !before.contains(obstacle)) {
-            board.event(Level::Warn, obstacle);
+            tokio::time::sleep(INTERVAL.max(began.elapsed() * REST)).await;
         }
-        tokio::time::sleep(INTERVAL.max(began.elapsed() * REST)).await;
+    }
+
+    async fn once(&self) -> Result<Vec<Refused>> {
+        let name = &self.application_name;
+        let (source, target) = tokio::try_join!(self.source.connect(name), self.target.connect(name))?;
+        silence_event_triggers(&target).await;
+        bring_up_to_date(&source, &target, &self.owners, &self.applied).await
     }
 }
