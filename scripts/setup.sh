@@ -3,6 +3,8 @@
 #
 # Needs: Rust (https://rustup.rs). On Debian and Ubuntu the rest comes by apt-get; elsewhere it is looked for, and
 # what is missing is named. No PostgreSQL cluster is made, started or touched: the tests and the demo make their own.
+#
+# `scripts/setup.sh servers` installs what scripts/servers.sh needs, too.
 set -euo pipefail
 
 MAJOR_MIN=15
@@ -10,7 +12,7 @@ MAJOR_MIN=15
 main() {
     require_rust
     if have apt-get; then
-        install_missing
+        install_missing "$@"
     fi
     check
 }
@@ -33,6 +35,10 @@ install_missing() {
     [ -n "$(server_programs)" ] || packages+=(postgresql postgresql-contrib)
     [ -n "$(server_programs)" ] && ! have psql && ! [ -x "$(server_programs)/psql" ] && packages+=(postgresql-client)
     have_pgbouncer || packages+=(pgbouncer)
+    if [ "${1:-}" = servers ]; then
+        have npm || packages+=(npm)
+        python3 -m pip --version >/dev/null 2>&1 || packages+=(python3-pip)
+    fi
     if [ ${#packages[@]} -eq 0 ]; then
         return 0
     fi
@@ -124,4 +130,4 @@ fail() {
     exit 1
 }
 
-main
+main "$@"
