@@ -167,7 +167,7 @@ async fn objects(client: &Client) -> Vec<String> {
     let query = "WITH ours AS (SELECT c.oid, c.relname, c.relkind FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                        WHERE n.nspname = 'app') \
          SELECT format('relation %I %s', relname, relkind) FROM ours \
-         UNION ALL SELECT format('column %I %I %s %s %s', relname, attname, format_type(atttypid, atttypmod), attnotnull, attidentity) \
+         UNION ALL SELECT format('column %I %I %s %s', relname, attname, format_type(atttypid, atttypmod), attnotnull) \
              FROM ours JOIN pg_attribute a ON a.attrelid = ours.oid AND attnum > 0 AND NOT attisdropped \
          UNION ALL SELECT format('constraint %I %I %s %s', relname, conname, contype, convalidated) \
              FROM ours JOIN pg_constraint k ON k.conrelid = ours.oid WHERE contype <> 'n' \
