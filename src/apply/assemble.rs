@@ -26,8 +26,7 @@ use crate::queue::{Entry, Reader, TransactionHead};
 use crate::target::copy_rows::CopyRows;
 use crate::target::writer::TableWrites;
 
-/// The prefix of our own logical messages: the cutover's markers.
-pub const MARKER_PREFIX: &str = "walferry";
+pub use crate::source::marker::PREFIX as MARKER_PREFIX;
 
 /// A chunk is written once it has read this much of the queue. Part of the format: see the module's head.
 ///

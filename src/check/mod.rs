@@ -37,6 +37,7 @@ use crate::care::connections::Jobs;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Result};
 use crate::source::catalog;
+use crate::source::version::Version;
 use server::Server;
 
 /// The version of the report's format.
@@ -80,14 +81,14 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     let mut tables = Vec::new();
     let mut references = None;
     if let Some((client, server)) = &source
-        && server.major() >= *server::SUPPORTED.start()
+        && server::supported(Side::Source).contains(&server.major())
     {
         tables = catalog::tables(client).await.context(|| "checking the source".into())?;
         references = Some(both::references(client).await.context(|| "checking the source".into())?);
         findings.extend(check_source(inputs, client, server, &tables).await.context(|| "checking the source".into())?);
     }
     if let Some((client, server)) = &target
-        && server.major() >= *server::SUPPORTED.start()
+        && server::supported(Side::Target).contains(&server.major())
     {
         findings.extend(check_target(inputs, client, server).await.context(|| "checking the target".into())?);
         if let Some(references) = &references {
@@ -117,14 +118,29 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     }
 
     let mut estimate = None;
-    if let Some((client, server)) = &source
+    if let Some((_, server)) = &source
         && !inputs.estimate.is_zero()
         && !inputs.resuming
-        && server.major() >= *server::SUPPORTED.start()
+        && server::supported(Side::Source).contains(&server.major())
+        && !Version(server.major()).scans_page_ranges()
+    {
+        let message = "The time of the copy is not estimated: before PostgreSQL 14 a few pages of a table cannot be read by themselves.";
+        findings.push(Finding::new(
+            Severity::Info,
+            Side::Source,
+            "estimate",
+            format!("PostgreSQL {}", server.version),
+            message,
+        ));
+    } else if let Some((client, server)) = &source
+        && !inputs.estimate.is_zero()
+        && !inputs.resuming
+        && server::supported(Side::Source).contains(&server.major())
     {
         // What was found to be the wrong target gets no load.
         let wrong = findings.iter().any(|found| found.side == Side::Target && found.severity == Severity::Blocker);
-        let usable = target.as_ref().filter(|(_, target)| target.major() >= *server::SUPPORTED.start() && !wrong);
+        let usable =
+            target.as_ref().filter(|(_, target)| server::supported(Side::Target).contains(&target.major()) && !wrong);
         let trial = estimate::Trial {
             source: inputs.source,
             target: usable.map(|_| inputs.target),

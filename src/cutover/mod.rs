@@ -43,14 +43,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_postgres::Client;
-use tokio_postgres::types::{PgLsn, ToSql, Type};
 
 use crate::apply::Applied;
-use crate::apply::assemble::MARKER_PREFIX;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
+use crate::source::marker;
 use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
@@ -531,19 +530,15 @@ struct Drained {
 async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applied>) -> Result<Drained> {
     let content = format!("cutover {}", unique());
     // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up. Sent at once.
-    let local = async { source.batch_execute(record::LOCAL_COMMITS).await };
-    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&MARKER_PREFIX, Type::TEXT), (&content, Type::TEXT)];
-    let emit = source.query_typed("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2)", &parameters);
-    let ((), rows) = tokio::try_join!(local, emit).context(|| "sending a marker into the stream".into())?;
-    let lsn: PgLsn =
-        rows.first().ok_or_else(|| Error::new(ErrorKind::Other, "the source answered nothing to a marker"))?.get(0);
+    let local = async { source.batch_execute(record::LOCAL_COMMITS).await.map_err(Error::from) };
+    let ((), marker::Sent { lsn, content }) = tokio::try_join!(local, marker::send(source, &content))?;
     let mut applied = applied.clone();
     let ours = |applied: &Applied| applied.marker.as_ref().is_some_and(|marker| marker.content == content);
     let changes = match applied.wait_for(ours).await {
         Ok(applied) => applied.marker.as_ref().map_or(0, |marker| marker.changes),
         Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
     };
-    Ok(Drained { lsn: lsn.into(), changes })
+    Ok(Drained { lsn, changes })
 }
 
 /// A text that no other cutover has.

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use super::version::Version;
 use crate::error::{Context, Result};
 use crate::sql;
 
@@ -156,8 +157,9 @@ const BORROWED_EQUALITY: &str = "1043,650,24,2202,2203,2204,2205,2206,3734,3769,
 /// # Errors
 /// Whatever the server says.
 pub async fn tables(client: &Client) -> Result<Vec<Table>> {
-    let mut columns = columns(client).await?;
-    let mut indexes = indexes(client).await?;
+    let version = Version::of(client).await?;
+    let mut columns = columns(client, version).await?;
+    let mut indexes = indexes(client, version).await?;
     let rows = client
         .query_typed(
             &format!(
@@ -207,7 +209,8 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     Ok(tables)
 }
 
-async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
+async fn columns(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<Column>>> {
+    let (generated, deterministic, binary) = (version.generated(), version.deterministic(), version.streams_messages());
     let rows = client
         .query_typed(
             &format!(
@@ -219,13 +222,13 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
                    JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                    WHERE c.relkind = 'r' AND {USER_RELATION} AND a.attnum > 0 AND NOT a.attisdropped \
-                     AND a.attgenerated = ''), \
+                     AND {generated} = ''), \
                  base(type, root) AS ( \
                    SELECT DISTINCT atttypid, atttypid FROM a \
                    UNION ALL SELECT base.type, t.typbasetype FROM base JOIN pg_catalog.pg_type t ON t.oid = base.root \
                    WHERE t.typtype = 'd'), \
                  facts AS ( \
-                   SELECT base.type, b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e' AS binary_safe, \
+                   SELECT base.type, {binary} AND (b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e') AS binary_safe, \
                         b.oid IN ({BYTE_EQUAL_TYPES}) OR b.typtype = 'e' AS byte_equal, \
                         CASE WHEN b.typtype IN ('e', 'r', 'm', 'c') OR b.typcategory = 'A' OR b.oid IN ({BORROWED_EQUALITY}) THEN 'pg_catalog' \
                              ELSE (SELECT pg_catalog.min(on_.nspname) FROM pg_catalog.pg_opclass oc \
@@ -238,7 +241,7 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
                    FROM base JOIN pg_catalog.pg_type b ON b.oid = base.root WHERE b.typtype <> 'd' OFFSET 0) \
                  SELECT a.attrelid, a.attname, a.attnum, a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod), \
                         a.atttypmod, a.attnotnull, a.attidentity = 'a', facts.binary_safe, \
-                        facts.byte_equal AND coalesce(l.collisdeterministic, true), facts.equality_schema \
+                        facts.byte_equal AND coalesce({deterministic}, true), facts.equality_schema \
                  FROM a JOIN facts ON facts.type = a.atttypid \
                  LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation \
                  ORDER BY a.attrelid, a.attnum"
@@ -278,7 +281,8 @@ pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32
                    SELECT oid, typtype, typbasetype FROM pg_catalog.pg_type WHERE oid = $1 \
                    UNION ALL SELECT t.oid, t.typtype, t.typbasetype FROM pg_catalog.pg_type t \
                    JOIN base ON t.oid = base.typbasetype WHERE base.typtype = 'd') \
-                 SELECT pg_catalog.format_type($1, $2), oid IN ({BINARY_SAFE_TYPES}) OR typtype = 'e' \
+                 SELECT pg_catalog.format_type($1, $2), (oid IN ({BINARY_SAFE_TYPES}) OR typtype = 'e') \
+                   AND pg_catalog.current_setting('server_version_num')::int4 >= 140000 \
                  FROM base WHERE typtype <> 'd'"
             ),
             &[&oid, &modifier],
@@ -308,16 +312,19 @@ struct Index {
     names_one_row: bool,
 }
 
-async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
+async fn indexes(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<Index>>> {
+    let key_columns = version.key_columns();
     let rows = client
         .query_typed(
-            "SELECT i.indrelid, \
-                    (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
-                     FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
-                     WHERE k.ordinality <= i.indnkeyatts), \
-                    i.indisprimary, i.indisreplident, \
-                    i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
-             FROM pg_catalog.pg_index i WHERE i.indisunique OR i.indisexclusion ORDER BY i.indrelid, i.indexrelid",
+            &format!(
+                "SELECT i.indrelid, \
+                        (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
+                         FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
+                         WHERE k.ordinality <= {key_columns}), \
+                        i.indisprimary, i.indisreplident, \
+                        i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
+                 FROM pg_catalog.pg_index i WHERE i.indisunique OR i.indisexclusion ORDER BY i.indrelid, i.indexrelid"
+            ),
             &[],
         )
         .await
@@ -367,6 +374,10 @@ fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) 
 /// # Errors
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
+    let version = Version::of(client).await?;
+    let (generated, (missing_value, has_missing)) = (version.generated(), version.missing_value());
+    // Where no TRUNCATE is in the stream, the table's file is what shows it; VACUUM FULL and CLUSTER change that too.
+    let files = if version.streams_truncate() { "false" } else { "c.relkind = 'r'" };
     let rows = client
         .query_typed(
             &format!(
@@ -385,13 +396,17 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                  UNION ALL \
                  SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), \
                         md5(concat_ws('/', a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
-                            a.attidentity, a.attgenerated, a.attcollation, \
-                            a.atthasmissing, a.attmissingval::text, pg_catalog.pg_get_expr(d.adbin, d.adrelid))) \
+                            a.attidentity, {generated}, a.attcollation, \
+                            {has_missing}, {missing_value}, pg_catalog.pg_get_expr(d.adbin, d.adrelid))) \
                  FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
                  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
                  WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} \
                    AND a.attnum > 0 AND NOT a.attisdropped \
+                 UNION ALL \
+                 SELECT format('file of table %I.%I (PostgreSQL before 11 streams no TRUNCATE)', n.nspname, c.relname), c.relfilenode::text \
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE {files} AND c.relpersistence = 'p' AND {USER_RELATION} \
                  UNION ALL \
                  SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
                         md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \

@@ -16,10 +16,7 @@ pub async fn rows_with(client: &Client, extra_float_digits: i32) -> BTreeMap<Str
     let settings = format!(
         "SET work_mem = '256MB'; SET TimeZone = 'UTC'; SET extra_float_digits = {extra_float_digits}; SET search_path = ''"
     );
-    client
-        .batch_execute(&settings)
-        .await
-        .unwrap();
+    client.batch_execute(&settings).await.unwrap();
     let tables = client
         .query(
             &format!(

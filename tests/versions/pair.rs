@@ -100,9 +100,11 @@ async fn there_and_back(source: u32, target: u32) {
     ready(&migration, &mut running).await;
     application.goes_on(30).await;
     let old = migration.source().await;
-    old.batch_execute("UPDATE app.kinds SET f8 = f8 / 3, f4 = f4 / 3 WHERE id % 3 = 0; DELETE FROM app.kinds WHERE id = 7")
-        .await
-        .unwrap();
+    old.batch_execute(
+        "UPDATE app.kinds SET f8 = f8 / 3, f4 = f4 / 3 WHERE id % 3 = 0; DELETE FROM app.kinds WHERE id = 7",
+    )
+    .await
+    .unwrap();
     let verified = migration.with_directory("verify", &["--json"]).await;
     assert_eq!(verified.code, Some(0), "{}\n{}", verified.stdout, verified.stderr);
     assert_eq!(verified.json()["online"], true);

@@ -14,7 +14,9 @@ pub fn pair(source: u32, target: u32) -> Option<(ServerPrograms, ServerPrograms,
     if !output.status.success() {
         let text = format!("scripts/servers.sh {} failed", wanted.join(" "));
         assert!(std::env::var("CI").as_deref() != Ok("true"), "{text}");
-        eprintln!("\n*** SKIPPED: the migration from PostgreSQL {source} to {target} is not tested, because {text} ***\n");
+        eprintln!(
+            "\n*** SKIPPED: the migration from PostgreSQL {source} to {target} is not tested, because {text} ***\n"
+        );
         return None;
     }
     let directory = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim_end());
