@@ -25,8 +25,8 @@ test: setup ## Runs every test; they start servers of their own
 		cargo test --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
 	fi
 
-fixtures: setup ## Captures the proto-fixtures from a server again
-	cargo run --locked --example capture-fixtures
+fixtures: setup ## Captures the proto-fixtures from a server of each version again
+	cargo run --locked --example capture-fixtures -- "$$(scripts/servers.sh)"
 
 lint: ## Checks format, lints and documentation
 	cargo fmt --check

@@ -22,6 +22,7 @@ mod server;
 mod source;
 mod target;
 pub mod tools;
+mod versions;
 
 use std::path::Path;
 use std::time::Duration;
@@ -106,6 +107,9 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     }
     if let (Some((on_source, source)), Some((on_target, target))) = (&source, &target) {
         findings.extend(both::servers(source, target));
+        if server::supported(Side::Source).contains(&source.major()) {
+            findings.extend(versions::identity_of_partitions(on_source, target).await?);
+        }
         findings.extend(differing::settings(source, target));
         findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
         let tools = tools::find_tools_for(source.major(), target.major());

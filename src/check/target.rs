@@ -171,7 +171,13 @@ pub(crate) async fn replica_role(client: &Client, server: &Server, side: Side) -
                      applied, and foreign keys refuse rows whose parents come in another session.",
                 ),
             };
-            let fix = format!("GRANT SET ON PARAMETER session_replication_role TO {};", sql::identifier(&server.role));
+            let role = sql::identifier(&server.role);
+            let fix = match server.major() {
+                15.. => format!("GRANT SET ON PARAMETER session_replication_role TO {role};"),
+                _ => format!(
+                    "ALTER ROLE {role} SUPERUSER;  -- before PostgreSQL 15 the right to set it cannot be granted by itself"
+                ),
+            };
             Ok(Some(Finding::new(severity, side, code, "session_replication_role", message).fix(fix)))
         }
         Err(error) => Err(error).context(doing),

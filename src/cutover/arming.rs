@@ -24,6 +24,7 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
+use crate::source::version::Version;
 use crate::target::ledger::{self, Draft, Migration, Phase};
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
@@ -242,9 +243,15 @@ impl WayBack {
         let tried = source.batch_execute("SET LOCAL session_replication_role = replica").await;
         source.batch_execute("ROLLBACK").await?;
         if let Err(error) = tried {
+            let mend = match Version::of(&source).await? {
+                Version(15..) => "the source: GRANT SET ON PARAMETER session_replication_role TO our role",
+                _ => {
+                    "the source: let walferry be a superuser, since before PostgreSQL 15 nobody else may set session_replication_role"
+                }
+            };
             return blocked(
                 format!("on the source, changes could not be written back without firing triggers: {error}"),
-                "the source: GRANT SET ON PARAMETER session_replication_role TO our role".into(),
+                mend.into(),
             );
         }
         Ok(())

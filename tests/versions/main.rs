@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
 
+mod old;
 mod pair;
 mod servers;
 #[path = "../support/mod.rs"]

@@ -138,13 +138,13 @@ async fn there_and_back(source: u32, target: u32) {
     assert_eq!(migration.left_over().await, Vec::<String>::new());
 }
 
-async fn ready(migration: &Migration, running: &mut Running) {
+pub async fn ready(migration: &Migration, running: &mut Running) {
     migration.wait_for_status(running, "ready_to_cutover", |status| status["ready_to_cutover"] == true).await;
 }
 
 /// The same rows, sequences and objects on both sides. What a definition reads like differs from version to version, and so does
 /// the text of a float, so those are compared as their bits.
-async fn assert_same(migration: &Migration) {
+pub async fn assert_same(migration: &Migration) {
     let (source, target) = (migration.source().await, migration.target().await);
     let (rows_of_source, rows_of_target) = tokio::join!(rows(&source), rows(&target));
     assert!(rows_of_source.len() > 8);
