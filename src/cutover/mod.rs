@@ -421,7 +421,10 @@ impl Cutover<'_> {
         }
         let shown = changed.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("; ");
         Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
-            .hint("Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry migrate`."))
+            .hint(
+                "Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry \
+                 migrate`. Where it is the file of a table, `walferry repair --tables` copies what differs.",
+            ))
     }
 
     /// H27: an update or delete of these would not be in the stream.

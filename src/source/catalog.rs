@@ -363,6 +363,14 @@ fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) 
     (key.unwrap_or_default(), spare > 0)
 }
 
+/// How the fingerprint names a table's file, on a server that has no TRUNCATE in its stream.
+const FILE_OF_TABLE: &str = "file of table %s (PostgreSQL before 11 streams no TRUNCATE)";
+
+/// That name for a table, quoted as `format('%I.%I')` does it.
+pub(crate) fn file_of_table(quoted: &str) -> String {
+    FILE_OF_TABLE.replace("%s", quoted)
+}
+
 /// Every object whose coming, going or change the stream does not show (I11), with a hash of its definition.
 ///
 /// The key reads as an operator would name the object: `table "public"."orders"`, `column … of table …`.
@@ -404,7 +412,7 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                  WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} \
                    AND a.attnum > 0 AND NOT a.attisdropped \
                  UNION ALL \
-                 SELECT format('file of table %I.%I (PostgreSQL before 11 streams no TRUNCATE)', n.nspname, c.relname), c.relfilenode::text \
+                 SELECT format({}, format('%I.%I', n.nspname, c.relname)), c.relfilenode::text \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  WHERE {files} AND c.relpersistence = 'p' AND {USER_RELATION} \
                  UNION ALL \
@@ -430,7 +438,8 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                  FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
                  JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace \
                  UNION ALL \
-                 SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e"
+                 SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e",
+                sql::literal(FILE_OF_TABLE)
             ),
             &[],
         )

@@ -50,6 +50,11 @@ impl Catalogs {
                 dealt.push((object.clone(), on_source.get(object).cloned()));
             }
         }
+        if all {
+            // Whatever became of its rows without a word in the stream, they are compared now.
+            let files = tables.iter().map(|table| catalog::file_of_table(&table.quoted));
+            dealt.extend(files.filter_map(|file| on_source.get(&file).map(|hash| (file.clone(), Some(hash.clone())))));
+        }
         // Of other objects the hash has nothing that is the server's own.
         let names: BTreeSet<&String> = tables.iter().map(|table| &table.quoted).collect();
         let hangs_on_it = |object: &str| {
