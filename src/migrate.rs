@@ -23,6 +23,7 @@ mod stall;
 mod way_back;
 
 pub(crate) use identify::application_name;
+pub(crate) use prepare::end_sessions;
 pub(crate) use way_back::finish_without_process;
 
 use std::net::SocketAddr;
