@@ -158,4 +158,4 @@ fail() {
     exit 1
 }
 
-main "$@"
+main
