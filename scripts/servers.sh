@@ -51,13 +51,13 @@ base_directory() {
     local target=${CARGO_TARGET_DIR:-$1/../target}
     mkdir -p "$target"
     target=$(cd "$target" && pwd -P)
-    if [ "$(id -u)" -eq 0 ] && ! as_nobody_special test -x "$target"; then
+    if [ "$(id -u)" -eq 0 ] && ! as_another_user test -x "$target"; then
         target=/var/tmp/walferry
     fi
     echo "$target/servers"
 }
 
-as_nobody_special() {
+as_another_user() {
     setpriv --reuid=65534 --regid=65534 --clear-groups "$@" 2>/dev/null
 }
 

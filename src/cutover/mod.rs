@@ -536,9 +536,9 @@ async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applie
     let local = async { source.batch_execute(record::LOCAL_COMMITS).await.map_err(Error::from) };
     let ((), marker::Sent { lsn, content }) = tokio::try_join!(local, marker::send(source, &content))?;
     let mut applied = applied.clone();
-    let ours = |applied: &Applied| applied.marker.as_ref().is_some_and(|marker| marker.content == content);
+    let ours = |applied: &Applied| applied.marker(&content).is_some();
     let changes = match applied.wait_for(ours).await {
-        Ok(applied) => applied.marker.as_ref().map_or(0, |marker| marker.changes),
+        Ok(applied) => applied.marker(&content).map_or(0, |marker| marker.changes),
         Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
     };
     Ok(Drained { lsn, changes })

@@ -49,6 +49,11 @@ fn of_xid(xid: u32) -> String {
     format!("xid {xid}")
 }
 
+/// Whether a marker may be nobody's: any empty transaction of an older server.
+pub fn is_of_empty_transaction(content: &str) -> bool {
+    content.starts_with("xid ")
+}
+
 /// The message of pgoutput that stands for a marker in an empty transaction of a server that sends none ("Logical Replication
 /// Message Formats", Message).
 pub(super) fn of_empty_transaction(xid: u32, commit_lsn: Lsn) -> Vec<u8> {

@@ -75,10 +75,17 @@ async fn versions_outside_of_those_tested_and_a_way_to_an_older_server_are_refus
         let Some((source_programs, target_programs, _)) = servers::pair(source, target) else { return };
         let servers = Servers::of((&source_programs, &[]), (&target_programs, &[])).await;
         let migration = servers.migration("shop").await;
+        let identity = "CREATE TABLE parts (id int GENERATED ALWAYS AS IDENTITY, at date) PARTITION BY RANGE (at)";
+        migration.source().await.batch_execute(identity).await.unwrap();
         let check = migration.with_servers("check", &["--json"]).await;
         assert_eq!(check.code, Some(3), "{}", check.stderr);
         let report = check.json();
-        let blocker = report["findings"].as_array().unwrap().iter().find(|finding| finding["code"] == code);
+        let findings = report["findings"].as_array().unwrap();
+        // From 17 on it holds for the partitions, which the changes are written to.
+        let refused =
+            findings.iter().any(|finding| finding["code"] == "partition-identity" && finding["severity"] == "blocker");
+        assert_eq!(refused, target >= 17, "{report:#}");
+        let blocker = findings.iter().find(|finding| finding["code"] == code);
         let blocker = blocker.unwrap_or_else(|| panic!("{report:#}"));
         assert_eq!((&blocker["severity"], &blocker["side"]), (&"blocker".into(), &"target".into()), "{blocker}");
         assert!(blocker["message"].as_str().unwrap().contains(says), "{blocker}");

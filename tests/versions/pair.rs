@@ -7,7 +7,7 @@ use tokio_postgres::Client;
 use crate::servers;
 use crate::support::load::{self, Application};
 use crate::support::process::Running;
-use crate::support::{Migration, Servers, compare, until_true};
+use crate::support::{Migration, Servers, compare, connect, until_true};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn from_10_to_18() {
@@ -96,6 +96,8 @@ fn application(version: u32) -> String {
 async fn there_and_back(source: u32, target: u32) {
     let Some((_servers, migration)) = filled(source, target).await else { return };
     let application = Application::start(&migration.source_url, 2);
+    // To a server that sends no messages each of them looks like a marker of ours.
+    let empty = (source < 14).then(|| tokio::spawn(empty_transactions(migration.source_url.clone())));
     let mut running = migration.migrate(&[]);
     ready(&migration, &mut running).await;
     application.goes_on(30).await;
@@ -113,6 +115,9 @@ async fn there_and_back(source: u32, target: u32) {
     assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
     assert_eq!(cutover.json()["reverse"], "armed");
     application.stop().await;
+    if let Some(empty) = empty {
+        empty.await.unwrap();
+    }
     migration.wait_for_status(&mut running, "the way back", |status| status["direction"] == "back").await;
     assert_same(&migration).await;
 
@@ -136,6 +141,14 @@ async fn there_and_back(source: u32, target: u32) {
     let clean = migration.with_directory("clean", &[]).await;
     assert_eq!(clean.code, Some(0), "{}", clean.stderr);
     assert_eq!(migration.left_over().await, Vec::<String>::new());
+}
+
+/// Transactions that change no row of a table, until the cutover ends the session.
+async fn empty_transactions(url: String) {
+    let client = connect(&url).await;
+    while client.batch_execute("CREATE TEMP TABLE nothing (); DROP TABLE nothing").await.is_ok() {
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
 }
 
 pub async fn ready(migration: &Migration, running: &mut Running) {
