@@ -8,9 +8,10 @@ use crate::connection::ConnectionSpec;
 use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::migrate::{self, application_name};
+use crate::source::identity::{self, On};
 use crate::source::slot;
 use crate::state_directory::{LockedDirectory, StateDirectory};
-use crate::target::ledger::{self, Phase, WayBack};
+use crate::target::ledger::{self, LedgerTable, Phase, Section, WayBack};
 use crate::target::schema;
 
 /// How often, and how far apart, an old server that does not answer is tried again before it counts as gone.
@@ -132,6 +133,10 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         ));
     }
     if back.is_some() {
+        if cut_over && !reversed {
+            // What the way back changed on the old server.
+            give_back(&from, &ledger::tables(&from).await?).await;
+        }
         from.batch_execute("DROP SCHEMA walferry CASCADE")
             .await
             .context(|| "removing the ledger of the way back from the source".into())?;
@@ -139,17 +144,37 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
     }
     if !cut_over {
         // What the migration changed on the target for its own time only.
-        let tables: Vec<_> = ledger::tables(&to).await?.into_iter().map(|entry| entry.table).collect();
-        for statement in schema::restore_identity(&tables) {
-            // A table that is gone has no identity to give back.
-            if let Err(error) = to.batch_execute(&statement).await {
-                tracing::debug!(%error, statement, "an identity column was not given back");
-            }
-        }
+        give_back(&to, &ledger::tables(&to).await?).await;
     }
+    let identities = ledger::replica_identities(&to).await?;
+    for (server, on, side) in [(&from, On::Source, "source"), (&to, On::Target, "target")] {
+        let restored = identity::restore(server, &identities, on).await?;
+        removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the {side}")));
+    }
+    say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
     Ok(removed)
+}
+
+/// The ledger is all that knows of it (H23).
+async fn say_what_is_not_validated(target: &Client, removed: &mut Vec<Removed>) -> Result<()> {
+    let left = ledger::pending_items(target, Section::AfterCutover).await?;
+    removed.extend(left.into_iter().map(|(_, item)| {
+        format!("the task to validate the {}; it is left to you: {}", item.name, item.statement.replace('\n', " "))
+    }));
+    Ok(())
+}
+
+/// Identity columns, triggers and rules as they were, where a migration made them other for its own time only.
+async fn give_back(server: &Client, tables: &[LedgerTable]) {
+    let tables: Vec<_> = tables.iter().map(|entry| entry.table.clone()).collect();
+    for statement in schema::restore_identity(&tables) {
+        // A table that is gone has nothing to give back.
+        if let Err(error) = server.batch_execute(&statement).await {
+            tracing::debug!(%error, statement, "an identity column, trigger or rule was not given back");
+        }
+    }
 }
 
 fn is_armed() -> Error {
@@ -169,6 +194,10 @@ async fn without_source(
     }
     let removed = cutover::arming::Names::of(&migration.id).remove(target).await?;
     let mut removed: Vec<Removed> = removed.into_iter().map(|what| format!("{what} on the target")).collect();
+    let identities = ledger::replica_identities(target).await?;
+    let restored = identity::restore(target, &identities, On::Target).await?;
+    removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the target")));
+    say_what_is_not_validated(target, &mut removed).await?;
     target
         .batch_execute("DROP SCHEMA walferry CASCADE")
         .await

@@ -16,7 +16,9 @@ use crate::pause::What;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use values::{HttpAddress, Time};
-use values::{at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate};
+use values::{
+    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate, parse_role_map,
+};
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
 #[derive(Debug, Parser)]
@@ -198,6 +200,36 @@ pub struct Care {
     pub on_source_wal_max: OnSourceWalMax,
 }
 
+/// Roles on the target: who owns what, and who may do what.
+#[derive(Debug, Args)]
+pub struct Roles {
+    /// Create the roles on the target that own something in the database or are granted something, with their passwords where the
+    /// source lets us read them, settings and memberships; those that are there already stay as they are
+    #[arg(long)]
+    pub roles: bool,
+    /// Give nothing to its owner: all objects belong to the role that connects to the target
+    #[arg(long)]
+    pub no_owner: bool,
+    /// Grant and revoke nothing
+    #[arg(long)]
+    pub no_privileges: bool,
+    /// The role OLD of the source is NEW on the target, wherever it owns or is granted something; may be given several times
+    #[arg(long, value_parser = parse_role_map, value_name = "OLD=NEW")]
+    pub role_map: Vec<(String, String)>,
+}
+
+impl Roles {
+    /// The same for the rest of the program.
+    pub fn owners(&self) -> crate::unstreamed::large_object::Owners {
+        crate::unstreamed::large_object::Owners {
+            create_roles: self.roles,
+            no_owner: self.no_owner,
+            no_privileges: self.no_privileges,
+            role_map: self.role_map.clone(),
+        }
+    }
+}
+
 /// Where the state directory is.
 #[derive(Debug, Args)]
 pub struct Directory {
@@ -218,9 +250,15 @@ pub struct Check {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub connections: Connections,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub roles: Roles,
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// Check for a migration with --replica-identity-full
+    #[arg(long)]
+    pub replica_identity_full: bool,
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
@@ -258,6 +296,9 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub connections: Connections,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub roles: Roles,
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,
@@ -271,6 +312,10 @@ pub struct Migrate {
     /// Who wins where somebody else has written to the target: nobody, and the migration stops; the source's row; or the target's
     #[arg(long, value_enum, default_value_t, value_name = "WHO")]
     pub on_conflict: OnConflict,
+    /// Have the whole old row identify each table whose updates and deletes would name no row (REPLICA IDENTITY FULL), from before
+    /// the slot until `walferry clean` puts back what there was
+    #[arg(long)]
+    pub replica_identity_full: bool,
     /// Make no way back ready: nothing of it is written to the source, and the cutover is for good
     #[arg(long)]
     pub no_reverse: bool,

@@ -148,6 +148,8 @@ async fn check(options: cli::Check) -> Result<()> {
         jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
+        owners: &options.roles.owners(),
+        replica_identity_full: options.replica_identity_full,
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
@@ -187,7 +189,9 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         },
         http_address: options.http_addr.0,
         heal,
+        owners: options.roles.owners(),
         on_conflict: options.on_conflict,
+        replica_identity_full: options.replica_identity_full,
         reverse: !options.no_reverse,
         automatic: automatic(options)?,
         care: care::Options {

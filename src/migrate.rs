@@ -12,6 +12,7 @@
 //! Every phase can be interrupted anywhere. A transient error (a server restarts, a connection breaks) makes the phases begin
 //! again from the ledger, after a pause; any other error ends the process, and the same command goes on later.
 
+mod after_cutover;
 mod background;
 mod follow;
 mod heal;
@@ -55,6 +56,7 @@ use crate::source::receive;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
+use crate::unstreamed::large_object::Owners;
 
 /// The longest pause before the phases begin again.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -85,8 +87,12 @@ pub struct Config {
     pub http_address: Option<SocketAddr>,
     /// What is brought right before it goes on.
     pub heal: Heal,
+    /// Who owns what on the target, and who may do what.
+    pub owners: Owners,
     /// Who wins when somebody else has written to the target.
     pub on_conflict: OnConflict,
+    /// Whether tables without a usable replica identity get `REPLICA IDENTITY FULL` for the time of the migration.
+    pub replica_identity_full: bool,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
     /// When it is to cut over by itself.
@@ -428,7 +434,7 @@ impl Running {
         let mut layout = self.layout(&target, &migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;
-            self.finish_schema(&target).await?;
+            self.finish_schema(&mut target).await?;
             // The source may have changed tables meanwhile.
             layout = self.layout(&target, &migration).await?;
         }

@@ -74,6 +74,7 @@ fn table() -> Table {
         estimated_rows: 0.0,
         updates_and_deletes: 0,
         relfilenode: None,
+        firing: Vec::new(),
     }
 }
 

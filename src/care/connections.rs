@@ -4,8 +4,8 @@
 //!
 //! | | source | target |
 //! |---|---|---|
-//! | copying | stream, slot, snapshot, locks, standbys; one now and then | trimming, ledger; two now and then |
-//! | following | stream, slot, readiness; the cutover's three; one of a comparison; one now and then | trimming, ledger, readiness, the way back; the cutover's two, or vacuuming's; one of a comparison; two now and then |
+//! | copying | stream, slot, snapshot, locks, standbys; one now and then, and one for large objects once the copy jobs have ended | trimming, ledger; two now and then |
+//! | following | stream, slot, readiness; the cutover's three, or one that keeps current what is not in the stream; one of a comparison; one now and then | trimming, ledger, readiness, the way back; the cutover's two, or vacuuming's, or one that keeps current what is not in the stream; one of a comparison; two now and then |
 //!
 //! A comparison while writes go on (`verify/point.rs`) takes two more on the source and one on the target where there is room for them, and is
 //! refused otherwise.

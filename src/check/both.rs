@@ -9,6 +9,7 @@ use super::server::Server;
 use crate::error::{Context, Result};
 use crate::source::catalog::USER_RELATION;
 use crate::sql;
+use crate::unstreamed::large_object::Owners;
 
 /// A finding whose fix belongs on the target.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -22,8 +23,10 @@ pub(crate) struct References {
     extensions: BTreeMap<String, String>,
     /// Roles that own something, and whether they may log in.
     owners: BTreeMap<String, bool>,
-    /// Other roles that grants or policies name, and whether they may log in.
+    /// Other roles that grants name, and whether they may log in.
     grantees: BTreeMap<String, bool>,
+    /// Other roles that policies, user mappings and default privileges name, and whether they may log in.
+    named: BTreeMap<String, bool>,
     tablespaces: BTreeSet<String>,
     /// Collations of `pg_catalog` that a column or an index asks for.
     collations: BTreeSet<String>,
@@ -74,7 +77,9 @@ pub(crate) async fn references(source: &Client) -> Result<References> {
                                      AND d.objid = n.oid AND d.deptype = 'e')) \
                  SELECT 'extension', extname::text, extversion FROM pg_extension WHERE extname <> 'plpgsql' \
                  UNION ALL \
-                 SELECT CASE WHEN bool_or(d.deptype = 'o') THEN 'owner' ELSE 'grantee' END, r.rolname, r.rolcanlogin::text \
+                 SELECT CASE WHEN bool_or(d.deptype = 'o' AND d.classid NOT IN ('pg_default_acl'::regclass, 'pg_user_mapping'::regclass)) \
+                             THEN 'owner' WHEN bool_or(d.deptype = 'r' OR d.deptype = 'o' AND d.classid = 'pg_user_mapping'::regclass) THEN 'named' \
+                             ELSE 'grantee' END, r.rolname, r.rolcanlogin::text \
                  FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid \
                  WHERE d.refclassid = 'pg_authid'::regclass AND d.deptype IN ('o', 'a', 'r') \
                    AND d.dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) \
@@ -121,6 +126,7 @@ pub(crate) async fn references(source: &Client) -> Result<References> {
             "extension" => drop(found.extensions.insert(name, more)),
             "owner" => drop(found.owners.insert(name, more == "true")),
             "grantee" => drop(found.grantees.insert(name, more == "true")),
+            "named" => drop(found.named.insert(name, more == "true")),
             "tablespace" => drop(found.tablespaces.insert(name)),
             "collation" => drop(found.collations.insert(name)),
             "schema" => drop(found.schemas.insert(name)),
@@ -204,11 +210,12 @@ struct Offers {
     extensions: BTreeMap<String, (Vec<String>, bool)>,
     /// Roles, and whether ours may give objects to them.
     roles: BTreeMap<String, bool>,
-    tablespaces: BTreeSet<String>,
     collations: BTreeSet<String>,
     schemas: BTreeSet<String>,
     public_create: Option<bool>,
     has_icu: bool,
+    /// Our role may create others.
+    create_role: bool,
 }
 
 async fn offers(target: &Client, server: &Server) -> Result<Offers> {
@@ -216,11 +223,11 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
     let mut offers = Offers {
         extensions: BTreeMap::new(),
         roles: BTreeMap::new(),
-        tablespaces: BTreeSet::new(),
         collations: BTreeSet::new(),
         schemas: BTreeSet::new(),
         public_create: None,
         has_icu: false,
+        create_role: false,
     };
     let extensions = target
         .query_typed(
@@ -241,7 +248,7 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
         .query_typed(
             &format!(
                 "SELECT 'role', rolname::text, pg_has_role(oid, '{giving}') FROM pg_roles \
-                 UNION ALL SELECT 'tablespace', spcname, true FROM pg_tablespace \
+                 UNION ALL SELECT 'create role', '', rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user \
                  UNION ALL SELECT 'collation', collname, collprovider = 'i' FROM pg_collation \
                    WHERE collencoding IN (-1, (SELECT encoding FROM pg_database WHERE datname = current_database())) \
                  UNION ALL SELECT 'schema', nspname, has_schema_privilege(oid, 'CREATE') FROM pg_namespace n \
@@ -256,7 +263,7 @@ async fn offers(target: &Client, server: &Server) -> Result<Offers> {
         let (kind, name, flag): (&str, String, bool) = (row.get(0), row.get(1), row.get(2));
         match kind {
             "role" => drop(offers.roles.insert(name, flag)),
-            "tablespace" => drop(offers.tablespaces.insert(name)),
+            "create role" => offers.create_role = flag,
             "collation" => {
                 offers.has_icu |= flag;
                 offers.collations.insert(name);
@@ -276,11 +283,11 @@ pub(crate) async fn missing(
     target: &Client,
     server: &Server,
     references: &References,
-    resuming: bool,
+    inputs: &super::Inputs<'_>,
 ) -> Result<Vec<Finding>> {
     let offers = offers(target, server).await?;
     let mut findings = extensions(references, &offers);
-    findings.extend(roles(references, &offers, server));
+    findings.extend(roles(references, &offers, server, inputs.owners));
     let mut add = |severity, code, names: Vec<String>, message: &str, fix: &dyn Fn(&str) -> String| {
         if !names.is_empty() {
             let fixes: Vec<String> = names.iter().map(|name| fix(name)).collect();
@@ -291,11 +298,16 @@ pub(crate) async fn missing(
         wanted.difference(there).map(|name| sql::identifier(name)).collect()
     };
     add(
-        Severity::Blocker,
+        Severity::Info,
         "tablespace",
-        not_in(&references.tablespaces, &offers.tablespaces),
-        "Tables or indexes of the source are in this tablespace, and the target has none of that name.",
-        &|name| format!("CREATE TABLESPACE {name} LOCATION '/path/to/an/empty/directory';"),
+        references.tablespaces.iter().map(|name| sql::identifier(name)).collect(),
+        "Tables, indexes or materialized views of the source are in this tablespace. Tablespaces are not moved: on the target, all is \
+         made in the database's default tablespace.",
+        &|name| {
+            format!(
+                "ALTER TABLE ALL IN TABLESPACE pg_default SET TABLESPACE {name};  -- for instance, after the cutover"
+            )
+        },
     );
     add(
         Severity::Blocker,
@@ -304,7 +316,7 @@ pub(crate) async fn missing(
         "Columns or indexes of the source use this collation, and the target has none of that name.",
         &|_| "SELECT pg_import_system_collations('pg_catalog');  -- once the operating system has the locale".into(),
     );
-    if !resuming {
+    if !inputs.resuming {
         let there = references.schemas.intersection(&offers.schemas).map(|name| sql::identifier(name)).collect();
         add(
             Severity::Blocker,
@@ -370,18 +382,25 @@ fn extensions(references: &References, offers: &Offers) -> Vec<Finding> {
     findings
 }
 
-fn roles(references: &References, offers: &Offers, server: &Server) -> Vec<Finding> {
+fn roles(references: &References, offers: &Offers, server: &Server, owners: &Owners) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let none = BTreeMap::new();
+    let unless = |left_out: bool, roles: &'_ BTreeMap<String, bool>| -> BTreeMap<String, bool> {
+        let roles = if left_out { &none } else { roles };
+        roles.iter().map(|(name, login)| (owners.role(name).to_owned(), *login)).collect()
+    };
+    let owning = unless(owners.no_owner, &references.owners);
     for (code, wanted, why) in [
-        (
-            "owner-role",
-            &references.owners,
-            "It owns objects of the source; restoring them as its own fails without it.",
-        ),
+        ("owner-role", &owning, "It owns objects of the source; restoring them as its own fails without it."),
         (
             "grantee-role",
-            &references.grantees,
-            "Grants or policies of the source name it; restoring them fails without it.",
+            &unless(owners.no_privileges, &references.grantees),
+            "Grants of the source name it; restoring them fails without it.",
+        ),
+        (
+            "named-role",
+            &unless(false, &references.named),
+            "Policies or user mappings of the source name it; restoring them fails without it.",
         ),
     ] {
         let missing: Vec<(&String, &bool)> =
@@ -390,6 +409,17 @@ fn roles(references: &References, offers: &Offers, server: &Server) -> Vec<Findi
             continue;
         }
         let names: Vec<String> = missing.iter().map(|(name, _)| sql::identifier(name)).collect();
+        if owners.create_roles {
+            if offers.create_role {
+                let message = "The target has no such role; migrate --roles creates it.";
+                findings.push(finding(Severity::Info, "role-created", first_ten(&names), message));
+            } else {
+                let message = "The target has no such role, and our role may not create it, as --roles asks.";
+                let fix = format!("ALTER ROLE {} CREATEROLE;", sql::identifier(&server.role));
+                findings.push(finding(Severity::Blocker, "role-created", first_ten(&names), message).fix(fix));
+            }
+            continue;
+        }
         let member = |name: &str| match server.superuser || code != "owner-role" {
             true => String::new(),
             false => format!("\nGRANT {} TO {};", sql::identifier(name), sql::identifier(&server.role)),
@@ -401,12 +431,12 @@ fn roles(references: &References, offers: &Offers, server: &Server) -> Vec<Findi
                 format!("CREATE ROLE {} {login};{}", sql::identifier(name), member(name))
             })
             .collect();
-        let message =
-            format!("The target has no such role. {why} pg_dumpall --roles-only brings passwords and memberships too.");
+        let message = format!(
+            "The target has no such role. {why} With --roles it is created, with its password and memberships."
+        );
         findings.push(finding(Severity::Blocker, code, first_ten(&names), message).fix(fix.join("\n")));
     }
-    let foreign: Vec<String> = references
-        .owners
+    let foreign: Vec<String> = owning
         .keys()
         .filter(|name| offers.roles.get(*name) == Some(&false))
         .map(|name| sql::identifier(name))

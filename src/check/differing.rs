@@ -2,11 +2,13 @@
 
 use futures_util::future::try_join;
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
-use super::report::{Finding, Severity, Side};
+use super::report::{Finding, Severity, Side, first_ten};
 use super::server::{Server, Setting};
 use crate::error::{Context, Result};
 use crate::sql;
+use crate::target::roles::LISTS;
 
 /// They decide what a statement answers or whether it runs at all. What our sessions pin cannot be seen by them; of those, what
 /// the database sets is compared.
@@ -54,9 +56,6 @@ const SPEED: [&str; 22] = [
     "work_mem",
 ];
 
-/// Their values in the catalog are lists that are quoted already.
-const LISTS: [&str; 4] = ["search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"];
-
 /// How much of a value is shown.
 const SHOWN: usize = 60;
 
@@ -87,11 +86,61 @@ pub(crate) fn settings(source: &Server, target: &Server) -> Vec<Finding> {
     findings
 }
 
-/// What `ALTER DATABASE … SET` says on the source and not on the target: `pg_dump` leaves it out.
+/// What `ALTER DATABASE … SET` and `ALTER ROLE … IN DATABASE … SET` say on the source and not on the target, and privileges on the
+/// database: `pg_dump` leaves them out.
 ///
 /// # Errors
 /// Whatever the servers say.
-pub(crate) async fn of_the_database(source: &Client, target: &Client, name: &str) -> Result<Option<Finding>> {
+pub(crate) async fn of_the_database(source: &Client, target: &Client, name: &str) -> Result<Vec<Finding>> {
+    let mut findings = Vec::from_iter(settings_of_the_database(source, target, name).await?);
+    let (here, there) = try_join(beside_the_database(source, name), beside_the_database(target, name)).await?;
+    let missing: Vec<&(String, String)> = here.iter().filter(|found| !there.contains(found)).collect();
+    if !missing.is_empty() {
+        let objects: Vec<String> = missing.iter().map(|(object, _)| object.clone()).collect();
+        let fix: Vec<&str> = missing.iter().map(|(_, statement)| statement.as_str()).collect();
+        let message = "The source has it for this database, and the target has not; it is not moved with the schema.";
+        findings.push(
+            Finding::new(Severity::Warning, Side::Target, "database-privileges", first_ten(&objects), message)
+                .fix(fix.join("\n")),
+        );
+    }
+    Ok(findings)
+}
+
+/// Privileges on the database, its comment, and what it sets for single roles: what it is, and the statement that makes it.
+async fn beside_the_database(client: &Client, name: &str) -> Result<Vec<(String, String)>> {
+    let rows = client
+        .query_typed(
+            "SELECT format('%s on the database for %s', a.privilege_type, role), \
+                    format('GRANT %s ON DATABASE %I TO %s%s;', a.privilege_type, $1, role, \
+                        CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END) \
+             FROM pg_database d, aclexplode(d.datacl) a, \
+                  LATERAL (SELECT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS role) r \
+             WHERE d.datname = current_database() AND a.grantee <> d.datdba \
+             UNION ALL \
+             SELECT 'no ' || p || ' on the database for PUBLIC', format('REVOKE %s ON DATABASE %I FROM PUBLIC;', p, $1) \
+             FROM pg_database d, unnest(ARRAY['CONNECT', 'TEMPORARY']) p \
+             WHERE d.datname = current_database() AND d.datacl IS NOT NULL \
+               AND NOT EXISTS (SELECT FROM aclexplode(d.datacl) a WHERE a.grantee = 0 AND a.privilege_type = p) \
+             UNION ALL \
+             SELECT 'the comment on the database', \
+                    format('COMMENT ON DATABASE %I IS %L;', $1, shobj_description(d.oid, 'pg_database')) \
+             FROM pg_database d WHERE d.datname = current_database() AND shobj_description(d.oid, 'pg_database') IS NOT NULL \
+             UNION ALL \
+             SELECT format('%s for the role %I in the database', split_part(c, '=', 1), r.rolname), \
+                    format('ALTER ROLE %I IN DATABASE %I SET %I = ', r.rolname, $1, split_part(c, '=', 1)) \
+                        || CASE WHEN split_part(c, '=', 1) = ANY ($2) THEN substr(c, strpos(c, '=') + 1) \
+                                ELSE quote_literal(substr(c, strpos(c, '=') + 1)) END || ';' \
+             FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase JOIN pg_roles r ON r.oid = s.setrole, unnest(s.setconfig) c \
+             WHERE d.datname = current_database() ORDER BY 1",
+            &[(&name, Type::TEXT), (&LISTS.as_slice(), Type::TEXT_ARRAY)],
+        )
+        .await
+        .context(|| "reading privileges and settings of the database".into())?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+async fn settings_of_the_database(source: &Client, target: &Client, name: &str) -> Result<Option<Finding>> {
     let (here, there) = try_join(database_settings(source), database_settings(target)).await?;
     // The fence sets this one.
     let missing: Vec<(&str, &str)> = here

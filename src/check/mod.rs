@@ -22,6 +22,7 @@ mod server;
 mod source;
 mod target;
 pub mod tools;
+mod unstreamed;
 mod versions;
 
 use std::path::Path;
@@ -36,10 +37,14 @@ pub use report::{Finding, Report, ServerSummary, Severity, Side};
 
 use crate::care::connections::Jobs;
 use crate::connection::ConnectionSpec;
-use crate::error::{Context, Result};
+use crate::connection::wire::RawSession;
+use crate::error::{Context, ErrorKind, Result};
 use crate::source::catalog;
 use crate::source::version::Version;
 use server::Server;
+pub(crate) use target::SERVICE_OWNERS;
+
+use crate::unstreamed::large_object::Owners;
 
 /// The version of the report's format.
 const REPORT_VERSION: u32 = 1;
@@ -59,6 +64,10 @@ pub struct Inputs<'a> {
     pub queue_max_bytes: Option<u64>,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
     pub resuming: bool,
+    /// Who is to own what on the target, and which roles are made there.
+    pub owners: &'a Owners,
+    /// Whether the migration will set `REPLICA IDENTITY FULL` where nothing else identifies a row.
+    pub replica_identity_full: bool,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,
@@ -93,7 +102,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     {
         findings.extend(check_target(inputs, client, server).await.context(|| "checking the target".into())?);
         if let Some(references) = &references {
-            findings.extend(both::missing(client, server, references, inputs.resuming).await?);
+            findings.extend(both::missing(client, server, references, inputs).await?);
             findings.extend(objects::locks(server, Side::Target, references.restore_locks(), "Restoring the schema"));
         }
     }
@@ -115,6 +124,13 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         let tools = tools::find_tools_for(source.major(), target.major());
         findings.extend(tools::findings(&tools, source.major(), target.major()));
         findings.push(target::disk(source.bytes));
+    }
+    if let Some((client, server)) = &target
+        && !server.superuser
+        && !server.in_recovery
+        && server::supported(Side::Target).contains(&server.major())
+    {
+        target::without_superuser(client, &mut findings).await?;
     }
     if let Some(directory) = inputs.state_directory {
         let source_bytes = source.as_ref().map(|(_, server)| server.bytes);
@@ -193,7 +209,13 @@ async fn open(spec: &ConnectionSpec, side: Side, findings: &mut Vec<Finding>) ->
             return Ok(None);
         }
     };
-    if server::is_pooled(&client, &second).await? {
+    // One that gives each of our sessions a server session of its own shows only in the process that the login names.
+    let is_direct = match RawSession::connect(spec, "walferry check").await {
+        Ok(_) => true,
+        Err(error) if error.kind() == ErrorKind::Blocked => false,
+        Err(error) => return Err(error),
+    };
+    if !is_direct || server::is_pooled(&client, &second).await? {
         findings.push(server::pooler(side, spec.describe()));
         return Ok(None);
     }
@@ -229,8 +251,9 @@ async fn check_source(
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server).await?);
     findings.extend(source::cutover(client, server, Side::Source).await?);
-    findings.extend(objects::tables(client, tables).await?);
-    findings.extend(objects::others(client, server).await?);
+    findings.extend(objects::tables(client, tables, inputs.replica_identity_full).await?);
+    findings.extend(objects::others(client).await?);
+    findings.extend(unstreamed::findings(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
     findings.extend(target::replica_role(client, server, Side::Source).await?);
     Ok(findings)

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
-use super::report::{Finding, Severity, Side, counted, first_ten};
+use super::report::{Finding, Severity, Side, first_ten};
 use super::server::Server;
+use crate::cutover::unlogged;
 use crate::error::{Context, Result};
 use crate::source::catalog::{ReplicaIdentity, Table, USER_RELATION};
-use crate::sql;
 
 /// A finding on the source.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -51,11 +51,12 @@ async fn keys(client: &Client) -> Result<Keys> {
 ///
 /// # Errors
 /// Whatever the server says.
-pub(crate) async fn tables(client: &Client, tables: &[Table]) -> Result<Vec<Finding>> {
-    Ok(table_findings(tables, &keys(client).await?))
+pub(crate) async fn tables(client: &Client, tables: &[Table], set_full: bool) -> Result<Vec<Finding>> {
+    Ok(table_findings(tables, &keys(client).await?, set_full))
 }
 
-fn table_findings(tables: &[Table], keys: &Keys) -> Vec<Finding> {
+/// `set_full`: the migration sets `REPLICA IDENTITY FULL` where nothing else identifies a row.
+fn table_findings(tables: &[Table], keys: &Keys, set_full: bool) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut add = |severity, code, tables: Vec<&Table>, message: &str, fix: &dyn Fn(&Table) -> String| {
         if !tables.is_empty() {
@@ -79,55 +80,76 @@ fn table_findings(tables: &[Table], keys: &Keys) -> Vec<Finding> {
             })
             .collect()
     };
-    add(
-        Severity::Blocker,
-        "replica-identity",
-        keyless(true, false),
-        "Rows of it are updated or deleted, and nothing says which: it has no primary key that can serve as replica \
-         identity. Published for updates, the application's own UPDATE and DELETE would fail; not published, they \
-         would be lost. Add a primary key, or let the whole old row identify it.",
-        &identity,
-    );
-    add(
-        Severity::Warning,
-        "replica-identity",
-        keyless(false, false),
-        "It has no replica identity. No update or delete was counted since the source's statistics began, so only its \
-         inserts and truncates are followed, and it is compared row by row at the cutover, which refuses to switch if \
-         a row was updated or deleted after all.",
-        &identity,
-    );
-    let over_generated = "Its key contains a generated column, which the stream does not carry before PostgreSQL 18, so \
-                          its updates and deletes name no row. Let the whole old row identify it.";
     let full = |table: &Table| format!("ALTER TABLE {} REPLICA IDENTITY FULL;", table.qualified());
-    add(Severity::Blocker, "identity-generated", keyless(true, true), over_generated, &full);
-    add(Severity::Warning, "identity-generated", keyless(false, true), over_generated, &full);
+    if !set_full {
+        add(
+            Severity::Blocker,
+            "replica-identity",
+            keyless(true, false),
+            "Rows of it are updated or deleted, and nothing says which: it has no primary key that can serve as replica \
+             identity. Published for updates, the application's own UPDATE and DELETE would fail; not published, they \
+             would be lost. Add a primary key, or let the whole old row identify it; with --replica-identity-full, walferry \
+             does that for the time of the migration.",
+            &identity,
+        );
+        add(
+            Severity::Warning,
+            "replica-identity",
+            keyless(false, false),
+            "It has no replica identity. No update or delete was counted since the source's statistics began, so only its \
+             inserts and truncates are followed, and it is compared row by row at the cutover, which refuses to switch if \
+             a row was updated or deleted after all. With --replica-identity-full, walferry has the whole old row identify \
+             it for the time of the migration.",
+            &identity,
+        );
+        let over_generated = "Its key contains a generated column, which the stream does not carry before PostgreSQL 18, so \
+                              its updates and deletes name no row. Let the whole old row identify it; with \
+                              --replica-identity-full, walferry does that for the time of the migration.";
+        add(Severity::Blocker, "identity-generated", keyless(true, true), over_generated, &full);
+        add(Severity::Warning, "identity-generated", keyless(false, true), over_generated, &full);
+    } else {
+        let lacking = tables.iter().filter(|table| !table.unlogged && !table.has_usable_identity()).collect();
+        add(
+            Severity::Warning,
+            "replica-identity-full",
+            lacking,
+            "Nothing identifies its rows, so the migration begins by having the whole old row do so: an exclusive lock for a \
+             moment, and more WAL for each update and delete, until `walferry clean` puts back what there was. Where many \
+             rows are updated or deleted, a primary key is applied faster. To do the same by hand:",
+            &full,
+        );
+    }
 
-    let unlogged = |filled: bool| tables.iter().filter(|t| t.unlogged && (t.pages > 0) == filled).collect();
-    let logged = |table: &Table| format!("ALTER TABLE {} SET LOGGED;", table.qualified());
-    add(
-        Severity::Blocker,
-        "unlogged-table",
-        unlogged(true),
-        "An unlogged table is in no stream: rows written to it after its copy would be lost. SET LOGGED rewrites the \
-         table under an exclusive lock; truncate it first if its rows may go.",
-        &logged,
-    );
+    let unlogged = |large: bool| {
+        let is_large = |table: &Table| table.bytes > unlogged::BYTES_MAX;
+        tables.iter().filter(|table| table.unlogged && is_large(table) == large).collect()
+    };
+    let logged = |table: &Table| unlogged::set_logged(&[table]);
     add(
         Severity::Warning,
         "unlogged-table",
         unlogged(false),
-        "An unlogged table is in no stream. It is empty now; rows written to it after its copy would be lost.",
+        "An unlogged table is in no stream: it is copied again at the cutover, while applications wait. SET LOGGED avoids \
+         that, and rewrites the table under an exclusive lock.",
+        &logged,
+    );
+    add(
+        Severity::Warning,
+        "unlogged-table-large",
+        unlogged(true),
+        "An unlogged table is in no stream, and this one is too large to be copied while applications wait: the cutover \
+         refuses to switch until it is smaller, or waived by name (--waive), which leaves on the target what was copied at the \
+         start. SET LOGGED rewrites the table under an exclusive lock; truncate it first if its rows may go.",
         &logged,
     );
     findings
 }
 
-/// Everything else in the database: rules, triggers, large objects, foreign tables, inheritance, event triggers.
+/// Everything else in the database: rules, triggers, foreign tables, inheritance, event triggers.
 ///
 /// # Errors
 /// Whatever the server says.
-pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Finding>> {
+pub(crate) async fn others(client: &Client) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let rows = client
         .query_typed(
@@ -184,29 +206,28 @@ pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Findi
     add(
         "rule",
         &["A", "R"],
-        Severity::Blocker,
+        Severity::Info,
         "rule-always",
-        "This rule fires in replica sessions too, and so for every change that is applied to the target: what it has \
-         done on the source would be done a second time.",
-        Some("ENABLE RULE"),
+        "This rule fires in replica sessions too. On the target it is an ordinary one until the switch, so that it does \
+         not fire for what is applied.",
+        None,
     );
     add(
         "rule",
         &["O", "D"],
         Severity::Warning,
         "rule",
-        "MERGE refuses a table with rules, so its changes are applied in a slower way. The rule itself does not fire \
-         while changes are applied.",
+        "The rule does not fire while changes are applied: what it did on the source is in the stream.",
         None,
     );
     add(
         "trigger",
         &["A", "R"],
-        Severity::Warning,
+        Severity::Info,
         "trigger-always",
-        "This trigger fires in replica sessions too, and so for every change that is applied to the target. If it \
-         writes, what it has written on the source is written a second time.",
-        Some("ENABLE TRIGGER"),
+        "This trigger fires in replica sessions too. On the target it is an ordinary one until the switch, so that it does \
+         not fire for what is applied.",
+        None,
     );
     add(
         "foreign table",
@@ -249,27 +270,6 @@ pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Findi
         "The database uses TimescaleDB. Hypertables, chunks and continuous aggregates are not moved by this version of walferry.",
         None,
     );
-    let row = client
-        .query_typed_one("SELECT count(*) FROM pg_largeobject_metadata", &[])
-        .await
-        .context(|| "counting the source's large objects".into())?;
-    let large_objects: i64 = row.get(0);
-    if large_objects > 0 {
-        let message = "Large objects change without a trace in the stream, and this version of walferry does not move \
-                       them. Remove those that nothing refers to; keep what the others hold in bytea columns.";
-        findings.push(
-            finding(
-                Severity::Blocker,
-                "large-objects",
-                counted(usize::try_from(large_objects).unwrap_or(usize::MAX), "large object"),
-                message,
-            )
-            .fix(format!(
-                "vacuumlo --dry-run --verbose {}  # lists those that nothing refers to",
-                sql::identifier(&server.database)
-            )),
-        );
-    }
     Ok(findings)
 }
 
@@ -324,6 +324,7 @@ mod tests {
             estimated_rows: -1.0,
             updates_and_deletes,
             relfilenode: None,
+            firing: Vec::new(),
         }
     }
 
@@ -331,40 +332,46 @@ mod tests {
         found.iter().map(|finding| (finding.code, finding.severity)).collect()
     }
 
+    fn summary_of(found: Vec<Finding>) -> Vec<&'static str> {
+        found.iter().map(|finding| finding.code).collect()
+    }
+
     #[test]
     fn h27_a_keyless_table_blocks_when_it_is_updated_and_warns_when_it_only_grows() {
         let tables = [table("log", ReplicaIdentity::Default, 0), table("t", ReplicaIdentity::Default, 1)];
-        let found = table_findings(&tables, &Keys::default());
+        let found = table_findings(&tables, &Keys::default(), false);
         assert_eq!(summary(&found), [("replica-identity", Severity::Blocker), ("replica-identity", Severity::Warning)]);
         assert_eq!(found[0].fix.as_deref(), Some("ALTER TABLE \"public\".\"t\" REPLICA IDENTITY FULL;"));
         assert_eq!(found[1].object, "\"public\".\"log\"");
-        assert_eq!(table_findings(&[table("t", ReplicaIdentity::Full, 1)], &Keys::default()), []);
+        assert_eq!(table_findings(&[table("t", ReplicaIdentity::Full, 1)], &Keys::default(), false), []);
+        let found = table_findings(&tables, &Keys::default(), true);
+        assert_eq!(summary(&found), [("replica-identity-full", Severity::Warning)]);
+        assert_eq!(found[0].object, "\"public\".\"log\", \"public\".\"t\"");
     }
 
     #[test]
     fn a_table_told_to_have_no_identity_gets_its_primary_key_back() {
         let keys = Keys { has_primary: BTreeSet::from([1]), generated: BTreeSet::new() };
-        let found = table_findings(&[table("t", ReplicaIdentity::Nothing, 1)], &keys);
+        let found = table_findings(&[table("t", ReplicaIdentity::Nothing, 1)], &keys, false);
         assert_eq!(found[0].fix.as_deref(), Some("ALTER TABLE \"public\".\"t\" REPLICA IDENTITY DEFAULT;"));
     }
 
     #[test]
     fn h26_a_key_over_a_generated_column_is_told_apart() {
         let keys = Keys { has_primary: BTreeSet::new(), generated: BTreeSet::from([1]) };
-        let found = table_findings(&[table("t", ReplicaIdentity::Default, 1)], &keys);
+        let found = table_findings(&[table("t", ReplicaIdentity::Default, 1)], &keys, false);
         assert_eq!(summary(&found), [("identity-generated", Severity::Blocker)]);
     }
 
     #[test]
-    fn h14_an_unlogged_table_blocks_unless_it_is_empty() {
+    fn h14_an_unlogged_table_is_named_and_so_is_one_that_is_too_large_for_the_cutover() {
         let mut unlogged = table("t", ReplicaIdentity::Full, 0);
         unlogged.unlogged = true;
-        assert_eq!(
-            summary(&table_findings(&[unlogged.clone()], &Keys::default())),
-            [("unlogged-table", Severity::Warning)]
-        );
-        unlogged.pages = 1;
-        assert_eq!(summary(&table_findings(&[unlogged], &Keys::default())), [("unlogged-table", Severity::Blocker)]);
+        unlogged.bytes = unlogged::BYTES_MAX;
+        let found = |table: &Table| summary_of(table_findings(std::slice::from_ref(table), &Keys::default(), false));
+        assert_eq!(found(&unlogged), ["unlogged-table"]);
+        unlogged.bytes += 1;
+        assert_eq!(found(&unlogged), ["unlogged-table-large"]);
     }
 
     #[test]

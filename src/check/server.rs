@@ -294,7 +294,8 @@ async fn backend(client: &Client, statements: &str) -> Result<String> {
 /// The finding for a pooler.
 pub(crate) fn pooler(side: Side, address: String) -> Finding {
     let message = "A connection pooler stands between us and the server: two connections of ours shared one server \
-                   session. Snapshots, locks and settings belong to a session, and would be lost or mixed up.";
+                   session, or another process of the server answers than the one that the login named. Snapshots, locks and \
+                   settings belong to a session, and would be lost or mixed up.";
     Finding::new(Severity::Blocker, side, "pooler", address, message)
         .fix("give the host and port of the PostgreSQL server itself, not of the pooler")
 }

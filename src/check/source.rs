@@ -107,13 +107,14 @@ pub(crate) async fn cutover(client: &Client, server: &Server, side: Side) -> Res
     let row = client
         .query_typed_one(
             "SELECT pg_catalog.pg_has_role(current_user, d.datdba, 'USAGE'), \
-                    pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'USAGE') \
-             FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
+                    pg_catalog.pg_has_role(current_user, 'pg_signal_backend', 'USAGE'), o.rolname::text, o.rolsuper \
+             FROM pg_catalog.pg_database d JOIN pg_catalog.pg_roles o ON o.oid = d.datdba WHERE d.datname = pg_catalog.current_database()",
             &[],
         )
         .await
         .context(|| "reading what the role may do at the cutover".into())?;
-    let (owns, signals): (bool, bool) = (row.get(0), row.get(1));
+    let (owns, signals, owner, is_superusers): (bool, bool, &str, bool) =
+        (row.get(0), row.get(1), row.get(2), row.get(3));
     let (database, role) = (sql::identifier(&server.database), sql::identifier(&server.role));
     // The target is left only on the way back.
     let (severity, when) = match side {
@@ -123,10 +124,12 @@ pub(crate) async fn cutover(client: &Client, server: &Server, side: Side) -> Res
     let mut findings = Vec::new();
     if !owns && !server.superuser {
         let message = format!("The role does not own the database, and so cannot close it to writers at the {when}.");
-        findings.push(
-            Finding::new(severity, side, "database-owner", &database, message)
-                .fix(format!("ALTER DATABASE {database} OWNER TO {role};")),
-        );
+        // Whoever administers a managed service can grant a role of its own, and not that of its superuser.
+        let fix = match is_superusers {
+            true => format!("ALTER DATABASE {database} OWNER TO {role};"),
+            false => format!("GRANT {} TO {role};", sql::identifier(owner)),
+        };
+        findings.push(Finding::new(severity, side, "database-owner", &database, message).fix(fix));
     }
     if !signals && !server.superuser {
         let message = format!(

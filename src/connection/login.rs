@@ -53,6 +53,11 @@ pub(crate) trait Session: Sized + Send {
     /// Sends the start-up message and authenticates.
     fn log_in(stream: Stream, login: &Login) -> impl Future<Output = Result<Self>> + Send;
 
+    /// The process that the login named as the one that answers, where the client keeps that.
+    fn named_pid(&self) -> Option<i32> {
+        None
+    }
+
     /// The first row that a statement answers, as text.
     fn first_row(&mut self, sql: &str) -> impl Future<Output = Result<Vec<Option<String>>>> + Send;
 }
@@ -375,6 +380,12 @@ async fn after_login<S: Session>(session: &mut S, wanted: Wanted) -> Result<()> 
     if !settings::have_arrived(column(1), column(2)) {
         return Err(pooler().context("the server did not take the session's settings"));
     }
+    // A pooler names numbers of its own, also one that keeps a server session for as long as ours.
+    if let (Some(named), Some(answers)) = (session.named_pid(), column(4))
+        && named.to_string() != answers
+    {
+        return Err(pooler().context("another process of the server answers than the one that the login named"));
+    }
     let is_standby = column(0) == Some("t");
     let unwanted = match wanted {
         Wanted::Primary if is_standby => "the server is a standby, and target_session_attrs asks for a primary",
@@ -390,13 +401,17 @@ mod tests {
     use super::*;
 
     /// A session that answers what a pooler lets through.
-    struct Answering(&'static [&'static str]);
+    struct Answering(&'static [&'static str], Option<i32>);
 
     impl Session for Answering {
         const TCP_USER_TIMEOUT: Option<Duration> = None;
 
         async fn log_in(_: Stream, _: &Login) -> Result<Answering> {
             Err(Error::new(ErrorKind::Other, "is never logged in"))
+        }
+
+        fn named_pid(&self) -> Option<i32> {
+            self.1
         }
 
         async fn first_row(&mut self, _: &str) -> Result<Vec<Option<String>>> {
@@ -406,9 +421,17 @@ mod tests {
 
     #[tokio::test]
     async fn h36_a_pooler_that_drops_the_settings_in_silence_is_named() {
-        after_login(&mut Answering(&["f", "postgres", "3", "1"]), Wanted::Any).await.unwrap();
-        let error = after_login(&mut Answering(&["f", "postgres", "1", "1"]), Wanted::Any).await.unwrap_err();
+        after_login(&mut Answering(&["f", "postgres", "3", "1"], None), Wanted::Any).await.unwrap();
+        let error = after_login(&mut Answering(&["f", "postgres", "1", "1"], None), Wanted::Any).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Blocked);
+        assert!(error.to_string().contains("pooler"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn h36_a_pooler_that_names_a_process_of_its_own_is_named() {
+        const ANSWER: [&str; 5] = ["f", "postgres", "3", "1", "4711"];
+        after_login(&mut Answering(&ANSWER, Some(4711)), Wanted::Any).await.unwrap();
+        let error = after_login(&mut Answering(&ANSWER, Some(4712)), Wanted::Any).await.unwrap_err();
         assert!(error.to_string().contains("pooler"), "{error}");
     }
 
@@ -419,8 +442,8 @@ mod tests {
         for (wanted, on_primary, on_standby) in
             [(Wanted::Any, true, true), (Wanted::Primary, true, false), (Wanted::Standby, false, true)]
         {
-            assert_eq!(after_login(&mut Answering(&PRIMARY), wanted).await.is_ok(), on_primary, "{wanted:?}");
-            assert_eq!(after_login(&mut Answering(&STANDBY), wanted).await.is_ok(), on_standby, "{wanted:?}");
+            assert_eq!(after_login(&mut Answering(&PRIMARY, None), wanted).await.is_ok(), on_primary, "{wanted:?}");
+            assert_eq!(after_login(&mut Answering(&STANDBY, None), wanted).await.is_ok(), on_standby, "{wanted:?}");
         }
     }
 }

@@ -27,12 +27,12 @@ const PINNED: &[(&str, &str)] = &[
     ("default_transaction_isolation", "read committed"),
 ];
 
-/// Run right after the login: takes the time limits away that only newer servers know (14: `idle_session_timeout`, 17:
-/// `transaction_timeout`), and answers in one row whether the server is a standby, and two settings from [`PINNED`]
-/// that show whether the options arrived.
+/// Run right after the login: takes the time limits away that only newer servers know (12: `tcp_user_timeout`, which counts while we
+/// do not read; 14: `idle_session_timeout`; 17: `transaction_timeout`), and answers in one row whether the server is a standby, two settings from [`PINNED`]
+/// that show whether the options arrived, and last which process of the server answers.
 pub(super) const AFTER_LOGIN: &str = "SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('IntervalStyle'), \
      pg_catalog.current_setting('extra_float_digits'), (SELECT pg_catalog.count(pg_catalog.set_config(name, '0', false)) \
-     FROM pg_catalog.pg_settings WHERE name IN ('idle_session_timeout', 'transaction_timeout'))";
+     FROM pg_catalog.pg_settings WHERE name IN ('idle_session_timeout', 'tcp_user_timeout', 'transaction_timeout')), pg_catalog.pg_backend_pid()";
 
 /// Whether an answer to [`AFTER_LOGIN`] shows that the options arrived.
 pub(super) fn have_arrived(interval_style: Option<&str>, float_digits: Option<&str>) -> bool {

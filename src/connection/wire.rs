@@ -247,6 +247,10 @@ impl Session for RawSession {
         RawSession::log_in_with(stream, login, None).await
     }
 
+    fn named_pid(&self) -> Option<i32> {
+        (self.backend_pid != 0).then_some(self.backend_pid)
+    }
+
     async fn first_row(&mut self, sql: &str) -> Result<Vec<Option<String>>> {
         let rows = self.simple_query(sql).await?;
         rows.into_iter().next().ok_or_else(|| protocol("the server answered no row"))

@@ -106,7 +106,7 @@ async fn exchange_rows(
 ) -> Result<Outcome> {
     // Safe to lose: the rows and their mark go together, and the copy is durable before the next phase (I2).
     target
-        .batch_execute("BEGIN; SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
+        .batch_execute(&format!("BEGIN; SET LOCAL synchronous_commit = off; {}", copier.role.begin_statement()))
         .await?;
     let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
     let mut deleted = 0;

@@ -28,7 +28,9 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio_postgres::Client;
 
+use crate::care::pace::Pace;
 use crate::care::tune::Tune;
 use crate::connection::ConnectionSpec;
 use crate::connection::wire::RawSession;
@@ -38,8 +40,20 @@ use crate::observe::status::Level;
 use crate::pause::{self, Paused};
 use crate::source::catalog::Table;
 use crate::target::ledger::Part;
+use crate::target::role::ApplyRole;
 
 pub use plan::plan;
+
+/// Copies all rows of a table in the transaction that the target's session has open, under no snapshot: nobody writes to it.
+/// Answers how many there were.
+///
+/// # Errors
+/// Whatever the servers say.
+pub async fn whole(source: &Client, target: &Client, table: &Table) -> Result<u64> {
+    let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
+    let statement = format!("COPY {}{columns} TO STDOUT (FORMAT {})", table.qualified(), part::format_of(table));
+    part::send_rows(source, &statement, target, table, None, &Pace::new()).await
+}
 
 /// How long a part waits before it is copied again after it made way for somebody's lock.
 const WAIT_AFTER_MAKING_WAY: Duration = Duration::from_secs(1);
@@ -54,6 +68,8 @@ pub struct Copier {
     pub application_name: String,
     /// The tables by their relid.
     pub tables: HashMap<u32, Table>,
+    /// In which role rows are written.
+    pub role: ApplyRole,
     /// Where progress is shown.
     pub board: StatusBoard,
     /// Whether it is to rest; it does so between parts.
@@ -270,8 +286,7 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
-                let shown_and_paced = (&copier.board, copier.tune.pace());
-                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, shown_and_paced).await? {
+                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, copier).await? {
                     Outcome::Copied(complete) => {
                         if complete {
                             // The receiver outlives the copy; if it is gone, so is the migration.

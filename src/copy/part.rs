@@ -7,12 +7,11 @@ use futures_util::{SinkExt, TryStreamExt};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::Outcome;
+use super::{Copier, Outcome};
 use crate::care::pace::Pace;
 use crate::connection::wire::RawSession;
 use crate::connection::{self, Session};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::observe::board::StatusBoard;
 use crate::observe::table_progress::PartProgress;
 use crate::source::catalog::{Column, Table};
 use crate::source::{slot, snapshot};
@@ -34,9 +33,9 @@ pub(super) async fn copy(
     snapshot: &str,
     table: &Table,
     part: &Part,
-    (board, pace): (&StatusBoard, &Pace),
+    copier: &Copier,
 ) -> Result<Outcome> {
-    let outcome = copy_rows(source, target, snapshot, table, part, (board, pace)).await;
+    let outcome = copy_rows(source, target, snapshot, table, part, copier).await;
     // Ends the transaction on the source, and with it the lock (H9), whatever happened. When the session is gone, so is
     // the lock; one that was left in the middle of a COPY goes with this error.
     if source.is_usable()
@@ -60,7 +59,7 @@ async fn copy_rows(
     snapshot: &str,
     table: &Table,
     part: &Part,
-    (board, pace): (&StatusBoard, &Pace),
+    copier: &Copier,
 ) -> Result<Outcome> {
     let mut transaction = target.transaction().await?;
     let mut frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
@@ -72,16 +71,16 @@ async fn copy_rows(
     }
     // Safe to lose: the part and its mark go together, and the copy is durable before the next phase (I2).
     transaction
-        .batch_execute("SET LOCAL synchronous_commit = off; SET LOCAL session_replication_role = replica")
+        .batch_execute(&format!("SET LOCAL synchronous_commit = off; {}", copier.role.begin_statement()))
         .await?;
     // The source last, so that its lock waits for nobody on the target.
     source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
     if !is_same_file(source.first_row(&file_statements(table)).await, table)? {
         return Ok(Outcome::Stale);
     }
-    let mut progress = board.table(table.relid).map(|progress| progress.begin_part());
+    let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
     source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
-    let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut(), pace).await?;
+    let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut(), copier.tune.pace()).await?;
     loop {
         let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
         into.pass_on(rows).await?;

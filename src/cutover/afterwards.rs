@@ -10,6 +10,8 @@ use super::fence::Fence;
 use super::hook::Surroundings;
 use super::timer::Timer;
 use crate::error::{Error, ErrorKind, Result};
+use crate::unstreamed;
+use crate::unstreamed::materialized_view::View;
 
 /// How long each thing may take that is left to do after the decision.
 const AFTERWARDS_MAX: Duration = Duration::from_secs(10);
@@ -59,6 +61,20 @@ impl Cutover<'_> {
             }
         }
         warnings
+    }
+}
+
+/// Refreshes what was refreshed on the source during the cutover. Answers what did not work.
+pub(super) async fn refresh_late(target: &Client, views: Vec<View>) -> Vec<String> {
+    if views.is_empty() {
+        return Vec::new();
+    }
+    let by_hand = views.iter().map(|view| view.object.as_str()).collect::<Vec<_>>().join(", ");
+    match bounded(async { Ok(unstreamed::refresh_late(target, views).await) }).await {
+        Ok(warnings) => warnings,
+        Err(_) => vec![format!(
+            "refreshed on the source during the cutover, and not yet on the new primary: {by_hand}; refresh them there"
+        )],
     }
 }
 

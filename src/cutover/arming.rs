@@ -9,6 +9,7 @@
 //! How it dies: until the decision, nothing of it counts, and the next start makes it anew. The slot keeps WAL on the target, where
 //! nobody but us writes; `clean` removes it.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +25,10 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
-use crate::source::version::Version;
+use crate::target::late::AtCutover;
 use crate::target::ledger::{self, Draft, Migration, Phase};
+use crate::target::role::ApplyRole;
+use crate::unstreamed::silence_event_triggers;
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
 const ADVANCE_INTERVAL: Duration = Duration::from_secs(2);
@@ -71,6 +74,7 @@ impl Names {
     /// Whatever the server says.
     pub async fn remove(&self, server: &Client) -> Result<Vec<String>> {
         let mut removed = Vec::new();
+        silence_event_triggers(server).await;
         if slot::state(server, &self.slot).await?.is_some() {
             slot::drop(server, &self.slot).await?;
             removed.push(format!("slot {}", self.slot));
@@ -159,6 +163,7 @@ impl WayBack {
     async fn make_and_advance(&self, say: &impl Fn(Arming)) -> Result<Infallible> {
         let work = self.turn().await;
         let target = self.target.connect(&self.application_name).await?;
+        silence_event_triggers(&target).await;
         self.prove_possible(&target).await?;
         let names = self.names();
         let migrated: Vec<Table> = {
@@ -239,19 +244,10 @@ impl WayBack {
             );
         }
         let source = self.source.connect(&self.application_name).await?;
-        source.batch_execute("BEGIN").await?;
-        let tried = source.batch_execute("SET LOCAL session_replication_role = replica").await;
-        source.batch_execute("ROLLBACK").await?;
-        if let Err(error) = tried {
-            let mend = match Version::of(&source).await? {
-                Version(15..) => "the source: GRANT SET ON PARAMETER session_replication_role TO our role",
-                _ => {
-                    "the source: let walferry be a superuser, since before PostgreSQL 15 nobody else may set session_replication_role"
-                }
-            };
+        if ApplyRole::allowed(&source).await? == ApplyRole::Origin {
             return blocked(
-                format!("on the source, changes could not be written back without firing triggers: {error}"),
-                mend.into(),
+                "on the source our role may not set session_replication_role, so what is written back would fire triggers there".into(),
+                "the source: GRANT SET ON PARAMETER session_replication_role TO our role (from PostgreSQL 15 on)".into(),
             );
         }
         Ok(())
@@ -265,9 +261,13 @@ impl WayBack {
         replication.close().await;
         let tables = on_target(target, migrated).await?;
         let mut fingerprint = catalog::fingerprint(target).await?;
-        for object in identity_columns(target, &tables).await? {
+        for object in changed_back(target, &tables).await? {
             // The deciding transaction gives them back what they are on the source.
             fingerprint.insert(object, String::new());
+        }
+        for object in late_objects(target).await? {
+            // It makes them, and leaves some to be validated (H23).
+            fingerprint.entry(object).or_default();
         }
         let names = self.names();
         let migration = Migration {
@@ -279,6 +279,8 @@ impl WayBack {
             insert_only_publication: names.insert_only_publication,
             binary: tables.iter().all(Table::binary_safe),
             phase: Phase::Following,
+            // Proved: see above.
+            apply_role: ApplyRole::Replica,
             ..self.migration.clone()
         };
         let tables: Vec<(Table, bool)> = tables
@@ -333,12 +335,14 @@ async fn make_slot(target: &Client, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The migrated tables as the target has them; identity columns as the source has them, because the decision makes them so.
+/// The migrated tables as the target has them; identity columns, triggers and rules as the source has them, because the decision makes
+/// them so.
 async fn on_target(target: &Client, migrated: &[Table]) -> Result<Vec<Table>> {
     let mut tables = catalog::tables(target).await?;
     tables.retain(|table| migrated.iter().any(|other| same_name(table, other)));
     for table in &mut tables {
         let Some(other) = migrated.iter().find(|other| same_name(table, other)) else { continue };
+        table.firing.clone_from(&other.firing);
         for column in &mut table.columns {
             column.identity_always =
                 other.columns.iter().any(|other| other.name == column.name && other.identity_always);
@@ -355,21 +359,51 @@ fn same_name(one: &Table, other: &Table) -> bool {
     (&one.schema, &one.name) == (&other.schema, &other.name)
 }
 
-/// How the catalog's fingerprint names the columns that are `GENERATED ALWAYS AS IDENTITY`.
-async fn identity_columns(target: &Client, tables: &[Table]) -> Result<Vec<String>> {
-    let columns = tables.iter().flat_map(|table| {
+/// How the catalog's fingerprint names what the deciding transaction makes: the triggers and constraints that the source has and the
+/// target does not, and those that are valid only later.
+async fn late_objects(target: &Client) -> Result<BTreeSet<String>> {
+    let late = AtCutover::plan(target).await?;
+    if late == AtCutover::default() {
+        return Ok(BTreeSet::new());
+    }
+    let of_source = ledger::fingerprint(target).await?;
+    let made = |object: &String| object.starts_with("trigger ") || object.starts_with("constraint ");
+    let made = of_source.into_keys().filter(made);
+    Ok(made.chain(late.later().iter().cloned()).collect())
+}
+
+/// How the catalog's fingerprint names what the decision changes: the columns that are `GENERATED ALWAYS AS IDENTITY`, and the triggers
+/// and rules that fire in replica sessions.
+async fn changed_back(target: &Client, tables: &[Table]) -> Result<Vec<String>> {
+    const RULE: &str = "";
+    let objects = tables.iter().flat_map(|table| {
         let always = table.columns.iter().filter(|column| column.identity_always);
-        always.map(|column| (table.schema.as_str(), (table.name.as_str(), column.name.as_str())))
+        let columns = always.map(|column| ("column %I of table %I.%I", column.name.as_str()));
+        let firing = table
+            .firing
+            .iter()
+            .map(|firing| (if firing.is_rule { RULE } else { "trigger %I on table %I.%I" }, firing.name.as_str()));
+        columns.chain(firing).map(|(form, name)| ((form, name), (table.schema.as_str(), table.name.as_str())))
     });
-    let (schemas, (names, columns)): (Vec<&str>, (Vec<&str>, Vec<&str>)) = columns.unzip();
-    if schemas.is_empty() {
+    type Texts<'a> = Vec<&'a str>;
+    let ((forms, names), (schemas, tables)): ((Texts<'_>, Texts<'_>), (Texts<'_>, Texts<'_>)) = objects.unzip();
+    if forms.is_empty() {
         return Ok(Vec::new());
     }
     let rows = target
         .query_typed(
-            "SELECT format('column %I of table %I.%I', c, s, t) FROM unnest($1, $2, $3) u(s, t, c)",
-            &[(&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY), (&columns, Type::TEXT_ARRAY)],
+            // The fingerprint has the server's own description of a rule.
+            "SELECT CASE WHEN f <> '' THEN format(f, o, s, t) \
+                         ELSE (SELECT pg_catalog.pg_describe_object('pg_catalog.pg_rewrite'::regclass, w.oid, 0) FROM pg_catalog.pg_rewrite w \
+                               WHERE w.ev_class = pg_catalog.to_regclass(format('%I.%I', s, t)) AND w.rulename = o) END \
+             FROM unnest($1, $2, $3, $4) u(f, o, s, t)",
+            &[
+                (&forms, Type::TEXT_ARRAY),
+                (&names, Type::TEXT_ARRAY),
+                (&schemas, Type::TEXT_ARRAY),
+                (&tables, Type::TEXT_ARRAY),
+            ],
         )
         .await?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    Ok(rows.iter().filter_map(|row| row.get(0)).collect())
 }

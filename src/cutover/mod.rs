@@ -13,7 +13,7 @@
 //! | on-fence | the operator's command, if there is one, has succeeded |
 //! | drain | our transactional marker went through source, queue and apply: so did every commit before it |
 //! | close | the database is read-only by default and all other sessions have ended (H29, H30): releasing the locks lets nobody write |
-//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); no change came between the markers, so nothing slipped through the fence |
+//! | settle | sequences, read when nobody can call `nextval` any more (H31), are set on the target; the catalog is what was migrated (I11); tables whose updates the stream does not carry are compared whole (H27); deferrable constraints hold (H19); large objects and extensions' configuration are equal (H14); no change came between the markers, so nothing slipped through the fence; unlogged tables are copied (H14) |
 //! | arm | the stream back to the server that is left begins behind all that was applied (H33); not without a way back |
 //! | switch | the fence has proved that it still stands; one synchronous commit on the target decides |
 //! | on-switch, pgbouncer | the applications know of it. What fails from here on takes nothing back: it is said, and where it can be, done again at the next start |
@@ -25,9 +25,11 @@
 mod afterwards;
 pub mod arming;
 mod automatic;
+mod changes;
 mod fence;
 mod hook;
 mod options;
+mod orphans;
 mod pgbouncer;
 mod prewarm;
 mod ready;
@@ -36,6 +38,7 @@ mod rehearse;
 mod sequences;
 mod timer;
 mod unique;
+pub(crate) mod unlogged;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -50,13 +53,18 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::marker;
+use crate::target::late::AtCutover;
 use crate::target::ledger;
 use crate::target::schema;
-use crate::{sql, verify};
+use crate::unstreamed::large_object::Owners;
+use crate::unstreamed::materialized_view::View;
+use crate::{sql, unstreamed, verify};
 
 use arming::Drafted;
 pub use arming::{Arming, WayBack};
 pub use automatic::Automatic;
+pub use changes::changes;
+use changes::is_waived;
 use fence::Fence;
 use hook::{Hook, Surroundings};
 pub use options::{FenceMode, Hooks, Options, PgBouncer};
@@ -87,6 +95,8 @@ pub struct Cutover<'a> {
     pub blockers: Vec<String>,
     /// What the way back is made from, and how far it is; `None` on the way back itself.
     pub way_back: Option<(WayBack, watch::Receiver<Arming>)>,
+    /// Whose large objects are on the target.
+    pub owners: &'a Owners,
     /// How the target was closed to writers by the cutover before, which this one takes back; `None` where there was none.
     pub target_closed: Option<Closed>,
 }
@@ -162,6 +172,21 @@ impl Cutover<'_> {
             let reading = prewarm::prewarm(&sessions.source, &sessions.target, timer.left() / 2);
             timer.within(Box::pin(reading)).await.map_err(untouched)?;
         }
+        let unstreamed = async {
+            let Sessions { source, checker, .. } = &sessions;
+            let refused = unstreamed::bring_up_to_date(source, checker, self.owners, &self.applied).await?;
+            let not_waived = |refused: &unstreamed::Refused| !options.waive.contains(&refused.view.object);
+            refused.into_iter().find(not_waived).map_or(Ok(()), |refused| Err(refused.into_error()))
+        };
+        timer.within(Box::pin(unstreamed)).await.map_err(|error| {
+            let hint = error
+                .next_step()
+                .unwrap_or("Nothing was touched. Try again, or give more time with --timeout.")
+                .to_owned();
+            untouched(
+                error.context("bringing large objects and materialized views up to date, before the fence").hint(hint),
+            )
+        })?;
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&sessions.source, &timer)
             .await
@@ -174,11 +199,23 @@ impl Cutover<'_> {
             })?;
         // As for the backlog: what can be known before applications wait is looked at before.
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        let look_at_most = timer.left() / 3;
         let known = timer.within(async {
             unique::hold(&sessions.checker, &tables).await?;
-            sequences::list(&sessions.source, options.sequence_margin).await
+            let late = AtCutover::plan(&sessions.target).await?;
+            if !late.later().is_empty() {
+                // It may take a part of the time, and leaves the rest for the cutover itself.
+                let skipped = orphans::none(&sessions.source, &sessions.checker, look_at_most).await?;
+                if skipped > 0 {
+                    tracing::info!(
+                        skipped,
+                        "foreign keys that there was no time to look at are validated after the release"
+                    );
+                }
+            }
+            Ok((sequences::list(&sessions.source, options.sequence_margin).await?, late))
         });
-        let sequences = known.await.map_err(untouched)?;
+        let (sequences, late) = known.await.map_err(untouched)?;
         let mut way_back = match self.way_back(options) {
             None => None,
             Some((way_back, arming)) => {
@@ -206,7 +243,7 @@ impl Cutover<'_> {
                 Box::pin(self.switch(
                     &sessions,
                     &mut fence,
-                    (&sequences, options, &around, way_back.as_ref()),
+                    (&sequences, &late, options, &around, way_back.as_ref()),
                     &mut timer,
                 ))
                 .await
@@ -214,12 +251,14 @@ impl Cutover<'_> {
             Err(error) => Err(error),
         };
         match outcome {
-            Ok(cutover_lsn) => {
+            Ok((cutover_lsn, late)) => {
                 // Decided: what is left to do takes nothing back.
                 if let Some(way_back) = &mut way_back {
                     way_back.is_open();
                 }
                 let mut warnings = Box::pin(self.go_on(&mut fence, &around, &sessions.target, &mut timer)).await;
+                let late = late.into_iter().filter(|view| !options.waive.contains(&view.object)).collect();
+                warnings.extend(afterwards::refresh_late(&sessions.target, late).await);
                 warnings.extend(ready::warnings(&findings));
                 warnings.extend(sequences.warnings());
                 timer.done();
@@ -282,9 +321,9 @@ impl Cutover<'_> {
         &self,
         sessions: &Sessions,
         fence: &mut Fence<'_>,
-        (sequences, options, around, way_back): (&sequences::Sequences, &Options, &Surroundings, Option<&Drafted<'_>>),
+        (sequences, at_cutover, options, around, way_back): Prepared<'_>,
         timer: &mut Timer<'_>,
-    ) -> Result<Lsn> {
+    ) -> Result<(Lsn, Vec<View>)> {
         let Sessions { source, target, inspector, checker, before, .. } = sessions;
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
         // Which step is under way is noted in the ledger beside its work: applications wait.
@@ -309,17 +348,24 @@ impl Cutover<'_> {
                 note(timer.current()),
                 sequences.copy(source, target),
                 self.drain(source, timer),
-                Box::pin(self.nothing_escaped(inspector, before, options)),
                 Box::pin(self.insert_only_tables_are_equal(sessions)),
-                unique::hold(checker, &tables),
+                Box::pin(async {
+                    let ((), (), is_any) = tokio::try_join!(
+                        Box::pin(self.nothing_escaped(inspector, before, options)),
+                        unique::hold(checker, &tables),
+                        unstreamed::is_there_any(inspector, checker),
+                    )?;
+                    if is_any { unstreamed::settle(inspector, checker, self.owners).await } else { Ok(Vec::new()) }
+                }),
             )
         });
-        let ((), (), second, (), (), ()) = settled.await?;
+        let ((), (), second, (), late) = settled.await?;
         if second.changes != first.changes {
             let count = second.changes - first.changes;
             return Err(Error::new(ErrorKind::Other, format!("{count} changes came through the fence"))
                 .hint(ready::who_writes_all_the_same(options.fence)));
         }
+        timer.within(unlogged::copy(inspector, target, &tables, &options.waive)).await?;
         timer.done();
 
         if let Some(way_back) = way_back {
@@ -337,9 +383,11 @@ impl Cutover<'_> {
             None => String::new(),
         };
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
+            // Before what is said of triggers that it makes (H23).
+            at_cutover.statements(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             ledger::decide(way_back.is_some()),
             self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
@@ -354,7 +402,7 @@ impl Cutover<'_> {
             return Err(error);
         }
         timer.done();
-        Ok(second.lsn)
+        Ok((second.lsn, late))
     }
 
     /// What the way back is made from, where there is to be one.
@@ -412,13 +460,15 @@ impl Cutover<'_> {
     /// I11: nothing that the stream does not show has come, gone or changed.
     async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
         let now = catalog::fingerprint(source).await?;
-        let changed: Vec<String> = changes(before, &now)
+        let mut changed: Vec<String> = changes(before, &now)
             .into_iter()
             .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
             .collect();
         if changed.is_empty() {
             return Ok(());
         }
+        // A new table is not to be lost among its columns and indexes.
+        changed.sort_by_key(|change| !change.starts_with("table "));
         let shown = changed.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("; ");
         Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
             .hint(
@@ -429,8 +479,8 @@ impl Cutover<'_> {
 
     /// H27: an update or delete of these would not be in the stream.
     async fn insert_only_tables_are_equal(&self, sessions: &Sessions) -> Result<()> {
-        let tables: Vec<Table> =
-            self.tables.iter().filter(|(_, insert_only)| *insert_only).map(|(table, _)| table.clone()).collect();
+        let of_inserts = self.tables.iter().filter(|(table, insert_only)| *insert_only && !table.unlogged);
+        let tables: Vec<Table> = of_inserts.map(|(table, _)| table.clone()).collect();
         if tables.is_empty() {
             return Ok(());
         }
@@ -469,21 +519,9 @@ impl Cutover<'_> {
     }
 }
 
-/// What changed between two fingerprints, as people would say it.
-pub fn changes(before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<String> {
-    let gone = before.keys().filter(|object| !now.contains_key(*object)).map(|object| format!("{object} is gone"));
-    let other = now.iter().filter_map(|(object, hash)| match before.get(object) {
-        None => Some(format!("{object} is new")),
-        Some(was) if was != hash => Some(format!("{object} has changed")),
-        Some(_) => None,
-    });
-    gone.chain(other).collect()
-}
-
-/// Whether a change is that of this object: `table public.a` is not `table public.ab`.
-fn is_waived(change: &str, waived: &str) -> bool {
-    change.strip_prefix(waived).is_some_and(|rest| matches!(rest, " is gone" | " is new" | " has changed"))
-}
+/// What is known before the fence: sequences, what the target makes only now, what the operator wants, where hooks are run, and the way
+/// back.
+type Prepared<'a> = (&'a sequences::Sequences, &'a AtCutover, &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
 
 /// What a cutover works with, opened before anybody waits.
 struct Sessions {
@@ -506,6 +544,7 @@ impl Sessions {
         let target = cutover.target.connect(cutover.application_name).await?;
         let inspector = cutover.source.connect(cutover.application_name).await?;
         let checker = cutover.target.connect(cutover.application_name).await?;
+        tokio::join!(unstreamed::silence_event_triggers(&target), unstreamed::silence_event_triggers(&checker));
         let before = ledger::fingerprint(&target).await?;
         let is_locked_out = options.fence == FenceMode::Connections;
         let spare = if is_locked_out && cutover.tables.iter().any(|(_, insert_only)| *insert_only) {
@@ -544,6 +583,14 @@ async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applie
     Ok(Drained { lsn, changes })
 }
 
+/// Waits until the apply has passed this moment of the source.
+///
+/// # Errors
+/// Whatever the source says, or `Other` when the apply has ended.
+pub(crate) async fn let_the_apply_pass(source: &Client, applied: &watch::Receiver<Applied>) -> Result<()> {
+    send_and_await_marker(source, applied).await.map(drop)
+}
+
 /// A text that no other cutover has.
 fn unique() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -572,29 +619,5 @@ fn reopen_statement(database: &str, previous: Option<&str>) -> String {
     match previous {
         Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
         None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn changes_are_named_as_people_would_say_them() {
-        let map = |entries: &[(&str, &str)]| entries.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
-        let before = map(&[("table a", "1"), ("table b", "1"), ("index c", "1")]);
-        let now = map(&[("table a", "1"), ("table b", "2"), ("index d", "1")]);
-        assert_eq!(changes(&before, &now), ["index c is gone", "index d is new", "table b has changed"]);
-        assert!(changes(&before, &before).is_empty());
-    }
-
-    #[test]
-    fn i11_one_object_is_waived_and_not_those_whose_names_begin_alike() {
-        assert!(is_waived("table a.b is new", "table a.b"));
-        assert!(is_waived("index a.b is gone", "index a.b"));
-        for other in ["table a.b", "table a.bc is new", "column c of table a.b has changed"] {
-            assert!(!is_waived(other, "table a.b"), "{other}");
-        }
-        assert!(!is_waived("table a.b is new", ""), "nothing named is nothing waived");
     }
 }

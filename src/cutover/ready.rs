@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use super::options::{FenceMode, Options, limit};
-use super::{Arming, Cutover, Sessions, fence, record};
+use super::{Arming, Cutover, Sessions, fence, record, unlogged};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
@@ -37,7 +37,7 @@ pub enum Weight {
 }
 
 impl Finding {
-    fn ok(name: &str, text: impl Into<String>) -> Finding {
+    pub(super) fn ok(name: &str, text: impl Into<String>) -> Finding {
         Finding { name: name.to_owned(), weight: Weight::Ok, text: text.into(), hint: None }
     }
 
@@ -45,7 +45,7 @@ impl Finding {
         Finding { name: name.to_owned(), weight: Weight::Warning, text: text.into(), hint: Some(hint.into()) }
     }
 
-    fn blocks(name: &str, text: impl Into<String>, hint: impl Into<String>) -> Finding {
+    pub(super) fn blocks(name: &str, text: impl Into<String>, hint: impl Into<String>) -> Finding {
         Finding { name: name.to_owned(), weight: Weight::Blocks, text: text.into(), hint: Some(hint.into()) }
     }
 
@@ -196,6 +196,7 @@ pub(crate) async fn obstacles(
         background_workers(source).await?,
         vacuum_against_wraparound(source, tables, mode).await?,
         long_transactions(source).await?,
+        unlogged::fit(source, tables, waive).await?,
     ])
 }
 
@@ -207,11 +208,11 @@ async fn rights(source: &Client) -> Result<Finding> {
             "SELECT pg_catalog.pg_has_role(d.datdba, 'USAGE'), d.datname::text, current_user::text, \
                     (SELECT a.usename::text FROM pg_catalog.pg_stat_activity a WHERE a.datid = d.oid AND a.usesysid IS NOT NULL \
                          AND a.backend_type IS NULL AND a.backend_start IS NULL LIMIT 1), \
-                    (SELECT a.usename::text FROM pg_catalog.pg_stat_activity a JOIN pg_catalog.pg_roles r ON r.oid = a.usesysid \
+                    (SELECT r.rolsuper::text || ' ' || a.usename FROM pg_catalog.pg_stat_activity a JOIN pg_catalog.pg_roles r ON r.oid = a.usesysid \
                      CROSS JOIN (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) us \
                      WHERE a.datid = d.oid AND a.backend_type = 'client backend' AND NOT us.rolsuper \
                        AND (r.rolsuper OR NOT pg_catalog.pg_has_role(a.usesysid, 'USAGE') \
-                                          AND NOT pg_catalog.pg_has_role('pg_signal_backend', 'USAGE')) LIMIT 1) \
+                                          AND NOT pg_catalog.pg_has_role('pg_signal_backend', 'USAGE')) ORDER BY 1 DESC LIMIT 1) \
              FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()",
             &[],
         )
@@ -219,22 +220,28 @@ async fn rights(source: &Client) -> Result<Finding> {
         .context(|| "looking at our rights on the source".into())?;
     let (owns, database, us): (bool, &str, &str) = (row.get(0), row.get(1), row.get(2));
     let (hidden, not_ours): (Option<&str>, Option<&str>) = (row.get(3), row.get(4));
+    let not_ours = not_ours.and_then(|found| found.split_once(' '));
     if !owns {
         let text = format!("the role {us} does not own the database {database}, and so cannot close it to writers");
-        let fix =
-            format!("ALTER DATABASE {} OWNER TO {}; on the source.", sql::identifier(database), sql::identifier(us));
+        let (database, us) = (sql::identifier(database), sql::identifier(us));
+        let fix = format!(
+            "ALTER DATABASE {database} OWNER TO {us}; on the source, or make {us} a member of the role that owns it."
+        );
         return Ok(Finding::blocks(NAME, text, fix));
     }
     if let Some(role) = hidden {
         let error = fence::hidden_sessions(role, us);
         return Ok(Finding::blocks(NAME, error.to_string(), error.next_step().unwrap_or_default()));
     }
-    if let Some(role) = not_ours {
-        let text = format!("sessions of {role} are connected to the source's database, and {us} may not end them");
-        let fix = format!(
-            "GRANT pg_signal_backend TO {}; on the source. Sessions of a superuser only a superuser ends: close them first.",
-            sql::identifier(us)
+    if let Some(("true", superuser)) = not_ours {
+        let text = format!(
+            "sessions of the superuser {superuser} are connected to the source's database, and only a superuser could end them"
         );
+        return Ok(Finding::blocks(NAME, text, "Close them, or have whoever runs the server do it."));
+    }
+    if let Some((_, role)) = not_ours {
+        let text = format!("sessions of {role} are connected to the source's database, and {us} may not end them");
+        let fix = format!("GRANT pg_signal_backend TO {}; on the source.", sql::identifier(us));
         return Ok(Finding::blocks(NAME, text, fix));
     }
     Ok(Finding::ok(NAME, "the database can be closed, and the sessions that are there now ended"))

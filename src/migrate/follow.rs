@@ -21,7 +21,7 @@ use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
 use crate::target::{ledger, warm};
-use crate::verify;
+use crate::{unstreamed, verify};
 
 /// How often the source's catalog is compared with what was migrated (I11).
 const CATALOG_INTERVAL: Duration = Duration::from_secs(30);
@@ -49,12 +49,33 @@ impl Running {
             outcome.and(Err(Error::new(ErrorKind::Other, "the apply has ended")))
         });
         let mut warming = JoinSet::new();
+        let turn = Arc::default();
         let keep_warm = |warming: &mut JoinSet<Infallible>| {
             let board = self.board.clone();
             let is_close = move || board.snapshot().lag.seconds.is_some_and(|lag| lag <= READY_LAG_SECONDS);
-            warming.spawn(warm::keep_warm(self.config.target.clone(), self.application_name.clone(), is_close));
+            warming.spawn(warm::keep_warm(
+                self.config.target.clone(),
+                self.application_name.clone(),
+                is_close,
+                Arc::clone(&turn),
+            ));
+        };
+        let (tell_obstacles, obstacles) = watch::channel(Vec::new());
+        let keep_current = |working: &mut JoinSet<Infallible>| {
+            let keeper = unstreamed::Keeper {
+                source: self.config.source.clone(),
+                target: self.config.target.clone(),
+                application_name: self.application_name.clone(),
+                owners: self.config.owners.clone(),
+                applied: watching.clone(),
+                obstacles: tell_obstacles.clone(),
+                board: self.board.clone(),
+                turn: Arc::clone(&turn),
+            };
+            working.spawn(keeper.run());
         };
         keep_warm(&mut warming);
+        keep_current(&mut warming);
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
@@ -66,7 +87,7 @@ impl Running {
             None
         };
         let arming = way_back.as_ref().map(|(_, arming)| arming.clone());
-        let mut watching_readiness = Box::pin(self.watch_readiness(&watching, arming));
+        let mut watching_readiness = Box::pin(self.watch_readiness(&watching, arming, obstacles));
         loop {
             let request = tokio::select! {
                 outcome = &mut applying => return outcome,
@@ -88,7 +109,10 @@ impl Running {
             };
             match (went_through, ended) {
                 (CutOver::Done, _) => return Ok(()),
-                (CutOver::GivenUp, None) => keep_warm(&mut warming),
+                (CutOver::GivenUp, None) => {
+                    keep_warm(&mut warming);
+                    keep_current(&mut warming);
+                }
                 (CutOver::GivenUp, Some(outcome)) => return outcome,
                 (CutOver::FenceLeft, _) => {
                     return Err(Error::new(ErrorKind::Transient, "the cutover's fence is still up on the source"));
@@ -135,6 +159,7 @@ impl Running {
             // What stands against it on the source it looks at itself, and knows what is waived.
             blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(SOURCE_BLOCKER)).collect(),
             way_back: way_back.clone(),
+            owners: &self.config.owners,
             target_closed,
         };
         if request.dry_run {
@@ -229,6 +254,7 @@ impl Running {
         &self,
         applied: &watch::Receiver<Applied>,
         arming: Option<watch::Receiver<Arming>>,
+        unstreamed: watch::Receiver<Vec<String>>,
     ) -> Error {
         let watch = async {
             let (source, target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
@@ -269,6 +295,7 @@ impl Running {
                 }
                 let mut blockers: Vec<String> =
                     changed.keys().chain(&obstacles).map(|obstacle| format!("{SOURCE_BLOCKER}{obstacle}")).collect();
+                blockers.extend(unstreamed.borrow().iter().map(|obstacle| format!("{SOURCE_BLOCKER}{obstacle}")));
                 let lag = self.board.snapshot().lag.seconds;
                 if let Some(lag) = lag.filter(|lag| *lag > READY_LAG_SECONDS) {
                     blockers.push(format!("the target is {lag:.0} s behind"));

@@ -27,7 +27,7 @@ use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::state_directory::queue_name;
 use crate::target::ledger::{self, Migration, Resynced, ThrownAway};
-use crate::verify;
+use crate::{unstreamed, verify};
 
 impl Running {
     /// Does what the operator asked for, once: `heal` is nothing afterwards. Answers like the preparation.
@@ -229,6 +229,7 @@ impl Running {
             tables: &tables,
         };
         self.make_way_for_queue(&queue, migration)?;
+        unstreamed::forget(target).await?;
         ledger::record_resynced(target, &resynced).await?;
         GivenUp::forget(self.directory.directory());
         self.board.event(

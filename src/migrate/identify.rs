@@ -6,9 +6,11 @@ use crate::check::{self, Severity};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
+use crate::source::identity;
 use crate::source::replication::ReplicationSession;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
+use crate::target::role::ApplyRole;
 
 /// How long the sessions of a process that died may take to end.
 const ALONE_WITHIN_SECONDS: u32 = 15;
@@ -32,6 +34,7 @@ pub(super) async fn identify(
                 {
                     // What died in the middle of it may still hold the ledger's locks (H18).
                     super::prepare::end_sessions(&target, &application_name(&migration.id)).await?;
+                    restore_replica_identities(config, &target, &application_name(&migration.id)).await?;
                     remove_unprepared(&mut target).await?;
                     None
                 }
@@ -93,6 +96,8 @@ pub(super) async fn identify(
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        owners: &config.owners,
+        replica_identity_full: config.replica_identity_full,
         estimate: std::time::Duration::ZERO,
     })
     .await?;
@@ -201,7 +206,9 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
     let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
     let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
     source.close().await;
+    let mut target = config.target.connect(&application_name(&id)).await?;
     let migration = Migration {
+        apply_role: ApplyRole::allowed(&target).await?,
         source_system: server.system_id,
         source_timeline: i32::try_from(server.timeline).unwrap_or(i32::MAX),
         source_database: config.source.database().to_owned(),
@@ -219,9 +226,20 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         way_back: None,
         id,
     };
-    let mut target = config.target.connect(&application_name(&migration.id)).await?;
     ledger::create(&mut target, &migration).await?;
     Ok(migration.id)
+}
+
+/// What a preparation that was interrupted had changed on the source, as its ledger says, which goes.
+async fn restore_replica_identities(config: &Config, target: &tokio_postgres::Client, name: &str) -> Result<()> {
+    let before = ledger::replica_identities(target).await?;
+    if !before.is_empty() {
+        let source = config.source.connect("walferry").await?;
+        // One that still waits for a table's lock would change it afterwards.
+        super::prepare::end_sessions(&source, name).await?;
+        identity::restore(&source, &before, identity::On::Source).await?;
+    }
+    Ok(())
 }
 
 async fn remove_unprepared(target: &mut tokio_postgres::Client) -> Result<()> {

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 
 use super::Running;
 use super::prepare::Held;
@@ -26,10 +25,12 @@ use crate::source::marker;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
 use crate::source::version::Version;
-use crate::sql;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
+use crate::target::role::ApplyRole;
 use crate::target::writer::Writer;
-use crate::target::{index, schema};
+use crate::target::{index, late, roles, schema};
+use crate::unstreamed;
+use crate::unstreamed::materialized_view;
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -64,8 +65,17 @@ impl Running {
 
     pub(super) async fn restore_pre_data(&self, target: &mut Client, tables: &[LedgerTable]) -> Result<()> {
         let tables: Vec<Table> = tables.iter().map(|entry| entry.table.clone()).collect();
+        if self.config.owners.create_roles {
+            let source = self.config.source.connect(&self.application_name).await?;
+            for said in roles::create_missing(&source, target, &self.config.owners).await? {
+                self.board.event(Level::Info, said);
+            }
+        }
         self.board.event(Level::Info, "restoring the schema on the target");
-        schema::restore_pre_data(target, &tables).await
+        for left_out in schema::restore_pre_data(target, &tables).await? {
+            self.board.event(Level::Warn, left_out);
+        }
+        Ok(())
     }
 
     /// Copies every table that is not complete, and builds the indexes of each as soon as it is.
@@ -108,6 +118,8 @@ impl Running {
             Ok(())
         };
         tokio::try_join!(copying, indexing)?;
+        let source = self.config.source.connect(&self.application_name).await?;
+        unstreamed::copy(&source, target, &self.config.owners).await?;
         // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
         // committed asynchronously, and has ended it. A new session would know nothing of that.
         // With a schema that is complete, tables were only compared again.
@@ -130,6 +142,7 @@ impl Running {
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
+            role: self.load(target).await?.apply_role,
             board: self.board.clone(),
             paused: self.pause.subscribe(),
             tune: self.tune.clone(),
@@ -228,7 +241,8 @@ impl Running {
                 return ledger::make_durable(&target).await;
             }
             self.board.resume_stream(queue.durable_end(), least);
-            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name));
+            let role = self.load(&target).await?.apply_role;
+            let open = (0..progress.len()).map(|_| Writer::open(&self.config.target, &self.application_name, role));
             let writers = futures_util::future::try_join_all(open).await?;
             let mut apply = Apply {
                 layout,
@@ -287,53 +301,56 @@ impl Running {
     }
 
     /// What is left of the schema: attached indexes, foreign keys, triggers, rules; then materialized views. In `pg_dump`'s order.
-    pub(super) async fn finish_schema(&self, target: &Client) -> Result<()> {
+    ///
+    /// What waits for the cutover is tried here, where nothing is applied (H23).
+    pub(super) async fn finish_schema(&self, target: &mut Client) -> Result<()> {
         let items = ledger::pending_items(target, Section::PostData).await?;
         self.board.event(
             Level::Info,
             format!("restoring foreign keys, triggers and the rest of the schema ({} items)", items.len()),
         );
+        // Event triggers are among the last of them.
+        unstreamed::silence_event_triggers(target).await;
         for (position, item) in &items {
-            schema::run_post_data_item(target, *position, item).await?;
+            if let Some(left_out) = schema::run_post_data_item(target, *position, item).await? {
+                self.board.event(Level::Warn, left_out);
+            }
         }
         self.refresh_materialized_views(target).await?;
+        let late = late::prove(target).await?;
+        if late > 0 {
+            let text = format!(
+                "{late} foreign keys, triggers and rules were tried on the target and taken back: they are made at the cutover, \
+                 because our role may not set session_replication_role there"
+            );
+            self.board.event(Level::Info, text);
+        }
+        // Before anything is applied with them in place.
+        let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
+        let relaxed = match self.load(target).await?.apply_role {
+            ApplyRole::Replica => schema::relax_firing(&tables),
+            // They are not there.
+            ApplyRole::Origin => Vec::new(),
+        };
+        let relaxed: String = relaxed.iter().map(|statement| format!("{statement}; ")).collect();
         target
-            .batch_execute(
-                "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
-            )
+            .batch_execute(&format!(
+                "BEGIN; SET LOCAL synchronous_commit = on; {relaxed} \
+                 UPDATE walferry.migration SET post_data_restored = true, phase = 'following'; COMMIT",
+            ))
             .await
             .context(|| "writing into the ledger that the schema is complete".into())
     }
 
-    /// Those that have rows on the source, the older first. One that reads from another that is not refreshed yet is refused
-    /// by the server, and comes after it.
+    /// Those that have rows on the source. One that cannot be refreshed stands against a cutover, and is tried again while following.
     async fn refresh_materialized_views(&self, target: &Client) -> Result<()> {
         let source = self.config.source.connect(&self.application_name).await?;
-        let views = source
-            .query_typed(
-                "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind = 'm' AND c.relispopulated ORDER BY c.oid",
-                &[],
-            )
-            .await
-            .context(|| "listing the source's materialized views".into())?;
-        let mut waiting: Vec<String> = views.iter().map(|view| sql::qualified(view.get(0), view.get(1))).collect();
-        while !waiting.is_empty() {
-            let mut too_early = Vec::new();
-            let mut refused = None;
-            for name in &waiting {
-                match target.batch_execute(&format!("REFRESH MATERIALIZED VIEW {name}")).await {
-                    Err(error) if error.code() == Some(&SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE) => {
-                        too_early.push(name.clone());
-                        refused = Some((error, name.clone()));
-                    }
-                    outcome => outcome.context(|| format!("refreshing the materialized view {name}"))?,
-                }
-            }
-            if let Some((error, name)) = refused.filter(|_| too_early.len() == waiting.len()) {
-                return Err(error).context(|| format!("refreshing the materialized view {name}"));
-            }
-            waiting = too_early;
+        let mut views = materialized_view::list(&source).await?;
+        views.retain(|view| view.is_populated);
+        let refused = materialized_view::refresh(target, &views).await?;
+        materialized_view::forget(target, refused.iter().map(|refused| &refused.view)).await?;
+        for refused in refused {
+            self.board.event(Level::Warn, refused.into_error().to_string());
         }
         Ok(())
     }

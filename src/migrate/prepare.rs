@@ -9,17 +9,19 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
-use super::Running;
+use super::{Direction, Running};
 use crate::check::tools;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::{self, Table};
+use crate::source::identity;
 use crate::source::slot;
 use crate::source::snapshot::{self, HeldSnapshot};
 use crate::source::version::Version;
 use crate::target::ledger::{self, Migration, Prepared};
 use crate::target::schema;
+use crate::unstreamed::materialized_view;
 
 /// How often the preparation is made anew when the schema changes under it.
 const ATTEMPTS: usize = 5;
@@ -47,6 +49,9 @@ impl Running {
     /// Makes what is missing until the copy can begin. The second answer is the slot's snapshot, if it was made just now.
     pub(super) async fn prepare(&self, target: &mut Client, migration: Migration) -> Result<(Migration, Option<Held>)> {
         if migration.consistent_point.is_some() {
+            if self.config.replica_identity_full && self.direction == Direction::There {
+                self.say_what_came_too_late(target).await?;
+            }
             return Ok((migration, None));
         }
         self.directory.discard_queues(None)?;
@@ -64,6 +69,9 @@ impl Running {
     async fn try_to_prepare(&self, target: &mut Client, migration: &Migration) -> Result<Option<Held>> {
         let source = self.config.source.connect(&self.application_name).await?;
         slot::drop(&source, &migration.slot).await?;
+        if self.config.replica_identity_full {
+            self.set_replica_identities(&source, target).await?;
+        }
         let published = catalog::tables(&source).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
@@ -86,6 +94,8 @@ impl Running {
             &self.application_name,
             &new.snapshot.name,
             self.directory.directory().path(),
+            &self.config.owners,
+            migration.apply_role,
         )
         .await?;
         let binary = tables.iter().all(Table::binary_safe);
@@ -102,12 +112,52 @@ impl Running {
             fingerprint: &fingerprint,
             binary,
         };
+        // Everything that the target will have when it first refreshes them is newer than what they show now.
+        let views = materialized_view::list(&source).await?;
         ledger::record_prepared(target, migration, &prepared).await?;
+        materialized_view::remember(target, &views).await?;
         self.board.event(
             Level::Info,
             format!("slot {} at {}: {} tables to copy", migration.slot, new.consistent_point, tables.len()),
         );
         Ok(Some(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false }))
+    }
+}
+
+impl Running {
+    /// Has the whole old row identify every table that nothing else does (H27): before the slot, so that everything of the stream says
+    /// which row it is (H2). Noted in the ledger before it is done.
+    async fn set_replica_identities(&self, source: &Client, target: &mut Client) -> Result<()> {
+        let before = identity::lacking(source, &catalog::tables(source).await?).await?;
+        if before.is_empty() {
+            return Ok(());
+        }
+        ledger::note_replica_identities(target, &before).await?;
+        for table in &before {
+            let waits = |name: &str| {
+                let text = format!("somebody uses {name}: its replica identity is set when nobody does");
+                self.board.event(Level::Warn, text);
+            };
+            identity::set_full(source, table, waits).await?;
+        }
+        let names: Vec<String> = before.iter().map(|table| crate::sql::qualified(&table.schema, &table.name)).collect();
+        let names = shortened(names.iter().map(String::as_str));
+        self.board.event(Level::Info, format!("REPLICA IDENTITY FULL, until `walferry clean`: {names}"));
+        Ok(())
+    }
+
+    /// What was in the stream before an identity was set says no row, so nothing is set once there is a slot (H2).
+    async fn say_what_came_too_late(&self, target: &Client) -> Result<()> {
+        let tables = ledger::tables(target).await?;
+        let untold = tables.iter().filter(|entry| entry.insert_only && !entry.table.unlogged);
+        let names: Vec<String> = untold.map(|entry| entry.table.qualified()).collect();
+        if !names.is_empty() {
+            let names = shortened(names.iter().map(String::as_str));
+            let text =
+                format!("--replica-identity-full comes too late for {names}: a migration takes it when it begins");
+            self.board.event(Level::Warn, text);
+        }
+        Ok(())
     }
 }
 

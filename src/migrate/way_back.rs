@@ -15,8 +15,10 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_postgres::Client;
 
+use super::after_cutover::AfterCutover;
 use super::prepare::end_sessions;
 use super::{Backoff, Config, Direction, Heal, Over, Running, application_name};
 use crate::apply::gate::Gate;
@@ -27,7 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::source::{catalog, slot};
 use crate::sql;
-use crate::target::ledger::{self, Migration, Phase, WayBack};
+use crate::target::ledger::{self, Migration, Phase, Section, WayBack};
 use crate::target::schema;
 
 /// How long the old primary may take to say whether a switchback is under way.
@@ -40,6 +42,7 @@ impl Config {
     pub(super) fn reversed(mut self) -> Config {
         std::mem::swap(&mut self.source, &mut self.target);
         std::mem::swap(&mut self.care.caps.source, &mut self.care.caps.target);
+        self.owners = self.owners.reversed();
         self
     }
 }
@@ -65,9 +68,18 @@ impl Running {
                 loaded => break loaded?,
             }
         };
-        if forward.way_back != Some(WayBack::Armed) {
+        let is_armed = forward.way_back == Some(WayBack::Armed);
+        let mut validating = JoinSet::new();
+        let after = AfterCutover {
+            new_primary: self.config.target.clone(),
+            old_primary: is_armed.then(|| self.config.source.clone()),
+            board: self.board.clone(),
+        };
+        validating.spawn(after.run());
+        if !is_armed {
             // It may have been made ready, and would keep the new primary's WAL.
             self.remove_slot_of_the_way_back(&self.config.target, &forward).await;
+            validating.join_next().await;
             return Ok(());
         }
         let mut config = self.config.reversed();
@@ -125,6 +137,7 @@ impl Running {
                     let _ = asked.answers.send(Answer::Finished);
                     // The process may end now: not before the answer is on its way.
                     let _ = tokio::time::timeout(Duration::from_secs(2), asked.answers.closed()).await;
+                    validating.join_next().await;
                     return Ok(());
                 }
                 Err(error) => {
@@ -175,10 +188,18 @@ impl Running {
         schema::relax_identity(old, &tables).await?;
         if ledger::fingerprint(old).await?.values().any(String::is_empty) {
             let new = self.config.source.connect(&self.application_name).await?;
-            ledger::complete_fingerprint(old, &catalog::fingerprint(&new).await?).await?;
+            complete_fingerprint(&new, old).await?;
         }
         Ok(())
     }
+}
+
+/// Fills in what the catalog of the new primary has become by the cutover. What that left to be done changes once more.
+pub(super) async fn complete_fingerprint(new: &Client, old: &Client) -> Result<()> {
+    let left = ledger::pending_items(new, Section::AfterCutover).await?;
+    let mut now = catalog::fingerprint(new).await?;
+    now.retain(|object, _| !left.iter().any(|(_, item)| item.name == *object));
+    ledger::complete_fingerprint(old, &now).await
 }
 
 /// Ends the way back on the new primary. Answers what could not be removed, in words.

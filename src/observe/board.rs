@@ -115,6 +115,8 @@ struct Text {
     way_back: WayBack,
     /// Why the way back is not ready.
     way_back_lacks: Option<String>,
+    /// What a cutover that went through has left to be done.
+    left_by_cutover: Option<String>,
     blockers: Vec<String>,
     cutover: CutoverOutlook,
     source: Source,
@@ -149,6 +151,7 @@ impl StatusBoard {
             turned_back: false,
             way_back: WayBack::None,
             way_back_lacks: None,
+            left_by_cutover: None,
             blockers: Vec::new(),
             cutover: CutoverOutlook::default(),
             source: Source::default(),
@@ -253,6 +256,11 @@ impl StatusBoard {
     pub fn set_way_back(&self, way_back: WayBack, lacks: Option<String>) {
         let mut text = lock(&self.shared.text);
         (text.way_back, text.way_back_lacks) = (way_back, lacks);
+    }
+
+    /// What a cutover that went through has left to be done, where there is something.
+    pub fn set_left_by_cutover(&self, left: Option<String>) {
+        lock(&self.shared.text).left_by_cutover = left;
     }
 
     /// What besides the phase, a pause and a lost source stands in the way of a cutover.
@@ -486,7 +494,7 @@ impl StatusBoard {
             direction: if text.turned_back { Direction::Back } else { Direction::There },
             ready_to_cutover: blockers.is_empty(),
             blockers,
-            attention: attention(&source, &copy, text.way_back_lacks.as_deref()),
+            attention: attention(&source, &copy, &text),
             process_alive: true,
             updated_at: wall_clock::now_rfc3339(),
             lag,
@@ -654,10 +662,10 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
 }
 
 /// What does not stop a cutover, but somebody should look after.
-fn attention(source: &Source, copy: &Copy, way_back_lacks: Option<&str>) -> Vec<String> {
+fn attention(source: &Source, copy: &Copy, text: &Text) -> Vec<String> {
     let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
-    let way_back = way_back_lacks.map(|why| format!("a cutover has no way back: {why}"));
-    source.too_much_wal().into_iter().chain(waits).chain(way_back).collect()
+    let way_back = text.way_back_lacks.as_ref().map(|why| format!("a cutover has no way back: {why}"));
+    source.too_much_wal().into_iter().chain(waits).chain(way_back).chain(text.left_by_cutover.clone()).collect()
 }
 
 /// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.

@@ -47,6 +47,20 @@ pub struct Table {
     /// an earlier version recorded the table.
     #[serde(default)]
     pub relfilenode: Option<u32>,
+    /// What would fire for every change that is applied, were it not made ordinary for the time of the migration.
+    #[serde(default)]
+    pub firing: Vec<Firing>,
+}
+
+/// A trigger or rule that is `ENABLE ALWAYS` or `ENABLE REPLICA`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Firing {
+    /// Name, unquoted.
+    pub name: String,
+    /// A rule, not a trigger.
+    pub is_rule: bool,
+    /// `ENABLE ALWAYS`, not `ENABLE REPLICA`.
+    pub always: bool,
 }
 
 /// A column as the stream and COPY see it.
@@ -160,6 +174,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     let version = Version::of(client).await?;
     let mut columns = columns(client, version).await?;
     let mut indexes = indexes(client, version).await?;
+    let mut firing = firing(client).await?;
     let rows = client
         .query_typed(
             &format!(
@@ -204,6 +219,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
             estimated_rows: row.get(8),
             updates_and_deletes: row.get(9),
             relfilenode: Some(row.get(10)),
+            firing: firing.remove(&relid).unwrap_or_default(),
         });
     }
     Ok(tables)
@@ -303,6 +319,25 @@ pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32
     }))
 }
 
+async fn firing(client: &Client) -> Result<BTreeMap<u32, Vec<Firing>>> {
+    let rows = client
+        .query_typed(
+            "SELECT tgrelid, tgname::text, false, tgenabled = 'A' FROM pg_catalog.pg_trigger \
+             WHERE NOT tgisinternal AND tgenabled IN ('A', 'R') \
+             UNION ALL SELECT ev_class, rulename::text, true, ev_enabled = 'A' FROM pg_catalog.pg_rewrite \
+             WHERE ev_enabled IN ('A', 'R') ORDER BY 1, 3, 2",
+            &[],
+        )
+        .await
+        .context(|| "reading the catalog's triggers and rules".into())?;
+    let mut firing: BTreeMap<u32, Vec<Firing>> = BTreeMap::new();
+    for row in rows {
+        let one = Firing { name: row.get(1), is_rule: row.get(2), always: row.get(3) };
+        firing.entry(row.get(0)).or_default().push(one);
+    }
+    Ok(firing)
+}
+
 /// A unique index or exclusion constraint of a table.
 struct Index {
     columns: Vec<i16>,
@@ -393,7 +428,7 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                            WHEN 'I' THEN 'partitioned index' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' \
                            WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'type' END) \
                         || ' ' || format('%I.%I', n.nspname, c.relname), \
-                        md5(concat_ws('/', c.relkind, c.relpersistence, c.relreplident, \
+                        md5(concat_ws('/', c.relkind, c.relpersistence, c.relreplident, c.relowner, c.relacl::text, \
                             CASE WHEN c.relkind IN ('i', 'I') THEN pg_catalog.pg_get_indexdef(c.oid) END, \
                             CASE WHEN c.relkind IN ('v', 'm') THEN pg_catalog.pg_get_viewdef(c.oid) END, \
                             pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
@@ -428,7 +463,7 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                  UNION ALL \
                  SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
                         md5(concat_ws('/', p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, \
-                            p.proisstrict, p.proconfig)) \
+                            p.proisstrict, p.proconfig, p.proowner, p.proacl::text)) \
                  FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
                  WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
                    AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_proc'::regclass \
@@ -438,14 +473,85 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                  FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
                  JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace \
                  UNION ALL \
-                 SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e",
-                sql::literal(FILE_OF_TABLE)
+                 SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e{}",
+                sql::literal(FILE_OF_TABLE),
+                everything_else()
             ),
             &[],
         )
         .await
         .context(|| "reading the catalog's fingerprint".into())?;
-    Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
+    // What went while the query ran has no description any more.
+    Ok(rows.into_iter().filter_map(|row| Some((row.get::<_, Option<String>>(0)?, row.get(1)))).collect())
+}
+
+/// Catalogs whose rows are objects that the fingerprint has nothing special to say of: the catalog, which rows, and what is hashed of
+/// a row `o`. The rows of servers may hold passwords, of which not even a hash is to leave the server (I10).
+const OBJECTS: [(&str, &str, &str); 22] = [
+    ("pg_am", "true", "o::text"),
+    ("pg_amop", "true", "o::text"),
+    ("pg_amproc", "true", "o::text"),
+    ("pg_cast", "true", "o::text"),
+    ("pg_collation", "true", "o::text"),
+    ("pg_conversion", "true", "o::text"),
+    ("pg_default_acl", "true", "o::text"),
+    ("pg_event_trigger", "o.evtname !~ '^walferry'", "o::text"),
+    ("pg_foreign_data_wrapper", "true", "o.xmin::text"),
+    ("pg_foreign_server", "true", "o.xmin::text"),
+    ("pg_language", "true", "o::text"),
+    ("pg_namespace", "o.nspname !~ '^(pg_temp_|pg_toast|walferry$)'", "o::text"),
+    ("pg_opclass", "true", "o::text"),
+    ("pg_operator", "true", "o::text"),
+    ("pg_opfamily", "true", "o::text"),
+    ("pg_policy", "true", "o::text"),
+    ("pg_rewrite", "o.rulename <> '_RETURN'", "o::text"),
+    ("pg_statistic_ext", "true", "o::text"),
+    ("pg_transform", "true", "o::text"),
+    (
+        "pg_ts_config",
+        "true",
+        "o::text || (SELECT pg_catalog.string_agg(m::text, ' ' ORDER BY m::text) FROM pg_catalog.pg_ts_config_map m WHERE m.mapcfg = o.oid)",
+    ),
+    ("pg_ts_dict", "true", "o::text"),
+    ("pg_type", "o.typrelid = 0 AND o.typtype IN ('b', 'd', 'e', 'r', 'p') AND o.typcategory <> 'A'", "o::text"),
+];
+
+/// All that is neither a relation nor a function, and the comments on everything; more branches of the query above.
+fn everything_else() -> String {
+    let not_an_extensions = |class: &str, object: &str| {
+        format!(
+            "{object} >= 16384 AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = {class} AND d.objid = {object} \
+                                               AND d.deptype = 'e')"
+        )
+    };
+    let mut branches: String = OBJECTS
+        .iter()
+        .map(|(catalog, which, hashed)| {
+            let class = format!("'pg_catalog.{catalog}'::regclass");
+            let users = not_an_extensions(&class, "o.oid");
+            format!(
+                " UNION ALL SELECT pg_catalog.pg_describe_object({class}, o.oid, 0), md5({hashed}) FROM pg_catalog.{catalog} o \
+                 WHERE {which} AND {users}"
+            )
+        })
+        .collect();
+    branches.push_str(&format!(
+        " UNION ALL SELECT format('constraint %I on type %s', o.conname, pg_catalog.format_type(o.contypid, NULL)), md5(o::text) \
+         FROM pg_catalog.pg_constraint o WHERE o.contypid <> 0 AND {}",
+        not_an_extensions("'pg_catalog.pg_type'::regclass", "o.contypid")
+    ));
+    // Its options, which hold passwords, only a superuser may read.
+    branches.push_str(
+        " UNION ALL SELECT pg_catalog.pg_describe_object('pg_catalog.pg_user_mapping'::regclass, umid, 0), md5(srvid || '/' || umuser) \
+         FROM pg_catalog.pg_user_mappings",
+    );
+    branches.push_str(&format!(
+        " UNION ALL SELECT 'comment on ' || pg_catalog.pg_describe_object(c.classoid, c.objoid, c.objsubid), md5(c.description) \
+         FROM pg_catalog.pg_description c WHERE {} AND c.objoid IS DISTINCT FROM pg_catalog.to_regnamespace('walferry') \
+           AND c.classoid <> 'pg_catalog.pg_largeobject'::regclass",
+        not_an_extensions("c.classoid", "c.objoid")
+    ));
+    branches
 }
 
 /// The objects that are not the same in two fingerprints.
@@ -498,6 +604,7 @@ mod tests {
             estimated_rows: -1.0,
             updates_and_deletes: 0,
             relfilenode: None,
+            firing: Vec::new(),
         };
         let (plain, hostile) = (table("t"), table("it's $(a) \"b\""));
         let option = Table::recopy_option(&[&plain, &hostile]);

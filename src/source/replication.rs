@@ -160,6 +160,10 @@ impl Session for ReplicationSession {
         })
     }
 
+    fn named_pid(&self) -> Option<i32> {
+        self.session.named_pid()
+    }
+
     async fn first_row(&mut self, sql: &str) -> Result<Vec<Option<String>>> {
         self.session.first_row(sql).await
     }

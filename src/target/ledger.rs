@@ -9,12 +9,15 @@
 //! | `schema_item` | a statement of the schema that `pg_dump` wrote, and whether it has been run |
 //! | `fingerprint` | an object of the source and the hash of its definition (I11) |
 //! | `apply_progress` | how far one apply session has come |
+//! | `large_object`, `materialized_view` | what is in no stream, and the marker that it had when it was last brought up to date ([`crate::unstreamed`] makes them where there is anything) |
+//! | `replica_identity` | what a table of the source was identified by, before walferry changed that (there only where it did) |
 //!
 //! A function here that takes a session runs inside whatever transaction that session has open: the caller makes
 //! the row and the work one transaction.
 
 mod heal;
 mod part;
+mod replica_identity;
 mod schema_item;
 mod upgrade;
 mod way_back;
@@ -30,10 +33,12 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
+use crate::target::role::ApplyRole;
 use crate::target::route::Routing;
 
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
 pub use part::{Part, part_copied, plan_copy};
+pub use replica_identity::{note_replica_identities, replica_identities};
 pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
 pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft, finished, prepared};
 
@@ -42,7 +47,8 @@ pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft
 /// - 1: the first.
 /// - 2: `migration.snapshot_floor`, `migration.queue` and `source_table.compared`.
 /// - 3: `migration.way_back`.
-pub const FORMAT: i32 = 3;
+/// - 4: `migration.apply_role`, and items of the schema that wait for the cutover or come after it.
+pub const FORMAT: i32 = 4;
 
 const TABLES: &str = "
 CREATE SCHEMA walferry;
@@ -68,6 +74,7 @@ CREATE TABLE walferry.migration (
     fence jsonb,
     cutover jsonb,
     way_back text,
+    apply_role text NOT NULL DEFAULT 'replica',
     started_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE TABLE walferry.snapshot (
@@ -148,6 +155,8 @@ pub struct Migration {
     pub queue: String,
     /// What became of the way back; `None` where there is none.
     pub way_back: Option<WayBack>,
+    /// In which role rows are written; never changed (H23).
+    pub apply_role: ApplyRole,
 }
 
 /// The phases of a migration, as the ledger knows them.
@@ -216,7 +225,7 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
     transaction
         .execute(
             "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \
-                 insert_only_publication, apply_workers, phase) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+                 insert_only_publication, apply_workers, phase, apply_role) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
             &[
                 &FORMAT,
                 &migration.id,
@@ -228,6 +237,7 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
                 &migration.insert_only_publication,
                 &count(migration.apply_workers),
                 &migration.phase.name(),
+                &migration.apply_role.name(),
             ],
         )
         .await
@@ -279,6 +289,7 @@ pub async fn load(client: &Client) -> Result<Option<Migration>> {
         snapshot_floor: row.get::<_, i64>("snapshot_floor").cast_unsigned(),
         queue: row.get("queue"),
         way_back: row.get::<_, Option<&str>>("way_back").map(WayBack::parse).transpose()?,
+        apply_role: ApplyRole::parse(row.get("apply_role"))?,
     }))
 }
 

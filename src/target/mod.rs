@@ -6,8 +6,13 @@
 
 pub mod adopt;
 pub mod copy_rows;
+pub mod harmless;
 pub mod index;
+pub mod late;
 pub mod ledger;
+pub mod role;
+pub mod role_map;
+pub mod roles;
 pub mod route;
 pub mod schema;
 pub mod serial;

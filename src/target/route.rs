@@ -83,6 +83,7 @@ mod tests {
             estimated_rows: 0.0,
             updates_and_deletes: 0,
             relfilenode: None,
+            firing: Vec::new(),
         }
     }
 

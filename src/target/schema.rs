@@ -6,9 +6,10 @@
 //!
 //! Items of the post-data section that belong to one table (its indexes and keys) are run as soon as that table is
 //! copied, several tables at a time; the rest (attached indexes, foreign keys, triggers, rules) in `pg_dump`'s order once
-//! the apply has passed every snapshot (H24).
+//! the apply has passed every snapshot (H24). What would fire while rows are written in the origin role waits for the cutover
+//! ([`super::late`]).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -16,12 +17,16 @@ use futures_util::future::{join_all, try_join};
 use tokio::process::Command;
 use tokio_postgres::Client;
 
+use super::late;
 use super::ledger::{self, SchemaItem, Section};
+use super::role::ApplyRole;
+use super::{harmless, role_map};
 use crate::check::tools::Tools;
 use crate::connection::{ConnectionSpec, without_secrets};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::source::catalog::Table;
+use crate::source::catalog::{Firing, Table};
 use crate::sql;
+use crate::unstreamed::large_object::Owners;
 
 /// Dumps the source's schema as it is under a snapshot, and splits it into its items.
 ///
@@ -36,6 +41,8 @@ pub async fn dump(
     application_name: &str,
     snapshot: &str,
     directory: &Path,
+    owners: &Owners,
+    role: ApplyRole,
 ) -> Result<Vec<SchemaItem>> {
     let archive = Archive(directory.join("schema.dump"));
     // Made before pg_dump does, so that it never is readable for others.
@@ -52,10 +59,16 @@ pub async fn dump(
     output_of(command, "pg_dump").await.context(|| "dumping the source's schema".into())?;
 
     let file = &archive.0;
+    let left_out: Vec<&str> = [(owners.no_owner, "--no-owner"), (owners.no_privileges, "--no-privileges")]
+        .into_iter()
+        .filter_map(|(is_left_out, option)| is_left_out.then_some(option))
+        .collect();
+    let left_out = &left_out;
     let read = |section: Section| {
         let restore = move |arguments: &[&str]| {
             let mut command = Command::new(&tools.pg_restore);
-            command.arg(format!("--section={}", section.name())).arg("--no-tablespaces").args(arguments).arg(file);
+            command.arg(format!("--section={}", section.name())).arg("--no-tablespaces").args(left_out);
+            command.args(arguments).arg(file);
             without_secrets(&mut command);
             output_of(command, "pg_restore")
         };
@@ -66,40 +79,97 @@ pub async fn dump(
     let mut relations = BTreeMap::new();
     for (section, (list, script)) in [(Section::PreData, before), (Section::PostData, after)] {
         let entries = list.lines().filter_map(Entry::in_list).collect();
-        items.extend(split(section, &entries, &script, &mut relations)?);
+        items.extend(split(section, &entries, &script, &mut relations, role)?);
+    }
+    if !owners.role_map.is_empty() {
+        for item in &mut items {
+            item.statement = role_map::rename(&item.statement, &item.kind, &owners.role_map);
+        }
     }
     Ok(items)
 }
 
 /// Runs everything of the schema that comes before the rows, as one transaction with its rows in the ledger.
 ///
-/// Identity columns become `BY DEFAULT` for the time of the migration, so that rows keep their values (H22).
+/// Identity columns become `BY DEFAULT` for the time of the migration, so that rows keep their values (H22). Extensions get the
+/// version that the source has, where the target offers it. Answers what was left out, in a sentence each ([`harmless`]).
 ///
 /// # Errors
 /// What the server says, with the item.
-pub async fn restore_pre_data(client: &mut Client, tables: &[Table]) -> Result<()> {
-    let items = ledger::pending_items(client, Section::PreData).await?;
+pub async fn restore_pre_data(client: &mut Client, tables: &[Table]) -> Result<Vec<String>> {
+    let mut items = ledger::pending_items(client, Section::PreData).await?;
+    let versions = extension_versions(client).await?;
+    for (_, item) in items.iter_mut().filter(|(_, item)| item.kind == "EXTENSION") {
+        item.statement = with_version(&item.statement, versions.get(&item.name));
+    }
+    let mut left_out = Vec::new();
     let transaction = client.transaction().await?;
-    for items in items.chunks(ITEMS_IN_FLIGHT) {
-        // Sent in this order without waiting for each answer. After the first that fails, the server refuses the others.
-        let sent: Vec<_> =
-            items.iter().map(|(position, item)| run_item(transaction.client(), *position, item)).collect();
-        join_all(sent).await.into_iter().collect::<Result<()>>()?;
+    let client = transaction.client();
+    for items in items.chunk_by(|(_, a), (_, b)| !harmless::may_be_refused(a) && !harmless::may_be_refused(b)) {
+        if let [(position, item)] = items
+            && harmless::may_be_refused(item)
+        {
+            left_out.extend(run_item_that_may_be_refused(client, *position, item).await?);
+            continue;
+        }
+        for items in items.chunks(ITEMS_IN_FLIGHT) {
+            // Sent in this order without waiting for each answer. After the first that fails, the server refuses the others.
+            let sent: Vec<_> = items.iter().map(|(position, item)| run_item(client, *position, item)).collect();
+            join_all(sent).await.into_iter().collect::<Result<()>>()?;
+        }
     }
     transaction.batch_execute(RESET_SETTINGS).await?;
     for statement in tables.iter().flat_map(identity_statements("SET GENERATED BY DEFAULT")) {
         transaction.batch_execute(&statement).await.context(|| statement.clone())?;
     }
     transaction.batch_execute("UPDATE walferry.migration SET pre_data_restored = true").await?;
-    transaction.commit().await.context(|| "restoring the schema on the target".into())
+    transaction.commit().await.context(|| "restoring the schema on the target".into())?;
+    Ok(left_out)
 }
 
-/// The statements that give identity columns back what they were on the source: for the cutover.
+/// The source's versions of extensions that the target offers, by name; as the catalog's fingerprint recorded them.
+async fn extension_versions(client: &Client) -> Result<HashMap<String, String>> {
+    let rows = client
+        .query_typed(
+            "SELECT v.name::text, v.version FROM pg_catalog.pg_available_extension_versions v \
+             JOIN walferry.fingerprint f ON f.object = format('extension %I', v.name) AND f.hash = v.version",
+            &[],
+        )
+        .await
+        .context(|| "looking for the versions of extensions".into())?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// `CREATE EXTENSION`, which `pg_dump` writes without a version: there it would be the newest that the target has.
+fn with_version(statement: &str, version: Option<&String>) -> String {
+    match (version, statement.trim_end().strip_suffix(';')) {
+        (Some(version), Some(create)) => format!("{create} VERSION {};", sql::literal(version).trim_start()),
+        _ => statement.to_owned(),
+    }
+}
+
+/// The statements that give identity columns, and triggers and rules that fire in replica sessions, back what they were on the
+/// source: for the cutover.
 pub fn restore_identity(tables: &[Table]) -> Vec<String> {
-    tables.iter().flat_map(identity_statements("SET GENERATED ALWAYS")).collect()
+    let identity = tables.iter().flat_map(identity_statements("SET GENERATED ALWAYS"));
+    let fire =
+        |table| move |firing: &Firing| alter_firing(table, firing, if firing.always { "ALWAYS " } else { "REPLICA " });
+    identity.chain(tables.iter().flat_map(|table| table.firing.iter().map(fire(table)))).collect()
 }
 
-/// Has identity columns take the values that they are given, for the way back: the old server has them as they were (H22).
+/// The statements that make triggers and rules ordinary ones, which do not fire for what is applied: what they did on the source
+/// is in the stream.
+pub fn relax_firing(tables: &[Table]) -> Vec<String> {
+    tables.iter().flat_map(|table| table.firing.iter().map(|firing| alter_firing(table, firing, ""))).collect()
+}
+
+fn alter_firing(table: &Table, firing: &Firing, when: &str) -> String {
+    let kind = if firing.is_rule { "RULE" } else { "TRIGGER" };
+    format!("ALTER TABLE ONLY {} ENABLE {when}{kind} {}", table.qualified(), sql::identifier(&firing.name))
+}
+
+/// Has identity columns take the values that they are given, and triggers and rules not fire for what is applied, for the way back: the
+/// old server has them as they were (H22).
 ///
 /// # Errors
 /// Whatever the server says.
@@ -117,13 +187,36 @@ pub async fn relax_identity(client: &Client, tables: &[Table]) -> Result<()> {
         let columns = table.columns.iter().filter(|column| names.contains(&column.name.as_str()));
         for column in columns {
             let statement = alter_identity(table, &column.name, "SET GENERATED BY DEFAULT");
-            // Readers are there: nobody waits behind it for long, and it is tried again.
-            let within = format!("BEGIN; SET LOCAL lock_timeout = '2s'; {statement}; COMMIT");
-            if let Err(error) = client.batch_execute(&within).await {
-                client.batch_execute("ROLLBACK").await?;
-                return Err(Error::from(error).with_kind(ErrorKind::Transient).context(statement));
-            }
+            alter_beside_readers(client, statement).await?;
         }
+    }
+    for table in tables.iter().filter(|table| !table.firing.is_empty()) {
+        let fire = client
+            .query(
+                "SELECT tgname::text, false FROM pg_catalog.pg_trigger WHERE tgrelid = pg_catalog.to_regclass($1) \
+                   AND NOT tgisinternal AND tgenabled IN ('A', 'R') \
+                 UNION ALL SELECT rulename::text, true FROM pg_catalog.pg_rewrite \
+                 WHERE ev_class = pg_catalog.to_regclass($1) AND ev_enabled IN ('A', 'R')",
+                &[&table.qualified()],
+            )
+            .await
+            .context(|| format!("looking for triggers and rules of {}", table.qualified()))?;
+        let fires = |firing: &&Firing| {
+            fire.iter().any(|row| (row.get::<_, &str>(0), row.get::<_, bool>(1)) == (&*firing.name, firing.is_rule))
+        };
+        for firing in table.firing.iter().filter(fires) {
+            alter_beside_readers(client, alter_firing(table, firing, "")).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Readers are there: nobody waits behind it for long, and it is tried again.
+async fn alter_beside_readers(client: &Client, statement: String) -> Result<()> {
+    let within = format!("BEGIN; SET LOCAL lock_timeout = '2s'; {statement}; COMMIT");
+    if let Err(error) = client.batch_execute(&within).await {
+        client.batch_execute("ROLLBACK").await?;
+        return Err(Error::from(error).with_kind(ErrorKind::Transient).context(statement));
     }
     Ok(())
 }
@@ -142,11 +235,12 @@ fn identity_statements(action: &'static str) -> impl Fn(&Table) -> Vec<String> {
 
 /// Runs one item with its row in the ledger, as one transaction of its own; one round trip.
 ///
-/// Safe to lose in a crash of the target, because both go together; entering the next phase makes it durable.
+/// Safe to lose in a crash of the target, because both go together; entering the next phase makes it durable. Answers what is to be
+/// said where it was left out ([`harmless`]).
 ///
 /// # Errors
 /// What the server says, with the item.
-pub async fn run_post_data_item(client: &Client, position: i32, item: &SchemaItem) -> Result<()> {
+pub async fn run_post_data_item(client: &Client, position: i32, item: &SchemaItem) -> Result<Option<String>> {
     let statement =
         format!("BEGIN; SET LOCAL synchronous_commit = off; {};\n{RESET_SETTINGS}; COMMIT", with_mark(position, item));
     let outcome = client.batch_execute(&statement).await.context(|| restoring(item));
@@ -154,10 +248,16 @@ pub async fn run_post_data_item(client: &Client, position: i32, item: &SchemaIte
         // The session is in a failed transaction, or gone.
         let _ = client.batch_execute("ROLLBACK").await;
     }
-    outcome
+    if let Err(error) = &outcome
+        && let Some(said) = harmless::explain(item, error)
+    {
+        client.batch_execute(&ledger::mark_done(position)).await.context(|| restoring(item))?;
+        return Ok(Some(said));
+    }
+    outcome.map(|()| None)
 }
 
-fn restoring(item: &SchemaItem) -> String {
+pub(super) fn restoring(item: &SchemaItem) -> String {
     format!("restoring {} {} on the target", item.kind, item.name)
 }
 
@@ -182,11 +282,25 @@ pub fn items_by_table(items: Vec<(i32, SchemaItem)>, tables: &[u32]) -> BTreeMap
 const ITEMS_IN_FLIGHT: usize = 30;
 
 /// What an item may have set for its session; `pg_dump` itself starts from these.
-const RESET_SETTINGS: &str = "RESET default_tablespace; RESET default_table_access_method";
+pub(super) const RESET_SETTINGS: &str = "RESET default_tablespace; RESET default_table_access_method";
 
 /// What every script of `pg_restore` starts with, besides what our sessions have pinned already.
-const ITEM_SETTINGS: &str = "SET LOCAL check_function_bodies = false; SET LOCAL client_min_messages = warning; \
+pub(super) const ITEM_SETTINGS: &str = "SET LOCAL check_function_bodies = false; SET LOCAL client_min_messages = warning; \
      SELECT pg_catalog.set_config('search_path', '', true)";
+
+/// In the transaction that the session is in, which goes on when a rule says that the refusal is harmless.
+async fn run_item_that_may_be_refused(client: &Client, position: i32, item: &SchemaItem) -> Result<Option<String>> {
+    client.batch_execute("SAVEPOINT item").await?;
+    let outcome = run_item(client, position, item).await;
+    let Err(error) = outcome else {
+        client.batch_execute("RELEASE item").await?;
+        return Ok(None);
+    };
+    let said = harmless::explain(item, &error).ok_or(error)?;
+    let go_on = format!("ROLLBACK TO item; RELEASE item; {}", ledger::mark_done(position));
+    client.batch_execute(&go_on).await.context(|| restoring(item))?;
+    Ok(Some(said))
+}
 
 async fn run_item(client: &Client, position: i32, item: &SchemaItem) -> Result<()> {
     client.batch_execute(&with_mark(position, item)).await.context(|| restoring(item))
@@ -283,6 +397,7 @@ fn split(
     entries: &HashMap<Entry, &str>,
     script: &str,
     relations: &mut BTreeMap<u32, u32>,
+    role: ApplyRole,
 ) -> Result<Vec<SchemaItem>> {
     let mut expected: HashMap<Entry, bool> = entries.keys().map(|entry| (*entry, false)).collect();
     // Where the header of each item begins and where its first line ends.
@@ -306,6 +421,7 @@ fn split(
         before = line;
     }
     let mut items = Vec::new();
+    let mut late = HashSet::new();
     let end = without_psql_commands_at_the_end(script);
     for (number, (entry, _, body)) in headers.iter().enumerate() {
         let until = headers.get(number + 1).map_or(end, |(_, next, _)| *next).max(*body);
@@ -315,6 +431,14 @@ fn split(
             relations.insert(entry.dump_id, entry.oid);
         }
         let relid = dependencies.iter().find_map(|dump_id| relations.get(dump_id).copied());
+        let depends_on_late = dependencies.iter().any(|dump_id| late.contains(dump_id));
+        let waits = depends_on_late || late::waits_for_cutover(&kind, &name, relid.is_some());
+        let section = if section == Section::PostData && role == ApplyRole::Origin && waits {
+            late.insert(entry.dump_id);
+            Section::AtCutover
+        } else {
+            section
+        };
         if !statement.is_empty() {
             items.push(SchemaItem { section, kind, name, relid, statement });
         }
@@ -368,7 +492,7 @@ fn without_psql_commands_at_the_end(script: &str) -> usize {
 mod tests {
     use super::*;
 
-    const SCRIPT: &str = "--\n-- PostgreSQL database dump\n--\n\n\\restrict abc\n\nSET statement_timeout = 0;\n\n\
+    const SCRIPT: &str = "--\n-- PostgreSQL database dump\n--\n\n\\restrict abc\n\nSET statement_timeout = 0;\nSET transaction_timeout = 0;\n\n\
         --\n-- TOC entry 7 (class 1259 OID 100)\n-- Name: t; Type: TABLE; Schema: public; Owner: me\n-- Data Pos: 0\n--\n\n\
         CREATE TABLE public.t (\n    id integer\n);\n\n\n\
         --\n-- TOC entry 9 (class 1255 OID 102)\n-- Dependencies: 5\n-- Name: f(); Type: FUNCTION; Schema: public; Owner: me\n--\n\n\
@@ -398,7 +522,7 @@ mod tests {
         let entries: HashMap<Entry, &str> = LIST.lines().filter_map(Entry::in_list).collect();
         assert_eq!(entries.len(), 5);
         let mut relations = BTreeMap::new();
-        let items = split(Section::PreData, &entries, SCRIPT, &mut relations).unwrap();
+        let items = split(Section::PreData, &entries, SCRIPT, &mut relations, ApplyRole::Origin).unwrap();
         let kinds: Vec<(&str, &str, Option<u32>)> =
             items.iter().map(|item| (item.kind.as_str(), item.name.as_str(), item.relid)).collect();
         assert_eq!(kinds, [("TABLE", "t", None), ("FUNCTION", "f()", None), ("CONSTRAINT", "t t_pkey", Some(100))]);
@@ -412,6 +536,8 @@ mod tests {
         assert!(
             items.iter().all(|item| !item.statement.contains("\\restrict") && !item.statement.contains("\\unrestrict"))
         );
+        // The head of the script is no item: an older server does not know every setting of a newer `pg_dump`.
+        assert!(items.iter().all(|item| !item.statement.contains("_timeout")));
     }
 
     #[test]
@@ -439,7 +565,40 @@ mod tests {
     fn a_body_that_repeats_the_header_of_an_item_is_refused() {
         let entries = HashMap::from([(Entry { dump_id: 8, class: 1259, oid: 101 }, "TABLE public t me")]);
         let twice = SCRIPT.replacen("entry 7 (class 1259 OID 100)", "entry 8 (class 1259 OID 101)", 1);
-        assert!(split(Section::PreData, &entries, &twice, &mut BTreeMap::new()).is_err());
+        assert!(split(Section::PreData, &entries, &twice, &mut BTreeMap::new(), ApplyRole::Replica).is_err());
+    }
+
+    #[test]
+    fn what_would_fire_waits_for_the_cutover_where_rows_are_written_in_the_origin_role() {
+        let item = |dump_id: u32, depends: &str, name: &str, kind: &str| {
+            format!(
+                "--\n-- TOC entry {dump_id} (class 2620 OID {dump_id})\n-- Dependencies: {depends}\n\
+                 -- Name: {name}; Type: {kind}; Schema: public; Owner: me\n--\n\nSELECT {dump_id};\n\n\n"
+            )
+        };
+        let script = [
+            item(20, "9", "t i", "INDEX"),
+            item(21, "9", "t g", "TRIGGER"),
+            item(22, "9 21", "TRIGGER g ON t", "COMMENT"),
+            item(23, "9", "t fk", "FK CONSTRAINT"),
+            item(24, "9 30", "v _RETURN", "RULE"),
+            item(25, "9", "t r", "RULE"),
+            item(26, "30", "v r", "RULE"),
+            item(27, "", "e", "EVENT TRIGGER"),
+        ]
+        .concat();
+        let kinds = ["INDEX", "TRIGGER", "COMMENT", "FK CONSTRAINT", "RULE", "RULE", "RULE", "EVENT TRIGGER"];
+        let list: Vec<String> =
+            (20u32..).zip(kinds).map(|(id, kind)| format!("{id}; 2620 {id} {kind} public x me")).collect();
+        let entries: HashMap<Entry, &str> = list.iter().filter_map(|line| Entry::in_list(line)).collect();
+        let late = |role| {
+            let items = split(Section::PostData, &entries, &script, &mut BTreeMap::from([(9, 100)]), role).unwrap();
+            assert_eq!(items.len(), kinds.len());
+            let late = items.into_iter().filter(|item| item.section == Section::AtCutover);
+            late.map(|item| item.name).collect::<Vec<_>>()
+        };
+        assert_eq!(late(ApplyRole::Origin), ["t g", "TRIGGER g ON t", "t fk", "t r", "e"]);
+        assert_eq!(late(ApplyRole::Replica), [""; 0]);
     }
 
     #[test]

@@ -93,16 +93,23 @@ pub(super) fn update_values<'a>(table: &Table, set: &[usize], old: Tuple<'a>, ne
 /// # Errors
 /// What the server says: another row can have a value that must be unique.
 pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Result<bool> {
-    let values: Vec<Datum<'_>> = new.columns().collect();
+    let mut values: Vec<Datum<'_>> = new.columns().collect();
     let placeholders: Vec<String> =
         (1..).zip(&table.columns).map(|(number, column)| parameter(number, column)).collect();
-    let key = sql::identifiers(table.key_columns().map(|column| column.name.as_str()));
-    let unless = if key.is_empty() { String::new() } else { format!(" ON CONFLICT ({key}) DO NOTHING") };
     let text = if placeholders.is_empty() {
         format!("INSERT INTO {} DEFAULT VALUES", table.qualified())
     } else {
-        let (columns, placeholders) = (table.column_list(), placeholders.join(", "));
-        format!("INSERT INTO {} ({columns}) VALUES ({placeholders}){unless}", table.qualified())
+        let (name, columns, placeholders) = (table.qualified(), table.column_list(), placeholders.join(", "));
+        if table.key.is_empty() {
+            format!("INSERT INTO {name} ({columns}) VALUES ({placeholders})")
+        } else {
+            // Not ON CONFLICT, which is refused for a table with rules, whether they fire or not.
+            let there = condition(table, values.len());
+            found_by(table, new, &mut values);
+            format!(
+                "INSERT INTO {name} ({columns}) SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM ONLY {name} WHERE {there})"
+            )
+        }
     };
     let met = writer.execute(text, &values).await;
     Ok(met.context(|| format!("inserting {} into {}", name_row(table, new), table.qualified()))? == 1)

@@ -5,8 +5,10 @@
 //! what the server itself has recorded, at a pace that leaves room for the apply.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Mutex;
 use tokio_postgres::Client;
 
 use crate::connection::ConnectionSpec;
@@ -23,25 +25,29 @@ const MAKE_WAY_INTERVAL: Duration = Duration::from_millis(500);
 /// Like autovacuum's own delay: the apply comes first.
 const SETTINGS: &str = "SET vacuum_cost_delay = '2ms'";
 
-/// Vacuums and analyses what needs it, until it is dropped; a backlog comes first, of which `is_close` knows.
+/// Vacuums and analyses what needs it, until it is dropped; a backlog comes first, of which `is_close` knows. It works while it has the
+/// turn: others who have it use the same connections ([`crate::care::connections`]).
 pub async fn keep_warm(
     target: ConnectionSpec,
     application_name: String,
     is_close: impl Fn() -> bool + Send + Sync,
+    turn: Arc<Mutex<()>>,
 ) -> Infallible {
     loop {
         if !is_close() {
             tokio::time::sleep(CLOSE_INTERVAL).await;
             continue;
         }
+        let in_turn = turn.lock().await;
         if let Err(error) = look_after(&target, &application_name).await {
             tracing::debug!(%error, "vacuuming the target waits");
         }
+        drop(in_turn);
         tokio::time::sleep(INTERVAL).await;
     }
 }
 
-/// Ends what [`keep_warm`] was at: a cutover's statements must not wait for a vacuum.
+/// Ends what [`keep_warm`] was at, and refreshes of materialized views: a cutover's statements must not wait for them.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -49,11 +55,11 @@ pub async fn stop(target: &Client, application_name: &str) -> Result<()> {
     target
         .query(
             "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
-             WHERE application_name = $1 AND query ~ '^(VACUUM|ANALYZE) ' AND pid <> pg_catalog.pg_backend_pid()",
+             WHERE application_name = $1 AND query ~ '^(VACUUM|ANALYZE|REFRESH) ' AND pid <> pg_catalog.pg_backend_pid()",
             &[&application_name],
         )
         .await
-        .context(|| "ending our vacuum on the target".into())?;
+        .context(|| "ending our maintenance on the target".into())?;
     Ok(())
 }
 

@@ -29,6 +29,7 @@ use std::time::Instant;
 use statements::{Key, Staging, Statements, What, text};
 
 use super::copy_rows::CopyRows;
+use super::role::ApplyRole;
 use super::serial;
 use crate::connection::ConnectionSpec;
 use crate::connection::pipeline::{Requests, Value};
@@ -43,7 +44,7 @@ use crate::source::catalog::Table;
 /// A lock wait of this length is a refusal (I5): a session that waits for its sibling would wait for ever, because the sibling
 /// waits for it at the barrier, where PostgreSQL sees no deadlock. What is looked for in pg_settings came with 11 and 12, and the old
 /// server of a way back may be older.
-const SETTINGS: &str = "SET session_replication_role = replica; SET synchronous_commit = off; SET lock_timeout = '10s'; \
+const SETTINGS: &str = "SET synchronous_commit = off; SET lock_timeout = '10s'; \
      SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off; \
      SET enable_material = off; SET max_parallel_workers_per_gather = 0; \
      SELECT pg_catalog.set_config(s.name, v.value, false) FROM pg_catalog.pg_settings s \
@@ -122,6 +123,7 @@ pub struct Writer {
     staging_made: Vec<(usize, Staging)>,
     /// Those of them that this transaction has filled.
     staged: HashSet<(usize, Staging)>,
+    role: ApplyRole,
     opened: Instant,
 }
 
@@ -151,13 +153,17 @@ impl Pipeline {
 }
 
 impl Writer {
-    /// Opens a session.
+    /// Opens a session that writes in a role.
     ///
     /// # Errors
     /// Whatever the server says.
-    pub async fn open(target: &ConnectionSpec, application_name: &str) -> Result<Writer> {
+    pub async fn open(target: &ConnectionSpec, application_name: &str, role: ApplyRole) -> Result<Writer> {
         let mut session = RawSession::connect(target, application_name).await?;
-        session.simple_query(SETTINGS).await.context(|| "preparing an apply session on the target".into())?;
+        let settings = match role {
+            ApplyRole::Replica => format!("{SETTINGS}; SET session_replication_role = replica"),
+            ApplyRole::Origin => SETTINGS.to_owned(),
+        };
+        session.simple_query(&settings).await.context(|| "preparing an apply session on the target".into())?;
         Ok(Writer {
             session,
             in_transaction: false,
@@ -165,6 +171,7 @@ impl Writer {
             staging: HashSet::new(),
             staging_made: Vec::new(),
             staged: HashSet::new(),
+            role,
             opened: Instant::now(),
         })
     }
@@ -307,6 +314,9 @@ impl Writer {
             self.session.simple_query("DEALLOCATE ALL").await?;
         }
         pipeline.text("BEGIN")?;
+        if self.role == ApplyRole::Origin {
+            pipeline.text(self.role.begin_statement())?;
+        }
         self.in_transaction = true;
         Ok(())
     }

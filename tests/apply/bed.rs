@@ -28,6 +28,7 @@ use walferry::source::catalog::{self, Table};
 use walferry::source::slot;
 use walferry::source::snapshot::SnapshotData;
 use walferry::target::ledger::{self, Migration, Part, Phase, Prepared};
+use walferry::target::role::ApplyRole;
 use walferry::target::writer::{SINGLE_ROWS_MAX, Writer};
 
 static SHARED: Mutex<Weak<ThrowawayServer>> = Mutex::const_new(Weak::new());
@@ -239,7 +240,7 @@ impl Bed {
     pub async fn writers(&self) -> Result<Vec<Writer>> {
         let mut writers = Vec::new();
         for _ in 0..self.workers {
-            writers.push(Writer::open(&self.target_spec(), "walferry/apply").await?);
+            writers.push(Writer::open(&self.target_spec(), "walferry/apply", ApplyRole::Replica).await?);
         }
         Ok(writers)
     }
@@ -425,6 +426,7 @@ async fn record(
         snapshot_floor: 0,
         queue: "queue".into(),
         way_back: None,
+        apply_role: ApplyRole::Replica,
     };
     ledger::create(target, &migration).await.unwrap();
     let entries: Vec<(Table, bool)> =

@@ -10,6 +10,7 @@ use walferry::lsn::Lsn;
 use walferry::source::catalog::{ReplicaIdentity, Table};
 use walferry::source::snapshot::SnapshotData;
 use walferry::target::ledger::{self, Migration, Part, Phase, Prepared};
+use walferry::target::role::ApplyRole;
 use walferry::target::writer::Writer;
 
 /// A target with the ledger of a migration of one table, `public.t`, whose one part is planned.
@@ -35,6 +36,7 @@ async fn prepared_target() -> ThrowawayServer {
         snapshot_floor: 0,
         queue: "queue".into(),
         way_back: None,
+        apply_role: ApplyRole::Replica,
     };
     ledger::create(&mut client, &migration).await.unwrap();
     let prepared = Prepared {
@@ -74,6 +76,7 @@ fn table() -> Table {
         estimated_rows: 0.0,
         updates_and_deletes: 0,
         relfilenode: None,
+        firing: Vec::new(),
     }
 }
 
@@ -83,8 +86,8 @@ fn table() -> Table {
 async fn a_batch_is_not_committed_again_beside_a_session_that_seemed_lost() {
     let server = prepared_target().await;
     let spec = ConnectionSpec::parse(&server.url()).unwrap();
-    let mut lost = Writer::open(&spec, "lost").await.unwrap();
-    let mut successor = Writer::open(&spec, "successor").await.unwrap();
+    let mut lost = Writer::open(&spec, "lost", ApplyRole::Replica).await.unwrap();
+    let mut successor = Writer::open(&spec, "successor", ApplyRole::Replica).await.unwrap();
     lost.begin().await.unwrap();
     successor.begin().await.unwrap();
     let stood = [(0, Lsn(16)), (1, Lsn(16))];

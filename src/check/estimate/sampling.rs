@@ -323,6 +323,7 @@ mod tests {
             estimated_rows: -1.0,
             updates_and_deletes: 0,
             relfilenode: None,
+            firing: Vec::new(),
         }
     }
 

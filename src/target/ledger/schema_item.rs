@@ -11,14 +11,20 @@ pub enum Section {
     PreData,
     /// After the rows: indexes, constraints, triggers, rules.
     PostData,
+    /// Of those, what waits for the cutover because it would fire, where rows are written in the origin role (H23).
+    AtCutover,
+    /// What the cutover leaves to be done while applications are at work again; its name is that of an object in the fingerprint.
+    AfterCutover,
 }
 
 impl Section {
-    /// As `pg_restore` spells it.
+    /// In the ledger; the first two are as `pg_restore` spells them.
     pub fn name(self) -> &'static str {
         match self {
             Section::PreData => "pre-data",
             Section::PostData => "post-data",
+            Section::AtCutover => "at-cutover",
+            Section::AfterCutover => "after-cutover",
         }
     }
 }

@@ -174,7 +174,7 @@ pub async fn begin_at(client: &Client, draft: &str, release: Lsn) -> Result<()> 
     client.batch_execute(&statements).await.context(|| "writing where the way back begins".into())
 }
 
-/// Fills in the hashes of what the cutover itself has changed on the new server.
+/// Fills in the hashes of what the cutover itself has changed on the new server, but for what is not there or left to be done.
 ///
 /// # Errors
 /// Whatever the server says.

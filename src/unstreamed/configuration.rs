@@ -1,0 +1,138 @@
+//! The rows that users have in the configuration tables of extensions ("Extension Configuration Tables" in the manual).
+//!
+//! The tables come with `CREATE EXTENSION`, and `pg_dump` takes their rows for data, not for schema. They are few, and in no
+//! publication of ours (an extension's tables are its own): so they are compared as a whole, by a hash that each server makes, and
+//! replaced where they differ.
+
+use bytes::Bytes;
+use futures_util::{SinkExt, StreamExt, pin_mut};
+use tokio_postgres::Client;
+
+use crate::error::{Context, Result};
+use crate::sql;
+
+/// Their rows are at work wherever they stand: a job would run on the target before the cutover, and twice. `check` says so.
+pub(crate) const LEFT_OUT: &str = "'pg_cron', 'timescaledb'";
+
+/// A table (or sequence) that an extension has marked as configuration.
+struct Configured {
+    extension: String,
+    /// Ready for SQL.
+    name: String,
+    is_sequence: bool,
+    /// `WHERE …`, or nothing: which rows are the user's.
+    condition: String,
+    /// Ready for SQL, without generated ones.
+    columns: String,
+}
+
+/// Makes the target's rows those of the source. Answers how many tables and sequences differed.
+///
+/// # Errors
+/// Whatever the servers say; an extension whose rows cannot be written is as it was.
+pub async fn sync(source: &Client, target: &Client) -> Result<usize> {
+    let configured = list(source).await?;
+    let mut differing = 0;
+    for of_extension in configured.chunk_by(|a, b| a.extension == b.extension) {
+        differing += sync_extension(source, target, of_extension)
+            .await
+            .context(|| format!("copying the configuration of the extension {}", of_extension[0].extension))?;
+    }
+    Ok(differing)
+}
+
+/// In the order in which each extension has named them, which is the order of their foreign keys. What our role may not read is left
+/// out, and named by `check`.
+async fn list(source: &Client) -> Result<Vec<Configured>> {
+    let rows = source
+        .query_typed(
+            &format!(
+                "SELECT e.extname::text, n.nspname, c.relname, c.relkind = 'S', coalesce(e.extcondition[u.o], ''), \
+                        (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', ' ORDER BY a.attnum) \
+                         FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+                           AND coalesce(pg_catalog.to_jsonb(a)->>'attgenerated', '') = '') \
+                 FROM pg_catalog.pg_extension e, pg_catalog.unnest(e.extconfig) WITH ORDINALITY u(relid, o), pg_catalog.pg_class c, \
+                      pg_catalog.pg_namespace n \
+                 WHERE c.oid = u.relid AND n.oid = c.relnamespace AND c.relkind IN ('r', 'p', 'S') AND e.extname NOT IN ({LEFT_OUT}) \
+                   AND pg_catalog.has_table_privilege(c.oid, 'SELECT') \
+                 ORDER BY e.extname, u.o"
+            ),
+            &[],
+        )
+        .await
+        .context(|| "listing the configuration tables of extensions".into())?;
+    Ok(rows
+        .iter()
+        .map(|row| Configured {
+            extension: row.get(0),
+            name: sql::qualified(row.get(1), row.get(2)),
+            is_sequence: row.get(3),
+            condition: row.get(4),
+            columns: row.get::<_, Option<String>>(5).unwrap_or_default(),
+        })
+        .collect())
+}
+
+async fn sync_extension(source: &Client, target: &Client, configured: &[Configured]) -> Result<usize> {
+    let mut differing = Vec::new();
+    for this in configured {
+        if !same(source, target, this).await? {
+            differing.push(this);
+        }
+    }
+    if differing.is_empty() {
+        return Ok(0);
+    }
+    target.batch_execute("BEGIN").await?;
+    let replaced = replace(source, target, &differing).await;
+    target.batch_execute(if replaced.is_ok() { "COMMIT" } else { "ROLLBACK" }).await?;
+    replaced.map(|()| differing.len())
+}
+
+async fn same(source: &Client, target: &Client, this: &Configured) -> Result<bool> {
+    let Configured { name, condition, columns, .. } = this;
+    let query = if this.is_sequence {
+        format!("SELECT last_value || '/' || is_called FROM {name}")
+    } else {
+        format!(
+            "SELECT pg_catalog.count(*) || '/' || coalesce(pg_catalog.sum(('x' || pg_catalog.left(pg_catalog.md5(r::text), 15))::bit(60)::int8), 0) \
+             FROM (SELECT {columns} FROM {name} {condition}) r"
+        )
+    };
+    let doing = || format!("comparing {name}");
+    let (here, there) =
+        tokio::try_join!(source.query_typed_one(&query, &[]), target.query_typed_one(&query, &[])).context(doing)?;
+    Ok(here.get::<_, String>(0) == there.get::<_, String>(0))
+}
+
+async fn replace(source: &Client, target: &Client, differing: &[&Configured]) -> Result<()> {
+    for this in differing.iter().rev().filter(|this| !this.is_sequence) {
+        let delete = format!("DELETE FROM {} {}", this.name, this.condition);
+        target.batch_execute(&delete).await.context(|| format!("emptying {}", this.name))?;
+    }
+    for this in differing {
+        let Configured { name, condition, columns, .. } = this;
+        let doing = || format!("copying {name}");
+        if this.is_sequence {
+            let row = source
+                .query_typed_one(&format!("SELECT last_value, is_called FROM {name}"), &[])
+                .await
+                .context(doing)?;
+            let (value, is_called): (i64, bool) = (row.get(0), row.get(1));
+            let set = format!("SELECT pg_catalog.setval({}, {value}, {is_called})", sql::literal(name));
+            target.batch_execute(&set).await.context(doing)?;
+            continue;
+        }
+        let rows = source
+            .copy_out(&format!("COPY (SELECT {columns} FROM {name} {condition}) TO STDOUT"))
+            .await
+            .context(doing)?;
+        let sink = target.copy_in::<_, Bytes>(&format!("COPY {name} ({columns}) FROM STDIN")).await.context(doing)?;
+        pin_mut!(rows, sink);
+        while let Some(row) = rows.next().await {
+            sink.send(row.context(doing)?).await.context(doing)?;
+        }
+        sink.finish().await.context(doing)?;
+    }
+    Ok(())
+}
