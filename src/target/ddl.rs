@@ -15,6 +15,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Firing, Hash, Objects, Table};
 use crate::source::ddl::{Caller, Told, ToldColumn};
+use crate::source::version::Version;
 use crate::sql;
 
 const LOG: &str = "CREATE TABLE IF NOT EXISTS walferry.ddl ( \
@@ -47,7 +48,8 @@ pub async fn is_replicated(client: &Client) -> Result<bool> {
 /// # Errors
 /// Whatever the server says.
 pub async fn definitions(writer: &mut Writer) -> Result<BTreeMap<String, String>> {
-    pairs(writer, &catalog::fingerprint_query(Hash::OfTheDefinition, &Objects::ALL)).await
+    // Every target has what this asks for.
+    pairs(writer, &catalog::fingerprint_query(Version(13), Hash::OfTheDefinition, &Objects::ALL)).await
 }
 
 /// The fingerprint that the ledger has.
