@@ -21,14 +21,15 @@ demo: setup ## Moves a shop between two throwaway servers while it is being writ
 	target/release/walferry demo
 
 test: setup-tests ## Runs every test; they start servers of their own
+	@scripts/servers.sh 10 12 13 14 15 16 17 18 tools >/dev/null || echo "make: without servers of other versions their tests are skipped, or with CI=true fail" >&2
 	@if cargo nextest --version >/dev/null 2>&1; then \
 		cargo nextest run --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
 	else \
 		cargo test --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
 	fi
 
-fixtures: setup ## Captures the proto-fixtures from a server again
-	cargo run --locked --example capture-fixtures
+fixtures: setup ## Captures the proto-fixtures from a server of each version again
+	cargo run --locked --example capture-fixtures -- "$$(scripts/servers.sh)"
 
 lint: ## Checks format, lints and documentation
 	cargo fmt --check

@@ -1,4 +1,5 @@
-//! Captures the fixtures beside this file from a throwaway server: `cargo run --example capture-fixtures`.
+//! Captures the fixtures beside this file from throwaway servers of each version, which lie in one directory as
+//! scripts/servers.sh gets them: `make fixtures`, or `cargo run --example capture-fixtures -- DIRECTORY`.
 //!
 //! Each scenario runs its SQL once. The same WAL is then decoded twice by the server's own pgoutput, in text and in
 //! binary mode, and each goes to one file. README.md explains their form.
@@ -19,16 +20,22 @@ use server::Server;
 /// What is done on the server, and which file tells of it.
 struct Scenario {
     name: &'static str,
+    /// The first version that has it.
+    since: i32,
     /// Done before, and not captured.
     setup: &'static [&'static str],
     /// Each is sent by itself, and is a transaction of its own.
     captured: &'static [&'static str],
 }
 
+/// The column that versions before 12 do not have.
+const GENERATED: &str = ", doubled int GENERATED ALWAYS AS (2) STORED";
+
 /// `tests/proto_fixtures.rs` knows what these do, and checks it by meaning.
 const SCENARIOS: [Scenario; 8] = [
     Scenario {
         name: "insert",
+        since: 10,
         setup: &[
             "CREATE TYPE mood AS ENUM ('calm', 'wild')",
             // aclitem has no send function, so its column comes as text in binary mode too.
@@ -40,6 +47,7 @@ const SCENARIOS: [Scenario; 8] = [
     },
     Scenario {
         name: "update",
+        since: 10,
         setup: &[
             "CREATE TABLE by_key (id int PRIMARY KEY, note text, big text)",
             // Out of line and not compressed, so that an update which does not touch it leaves it out.
@@ -50,6 +58,7 @@ const SCENARIOS: [Scenario; 8] = [
     },
     Scenario {
         name: "update-old-row",
+        since: 10,
         setup: &[
             "CREATE TABLE by_row (id int, note text, big text)",
             "ALTER TABLE by_row ALTER big SET STORAGE EXTERNAL, REPLICA IDENTITY FULL",
@@ -59,6 +68,7 @@ const SCENARIOS: [Scenario; 8] = [
     },
     Scenario {
         name: "delete",
+        since: 10,
         setup: &[
             "CREATE TABLE gone_by_key (note text, id int PRIMARY KEY)",
             "CREATE TABLE gone_by_row (note text, id int, nothing text)",
@@ -70,6 +80,7 @@ const SCENARIOS: [Scenario; 8] = [
     },
     Scenario {
         name: "truncate",
+        since: 11,
         setup: &[
             "CREATE TABLE single (id int)",
             "CREATE TABLE parent (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY)",
@@ -84,6 +95,7 @@ const SCENARIOS: [Scenario; 8] = [
     },
     Scenario {
         name: "logical-message",
+        since: 10,
         setup: &[],
         captured: &[
             "SELECT pg_logical_emit_message(true, 'walferry', 'marker 1')",
@@ -93,6 +105,7 @@ const SCENARIOS: [Scenario; 8] = [
     },
     Scenario {
         name: "origin",
+        since: 10,
         setup: &["CREATE TABLE replicated (id int)", "SELECT pg_replication_origin_create('elsewhere')"],
         captured: &["SELECT pg_replication_origin_session_setup('elsewhere');
                BEGIN;
@@ -103,6 +116,7 @@ const SCENARIOS: [Scenario; 8] = [
     },
     Scenario {
         name: "relation",
+        since: 10,
         setup: &[
             "CREATE TABLE identity_default (id int PRIMARY KEY, note text)",
             "CREATE TABLE identity_nothing (id int PRIMARY KEY)",
@@ -115,7 +129,6 @@ const SCENARIOS: [Scenario; 8] = [
             r#"CREATE SCHEMA "Lager""#,
             r#"CREATE TABLE "Lager"."the ""big"" table" (id int)"#,
             // The only way to see the empty schema on the wire.
-            "SET allow_system_table_mods = on",
             "CREATE TYPE pg_catalog.size AS ENUM ('small')",
             "CREATE TABLE pg_catalog.built_in (size pg_catalog.size)",
         ],
@@ -136,57 +149,73 @@ const SCENARIOS: [Scenario; 8] = [
 async fn main() -> Result<(), Box<dyn Error>> {
     // An interruption must not leave the server behind. From here on it no longer ends the process by itself.
     let mut interruption = signal(SignalKind::interrupt())?;
-    let server = Server::start()?;
-    let files = tokio::select! {
-        biased;
-        _ = interruption.recv() => return Err("interrupted; the fixtures are as they were".into()),
-        files = capture(&server) => files?,
-    };
+    let servers = std::env::args_os().nth(1).ok_or("the directory of the servers is missing: run `make fixtures`")?;
+    let mut files = Vec::new();
+    for major in 10..=18 {
+        let server = Server::start(Path::new(&servers).join(major.to_string()).join("bin"))?;
+        tokio::select! {
+            biased;
+            _ = interruption.recv() => return Err("interrupted; the fixtures are as they were".into()),
+            captured = capture(&server, major) => files.extend(captured.map_err(|error| format!("PostgreSQL {major}: {}", with_causes(error.as_ref())))?),
+        }
+    }
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto-fixtures");
     for (name, text) in files {
-        std::fs::write(directory.join(&name), text)?;
+        let file = directory.join(&name);
+        std::fs::create_dir_all(file.parent().unwrap_or(&directory))?;
+        std::fs::write(file, text)?;
         println!("proto-fixtures/{name}");
     }
     Ok(())
 }
 
 /// Every fixture's name and text.
-async fn capture(server: &Server) -> Result<Vec<(String, String)>, Box<dyn Error>> {
-    let host = server.socket().to_str().ok_or("a directory that is not UTF-8")?;
-    let (client, connection) =
-        tokio_postgres::Config::new().host(host).user("postgres").dbname("postgres").connect(NoTls).await?;
-    tokio::spawn(connection);
-
+async fn capture(server: &Server, major: i32) -> Result<Vec<(String, String)>, Box<dyn Error>> {
+    let client = connect(server).await?;
     let version: String = client.query_one("SELECT current_setting('server_version')", &[]).await?.try_get(0)?;
     client.batch_execute("CREATE PUBLICATION fixtures FOR ALL TABLES").await?;
     client.execute("SELECT pg_create_logical_replication_slot('fixtures', 'pgoutput')", &[]).await?;
 
     let mut files = Vec::new();
-    for scenario in &SCENARIOS {
+    for scenario in SCENARIOS.iter().filter(|scenario| major >= scenario.since) {
         for sql in scenario.setup {
-            client.batch_execute(sql).await.map_err(|error| format!("{sql}: {}", with_causes(&error)))?;
+            // There are none before 12.
+            let sql = if major < 12 { sql.replace(GENERATED, "") } else { (*sql).to_owned() };
+            client.batch_execute(&sql).await.map_err(|error| format!("{sql}: {}", with_causes(&error)))?;
         }
-        changes(&client, "get", "false").await?;
+        changes(server, major, "get", "false").await?;
         for sql in scenario.captured {
             client.batch_execute(sql).await.map_err(|error| format!("{sql}: {}", with_causes(&error)))?;
         }
         // The functions read as far as the WAL is flushed. A message outside of a transaction does not flush it; this does.
         client.execute("SELECT pg_switch_wal()", &[]).await?;
-        for (mode, take, binary) in [("text", "peek", "false"), ("binary", "get", "true")] {
-            let messages = changes(&client, take, binary).await?;
-            let name = format!("{}.{mode}.txt", scenario.name);
+        let modes = [("binary", "peek", "true"), ("text", "get", "false")];
+        for (mode, take, binary) in modes.into_iter().filter(|(mode, ..)| *mode == "text" || major >= 14) {
+            let messages = changes(server, major, take, binary).await?;
+            let name = format!("{major}/{}.{mode}.txt", scenario.name);
             files.push((name, fixture(scenario, mode, &version, messages)?));
         }
     }
     Ok(files)
 }
 
+async fn connect(server: &Server) -> Result<Client, Box<dyn Error>> {
+    let host = server.socket().to_str().ok_or("a directory that is not UTF-8")?;
+    let (client, connection) =
+        tokio_postgres::Config::new().host(host).user("postgres").dbname("postgres").connect(NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client)
+}
+
 /// What pgoutput says about everything since the last `get`; a `peek` leaves it there.
-async fn changes(client: &Client, take: &str, binary: &str) -> Result<Vec<Vec<u8>>, Box<dyn Error>> {
+async fn changes(server: &Server, major: i32, take: &str, binary: &str) -> Result<Vec<Vec<u8>>, Box<dyn Error>> {
+    let options = if major >= 14 { format!(", 'messages', 'true', 'binary', '{binary}'") } else { String::new() };
     let sql = format!(
         "SELECT data FROM pg_logical_slot_{take}_binary_changes('fixtures', NULL, NULL, 'proto_version', '1',
-         'publication_names', 'fixtures', 'messages', 'true', 'binary', '{binary}')"
+         'publication_names', 'fixtures'{options})"
     );
+    // In a session of its own: pgoutput of old servers leaves something behind in each that it was called in, and fails at the tenth.
+    let client = connect(server).await?;
     let rows = client.query(&sql, &[]).await?;
     rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
 }

@@ -13,9 +13,7 @@ pub struct Server {
 
 impl Server {
     /// Makes a cluster with `wal_level=logical` and starts it.
-    pub fn start() -> Result<Server, Box<dyn Error>> {
-        let programs =
-            find_programs().ok_or("initdb and pg_ctl are neither in PATH nor in /usr/lib/postgresql/*/bin")?;
+    pub fn start(programs: PathBuf) -> Result<Server, Box<dyn Error>> {
         // Made by the user that the server runs as, who must be able to write to it.
         let directory = run(as_server_user("mktemp").args(["-d", "/tmp/walferry-fixtures.XXXXXX"]))?;
         let server = Server { programs, directory: PathBuf::from(directory.trim()) };
@@ -23,8 +21,11 @@ impl Server {
         run(as_server_user(server.programs.join("initdb"))
             .args(["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "-D"])
             .arg(&data))?;
-        let settings =
-            format!("-k {} -c listen_addresses= -c wal_level=logical -c fsync=off", server.socket().display());
+        // Autovacuum's transactions would be in the stream of servers that send empty ones. The last lets a table be made in pg_catalog.
+        let settings = format!(
+            "-k {} -c listen_addresses= -c wal_level=logical -c fsync=off -c autovacuum=off -c allow_system_table_mods=on",
+            server.socket().display()
+        );
         run(as_server_user(server.programs.join("pg_ctl"))
             .args(["start", "--wait", "--silent", "--options", &settings, "--log"])
             .arg(server.directory.join("log"))
@@ -57,18 +58,6 @@ impl Drop for Server {
             eprintln!("cannot remove {}: {error}", self.directory.display());
         }
     }
-}
-
-/// The directory of the server's programs: that in PATH, else the newest of Debian's.
-fn find_programs() -> Option<PathBuf> {
-    let complete = |directory: &PathBuf| ["initdb", "pg_ctl"].iter().all(|program| directory.join(program).is_file());
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).find(complete).or_else(|| {
-        let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?.flatten();
-        let numbered = versions.filter_map(|entry| Some((entry.file_name().to_str()?.parse::<u32>().ok()?, entry)));
-        let directories = numbered.map(|(version, entry)| (version, entry.path().join("bin")));
-        directories.filter(|(_, directory)| complete(directory)).max().map(|(_, directory)| directory)
-    })
 }
 
 /// A program run by the user that may run a server: PostgreSQL refuses root, whose place `postgres` takes.

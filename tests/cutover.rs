@@ -60,7 +60,7 @@ async fn a_cutover_that_is_given_up_leaves_no_fence_and_a_later_one_goes_through
     let holder = migration.target().await;
     holder.batch_execute("BEGIN; LOCK TABLE app.heavy IN SHARE MODE").await.unwrap();
     migration.source().await.batch_execute("UPDATE app.heavy SET n = n + 1 WHERE id = 1").await.unwrap();
-    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse", "--timeout", "2s", "--json"]).await;
+    let refused = migration.with_directory("cutover", &["--yes", "--no-reverse", "--timeout", "6s", "--json"]).await;
     println!("{}", refused.stderr);
     refused.assert_refused(5, &["before the fence", "--timeout"]);
     assert_eq!(refused.stdout, "", "no outcome without a cutover");
@@ -211,8 +211,9 @@ async fn where_it_is_asked_for_only_what_was_compared_is_cut_over() {
         .await
         .assert_refused(5, &["have not been compared", "walferry verify"]);
 
+    // No row that the application writes: it goes on, and would heal it.
     let planted = migration.target().await;
-    planted.batch_execute("UPDATE app.heavy SET n = -1 WHERE id = 100").await.unwrap();
+    planted.batch_execute("INSERT INTO app.heavy VALUES (200000, -1, 'planted')").await.unwrap();
     assert_eq!(migration.with_directory("verify", &[]).await.code, Some(4));
     migration.with_directory("cutover", &cutover).await.assert_refused(5, &["the two sides differ", "heavy"]);
 

@@ -370,6 +370,14 @@ async fn it_is_checked_beforehand_and_fixed_when_the_migration_begins() {
     let without = migration.with_servers("check", &[]).await;
     assert!(!without.stdout.contains("event triggers"), "{}", without.stdout);
     migration.source_url = superuser;
+    // A trigger that DDL brings would fire for every row where the target is not written to in the replica role.
+    let target_url = migration.target_url.clone();
+    migration.target_url = target_url.replace("postgres@", "plain@");
+    servers.target.connect("checked").await.unwrap().batch_execute("CREATE ROLE plain LOGIN").await.unwrap();
+    let refused = migration.with_servers("check", &["--replicate-ddl"]).await;
+    assert_eq!(refused.code, Some(3));
+    assert!(refused.stdout.contains("a trigger or foreign key that DDL brings"), "{}", refused.stdout);
+    migration.target_url = target_url;
 
     let mut running = migration.migrate(&[]);
     migration.wait_for_phase(&mut running, "following").await;
@@ -388,4 +396,40 @@ async fn it_is_checked_beforehand_and_fixed_when_the_migration_begins() {
     assert_eq!(migration.with_servers("clean", &[]).await.code, Some(0));
     std::fs::remove_dir_all(migration.directory()).unwrap();
     assert_eq!(migration.left_over().await, Vec::<String>::new());
+}
+
+/// What fires for every session would do on the target again what it did on the source.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn triggers_and_rules_that_ddl_makes_fire_always_are_quiet_until_the_switch() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("always").await;
+    let source = migration.source().await;
+    let tables = "CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE log (id int PRIMARY KEY, n int DEFAULT 0);
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN INSERT INTO public.log VALUES (NEW.id) ON CONFLICT (id) DO UPDATE SET n = log.n + 1; RETURN NULL; END $$;
+        CREATE TRIGGER early AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION note(); ALTER TABLE t ENABLE ALWAYS TRIGGER early;
+        CREATE TRIGGER eased AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION note(); ALTER TABLE t ENABLE ALWAYS TRIGGER eased;
+        CREATE TRIGGER gone AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION note(); ALTER TABLE t ENABLE ALWAYS TRIGGER gone";
+    source.batch_execute(tables).await.unwrap();
+    let mut running = follows(&migration).await;
+    for step in [
+        "INSERT INTO t VALUES (1)",
+        "CREATE TRIGGER late AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION note()",
+        "ALTER TABLE t ENABLE ALWAYS TRIGGER late",
+        "CREATE RULE counted AS ON DELETE TO t DO ALSO UPDATE log SET n = n + 100 WHERE log.id = OLD.id",
+        "ALTER TABLE t ENABLE REPLICA RULE counted",
+        "ALTER TABLE t ENABLE TRIGGER eased",
+        "DROP TRIGGER gone ON t",
+        "INSERT INTO t VALUES (2), (3)",
+        "DELETE FROM t WHERE id = 2",
+    ] {
+        source.batch_execute(step).await.unwrap();
+    }
+    all_is_applied(&migration, &mut running).await;
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
+    let enabled = "SELECT string_agg(tgname || tgenabled::text, ' ' ORDER BY tgname) || ' ' || (SELECT ev_enabled::text FROM pg_rewrite WHERE rulename = 'counted') \
+                   FROM pg_trigger WHERE tgrelid = 'public.t'::regclass";
+    let row = migration.target().await.query_one(enabled, &[]).await.unwrap();
+    assert_eq!(row.get::<_, &str>(0), "earlyA easedO lateA R");
 }

@@ -17,17 +17,18 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::Marker;
 use super::layout::Layout;
 use super::net::{Effect, NeedsSerialReplay, Net, NetChanges};
 use crate::decode::{Datum, Message, Tuple, decode};
 use crate::error::{Context, Result};
 use crate::lsn::Lsn;
 use crate::queue::{Entry, Reader, TransactionHead};
+use crate::source::marker;
 use crate::target::copy_rows::CopyRows;
 use crate::target::writer::TableWrites;
 
-/// The prefix of our own logical messages: the cutover's markers.
-pub const MARKER_PREFIX: &str = "walferry";
+pub use crate::source::marker::PREFIX as MARKER_PREFIX;
 
 /// A chunk is written once it has read this much of the queue. Part of the format: see the module's head.
 ///
@@ -81,8 +82,8 @@ pub struct UnitEnd {
     pub changes: u64,
     /// Commit time of its last transaction, microseconds since 2000-01-01.
     pub commit_time: i64,
-    /// Our own messages in it.
-    pub markers: Vec<String>,
+    /// Our own messages in it, with the changes of rows in it that came before each.
+    pub markers: Vec<Marker>,
 }
 
 /// What the assembler hands on.
@@ -233,7 +234,9 @@ impl Assembler {
     /// Whether the unit ends with the transaction that has just ended.
     fn is_full(&self) -> bool {
         let wanted = self.until.is_some_and(|until| self.complete >= until);
-        wanted || !self.unit.markers.is_empty() || self.chunk_bytes >= UNIT_BYTES
+        // Somebody waits for a marker; an empty transaction may be nobody's, and there may be many.
+        let awaited = self.unit.markers.last().is_some_and(|last| !marker::is_of_empty_transaction(&last.content));
+        wanted || awaited || self.chunk_bytes >= UNIT_BYTES
     }
 
     fn change(&mut self, head: TransactionHead, bytes: &Bytes) -> Result<Result<(), NeedsSerialReplay>> {
@@ -248,7 +251,8 @@ impl Assembler {
                     return Ok(Err(NeedsSerialReplay));
                 }
                 if prefix == MARKER_PREFIX {
-                    self.unit.markers.push(String::from_utf8_lossy(content).into_owned());
+                    let content = String::from_utf8_lossy(content).into_owned();
+                    self.unit.markers.push(Marker { content, changes: self.unit.changes });
                 }
                 return Ok(Ok(()));
             }

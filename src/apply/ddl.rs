@@ -108,11 +108,13 @@ impl Replay<'_> {
         };
         let after = ddl::definitions(self.writer).await?;
         let mut record = self.redefine(head, &told, tables, &changed).await?;
-        if outcome != LEFT {
+        let is_left = outcome == LEFT;
+        if !is_left {
             self.fingerprint(&told, &recorded, (&before, &after), &mut record).await?;
         }
         ddl::record(self.writer, &record).await?;
-        ddl::note(self.writer, head.commit_lsn, &told.tag, &told.objects(), outcome).await?;
+        let left: Vec<&String> = if is_left { changed.keys().collect() } else { Vec::new() };
+        ddl::note(self.writer, head.commit_lsn, &told, outcome, &left).await?;
         tracing::info!(tag = told.tag, objects = told.objects(), outcome, "DDL of the source");
         self.ddl_replayed += 1;
         Ok(())
@@ -266,7 +268,9 @@ impl Replay<'_> {
         (before, after): (&Definitions, &Definitions),
         record: &mut Recorded,
     ) -> Result<()> {
+        let left = ddl::left(self.writer).await?;
         record.present = told.fingerprint.clone();
+        record.present.retain(|object, _| !left.contains_key(object));
         // What is no longer there under the table's name of before, where it was another.
         let mut names = Vec::new();
         for table in &record.redefined {

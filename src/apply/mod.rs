@@ -24,7 +24,7 @@ pub mod net;
 pub mod reconcile;
 pub mod replay;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -54,10 +54,31 @@ const SESSION_AGE_MAX: Duration = Duration::from_secs(600);
 pub struct Applied {
     /// Everything that ends here or before is committed on the target (perhaps not yet flushed).
     pub end_lsn: Lsn,
-    /// Our newest marker that went all the way.
-    pub marker: Option<Marker>,
+    /// The newest markers that went all the way, the oldest first. More than one: whoever waits for the last but one may be late.
+    markers: VecDeque<Marker>,
     /// Row changes since the process began.
     pub changes: u64,
+}
+
+/// How many markers are remembered. Before PostgreSQL 14 every empty transaction is one (`source::marker`).
+const MARKERS_MAX: usize = 256;
+
+impl Applied {
+    /// The marker that says this, if it went all the way and is not long ago.
+    pub fn marker(&self, content: &str) -> Option<&Marker> {
+        self.markers.iter().rev().find(|marker| marker.content == content)
+    }
+
+    fn advance(&mut self, end: &UnitEnd) {
+        self.end_lsn = end.end_lsn;
+        for Marker { content, changes } in &end.markers {
+            if self.markers.len() == MARKERS_MAX {
+                self.markers.pop_front();
+            }
+            self.markers.push_back(Marker { content: content.clone(), changes: self.changes + changes });
+        }
+        self.changes += end.changes;
+    }
 }
 
 /// One of our messages in the stream, seen at the far end.
@@ -65,7 +86,7 @@ pub struct Applied {
 pub struct Marker {
     /// What it says.
     pub content: String,
-    /// Row changes since the process began that came before it.
+    /// Row changes that came before it, since the process began; in a unit, since the unit began.
     pub changes: u64,
 }
 
@@ -334,13 +355,7 @@ impl Apply {
 
 /// Tells everybody that a unit is committed.
 fn publish(applied: &watch::Sender<Applied>, board: &StatusBoard, end: &UnitEnd, elapsed: Duration) {
-    applied.send_modify(|applied| {
-        applied.end_lsn = end.end_lsn;
-        applied.changes += end.changes;
-        if let Some(content) = end.markers.last() {
-            applied.marker = Some(Marker { content: content.clone(), changes: applied.changes });
-        }
-    });
+    applied.send_modify(|applied| applied.advance(end));
     board.applied(AppliedBatch {
         transactions: end.transactions,
         changes: end.changes,
@@ -348,4 +363,23 @@ fn publish(applied: &watch::Sender<Applied>, board: &StatusBoard, end: &UnitEnd,
         commit_time: end.commit_time,
         elapsed,
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_marker_is_found_though_others_came_behind_it_and_not_all_are_kept() {
+        let marker = |number: u64| Marker { content: format!("xid {number}"), changes: 1 };
+        let unit = |number: u64| UnitEnd { changes: 2, markers: vec![marker(number)], ..UnitEnd::default() };
+        let mut applied = Applied::default();
+        (0..1000).for_each(|number| applied.advance(&unit(number)));
+        assert_eq!(
+            applied.marker("xid 900").map(|marker| marker.changes),
+            Some(1801),
+            "all before it, and none behind it"
+        );
+        assert_eq!((applied.marker("xid 1"), applied.markers.len()), (None, MARKERS_MAX));
+    }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use super::Marker;
 use super::assemble::{MARKER_PREFIX, UnitEnd};
 use super::change::{Adoption, Announced, Change};
 use super::conflict::{self, OnConflict};
@@ -193,7 +194,8 @@ impl Replay<'_> {
         let layout = Arc::clone(&self.layout);
         match message {
             Message::Logical { prefix, content, .. } if prefix == MARKER_PREFIX => {
-                end.markers.push(String::from_utf8_lossy(content).into_owned());
+                let content = String::from_utf8_lossy(content).into_owned();
+                end.markers.push(Marker { content, changes: end.changes });
             }
             Message::Logical { prefix, content, .. } if layout.is_ddl(prefix) => {
                 Box::pin(self.ddl(head, content)).await?;

@@ -63,14 +63,15 @@ pub(crate) async fn references(source: &Client) -> Result<References> {
         .query_typed(
             &format!(
                 "WITH relations AS ( \
-                   SELECT c.*, n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                   SELECT c.oid, c.relname, c.relkind, c.relowner, c.reltablespace, c.reltoastrelid, c.relrowsecurity, c.relforcerowsecurity, \
+                          n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                    WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION}), \
                  used_collations AS ( \
                    SELECT a.attcollation AS oid FROM pg_attribute a JOIN relations c ON c.oid = a.attrelid \
                    WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attcollation <> 0 \
                    UNION SELECT unnest(i.indcollation::oid[]) FROM pg_index i JOIN relations c ON c.oid = i.indexrelid), \
                  schemas AS ( \
-                   SELECT n.* FROM pg_namespace n WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') \
+                   SELECT n.oid, n.nspname, n.nspowner FROM pg_namespace n WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') \
                      AND n.nspname NOT LIKE 'pg\\_toast%' AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
                      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_namespace'::regclass \
                                      AND d.objid = n.oid AND d.deptype = 'e')) \

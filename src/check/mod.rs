@@ -24,6 +24,7 @@ mod source;
 mod target;
 pub mod tools;
 mod unstreamed;
+mod versions;
 
 use std::path::Path;
 use std::time::Duration;
@@ -40,6 +41,7 @@ use crate::connection::ConnectionSpec;
 use crate::connection::wire::RawSession;
 use crate::error::{Context, ErrorKind, Result};
 use crate::source::catalog;
+use crate::source::version::Version;
 use server::Server;
 pub(crate) use target::SERVICE_OWNERS;
 
@@ -92,14 +94,14 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     let mut tables = Vec::new();
     let mut references = None;
     if let Some((client, server)) = &source
-        && server.major() >= *server::SUPPORTED.start()
+        && server::supported(Side::Source).contains(&server.major())
     {
         tables = catalog::tables(client).await.context(|| "checking the source".into())?;
         references = Some(both::references(client).await.context(|| "checking the source".into())?);
         findings.extend(check_source(inputs, client, server, &tables).await.context(|| "checking the source".into())?);
     }
     if let Some((client, server)) = &target
-        && server.major() >= *server::SUPPORTED.start()
+        && server::supported(Side::Target).contains(&server.major())
     {
         findings.extend(check_target(inputs, client, server).await.context(|| "checking the target".into())?);
         if let Some(references) = &references {
@@ -117,6 +119,9 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     }
     if let (Some((on_source, source)), Some((on_target, target))) = (&source, &target) {
         findings.extend(both::servers(source, target));
+        if server::supported(Side::Source).contains(&source.major()) {
+            findings.extend(versions::identity_of_partitions(on_source, target).await?);
+        }
         findings.extend(differing::settings(source, target));
         findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
         let tools = tools::find_tools_for(source.major(), target.major());
@@ -126,7 +131,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     if let Some((client, server)) = &target
         && !server.superuser
         && !server.in_recovery
-        && server.major() >= *server::SUPPORTED.start()
+        && server::supported(Side::Target).contains(&server.major())
     {
         target::without_superuser(client, &mut findings).await?;
     }
@@ -136,14 +141,29 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     }
 
     let mut estimate = None;
-    if let Some((client, server)) = &source
+    if let Some((_, server)) = &source
         && !inputs.estimate.is_zero()
         && !inputs.resuming
-        && server.major() >= *server::SUPPORTED.start()
+        && server::supported(Side::Source).contains(&server.major())
+        && !Version(server.major()).scans_page_ranges()
+    {
+        let message = "The time of the copy is not estimated: before PostgreSQL 14 a few pages of a table cannot be read by themselves.";
+        findings.push(Finding::new(
+            Severity::Info,
+            Side::Source,
+            "estimate",
+            format!("PostgreSQL {}", server.version),
+            message,
+        ));
+    } else if let Some((client, server)) = &source
+        && !inputs.estimate.is_zero()
+        && !inputs.resuming
+        && server::supported(Side::Source).contains(&server.major())
     {
         // What was found to be the wrong target gets no load.
         let wrong = findings.iter().any(|found| found.side == Side::Target && found.severity == Severity::Blocker);
-        let usable = target.as_ref().filter(|(_, target)| target.major() >= *server::SUPPORTED.start() && !wrong);
+        let usable =
+            target.as_ref().filter(|(_, target)| server::supported(Side::Target).contains(&target.major()) && !wrong);
         let trial = estimate::Trial {
             source: inputs.source,
             target: usable.map(|_| inputs.target),

@@ -27,7 +27,7 @@ async fn keys(client: &Client) -> Result<Keys> {
         .query_typed(
             "SELECT i.indrelid, i.indisprimary, \
                     EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[]) \
-                              AND a.attgenerated <> '') \
+                              AND coalesce(to_jsonb(a)->>'attgenerated', '') <> '') \
              FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid \
              WHERE c.relkind = 'r' AND i.indisvalid AND i.indimmediate \
                AND (i.indisprimary OR c.relreplident = 'i' AND i.indisreplident)",

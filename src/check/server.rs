@@ -1,6 +1,7 @@
 //! What both servers are asked alike: who they are, who we are there, how many connections are left.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use tokio_postgres::{Client, SimpleQueryMessage};
 
@@ -8,8 +9,13 @@ use super::report::{Finding, ServerSummary, Severity, Side};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
 
-/// The oldest and the newest major version that walferry is tested with.
-pub(crate) const SUPPORTED: std::ops::RangeInclusive<u32> = 15..=18;
+/// The oldest and the newest major version that walferry is tested with, on a side.
+pub(crate) fn supported(side: Side) -> RangeInclusive<u32> {
+    match side {
+        Side::Target => 13..=18,
+        _ => 10..=18,
+    }
+}
 
 /// A server and our role on it.
 #[derive(Clone, Debug)]
@@ -191,22 +197,24 @@ pub(crate) fn findings(server: &Server, side: Side) -> Vec<Finding> {
     let mut findings = Vec::new();
     let finding = |severity, code, object: String, message: String| Finding::new(severity, side, code, object, message);
     let version = || format!("PostgreSQL {}", server.version);
-    if server.major() < *SUPPORTED.start() {
+    let supported = supported(side);
+    if server.major() < *supported.start() {
         let why = match side {
-            Side::Source => {
-                "It cannot export a slot's snapshot in the way used here, and row ranges of its tables cannot all be \
-                 scanned; this version of walferry does not move from it."
-            }
-            _ => "It has no MERGE, by which changes are applied; this version of walferry does not move to it.",
+            Side::Source => "Older ones cannot stream their changes by pgoutput.",
+            _ => "What pg_dump writes today an older one may not understand, and nobody mends its faults any more.",
         };
-        let message = format!("walferry needs PostgreSQL {} or newer here. {why}", SUPPORTED.start());
+        let message = format!("walferry needs PostgreSQL {} or newer here. {why}", supported.start());
         findings.push(finding(Severity::Blocker, "server-version", version(), message));
-    } else if server.major() > *SUPPORTED.end() {
+    } else if server.major() > *supported.end() {
         let message = format!(
-            "This version is newer than PostgreSQL {}, the newest that walferry was written for. Try the whole migration on a copy first.",
-            SUPPORTED.end()
+            "This version is newer than PostgreSQL {}, the newest that walferry was written for; a newer walferry may know it.",
+            supported.end()
         );
-        findings.push(finding(Severity::Warning, "server-version", version(), message));
+        findings.push(finding(Severity::Blocker, "server-version", version(), message));
+    } else if side == Side::Source && server.major() < 11 {
+        let message = "TRUNCATE is in the stream only from PostgreSQL 11 on. After one, or a VACUUM FULL or CLUSTER, the cutover names \
+                       the table and refuses, until it was copied again.";
+        findings.push(finding(Severity::Warning, "no-truncate", version(), message.into()));
     }
     if server.in_recovery {
         let why = match side {
@@ -332,11 +340,18 @@ pub(crate) mod tests {
             server.version_number = number;
             findings(&server, side).first().map(|finding| (finding.code, finding.severity))
         };
-        assert_eq!(severity(140_010, Side::Source), Some(("server-version", Severity::Blocker)));
-        assert_eq!(severity(100_000, Side::Target), Some(("server-version", Severity::Blocker)));
-        assert_eq!(severity(150_000, Side::Source), None);
-        assert_eq!(severity(180_001, Side::Target), None);
-        assert_eq!(severity(190_000, Side::Source), Some(("server-version", Severity::Warning)));
+        let refused = Some(("server-version", Severity::Blocker));
+        assert_eq!(severity(90_624, Side::Source), refused);
+        assert_eq!(severity(120_022, Side::Target), refused);
+        assert_eq!(severity(190_000, Side::Source), refused);
+        assert_eq!(severity(190_000, Side::Target), refused);
+        for number in [110_022, 130_023, 180_001] {
+            assert_eq!(severity(number, Side::Source), None);
+        }
+        for number in [130_023, 180_001] {
+            assert_eq!(severity(number, Side::Target), None);
+        }
+        assert_eq!(severity(100_023, Side::Source), Some(("no-truncate", Severity::Warning)));
     }
 
     #[test]

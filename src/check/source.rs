@@ -216,13 +216,14 @@ pub(crate) async fn slot_wal_limit(client: &Client, server: &Server) -> Result<O
     if server.setting("max_slot_wal_keep_size").is_none() || limit_mib < 0 {
         return Ok(None);
     }
-    let row = client
-        .query_typed_one(
-            "SELECT wal_bytes::float8, extract(epoch FROM clock_timestamp() - stats_reset)::float8 FROM pg_stat_wal",
-            &[],
-        )
-        .await
-        .context(|| "reading the source's WAL statistics".into())?;
+    // From 14 on.
+    let query = match server.major() {
+        14.. => {
+            "SELECT wal_bytes::float8, extract(epoch FROM clock_timestamp() - stats_reset)::float8 FROM pg_stat_wal"
+        }
+        _ => "SELECT 0::float8, NULL::float8",
+    };
+    let row = client.query_typed_one(query, &[]).await.context(|| "reading the source's WAL statistics".into())?;
     let (written, seconds): (f64, Option<f64>) = (row.get(0), row.get(1));
     let limit_bytes = limit_mib as f64 * 1024.0 * 1024.0;
     let rate = seconds.filter(|seconds| *seconds > 0.0).map_or(0.0, |seconds| written / seconds);

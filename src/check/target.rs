@@ -210,7 +210,7 @@ pub(crate) async fn replica_role(client: &Client, server: &Server, side: Side) -
 ///
 /// # Errors
 /// Whatever the server says, but for the refusal itself.
-pub(crate) async fn without_superuser(target: &Client, findings: &mut Vec<Finding>) -> Result<()> {
+pub(crate) async fn without_superuser(target: &Client, findings: &mut [Finding]) -> Result<()> {
     if findings.iter().any(|found| found.code == "event-trigger") && !makes_event_triggers(target).await? {
         for found in findings.iter_mut().filter(|found| found.code == "event-trigger") {
             found.severity = Severity::Blocker;

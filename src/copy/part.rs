@@ -216,7 +216,7 @@ pub(super) fn file_statements(table: &Table) -> String {
                 {name}::text::regclass::oid = c.oid, \
                 coalesce((SELECT array_agg(concat_ws(' ', a.atttypid, a.atttypmod, a.attname) ORDER BY a.attnum) \
                           FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
-                            AND a.attgenerated = ''), '{{}}') = ARRAY[{}]::text[] \
+                            AND coalesce(pg_catalog.to_jsonb(a)->>'attgenerated', '') = ''), '{{}}') = ARRAY[{}]::text[] \
          FROM pg_catalog.pg_class c WHERE c.oid = {}",
         table.qualified(),
         columns.join(", "),

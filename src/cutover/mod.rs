@@ -46,14 +46,13 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_postgres::Client;
-use tokio_postgres::types::{PgLsn, ToSql, Type};
 
 use crate::apply::Applied;
-use crate::apply::assemble::MARKER_PREFIX;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
+use crate::source::marker;
 use crate::target::late::AtCutover;
 use crate::target::ledger;
 use crate::target::schema;
@@ -472,7 +471,10 @@ impl Cutover<'_> {
         changed.sort_by_key(|change| !change.starts_with("table "));
         let shown = changed.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("; ");
         Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
-            .hint("Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry migrate`."))
+            .hint(
+                "Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry \
+                 migrate`. Where it is the file of a table, `walferry repair --tables` copies what differs.",
+            ))
     }
 
     /// H27: an update or delete of these would not be in the stream.
@@ -570,19 +572,15 @@ struct Drained {
 async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applied>) -> Result<Drained> {
     let content = format!("cutover {}", unique());
     // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up. Sent at once.
-    let local = async { source.batch_execute(record::LOCAL_COMMITS).await };
-    let parameters: [(&(dyn ToSql + Sync), Type); 2] = [(&MARKER_PREFIX, Type::TEXT), (&content, Type::TEXT)];
-    let emit = source.query_typed("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2)", &parameters);
-    let ((), rows) = tokio::try_join!(local, emit).context(|| "sending a marker into the stream".into())?;
-    let lsn: PgLsn =
-        rows.first().ok_or_else(|| Error::new(ErrorKind::Other, "the source answered nothing to a marker"))?.get(0);
+    let local = async { source.batch_execute(record::LOCAL_COMMITS).await.map_err(Error::from) };
+    let ((), marker::Sent { lsn, content }) = tokio::try_join!(local, marker::send(source, &content))?;
     let mut applied = applied.clone();
-    let ours = |applied: &Applied| applied.marker.as_ref().is_some_and(|marker| marker.content == content);
+    let ours = |applied: &Applied| applied.marker(&content).is_some();
     let changes = match applied.wait_for(ours).await {
-        Ok(applied) => applied.marker.as_ref().map_or(0, |marker| marker.changes),
+        Ok(applied) => applied.marker(&content).map_or(0, |marker| marker.changes),
         Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
     };
-    Ok(Drained { lsn: lsn.into(), changes })
+    Ok(Drained { lsn, changes })
 }
 
 /// Waits until the apply has passed this moment of the source.

@@ -80,7 +80,7 @@ pub(super) async fn hold(target: &Client, tables: &[&Table]) -> Result<()> {
 async fn deferrable(target: &Client, tables: &[&Table]) -> Result<Vec<Deferrable>> {
     let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
     let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
-    // `indnullsnotdistinct` came with PostgreSQL 15, the oldest target.
+    // `indnullsnotdistinct` came with PostgreSQL 15.
     let rows = target
         .query(
             "SELECT c.conname, n.nspname, r.relname, \
@@ -91,7 +91,7 @@ async fn deferrable(target: &Client, tables: &[&Table]) -> Result<Vec<Deferrable
                             FROM unnest(c.conexclop) WITH ORDINALITY k(operator, place) \
                             JOIN pg_catalog.pg_operator o ON o.oid = k.operator \
                             JOIN pg_catalog.pg_namespace s ON s.oid = o.oprnamespace ORDER BY k.place) END, \
-                    i.indnullsnotdistinct, pg_catalog.pg_get_expr(i.indpred, i.indrelid) \
+                    coalesce((pg_catalog.to_jsonb(i)->>'indnullsnotdistinct')::boolean, false), pg_catalog.pg_get_expr(i.indpred, i.indrelid) \
              FROM pg_catalog.pg_constraint c JOIN pg_catalog.pg_class r ON r.oid = c.conrelid \
              JOIN pg_catalog.pg_namespace n ON n.oid = r.relnamespace JOIN pg_catalog.pg_index i ON i.indexrelid = c.conindid \
              WHERE c.contype IN ('p', 'u', 'x') AND c.condeferrable AND 0 <> ALL (c.conkey) \

@@ -70,6 +70,17 @@ impl ServerPrograms {
         })
     }
 
+    /// Server programs of any version from a directory of their own, whatever else is installed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Blocked`] when `initdb` and `postgres` do not run there.
+    pub fn in_directory(directory: &Path) -> Result<ServerPrograms> {
+        ServerPrograms::at(directory).ok_or_else(|| {
+            let message = format!("initdb and postgres of one PostgreSQL do not run in {}", directory.display());
+            Error::new(ErrorKind::Blocked, message).hint("run scripts/servers.sh, or name another directory")
+        })
+    }
+
     /// The path of one program, whether or not it is there: `pg_dump` may come in a package of its own.
     pub fn bin(&self, program: &str) -> PathBuf {
         self.directory.join(program)

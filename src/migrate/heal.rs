@@ -98,7 +98,7 @@ impl Running {
     ) -> Result<()> {
         // Whatever was applied or lost is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let assigned: String = source
-            .query_typed_one("SELECT pg_catalog.pg_current_xact_id()::text", &[])
+            .query_typed_one("SELECT pg_catalog.txid_current()::text", &[])
             .await
             .context(|| "asking the source for a transaction's id".into())?
             .get(0);

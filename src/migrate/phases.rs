@@ -14,7 +14,7 @@ use crate::apply::change::{Adoption, Change};
 use crate::apply::ddl::Ddl;
 use crate::apply::layout::Layout;
 use crate::apply::reconcile::reconcile;
-use crate::apply::{Applied, Apply, assemble::MARKER_PREFIX};
+use crate::apply::{Applied, Apply};
 use crate::care::standbys;
 use crate::copy::{self, Copier};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -22,8 +22,10 @@ use crate::lsn::Lsn;
 use crate::observe::status::{Level, Phase as ShownPhase, TableState};
 use crate::queue::Queue;
 use crate::source::catalog::Table;
+use crate::source::marker;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
+use crate::source::version::Version;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::role::ApplyRole;
 use crate::target::writer::Writer;
@@ -133,6 +135,9 @@ impl Running {
         held: &mut Option<Held>,
         copied: &mpsc::UnboundedSender<u32>,
     ) -> Result<()> {
+        let version = Version::of(&self.config.source.connect(&self.application_name).await?).await?;
+        // Where every range would be a scan of the whole table, tables are copied whole (H11).
+        let split_above_bytes = if version.scans_page_ranges() { self.config.split_above_bytes } else { u64::MAX };
         let copier = Arc::new(Copier {
             source: self.config.source.clone(),
             target: self.config.target.clone(),
@@ -152,7 +157,7 @@ impl Running {
             let (compared, copied_anew): (Vec<&LedgerTable>, Vec<_>) =
                 unfinished.iter().partition(|entry| entry.compared);
             let to_compare = copy::plan(compared.iter().map(|entry| &entry.table), u64::MAX);
-            let to_copy = copy::plan(copied_anew.iter().map(|entry| &entry.table), self.config.split_above_bytes);
+            let to_copy = copy::plan(copied_anew.iter().map(|entry| &entry.table), split_above_bytes);
             let held = self.living_snapshot(target, held).await?;
             let snapshot = (!held.is_recorded).then_some(&held.snapshot.data);
             let parts = [to_compare.as_slice(), to_copy.as_slice()].concat();
@@ -220,10 +225,7 @@ impl Running {
         let (applied, _) = watch::channel(Applied::default());
         // An idle source may have nothing behind the last snapshot; this is.
         let source = self.config.source.connect(&self.application_name).await?;
-        source
-            .query("SELECT pg_catalog.pg_logical_emit_message(true, $1, 'catch up')", &[&MARKER_PREFIX])
-            .await
-            .context(|| "sending a marker into the stream".into())?;
+        marker::send(&source, "catch up").await?;
         self.apply(queue, layout, Some(layout.snapshots_end()), &applied).await
     }
 

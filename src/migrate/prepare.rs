@@ -17,6 +17,7 @@ use crate::observe::status::Level;
 use crate::source::catalog::{self, Table};
 use crate::source::identity;
 use crate::source::snapshot::{self, HeldSnapshot};
+use crate::source::version::Version;
 use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared};
@@ -76,7 +77,7 @@ impl Running {
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
         // Before the slot: of every transaction that it sends, the DDL is told of.
-        if is_replicated(target).await? {
+        if is_replicated(&self.target().await?).await? {
             ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;
         }
         let new = self.make_slot(&source, &migration.slot).await?;
@@ -91,7 +92,7 @@ impl Running {
             // Making the slot may have taken hours.
             *target = self.target().await?;
         }
-        let tools = tools::find_tools_for(major(&source).await?, major(target).await?)?;
+        let tools = tools::find_tools_for(Version::of(&source).await?.0, Version::of(target).await?.0)?;
         let items = schema::dump(
             &tools,
             &self.config.source,
@@ -265,12 +266,6 @@ pub(crate) async fn end_sessions(client: &Client, application_name: &str) -> Res
         format!("sessions named {application_name} of an earlier walferry do not end"),
     )
     .hint("Look for them in pg_stat_activity on both servers, end them, then run the same command again."))
-}
-
-async fn major(client: &Client) -> Result<u32> {
-    let number: i32 =
-        client.query_typed_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?.get(0);
-    Ok(u32::try_from(number / 10_000).unwrap_or_default())
 }
 
 /// What decides how a table is published and read.

@@ -11,10 +11,11 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use super::version::Version;
 use crate::error::{Context, Result};
 use crate::sql;
 
-pub(crate) use fingerprint::{Hash, Objects, THERE, fingerprint_query};
+pub(crate) use fingerprint::{Hash, Objects, THERE, file_of_table, fingerprint_query};
 pub use fingerprint::{changed_objects, fingerprint};
 
 /// A table that holds rows of its own: an ordinary table or a leaf of a partitioned one.
@@ -187,8 +188,9 @@ const BORROWED_EQUALITY: &str = "1043,650,24,2202,2203,2204,2205,2206,3734,3769,
 /// # Errors
 /// Whatever the server says.
 pub async fn tables(client: &Client) -> Result<Vec<Table>> {
-    let mut columns = columns(client).await?;
-    let mut indexes = indexes(client).await?;
+    let version = Version::of(client).await?;
+    let mut columns = columns(client, version).await?;
+    let mut indexes = indexes(client, version).await?;
     let mut firing = firing(client).await?;
     let rows = client
         .query_typed(
@@ -235,9 +237,11 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     Ok(tables)
 }
 
-async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
-    let rows =
-        client.query_typed(&columns_query("true"), &[]).await.context(|| "reading the catalog's columns".into())?;
+async fn columns(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<Column>>> {
+    let rows = client
+        .query_typed(&columns_query(version, "true"), &[])
+        .await
+        .context(|| "reading the catalog's columns".into())?;
     let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
     for row in rows {
         columns.entry(row.get(0)).or_default().push(Column {
@@ -257,7 +261,8 @@ async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
 }
 
 /// What is read of the columns of those tables (`c`) that a condition holds of.
-pub(super) fn columns_query(of: &str) -> String {
+pub(super) fn columns_query(version: Version, of: &str) -> String {
+    let (generated, deterministic, binary) = (version.generated(), version.deterministic(), version.streams_messages());
     format!(
         // A domain goes over the wire as its base type does, so the base decides. What is asked of a type is asked once for
         // each type (OFFSET 0 keeps it so), not for each of perhaps a hundred thousand columns.
@@ -267,13 +272,13 @@ pub(super) fn columns_query(of: &str) -> String {
                    JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                    WHERE c.relkind = 'r' AND {USER_RELATION} AND a.attnum > 0 AND NOT a.attisdropped \
-                     AND a.attgenerated = '' AND {of}), \
+                     AND {generated} = '' AND {of}), \
                  base(type, root) AS ( \
                    SELECT DISTINCT atttypid, atttypid FROM a \
                    UNION ALL SELECT base.type, t.typbasetype FROM base JOIN pg_catalog.pg_type t ON t.oid = base.root \
                    WHERE t.typtype = 'd'), \
                  facts AS ( \
-                   SELECT base.type, b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e' AS binary_safe, \
+                   SELECT base.type, {binary} AND (b.oid IN ({BINARY_SAFE_TYPES}) OR b.typtype = 'e') AS binary_safe, \
                         b.oid IN ({BYTE_EQUAL_TYPES}) OR b.typtype = 'e' AS byte_equal, \
                         CASE WHEN b.typtype IN ('e', 'r', 'm', 'c') OR b.typcategory = 'A' OR b.oid IN ({BORROWED_EQUALITY}) THEN 'pg_catalog' \
                              ELSE (SELECT pg_catalog.min(on_.nspname) FROM pg_catalog.pg_opclass oc \
@@ -286,7 +291,7 @@ pub(super) fn columns_query(of: &str) -> String {
                    FROM base JOIN pg_catalog.pg_type b ON b.oid = base.root WHERE b.typtype <> 'd' OFFSET 0) \
                  SELECT a.attrelid, a.attname, a.attnum, a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod), \
                         a.atttypmod, a.attnotnull, a.attidentity = 'a', facts.binary_safe, \
-                        facts.byte_equal AND coalesce(l.collisdeterministic, true), facts.equality_schema \
+                        facts.byte_equal AND coalesce({deterministic}, true), facts.equality_schema \
                  FROM a JOIN facts ON facts.type = a.atttypid \
                  LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation \
                  ORDER BY a.attrelid, a.attnum"
@@ -306,7 +311,8 @@ pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32
                    SELECT oid, typtype, typbasetype FROM pg_catalog.pg_type WHERE oid = $1 \
                    UNION ALL SELECT t.oid, t.typtype, t.typbasetype FROM pg_catalog.pg_type t \
                    JOIN base ON t.oid = base.typbasetype WHERE base.typtype = 'd') \
-                 SELECT pg_catalog.format_type($1, $2), oid IN ({BINARY_SAFE_TYPES}) OR typtype = 'e' \
+                 SELECT pg_catalog.format_type($1, $2), (oid IN ({BINARY_SAFE_TYPES}) OR typtype = 'e') \
+                   AND pg_catalog.current_setting('server_version_num')::int4 >= 140000 \
                  FROM base WHERE typtype <> 'd'"
             ),
             &[&oid, &modifier],
@@ -357,21 +363,24 @@ pub(super) struct Index {
 }
 
 /// What is read of the indexes (`i`) of those tables that a condition holds of.
-pub(super) fn indexes_query(of: &str) -> String {
+pub(super) fn indexes_query(version: Version, of: &str) -> String {
+    let key_columns = version.key_columns();
     format!(
         "SELECT i.indrelid, \
                 (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
                  FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
-                 WHERE k.ordinality <= i.indnkeyatts), \
+                 WHERE k.ordinality <= {key_columns}), \
                 i.indisprimary, i.indisreplident, \
                 i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
          FROM pg_catalog.pg_index i WHERE (i.indisunique OR i.indisexclusion) AND {of} ORDER BY i.indrelid, i.indexrelid"
     )
 }
 
-async fn indexes(client: &Client) -> Result<BTreeMap<u32, Vec<Index>>> {
-    let rows =
-        client.query_typed(&indexes_query("true"), &[]).await.context(|| "reading the catalog's indexes".into())?;
+async fn indexes(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<Index>>> {
+    let rows = client
+        .query_typed(&indexes_query(version, "true"), &[])
+        .await
+        .context(|| "reading the catalog's indexes".into())?;
     let mut indexes: BTreeMap<u32, Vec<Index>> = BTreeMap::new();
     for row in rows {
         indexes.entry(row.get(0)).or_default().push(Index {

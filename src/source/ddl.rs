@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 
 use super::catalog::{self, Column, Hash, Index, Objects, ReplicaIdentity, Table, USER_RELATION};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::source::version::Version;
 use crate::sql;
 
 /// Rows that CREATE TABLE AS has written are written once more up to this size, so that they are in the stream.
@@ -36,6 +37,7 @@ fn triggers(id: &str) -> [String; 3] {
 /// Whatever the server says; event triggers take a superuser, or the administrator's role of a service.
 pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &str) -> Result<()> {
     remove(client, id).await?;
+    let version = Version::of(client).await?;
     let of = Objects {
         relations: "c.oid = ANY (v_relations)",
         functions: "p.oid = ANY (v_functions)",
@@ -52,7 +54,10 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
         .await
         .context(|| "asking for the language of the source".into())?;
     let (is_superuser, language): (bool, &str) = (row.get(0), row.get(1));
-    let messages = if is_superuser { format!(" SET lc_messages = {}", sql::literal(language)) } else { String::new() };
+    let messages = match is_superuser && !language.is_empty() {
+        true => format!(" SET lc_messages = {}", sql::literal(language)),
+        false => String::new(),
+    };
     let mut made = include_str!("ddl/trigger.sql").to_owned();
     let [name, name_drop, name_rewrite] = triggers(id);
     for (place, text) in [
@@ -64,13 +69,17 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
         ("{messages}", messages),
         ("{rows_max}", ROWS_MAX.to_string()),
         ("{user_relation}", USER_RELATION.to_owned()),
-        ("{columns}", catalog::columns_query("c.oid = ANY (v_relations)")),
-        ("{indexes}", catalog::indexes_query("i.indrelid = ANY (v_relations)")),
+        ("{columns}", catalog::columns_query(version, "c.oid = ANY (v_relations)")),
+        ("{indexes}", catalog::indexes_query(version, "i.indrelid = ANY (v_relations)")),
         (
             "{fingerprint}",
-            catalog::fingerprint_query(Hash::OfTheServer, &Objects { relations: "c.oid = ANY (v_sent)", ..of }),
+            catalog::fingerprint_query(
+                version,
+                Hash::OfTheServer,
+                &Objects { relations: "c.oid = ANY (v_sent)", ..of },
+            ),
         ),
-        ("{definition}", catalog::fingerprint_query(Hash::OfTheDefinition, &of)),
+        ("{definition}", catalog::fingerprint_query(version, Hash::OfTheDefinition, &of)),
         ("{name}", sql::identifier(&name)),
         ("{name_drop}", sql::identifier(&name_drop)),
         ("{name_rewrite}", sql::identifier(&name_rewrite)),

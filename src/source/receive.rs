@@ -24,6 +24,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::error::SqlState;
 
+use super::marker;
 use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
 use super::slot::{RESYNC, ServerIdentity};
 use crate::connection::ConnectionSpec;
@@ -187,13 +188,14 @@ async fn receive(
     let mut session = ReplicationSession::connect(source, &subscription.application_name).await?;
     prove_no_gap(&mut session, subscription, from).await?;
     end_stale_walsender(&mut session, subscription).await?;
+    let sends_markers = session.streams_messages();
     let mut stream = session
         .start(&subscription.slot, from, &subscription.publications, subscription.binary)
         .await
         .context(|| format!("starting replication from the slot {} at {from}", subscription.slot))?;
     board.set_connected(true);
     board.event(Level::Info, format!("receiving changes from the source at {from}"));
-    let outcome = Receiver::new(queue, appender, board, from).run(&mut stream).await;
+    let outcome = Receiver::new(queue, appender, board, from, sends_markers).run(&mut stream).await;
     if outcome.is_ok() {
         stream.stop().await?;
     }
@@ -231,7 +233,7 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
         ServerIdentity { system: subscription.source_system.clone(), timeline: subscription.source_timeline };
     expected.prove(&ServerIdentity { system: identity.system_id, timeline: identity.timeline })?;
     let statement = format!(
-        "SELECT confirmed_flush_lsn, wal_status FROM pg_catalog.pg_replication_slots \
+        "SELECT confirmed_flush_lsn, pg_catalog.to_jsonb(s)->>'wal_status' FROM pg_catalog.pg_replication_slots s \
          WHERE slot_name = {} AND slot_type = 'logical' AND NOT pg_catalog.pg_is_in_recovery()",
         crate::sql::literal(&subscription.slot)
     );
@@ -291,6 +293,8 @@ struct Receiver<'a> {
     queue: &'a Queue,
     appender: &'a mut Appender,
     board: &'a StatusBoard,
+    /// Whether the source sends logical messages; otherwise each empty transaction may be a marker.
+    sends_markers: bool,
     /// End LSN of what the queue has: a transaction that commits before it came again and is dropped.
     end: Lsn,
     /// The transaction in the making.
@@ -317,8 +321,15 @@ struct Run {
 }
 
 impl<'a> Receiver<'a> {
-    fn new(queue: &'a Queue, appender: &'a mut Appender, board: &'a StatusBoard, end: Lsn) -> Receiver<'a> {
-        Receiver { queue, appender, board, end, transaction: None, position: None, position_at: Instant::now() }
+    fn new(
+        queue: &'a Queue,
+        appender: &'a mut Appender,
+        board: &'a StatusBoard,
+        end: Lsn,
+        sends_markers: bool,
+    ) -> Receiver<'a> {
+        let position_at = Instant::now();
+        Receiver { queue, appender, board, sends_markers, end, transaction: None, position: None, position_at }
     }
 
     async fn run(&mut self, stream: &mut ReplicationStream) -> Result<()> {
@@ -472,6 +483,10 @@ impl<'a> Receiver<'a> {
                 let Message::Commit { end_lsn, .. } = decoded(data)? else { return Err(out_of_order(data)) };
                 let Some(transaction) = self.transaction.take() else { return Err(out_of_order(data)) };
                 if !transaction.repeated {
+                    if !self.sends_markers && transaction.changes == 0 {
+                        let TransactionHead { xid, commit_lsn, .. } = transaction.head;
+                        self.appender.data(&marker::of_empty_transaction(xid, commit_lsn))?;
+                    }
                     self.appender.commit(end_lsn)?;
                     self.end = end_lsn;
                     self.board.received_transaction(transaction.changes, end_lsn, transaction.head.commit_time);

@@ -10,6 +10,7 @@ use pgwire_replication::Lsn as WireLsn;
 use pgwire_replication::protocol::framing::{write_copy_data, write_copy_done, write_query};
 use pgwire_replication::protocol::replication::{encode_standby_status_update, unix_to_pg_timestamp};
 
+use super::version::Version;
 use crate::connection::wire::{RawSession, Wire, lost, protocol, server_error, unexpected};
 use crate::connection::{ConnectionSpec, Login, Session, Stream, open};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,9 +19,6 @@ use crate::sql;
 
 /// How long [`ReplicationStream::stop`] waits for the server to end the stream.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The first version whose stream can carry binary values and logical messages.
-const VERSION_WITH_MESSAGES: u32 = 14;
 
 /// A connection with `replication=database`: SQL and replication commands, one at a time.
 pub struct ReplicationSession {
@@ -93,7 +91,12 @@ impl ReplicationSession {
         version.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
     }
 
-    /// Starts the stream of a logical slot with pgoutput, protocol 1, with logical messages.
+    /// Whether the stream can carry logical messages and binary values.
+    pub fn streams_messages(&self) -> bool {
+        self.server_version().is_none_or(|version| Version(version).streams_messages())
+    }
+
+    /// Starts the stream of a logical slot with pgoutput, protocol 1, with logical messages where the server has them.
     ///
     /// The server goes on from its own confirmed position where `from` is before it, without a word (H15): compare
     /// first. A publication that does not exist shows only at the first change.
@@ -107,8 +110,9 @@ impl ReplicationSession {
         publications: &[String],
         binary: bool,
     ) -> Result<ReplicationStream> {
-        let with_messages = self.server_version().is_none_or(|version| version >= VERSION_WITH_MESSAGES);
-        let command = start_command(slot, from, publications, with_messages, binary);
+        let with_messages = self.streams_messages();
+        // Where there is nothing that could not go in binary, there may be nothing at all.
+        let command = start_command(slot, from, publications, with_messages, binary && with_messages);
         let mut wire = self.session.into_wire();
         write_query(&mut wire.stream, &command).await.map_err(lost)?;
         let mut refused = None;

@@ -10,6 +10,7 @@ use tokio_postgres::Client;
 use super::catalog::Table;
 use super::replication::ReplicationSession;
 use super::snapshot::{HeldSnapshot, SnapshotData};
+use super::version::Version;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -66,6 +67,8 @@ pub async fn create_publications(
     tables: &[Table],
 ) -> Result<()> {
     drop_publications(client, publication, insert_only).await?;
+    // A TRUNCATE that is not in the stream is in the fingerprint.
+    let truncate = if Version::of(client).await?.streams_truncate() { ", truncate" } else { "" };
     let list = |wanted: bool| {
         let names: Vec<String> = tables
             .iter()
@@ -74,10 +77,10 @@ pub async fn create_publications(
             .collect();
         if names.is_empty() { String::new() } else { format!(" FOR TABLE {}", names.join(", ")) }
     };
-    let statements =
-        [(publication, list(true), "insert, update, delete, truncate"), (insert_only, list(false), "insert, truncate")];
+    let statements = [(publication, list(true), "insert, update, delete"), (insert_only, list(false), "insert")];
     for (name, tables, events) in statements {
-        let statement = format!("CREATE PUBLICATION {}{tables} WITH (publish = '{events}')", sql::identifier(name));
+        let statement =
+            format!("CREATE PUBLICATION {}{tables} WITH (publish = '{events}{truncate}')", sql::identifier(name));
         client.batch_execute(&statement).await.context(|| format!("creating the publication {name} on the source"))?;
     }
     Ok(())
@@ -139,11 +142,13 @@ pub async fn create(source: &ConnectionSpec, application_name: &str, slot: &str)
 async fn create_with_snapshot(source: &ConnectionSpec, application_name: &str, slot: &str) -> Result<NewSlot> {
     let mut session = ReplicationSession::connect(source, application_name).await?;
     session.simple_query("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'use')", sql::identifier(slot));
+    let how = version(&session).use_snapshot();
+    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {how}", sql::identifier(slot));
     let made = session.simple_query(&command).await.context(|| format!("creating the slot {slot} on the source"))?;
     let consistent_point = lsn_at(&made, 1)?;
-    let taken =
-        session.simple_query("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()").await?;
+    let taken = session
+        .simple_query("SELECT pg_catalog.txid_current_snapshot()::text, pg_catalog.pg_export_snapshot()")
+        .await?;
     let insert_lsn = lsn_at(&session.simple_query("SELECT pg_catalog.pg_current_wal_insert_lsn()").await?, 0)?;
     let data = SnapshotData::parse(text_at(&taken, 0)?, insert_lsn)?;
     let name = text_at(&taken, 1)?.to_owned();
@@ -153,12 +158,13 @@ async fn create_with_snapshot(source: &ConnectionSpec, application_name: &str, s
 /// The other way (H7): a slot without a snapshot, and a snapshot so late that nothing can be in neither.
 async fn create_without_snapshot(source: &ConnectionSpec, application_name: &str, slot: &str) -> Result<NewSlot> {
     let mut session = ReplicationSession::connect(source, application_name).await?;
-    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing')", sql::identifier(slot));
+    let how = version(&session).no_snapshot();
+    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {how}", sql::identifier(slot));
     let made = session.simple_query(&command).await.context(|| format!("creating the slot {slot} on the source"))?;
     let consistent_point = lsn_at(&made, 1)?;
     // Whatever began before now has a smaller xid than this one. The xmax of a snapshot would not do: it is the xid after the
     // last that has ended, and the commit that hangs after its record is in the WAL can be newer.
-    let assigned = session.simple_query("SELECT pg_catalog.pg_current_xact_id()::text").await?;
+    let assigned = session.simple_query("SELECT pg_catalog.txid_current()::text").await?;
     let text = text_at(&assigned, 0)?;
     let next = text.parse().map_err(|_| Error::new(ErrorKind::Other, format!("{text} is not a transaction's id")))?;
     let identity = session.identify_system().await?;
@@ -265,9 +271,9 @@ impl ServerIdentity {
 pub async fn state(client: &Client, slot: &str) -> Result<Option<SlotState>> {
     let row = client
         .query_opt(
-            "SELECT coalesce(confirmed_flush_lsn, '0/0'), wal_status, active_pid, \
+            "SELECT coalesce(confirmed_flush_lsn, '0/0'), pg_catalog.to_jsonb(s)->>'wal_status', active_pid, \
                     pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn)::int8 \
-             FROM pg_catalog.pg_replication_slots WHERE slot_name = $1",
+             FROM pg_catalog.pg_replication_slots s WHERE slot_name = $1",
             &[&slot],
         )
         .await
@@ -299,6 +305,11 @@ pub async fn drop(client: &Client, slot: &str) -> Result<()> {
     }
     Err(Error::new(ErrorKind::Transient, format!("the slot {slot} stays in use by another session"))
         .hint("End the session that pg_replication_slots.active_pid names, then try again."))
+}
+
+/// The version of a session's server; the newest known where it does not tell.
+fn version(session: &ReplicationSession) -> Version {
+    Version(session.server_version().unwrap_or(u32::MAX))
 }
 
 fn text_at(rows: &[Vec<Option<String>>], column: usize) -> Result<&str> {

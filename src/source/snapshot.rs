@@ -162,7 +162,7 @@ impl HeldSnapshot {
 async fn export(client: &Client) -> Result<(String, SnapshotData)> {
     client.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
     let row = client
-        .query_typed_one("SELECT pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_export_snapshot()", &[])
+        .query_typed_one("SELECT pg_catalog.txid_current_snapshot()::text, pg_catalog.pg_export_snapshot()", &[])
         .await
         .context(|| "taking a snapshot of the source".into())?;
     // Its own statement, so that it is read after the snapshot (H6).

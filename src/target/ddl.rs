@@ -14,12 +14,13 @@ use super::writer::Writer;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Firing, Hash, Objects, Table};
-use crate::source::ddl::{Caller, ToldColumn};
+use crate::source::ddl::{Caller, Told, ToldColumn};
+use crate::source::version::Version;
 use crate::sql;
 
 const LOG: &str = "CREATE TABLE IF NOT EXISTS walferry.ddl ( \
      number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, commit_lsn pg_lsn NOT NULL, tag text NOT NULL, objects text NOT NULL, \
-     outcome text NOT NULL, at timestamptz NOT NULL DEFAULT pg_catalog.now())";
+     outcome text NOT NULL, left_objects text[] NOT NULL DEFAULT '{}', at timestamptz NOT NULL DEFAULT pg_catalog.now())";
 
 /// What the apply's sessions have switched off; a statement's own work is planned as usual.
 const PLANNER: [&str; 5] =
@@ -47,7 +48,8 @@ pub async fn is_replicated(client: &Client) -> Result<bool> {
 /// # Errors
 /// Whatever the server says.
 pub async fn definitions(writer: &mut Writer) -> Result<BTreeMap<String, String>> {
-    pairs(writer, &catalog::fingerprint_query(Hash::OfTheDefinition, &Objects::ALL)).await
+    // Every target has what this asks for.
+    pairs(writer, &catalog::fingerprint_query(Version(13), Hash::OfTheDefinition, &Objects::ALL)).await
 }
 
 /// The fingerprint that the ledger has.
@@ -263,16 +265,26 @@ pub async fn record(writer: &mut Writer, recorded: &Recorded) -> Result<()> {
     Ok(())
 }
 
-/// Writes down what became of a statement.
+/// Objects of the fingerprint that statements were left to the operator for: whatever comes later, the cutover names them.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn note(writer: &mut Writer, commit_lsn: Lsn, tag: &str, objects: &str, outcome: &str) -> Result<()> {
+pub async fn left(writer: &mut Writer) -> Result<BTreeMap<String, String>> {
+    pairs(writer, "SELECT DISTINCT o, '' FROM walferry.ddl, pg_catalog.unnest(left_objects) o").await
+}
+
+/// Writes down what became of a statement, and which objects of the fingerprint were left to the operator.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn note(writer: &mut Writer, commit_lsn: Lsn, told: &Told, outcome: &str, left: &[&String]) -> Result<()> {
+    let left: Vec<String> = left.iter().map(|object| sql::literal(object)).collect();
     let insert = format!(
-        "INSERT INTO walferry.ddl (commit_lsn, tag, objects, outcome) VALUES ('{commit_lsn}', {}, {}, {})",
-        sql::literal(tag),
-        sql::literal(objects),
-        sql::literal(outcome)
+        "INSERT INTO walferry.ddl (commit_lsn, tag, objects, outcome, left_objects) VALUES ('{commit_lsn}', {}, {}, {}, ARRAY[{}]::text[])",
+        sql::literal(&told.tag),
+        sql::literal(&told.objects()),
+        sql::literal(outcome),
+        left.join(", ")
     );
     writer.execute(insert, &[]).await.context(|| "writing into the ledger what became of DDL".into())?;
     Ok(())

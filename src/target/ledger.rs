@@ -480,7 +480,7 @@ pub async fn apply_progress(client: &Client) -> Result<Vec<Lsn>> {
 pub async fn make_durable(client: &Client) -> Result<()> {
     // Commits are flushed in order: this one has to be a real one, with an xid and a record of its own.
     client
-        .batch_execute("BEGIN; SET LOCAL synchronous_commit = on; SELECT pg_catalog.pg_current_xact_id(); COMMIT")
+        .batch_execute("BEGIN; SET LOCAL synchronous_commit = on; SELECT pg_catalog.txid_current(); COMMIT")
         .await
         .context(|| "making the ledger durable on the target".into())
 }

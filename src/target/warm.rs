@@ -14,6 +14,7 @@ use tokio_postgres::Client;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, Result};
 use crate::source::catalog::USER_RELATION;
+use crate::source::version::Version;
 
 /// How often it is looked whether there is something to do.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -111,10 +112,15 @@ async fn make_way(watch: &Client, pid: i32) -> Error {
 /// vacuum may not be enough: while anybody's snapshot is older than the rows, it can mark nothing. Analyse: a tenth of it changed since,
 /// or never analysed.
 pub async fn wanted(client: &Client) -> Result<Vec<String>> {
+    // On the way back this is the old server. Before 12 it waits for a lock, and whoever waits behind it ends it.
+    let (vacuum, analyze) = match Version::of(client).await? {
+        Version(12..) => ("'VACUUM (ANALYZE, SKIP_LOCKED) '", "'ANALYZE (SKIP_LOCKED) '"),
+        _ => ("'VACUUM (ANALYZE) '", "'ANALYZE '"),
+    };
     let rows = client
         .query_typed(
             &format!(
-                "SELECT (CASE WHEN hidden THEN 'VACUUM (ANALYZE, SKIP_LOCKED) ' ELSE 'ANALYZE (SKIP_LOCKED) ' END) \
+                "SELECT (CASE WHEN hidden THEN {vacuum} ELSE {analyze} END) \
                         || format('%I.%I', n.nspname, c.relname) \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  JOIN pg_catalog.pg_stat_user_tables s ON s.relid = c.oid, \

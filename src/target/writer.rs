@@ -42,10 +42,13 @@ use crate::source::catalog::Table;
 /// What every apply session sets for itself, besides what all of our sessions pin.
 ///
 /// A lock wait of this length is a refusal (I5): a session that waits for its sibling would wait for ever, because the sibling
-/// waits for it at the barrier, where PostgreSQL sees no deadlock.
+/// waits for it at the barrier, where PostgreSQL sees no deadlock. What is looked for in pg_settings came with 11 and 12, and the old
+/// server of a way back may be older.
 const SETTINGS: &str = "SET synchronous_commit = off; SET lock_timeout = '10s'; \
      SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off; \
-     SET enable_material = off; SET jit = off; SET plan_cache_mode = force_generic_plan; SET max_parallel_workers_per_gather = 0";
+     SET enable_material = off; SET max_parallel_workers_per_gather = 0; \
+     SELECT pg_catalog.set_config(s.name, v.value, false) FROM pg_catalog.pg_settings s \
+     JOIN (VALUES ('jit', 'off'), ('plan_cache_mode', 'force_generic_plan')) v(name, value) USING (name)";
 
 /// The rows must be where their sessions left them; a row that another transaction is moving is waited for, and then looked at anew.
 const ADVANCE: &str = "UPDATE walferry.apply_progress p SET applied = $3 FROM unnest($1::int4[], $2::pg_lsn[]) s(worker, applied) \

@@ -50,7 +50,7 @@ async fn list(source: &Client) -> Result<Vec<Configured>> {
                 "SELECT e.extname::text, n.nspname, c.relname, c.relkind = 'S', coalesce(e.extcondition[u.o], ''), \
                         (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', ' ORDER BY a.attnum) \
                          FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
-                           AND a.attgenerated = '') \
+                           AND coalesce(pg_catalog.to_jsonb(a)->>'attgenerated', '') = '') \
                  FROM pg_catalog.pg_extension e, pg_catalog.unnest(e.extconfig) WITH ORDINALITY u(relid, o), pg_catalog.pg_class c, \
                       pg_catalog.pg_namespace n \
                  WHERE c.oid = u.relid AND n.oid = c.relnamespace AND c.relkind IN ('r', 'p', 'S') AND e.extname NOT IN ({LEFT_OUT}) \

@@ -8,13 +8,20 @@
 //! The hash is `hashtextextended` with two seeds where both servers have one encoding and agree on a probe: a million
 //! pgbench rows take 0.6 s in one backend, against 2.0 s for md5 or sha256. PostgreSQL promises
 //! neither its value between versions nor between byte orders, hence the probe. Where the probe or the encodings differ, it is sha256
-//! over the text in UTF-8.
+//! over the text in UTF-8; md5 where one side is PostgreSQL 10.
+//!
+//! Before PostgreSQL 12 a float prints with more digits than from then on. Between such servers the bits of floats are
+//! compared, of columns of float types, arrays of them and geometric types; floats inside of other values (composite types) differ.
 
 use tokio_postgres::Client;
 
 use super::layout::{Shared, SharedColumn};
 use crate::error::{Context, Result};
+use crate::source::version::Version;
 use crate::sql;
+
+/// The first with `hashtextextended` and `sha256`.
+const VERSION_WITH_HASHES: Version = Version(11);
 
 /// Arguments a variadic function takes at most is 100 (`FUNC_MAX_ARGS`); wider rows are put together from groups.
 const COLUMNS_PER_GROUP: usize = 90;
@@ -34,10 +41,20 @@ pub(super) enum HashFunction {
     Fast,
     /// sha256 over the text in this encoding.
     Portable(&'static str),
+    /// md5 over the text in this encoding: PostgreSQL 10 has nothing else.
+    Old(&'static str),
 }
 
 /// Asks both servers, and chooses.
 pub(super) async fn agree(source: &Client, target: &Client) -> Result<HashFunction> {
+    let (source_version, target_version) = tokio::try_join!(Version::of(source), Version::of(target))?;
+    if source_version.min(target_version) < VERSION_WITH_HASHES {
+        let encoding = "SELECT pg_catalog.current_setting('server_encoding')";
+        let (source, target) =
+            tokio::try_join!(source.query_typed_one(encoding, &[]), target.query_typed_one(encoding, &[]))
+                .context(|| "asking for the encodings".into())?;
+        return Ok(HashFunction::Old(common_encoding(source.get(0), target.get(0))));
+    }
     let ask = async |client: &Client, side: &str| -> Result<(String, Vec<i64>)> {
         let row =
             client.query_typed_one(PROBE, &[]).await.context(|| format!("probing the hash function of the {side}"))?;
@@ -51,12 +68,14 @@ pub(super) async fn agree(source: &Client, target: &Client) -> Result<HashFuncti
 fn choose(source_encoding: &str, target_encoding: &str, probes_agree: bool) -> HashFunction {
     if source_encoding == target_encoding && probes_agree {
         HashFunction::Fast
-    } else if source_encoding == "SQL_ASCII" || target_encoding == "SQL_ASCII" {
-        // Nobody knows which characters an SQL_ASCII database holds: compare its bytes as they are.
-        HashFunction::Portable("SQL_ASCII")
     } else {
-        HashFunction::Portable("UTF8")
+        HashFunction::Portable(common_encoding(source_encoding, target_encoding))
     }
+}
+
+/// Nobody knows which characters an SQL_ASCII database holds: its bytes are compared as they are.
+fn common_encoding(source: &str, target: &str) -> &'static str {
+    if source == "SQL_ASCII" || target == "SQL_ASCII" { "SQL_ASCII" } else { "UTF8" }
 }
 
 impl HashFunction {
@@ -67,6 +86,9 @@ impl HashFunction {
             HashFunction::Portable(encoding) => format!(
                 "pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to({text}, '{encoding}')), 'hex') COLLATE \"C\""
             ),
+            HashFunction::Old(encoding) => {
+                format!("pg_catalog.md5(pg_catalog.convert_to({text}, '{encoding}')) COLLATE \"C\"")
+            }
         }
     }
 
@@ -74,7 +96,7 @@ impl HashFunction {
     fn half(self, digest: &str, second: bool) -> String {
         match self {
             HashFunction::Fast => format!("pg_catalog.hashtextextended({digest}, {})", if second { 2 } else { 1 }),
-            HashFunction::Portable(_) => {
+            HashFunction::Portable(_) | HashFunction::Old(_) => {
                 format!("('x' || pg_catalog.substr({digest}, {}, 16))::bit(64)::int8", if second { 17 } else { 1 })
             }
         }
@@ -101,9 +123,12 @@ pub(super) struct Cells {
 
 impl Statements {
     pub(super) fn new(function: HashFunction, shared: &Shared) -> Statements {
-        let columns: Vec<String> = shared.columns.iter().map(|column| value(&column.name, column.is_bytea)).collect();
-        let key_columns: Vec<String> =
-            shared.key.iter().map(|&at| format!("t.{}", sql::identifier(&shared.columns[at].name))).collect();
+        let columns: Vec<String> = shared.columns.iter().map(|column| value(function, column)).collect();
+        let key = |&at: &usize| {
+            let column = &shared.columns[at];
+            bits(column).unwrap_or_else(|| format!("t.{}", sql::identifier(&column.name)))
+        };
+        let key_columns: Vec<String> = shared.key.iter().map(key).collect();
         let row = text_of(&columns);
         let key = if key_columns.is_empty() { row.clone() } else { text_of(&key_columns) };
         let plain = |name: &str| format!("t.{}", sql::identifier(name));
@@ -186,9 +211,25 @@ impl Statements {
 }
 
 /// A column as it goes into the hash. A bytea is hashed first: its text is twice as long and could pass 1 GB.
-fn value(name: &str, is_bytea: bool) -> String {
-    let column = format!("t.{}", sql::identifier(name));
-    if is_bytea { format!("pg_catalog.sha256({column})") } else { column }
+fn value(function: HashFunction, column: &SharedColumn) -> String {
+    let plain = format!("t.{}", sql::identifier(&column.name));
+    match function {
+        _ if !column.is_bytea => bits(column).unwrap_or(plain),
+        HashFunction::Old(_) => format!("pg_catalog.md5({plain})"),
+        _ => format!("pg_catalog.sha256({plain})"),
+    }
+}
+
+/// A float by its bits, where its text would not be the same. There is more than one NaN, and all are one value.
+fn bits(column: &SharedColumn) -> Option<String> {
+    let (name, send) = (format!("t.{}", sql::identifier(&column.name)), column.sent_by?);
+    let sent = format!("pg_catalog.{send}({name})");
+    Some(match send {
+        "float4send" | "float8send" => {
+            format!("CASE WHEN {name} OPERATOR(pg_catalog.=) 'NaN' THEN '\\x'::bytea ELSE {sent} END")
+        }
+        _ => sent,
+    })
 }
 
 /// One text for several values, different whenever one of them prints differently.

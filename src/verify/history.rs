@@ -11,6 +11,7 @@ use crate::decode::{Message, decode};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::queue::{Entry, Queue, Reader};
+use crate::source::marker;
 use crate::source::snapshot::SnapshotData;
 
 /// How long the queue is waited for before it is looked at whether anybody still wants to know.
@@ -47,7 +48,7 @@ impl History {
     pub(super) async fn begin(source: &Client, CaughtUp { stream, end }: CaughtUp) -> Result<History> {
         let doing = || "asking the source for a transaction's id".to_owned();
         // Its transaction ends with the statement, so that every later snapshot has a larger xmax.
-        let row = source.query_typed_one("SELECT pg_catalog.pg_current_xact_id()::text", &[]).await.context(doing)?;
+        let row = source.query_typed_one("SELECT pg_catalog.txid_current()::text", &[]).await.context(doing)?;
         let assigned: &str = row.get(0);
         let first_xid = assigned
             .parse()
@@ -126,9 +127,5 @@ fn lock(reading: &Mutex<Reading>) -> MutexGuard<'_, Reading> {
 pub(super) async fn marker(source: &Client) -> Result<String> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let content = format!("verify {}-{}", std::process::id(), now.as_nanos());
-    source
-        .query("SELECT pg_catalog.pg_logical_emit_message(true, $1, $2::text)", &[&MARKER_PREFIX, &content])
-        .await
-        .context(|| "sending a marker into the stream".into())?;
-    Ok(content)
+    Ok(marker::send(source, &content).await?.content)
 }

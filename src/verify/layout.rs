@@ -9,6 +9,7 @@ use tokio_postgres::Client;
 
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
+use crate::source::version::Version;
 use crate::sql;
 
 /// A table on one side.
@@ -22,12 +23,15 @@ pub(super) struct Layout {
     pub(super) estimated_rows: f64,
     /// Whether a range of pages is read without reading the others (TID range scans, PostgreSQL 14).
     pub(super) reads_page_ranges: bool,
+    /// Whether floats print as they do since PostgreSQL 12.
+    prints_floats_shortest: bool,
     columns: Vec<LayoutColumn>,
 }
 
 #[derive(Clone, Debug)]
 struct LayoutColumn {
     name: String,
+    /// Of a domain, that of its base.
     type_oid: u32,
     /// Whether a complete btree index starts with it.
     leads_index: bool,
@@ -53,9 +57,32 @@ pub(super) struct SharedColumn {
     pub(super) name: String,
     /// On both sides.
     pub(super) is_bytea: bool,
+    /// The type's send function, where the text of a float is not the same on both sides and its bits are compared.
+    pub(super) sent_by: Option<&'static str>,
 }
 
 const BYTEA: u32 = 17;
+/// Types with floats in them, and their send functions.
+const SEND: [(u32, &str); 18] = [
+    (700, "float4send"),
+    (701, "float8send"),
+    (600, "point_send"),
+    (601, "lseg_send"),
+    (602, "path_send"),
+    (603, "box_send"),
+    (604, "poly_send"),
+    (628, "line_send"),
+    (718, "circle_send"),
+    (1021, "array_send"),
+    (1022, "array_send"),
+    (1017, "array_send"),
+    (1018, "array_send"),
+    (1019, "array_send"),
+    (1020, "array_send"),
+    (1027, "array_send"),
+    (629, "array_send"),
+    (719, "array_send"),
+];
 /// int8, int2, int4.
 const INTEGERS: [u32; 3] = [20, 21, 23];
 /// Below this an index scan over a range reads the same pages again and again; one scan of the table is cheaper.
@@ -73,7 +100,7 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
                          THEN c.reltuples::float8 / c.relpages * pg_catalog.pg_relation_size(c.oid) \
                               / pg_catalog.current_setting('block_size')::int8 \
                          ELSE c.reltuples::float8 END, \
-                    pg_catalog.current_setting('server_version_num')::int4 >= 140000 \
+                    pg_catalog.current_setting('server_version_num')::int4 / 10000 \
              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
             &[&table.schema, &table.name],
@@ -82,9 +109,11 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
         .context(doing)?;
     let Some(found) = found else { return Ok(None) };
     let relid: u32 = found.get(0);
+    let version = Version(u32::try_from(found.get::<_, i32>(4)).unwrap_or_default());
     let columns = client
         .query(
-            "SELECT a.attname, a.atttypid, \
+            "SELECT a.attname, \
+                    coalesce((SELECT t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid AND t.typtype = 'd'), a.atttypid), \
                     EXISTS (SELECT FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class x ON x.oid = i.indexrelid \
                             JOIN pg_catalog.pg_am m ON m.oid = x.relam \
                             WHERE i.indrelid = a.attrelid AND i.indkey[0] = a.attnum AND i.indisvalid \
@@ -102,7 +131,8 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
         from: format!("{only}{}", sql::qualified(&table.schema, &table.name)),
         pages: found.get(2),
         estimated_rows: found.get(3),
-        reads_page_ranges: found.get(4),
+        reads_page_ranges: version.scans_page_ranges(),
+        prints_floats_shortest: version.prints_floats_shortest(),
         columns: columns
             .into_iter()
             .map(|row| LayoutColumn {
@@ -137,11 +167,14 @@ pub(super) fn shared(source: &Layout, target: &Layout, key: &[&str]) -> Shared {
     let on_target: BTreeMap<&str, &LayoutColumn> = target.columns.iter().map(|c| (c.name.as_str(), c)).collect();
     let mut columns = Vec::with_capacity(source.columns.len());
     let mut missing_on_target = Vec::new();
+    let same_text = source.prints_floats_shortest == target.prints_floats_shortest;
+    let send = |oid: u32| SEND.iter().find(|(known, _)| *known == oid).map(|(_, function)| *function);
     for column in &source.columns {
         match on_target.get(column.name.as_str()) {
             Some(other) => columns.push(SharedColumn {
                 name: column.name.clone(),
                 is_bytea: column.type_oid == BYTEA && other.type_oid == BYTEA,
+                sent_by: send(column.type_oid).filter(|_| !same_text && column.type_oid == other.type_oid),
             }),
             None => missing_on_target.push(column.name.clone()),
         }
@@ -170,7 +203,14 @@ mod tests {
                 correlation,
             })
             .collect();
-        Layout { from: "ONLY t".into(), pages: 1, estimated_rows: -1.0, reads_page_ranges: true, columns }
+        Layout {
+            from: "ONLY t".into(),
+            pages: 1,
+            estimated_rows: -1.0,
+            reads_page_ranges: true,
+            prints_floats_shortest: true,
+            columns,
+        }
     }
 
     #[test]

@@ -9,10 +9,15 @@ const OUR_SCHEMAS: &str = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname NOT IN ('in
 
 /// Of every table: how many rows, and a hash over the ordered hashes of all rows as text.
 pub async fn rows(client: &Client) -> BTreeMap<String, (i64, Option<String>)> {
-    client
-        .batch_execute("SET work_mem = '256MB'; SET TimeZone = 'UTC'; SET extra_float_digits = 3; SET search_path = ''")
-        .await
-        .unwrap();
+    rows_with(client, 3).await
+}
+
+/// The same with so many digits of floats: versions agree on what 0 makes of them.
+pub async fn rows_with(client: &Client, extra_float_digits: i32) -> BTreeMap<String, (i64, Option<String>)> {
+    let settings = format!(
+        "SET work_mem = '256MB'; SET TimeZone = 'UTC'; SET extra_float_digits = {extra_float_digits}; SET search_path = ''"
+    );
+    client.batch_execute(&settings).await.unwrap();
     let tables = client
         .query(
             &format!(

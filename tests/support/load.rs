@@ -10,11 +10,16 @@ use tokio_postgres::{Client, NoTls};
 use super::until;
 
 /// What a migration has to carry over, small enough for many migrations.
-const SCHEMA: &str = include_str!("application.sql");
+pub const SCHEMA: &str = include_str!("application.sql");
 
 /// Makes the schema with so many rows in its largest table, `app.big`.
 pub async fn fill(client: &Client, rows: u32) {
-    client.batch_execute(SCHEMA).await.unwrap();
+    fill_schema(client, SCHEMA, rows).await;
+}
+
+/// The same with a schema that an older server understands.
+pub async fn fill_schema(client: &Client, schema: &str, rows: u32) {
+    client.batch_execute(schema).await.unwrap();
     let script = format!(
         "SET synchronous_commit = off;
          INSERT INTO app.big (mood, amount, body, tags)

@@ -47,10 +47,18 @@ impl Servers {
     /// With settings of `postgresql.conf` that win over the usual ones.
     pub async fn with(source: &[(&str, &str)], target: &[(&str, &str)]) -> Servers {
         let programs = programs();
+        Servers::of((&programs, source), (&programs, target)).await
+    }
+
+    /// Of two versions, each with settings of its own.
+    pub async fn of(
+        (source_programs, source): (&ServerPrograms, &[(&str, &str)]),
+        (target_programs, target): (&ServerPrograms, &[(&str, &str)]),
+    ) -> Servers {
         let (source, target) = ([&SETTINGS[..], source].concat(), [&SETTINGS[..], target].concat());
         let (source, target) = tokio::join!(
-            ThrowawayServer::start(&programs, "source", &source),
-            ThrowawayServer::start(&programs, "target", &target)
+            ThrowawayServer::start(source_programs, "source", &source),
+            ThrowawayServer::start(target_programs, "target", &target)
         );
         Servers { source: source.unwrap(), target: target.unwrap() }
     }

@@ -50,6 +50,11 @@ impl Catalogs {
                 dealt.push((object.clone(), on_source.get(object).cloned()));
             }
         }
+        if all {
+            // Whatever became of its rows without a word in the stream, they are compared now.
+            let files = tables.iter().map(|table| catalog::file_of_table(&table.quoted));
+            dealt.extend(files.filter_map(|file| on_source.get(&file).map(|hash| (file.clone(), Some(hash.clone())))));
+        }
         // Of other objects the hash has nothing that is the server's own.
         let names: BTreeSet<&String> = tables.iter().map(|table| &table.quoted).collect();
         let hangs_on_it = |object: &str| {
@@ -98,10 +103,17 @@ struct Named {
 /// The table under its old and its new name, and the rest of the partitioned table that it is a part of; when it is `alone`, of that only
 /// what has no rows of its own.
 async fn tables(source: &Client, before: &Table, alone: bool) -> Result<Vec<Named>> {
-    let query = "SELECT n.nspname, c.relname, pg_catalog.format('%I.%I', n.nspname, c.relname) \
+    // As pg_partition_tree and pg_partition_root do it from 12 on.
+    let query = "WITH RECURSIVE above(oid) AS ( \
+           SELECT $1::oid UNION ALL SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN above ON i.inhrelid = above.oid \
+           JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid AND c.relispartition), \
+         tree(oid) AS ( \
+           SELECT oid FROM above UNION SELECT i.inhrelid FROM pg_catalog.pg_inherits i JOIN tree ON i.inhparent = tree.oid \
+           JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid AND c.relispartition) \
+         SELECT n.nspname, c.relname, pg_catalog.format('%I.%I', n.nspname, c.relname) \
          FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
          WHERE c.oid = $1 OR (c.relkind = 'p' OR NOT $4) \
-           AND c.oid IN (SELECT relid FROM pg_catalog.pg_partition_tree(pg_catalog.pg_partition_root($1::oid::regclass))) \
+           AND c.oid IN (SELECT oid FROM tree) \
          UNION SELECT $2::text, $3::text, pg_catalog.format('%I.%I', $2::text, $3::text)";
     let rows = ask(source, query, &[&before.relid, &before.schema, &before.name, &alone]).await?;
     Ok(rows.iter().map(|row| Named { schema: row.get(0), name: row.get(1), quoted: row.get(2) }).collect())
@@ -127,7 +139,8 @@ async fn facts(client: &Client, tables: &[Named], columns: &[String]) -> Result<
     // GENERATED ALWAYS is BY DEFAULT on the target for the time of the migration (H22).
     let query = "SELECT pg_catalog.format('column %I of table %I.%I', k.name, t.schema, t.name), \
                 (SELECT concat_ws('/', pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity <> '', \
-                                  a.attgenerated, pg_catalog.pg_get_expr(d.adbin, d.adrelid)) \
+                                  coalesce(pg_catalog.to_jsonb(a)->>'attgenerated', ''), \
+                                  pg_catalog.pg_get_expr(d.adbin, d.adrelid)) \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
                  LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \

@@ -6,6 +6,7 @@ use tokio_postgres::{Client, Row};
 
 use super::ask;
 use crate::error::Result;
+use crate::source::version::Version;
 use crate::sql;
 
 /// One server's table.
@@ -49,18 +50,28 @@ impl Side {
     }
 }
 
-const FACTS: &str = "SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
-        CASE WHEN a.attgenerated = '' THEN pg_catalog.pg_get_expr(d.adbin, d.adrelid) END, \
-        a.attidentity <> '', a.attgenerated <> '', \
-        CASE WHEN a.atthasmissing THEN (a.attmissingval::text::text[])[1] END \
-     FROM pg_catalog.pg_attribute a \
-     LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
-     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
+fn facts(version: Version) -> String {
+    let (generated, (missing_value, has_missing)) = (version.generated(), version.missing_value());
+    format!(
+        "SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
+            CASE WHEN {generated} = '' THEN pg_catalog.pg_get_expr(d.adbin, d.adrelid) END, \
+            a.attidentity <> '', {generated} <> '', \
+            CASE WHEN {has_missing} THEN ({missing_value}::text[])[1] END \
+         FROM pg_catalog.pg_attribute a \
+         LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
+         WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"
+    )
+}
 
-const UNIQUE: &str = "SELECT (SELECT array_agg(a.attname::text) FROM pg_catalog.pg_attribute a \
-          WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])) \
-     FROM pg_catalog.pg_index i \
-     WHERE i.indrelid = $1 AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL";
+fn unique(version: Version) -> String {
+    format!(
+        "SELECT (SELECT array_agg(a.attname::text) FROM pg_catalog.pg_attribute a \
+              WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:{} - 1])) \
+         FROM pg_catalog.pg_index i \
+         WHERE i.indrelid = $1 AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL",
+        version.key_columns()
+    )
+}
 
 /// A table by its OID; `None` when it is gone.
 pub(super) async fn by_relid(client: &Client, relid: u32) -> Result<Option<Side>> {
@@ -77,9 +88,10 @@ pub(super) async fn by_relid(client: &Client, relid: u32) -> Result<Option<Side>
         is_generated: row.get(5),
         missing: row.get(6),
     };
-    let facts = ask(client, FACTS, &[&relid]).await?.iter().map(fact).collect();
+    let version = Version::of(client).await?;
+    let facts = ask(client, &facts(version), &[&relid]).await?.iter().map(fact).collect();
     let columns = |row: &Row| row.get::<_, Option<Vec<String>>>(0).unwrap_or_default().into_iter().collect();
-    let unique = ask(client, UNIQUE, &[&relid]).await?.iter().map(columns).collect();
+    let unique = ask(client, &unique(version), &[&relid]).await?.iter().map(columns).collect();
     Ok(Some(Side { facts, unique }))
 }
 
@@ -95,8 +107,12 @@ pub(super) async fn by_name(client: &Client, schema: &str, name: &str) -> Result
 
 /// The partitioned table that a table is a part of, at the top; a column can be changed only there.
 pub(super) async fn root(client: &Client, relid: u32) -> Result<Option<String>> {
-    let query = "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-         WHERE c.oid = pg_catalog.pg_partition_root($1::oid::regclass)";
+    // As pg_partition_root does it from 12 on.
+    let query = "WITH RECURSIVE above(oid) AS ( \
+           SELECT $1::oid UNION ALL SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN above ON i.inhrelid = above.oid \
+           JOIN pg_catalog.pg_class c ON c.oid = i.inhrelid AND c.relispartition) \
+         SELECT n.nspname, c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE c.relkind = 'p' AND NOT c.relispartition AND c.oid IN (SELECT oid FROM above)";
     Ok(ask(client, query, &[&relid]).await?.first().map(|row| sql::qualified(row.get(0), row.get(1))))
 }
 

@@ -6,7 +6,16 @@ use tokio_postgres::Client;
 
 use super::USER_RELATION;
 use crate::error::{Context, Result};
+use crate::source::version::Version;
 use crate::sql;
+
+/// How the fingerprint names a table's file, on a server that has no TRUNCATE in its stream.
+const FILE_OF_TABLE: &str = "file of table %s (PostgreSQL before 11 streams no TRUNCATE)";
+
+/// That name for a table, quoted as `format('%I.%I')` does it.
+pub(crate) fn file_of_table(quoted: &str) -> String {
+    FILE_OF_TABLE.replace("%s", quoted)
+}
 
 /// Every object whose coming, going or change the stream does not show (I11), with a hash of its definition.
 ///
@@ -19,8 +28,9 @@ use crate::sql;
 /// # Errors
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
+    let version = Version::of(client).await?;
     let rows = client
-        .query_typed(&fingerprint_query(Hash::OfTheServer, &Objects::ALL), &[])
+        .query_typed(&fingerprint_query(version, Hash::OfTheServer, &Objects::ALL), &[])
         .await
         .context(|| "reading the catalog's fingerprint".into())?;
     // What went while the query ran has no description any more.
@@ -135,14 +145,27 @@ impl Objects<'_> {
 pub(crate) const THERE: &str = "there";
 
 /// The query behind [`fingerprint`].
-pub(crate) fn fingerprint_query(hash: Hash, of: &Objects<'_>) -> String {
+pub(crate) fn fingerprint_query(version: Version, hash: Hash, of: &Objects<'_>) -> String {
     let Objects { relations, functions, types, extensions, others } = of;
+    let (generated, (missing_value, has_missing)) = (version.generated(), version.missing_value());
+    let column_of_the_server = format!(
+        "a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, {generated}, \
+         a.attcollation, {has_missing}, {missing_value}, pg_catalog.pg_get_expr(d.adbin, d.adrelid)"
+    );
+    let column_of_the_definition = format!(
+        "pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity <> '', {generated}, \
+         pg_catalog.pg_get_expr(d.adbin, d.adrelid)"
+    );
+    // Where no TRUNCATE is in the stream, the table's file is what shows it; VACUUM FULL and CLUSTER change that too.
+    let files = match hash {
+        Hash::OfTheServer if !version.streams_truncate() => "c.relkind = 'r'",
+        _ => "false",
+    };
     let (relation, view, column, constraint, function) = match hash {
         Hash::OfTheServer => (
             "c.relowner, c.relacl::text,",
             "pg_catalog.pg_get_viewdef(c.oid)",
-            "a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated, \
-             a.attcollation, a.atthasmissing, a.attmissingval::text, pg_catalog.pg_get_expr(d.adbin, d.adrelid)",
+            column_of_the_server,
             "true",
             "p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, p.proisstrict, p.proconfig, \
              p.proowner, p.proacl::text",
@@ -153,8 +176,7 @@ pub(crate) fn fingerprint_query(hash: Hash, of: &Objects<'_>) -> String {
             "",
             "(SELECT string_agg(concat_ws(' ', a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod)), ',' ORDER BY a.attnum) \
               FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)",
-            "pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity <> '', a.attgenerated, \
-             pg_catalog.pg_get_expr(d.adbin, d.adrelid)",
+            column_of_the_definition,
             "k.contype <> 'n'",
             "p.prosrc, p.probin, p.proretset, p.provolatile, p.prosecdef, p.proisstrict, p.proconfig",
         ),
@@ -181,6 +203,10 @@ pub(crate) fn fingerprint_query(hash: Hash, of: &Objects<'_>) -> String {
          WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} AND {relations} \
            AND a.attnum > 0 AND NOT a.attisdropped \
          UNION ALL \
+         SELECT format({}, format('%I.%I', n.nspname, c.relname)), c.relfilenode::text \
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+         WHERE {files} AND c.relpersistence = 'p' AND {USER_RELATION} AND {relations} \
+         UNION ALL \
          SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
                 md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \
          FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
@@ -205,6 +231,7 @@ pub(crate) fn fingerprint_query(hash: Hash, of: &Objects<'_>) -> String {
          JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace WHERE {types} \
          UNION ALL \
          SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e WHERE {extensions}{}",
+        sql::literal(FILE_OF_TABLE),
         everything_else(hash, others)
     )
 }
