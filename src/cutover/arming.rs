@@ -365,15 +365,18 @@ fn same_name(one: &Table, other: &Table) -> bool {
     (&one.schema, &one.name) == (&other.schema, &other.name)
 }
 
-/// How the catalog's fingerprint names what the deciding transaction makes: the triggers and constraints that the source has and the
-/// target does not, and those that are valid only later.
+/// How the catalog's fingerprint names what the deciding transaction makes: the triggers, constraints and rules that the source has
+/// and the target does not, with their comments, and those that are valid only later.
 async fn late_objects(target: &Client) -> Result<BTreeSet<String>> {
     let late = AtCutover::plan(target).await?;
     if late == AtCutover::default() {
         return Ok(BTreeSet::new());
     }
     let of_source = ledger::fingerprint(target).await?;
-    let made = |object: &String| object.starts_with("trigger ") || object.starts_with("constraint ");
+    let made = |object: &String| {
+        let object = object.strip_prefix("comment on ").unwrap_or(object);
+        ["trigger ", "constraint ", "rule ", "event trigger "].iter().any(|kind| object.starts_with(kind))
+    };
     let made = of_source.into_keys().filter(made);
     Ok(made.chain(late.later().iter().cloned()).collect())
 }
