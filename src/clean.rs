@@ -9,7 +9,7 @@ use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::migrate::{self, application_name};
 use crate::source::identity::{self, On};
-use crate::source::slot;
+use crate::source::{ddl, slot};
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::ledger::{self, LedgerTable, Phase, Section, WayBack};
 use crate::target::schema;
@@ -218,6 +218,7 @@ async fn source_of(source: &Client, id: &str, removed: &mut Vec<Removed>) -> Res
         slot::drop(source, &name).await?;
         removed.push(format!("slot {name} on the source"));
     }
+    removed.extend(ddl::remove(source, id).await?.into_iter().map(|what| format!("{what} on the source")));
     let inserts = format!("{name}_inserts");
     let publications = source
         .query("SELECT pubname FROM pg_catalog.pg_publication WHERE pubname IN ($1, $2) ORDER BY 1", &[&name, &inserts])
@@ -235,7 +236,9 @@ async fn orphans(server: &Client, way: &str) -> Result<Vec<String>> {
         .query(
             "SELECT DISTINCT substr(name, 10, 8) FROM ( \
                  SELECT slot_name::text FROM pg_catalog.pg_replication_slots WHERE database = pg_catalog.current_database() AND NOT active \
-                 UNION ALL SELECT pubname::text FROM pg_catalog.pg_publication) names(name) \
+                 UNION ALL SELECT pubname::text FROM pg_catalog.pg_publication \
+                 UNION ALL SELECT 'walferry_' || substr(nspname, 14) FROM pg_catalog.pg_namespace \
+                     WHERE nspname LIKE 'walferry\\_ddl\\_%') names(name) \
              WHERE name ~ ('^walferry_[0-9a-f]{8}' || $1 || '(_inserts)?$')",
             &[&way],
         )

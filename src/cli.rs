@@ -262,6 +262,9 @@ pub struct Check {
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
+    /// Check also what `migrate --replicate-ddl` needs
+    #[arg(long)]
+    pub replicate_ddl: bool,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
@@ -319,6 +322,10 @@ pub struct Migrate {
     /// Make no way back ready: nothing of it is written to the source, and the cutover is for good
     #[arg(long)]
     pub no_reverse: bool,
+    /// Have the target run the DDL of the source, in its place among the rows, by event triggers on the source (PostgreSQL 14 or
+    /// newer); fixed when the migration begins. What cannot be replayed stops the apply, as all DDL does without this
+    #[arg(long)]
+    pub replicate_ddl: bool,
     /// Where metrics, health and status are served, for reading only; `off` for nowhere
     #[arg(long, default_value = "127.0.0.1:9617", value_parser = parse_http_address, value_name = "ADDRESS")]
     pub http_addr: HttpAddress,

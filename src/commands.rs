@@ -148,6 +148,7 @@ async fn check(options: cli::Check) -> Result<()> {
         jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
         resuming,
+        replicate_ddl: options.replicate_ddl,
         owners: &options.roles.owners(),
         replica_identity_full: options.replica_identity_full,
         estimate: Duration::from_secs(options.estimate_seconds),
@@ -193,6 +194,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         on_conflict: options.on_conflict,
         replica_identity_full: options.replica_identity_full,
         reverse: !options.no_reverse,
+        replicate_ddl: options.replicate_ddl,
         automatic: automatic(options)?,
         care: care::Options {
             copy_jobs: options.parallelism.copy_jobs,

@@ -95,6 +95,8 @@ pub struct Config {
     pub replica_identity_full: bool,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
+    /// Whether DDL is replicated. Fixed when the migration begins.
+    pub replicate_ddl: bool,
     /// When it is to cut over by itself.
     pub automatic: Option<Automatic>,
 }

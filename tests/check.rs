@@ -111,6 +111,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         queue_max_bytes: None,
         resuming: false,
         replica_identity_full: false,
+        replicate_ddl: false,
         estimate: Duration::ZERO,
     }
 }

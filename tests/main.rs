@@ -9,6 +9,7 @@ mod clean;
 mod conflict;
 mod copying;
 mod cutover;
+mod ddl;
 mod fence;
 mod flow;
 mod heal;

@@ -91,7 +91,7 @@ pub struct UnitEnd {
 pub enum Assembled {
     /// To be written.
     Chunk(Chunk),
-    /// The transaction that begins after `complete` cannot be merged (a TRUNCATE, a table that changed, or a history that only a
+    /// The transaction that begins after `complete` cannot be merged (a TRUNCATE, DDL, a table that changed, or a history that only a
     /// replay can tell):
     /// what the unit has before it is to be applied up to `complete`, then that one transaction row by row.
     Serial {
@@ -247,6 +247,9 @@ impl Assembler {
                 return Ok(expected.map_err(|_| NeedsSerialReplay));
             }
             Message::Logical { prefix, content, .. } => {
+                if self.layout.is_ddl(prefix) {
+                    return Ok(Err(NeedsSerialReplay));
+                }
                 if prefix == MARKER_PREFIX {
                     let content = String::from_utf8_lossy(content).into_owned();
                     self.unit.markers.push(Marker { content, changes: self.unit.changes });

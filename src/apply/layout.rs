@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::change::{Adoption, View};
+use super::ddl::Ddl;
 use crate::decode::{Relation, ReplicaIdentity as WireIdentity, Tuple};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
@@ -25,6 +26,8 @@ pub struct Layout {
     pub binary: bool,
     /// How many sessions apply.
     pub workers: usize,
+    /// How DDL is replicated, where it is.
+    pub ddl: Option<Ddl>,
     /// Up to so many changed rows of a table go by a statement each; [`SINGLE_ROWS_MAX`] but for tests.
     pub single_rows_max: usize,
 }
@@ -79,7 +82,8 @@ impl Layout {
         }
         let by_relid = layouts.iter().enumerate().map(|(at, layout)| (layout.table.relid, at)).collect();
         let snapshots_end = layouts.iter().map(|layout| layout.snapshot.insert_lsn).max().unwrap_or(Lsn::ZERO);
-        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, single_rows_max: SINGLE_ROWS_MAX })
+        let single_rows_max = SINGLE_ROWS_MAX;
+        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, ddl: None, single_rows_max })
     }
 
     /// The position from which on every change is applied, whatever any copy saw (H24).
@@ -99,6 +103,36 @@ impl Layout {
             )
             .hint("Only the tables that were there at the start are migrated: `walferry clean`, then `walferry migrate` takes all.")
         })
+    }
+
+    /// Whether messages with this prefix tell of DDL that is to be replicated.
+    pub fn is_ddl(&self, prefix: &str) -> bool {
+        self.ddl.as_ref().is_some_and(|ddl| ddl.prefix == prefix)
+    }
+
+    /// The place of a table, if it is one of the migration's.
+    pub fn find(&self, relid: u32) -> Option<usize> {
+        self.by_relid.get(&relid).copied()
+    }
+
+    /// From here on, a table is what a replicated statement has made of it.
+    pub fn redefine(&mut self, place: usize, table: &Table) {
+        let entry = &mut self.tables[place];
+        entry.routing = Routing::of(table);
+        entry.table = table.clone();
+        entry.view = None;
+    }
+
+    /// A table that was made on the way. All of its rows are in the stream: no copy has seen any.
+    pub fn add(&mut self, table: &Table) {
+        let snapshot = SnapshotData { xmin: 0, xmax: 0, running: Default::default(), insert_lsn: Lsn::ZERO };
+        self.by_relid.insert(table.relid, self.tables.len());
+        self.tables.push(TableLayout { routing: Routing::of(table), snapshot, table: table.clone(), view: None });
+    }
+
+    /// Forgets a table that was dropped; whether there was one. The others keep their places.
+    pub fn remove(&mut self, relid: u32) -> bool {
+        self.by_relid.remove(&relid).is_some()
     }
 
     /// Whether the rows of a table hold already what a transaction did (I3).

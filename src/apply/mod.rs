@@ -17,6 +17,7 @@
 pub mod assemble;
 pub mod change;
 pub mod conflict;
+pub mod ddl;
 pub mod gate;
 pub mod layout;
 pub mod net;
@@ -343,6 +344,7 @@ impl Apply {
             progress: &mut self.progress,
             on_conflict: self.on_conflict,
             conflicts: BTreeMap::new(),
+            ddl_replayed: 0,
             board,
         };
         let outcome = replay.run(reader, through, |end| publish(applied, board, &end, Duration::ZERO)).await;

@@ -45,6 +45,8 @@ pub struct Replay<'a> {
     /// The conflicts of the transaction at work, by schema, table and kind: counted when it is over, because one that is given up
     /// for another reason comes again.
     pub conflicts: BTreeMap<(String, String, ConflictKind), u64>,
+    /// Statements of DDL of the transaction at work.
+    pub ddl_replayed: u64,
     /// Where conflicts are counted.
     pub board: &'a StatusBoard,
 }
@@ -93,6 +95,7 @@ impl Replay<'_> {
             Arc::make_mut(&mut self.layout).foresee(adoption);
         }
         self.conflicts.clear();
+        self.ddl_replayed = 0;
         let mut at = None;
         let outcome = self.changes(head, entries, &mut at).await;
         if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
@@ -113,6 +116,7 @@ impl Replay<'_> {
         let end = outcome.context(naming)?;
         self.writer.commit().await.context(naming)?;
         self.count_conflicts();
+        self.board.ddl_replayed(self.ddl_replayed);
         for position in self.progress.iter_mut() {
             *position = end.end_lsn.max(*position);
         }
@@ -192,6 +196,9 @@ impl Replay<'_> {
             Message::Logical { prefix, content, .. } if prefix == MARKER_PREFIX => {
                 let content = String::from_utf8_lossy(content).into_owned();
                 end.markers.push(Marker { content, changes: end.changes });
+            }
+            Message::Logical { prefix, content, .. } if layout.is_ddl(prefix) => {
+                Box::pin(self.ddl(head, content)).await?;
             }
             Message::Truncate { relids, restart_identity, .. } => {
                 let mut emptied = Vec::new();

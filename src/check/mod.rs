@@ -13,6 +13,7 @@
 //! table; only the trial of a copy (`estimate`) writes, in a transaction that it rolls back. A finding says what was found on which object, why it matters, and the SQL that mends it.
 
 mod both;
+mod ddl;
 mod differing;
 mod estimate;
 mod local;
@@ -64,6 +65,8 @@ pub struct Inputs<'a> {
     pub queue_max_bytes: Option<u64>,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
     pub resuming: bool,
+    /// Whether DDL is to be replicated.
+    pub replicate_ddl: bool,
     /// Who is to own what on the target, and which roles are made there.
     pub owners: &'a Owners,
     /// Whether the migration will set `REPLICA IDENTITY FULL` where nothing else identifies a row.
@@ -256,6 +259,9 @@ async fn check_source(
     findings.extend(unstreamed::findings(client, server).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
     findings.extend(target::replica_role(client, server, Side::Source).await?);
+    if inputs.replicate_ddl {
+        findings.extend(ddl::source(client, server).await?);
+    }
     Ok(findings)
 }
 
@@ -271,6 +277,9 @@ async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> 
         findings.extend(target::emptiness(client, server).await?);
     }
     findings.extend(source::session_defaults(client, Side::Target).await?);
+    if inputs.replicate_ddl {
+        findings.extend(ddl::target(client).await?);
+    }
     Ok(findings)
 }
 

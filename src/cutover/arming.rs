@@ -218,6 +218,12 @@ impl WayBack {
         if !slot::state(target, &slot).await?.is_some_and(|state| state.is_usable()) {
             return Err(Error::new(ErrorKind::Transient, format!("the slot {slot} is not on the target")));
         }
+        // Tables that replicated DDL has made, dropped, or given a key since.
+        let (names, published) = (self.names(), on_target(target, migrated).await?);
+        let fit = slot::are_published(target, &names.publication, &names.insert_only_publication, &published).await?;
+        if !fit {
+            slot::create_publications(target, &names.publication, &names.insert_only_publication, &published).await?;
+        }
         let draft = self.draft(target, migrated).await?;
         Ok(Drafted { way_back: self, draft, work })
     }

@@ -1,6 +1,6 @@
 //! Following: what comes is applied, until a cutover goes through; meanwhile it is looked at whether one could.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
@@ -20,11 +20,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
-use crate::target::{ledger, warm};
+use crate::target::{ddl, ledger, warm};
 use crate::{unstreamed, verify};
 
 /// How often the source's catalog is compared with what was migrated (I11).
 const CATALOG_INTERVAL: Duration = Duration::from_secs(30);
+/// The same while something differs and DDL is replicated: it may only be on its way.
+const REPLICATED_DDL_INTERVAL: Duration = Duration::from_secs(3);
 /// How often it is looked at whether a cutover could begin.
 const READINESS_INTERVAL: Duration = Duration::from_secs(1);
 /// How long markers are waited for that only measure the way.
@@ -262,6 +264,8 @@ impl Running {
                 self.board.set_given_up(given_up);
             }
             let mut changed = BTreeMap::new();
+            // Replicated DDL is on the source before it is here: what is there for two looks is looked at.
+            let (replicates, mut said) = (ddl::is_replicated(&target).await?, BTreeSet::new());
             let mut obstacles: Vec<String> = Vec::new();
             let mut compared: Option<std::time::Instant> = None;
             let mut tick = tokio::time::interval(READINESS_INTERVAL);
@@ -275,15 +279,20 @@ impl Running {
                     continue;
                 }
                 self.board.set_verification(verify::last(&target).await?);
-                if compared.is_none_or(|at| at.elapsed() >= CATALOG_INTERVAL) {
+                let interval =
+                    if replicates && !changed.is_empty() { REPLICATED_DDL_INTERVAL } else { CATALOG_INTERVAL };
+                if compared.is_none_or(|at| at.elapsed() >= interval) {
                     compared = Some(std::time::Instant::now());
                     let before = ledger::fingerprint(&target).await?;
                     let began = std::time::Instant::now();
                     let now = cutover::changes(&before, &catalog::fingerprint(&source).await?);
                     let looked = began.elapsed();
-                    let fresh = now.iter().filter(|change| !changed.contains_key(*change));
-                    for change in fresh {
-                        self.board.event(Level::Warn, format!("on the source, {change}: the stream does not show it"));
+                    said.retain(|change| now.contains(change));
+                    for change in now.iter().filter(|change| !replicates || changed.contains_key(*change)) {
+                        if said.insert(change.clone()) {
+                            let text = format!("on the source, {change}: the stream does not show it");
+                            self.board.event(Level::Warn, text);
+                        }
                     }
                     changed = now.into_iter().map(|change| (change, ())).collect();
                     obstacles = self.obstacles(&source, &target).await?;

@@ -9,6 +9,7 @@ use crate::observe::status::Level;
 use crate::source::identity;
 use crate::source::replication::ReplicationSession;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
+use crate::target::ddl;
 use crate::target::ledger::{self, Migration, Phase};
 use crate::target::role::ApplyRole;
 
@@ -87,6 +88,11 @@ pub(super) async fn identify(
     if let Some(migration) = recorded {
         // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
         board.event(Level::Info, format!("going on with migration {}", migration.id));
+        if config.replicate_ddl && !replicates_ddl(config).await? {
+            let text = "this migration began without --replicate-ddl, which is fixed when it begins";
+            return Err(Error::new(ErrorKind::Blocked, text)
+                .hint("Go on without it; or start anew: `walferry clean`, then `walferry migrate --replicate-ddl`."));
+        }
         return Ok(application_name(&migration.id));
     }
     let report = check::run(&check::Inputs {
@@ -96,6 +102,7 @@ pub(super) async fn identify(
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
         resuming: false,
+        replicate_ddl: config.replicate_ddl,
         owners: &config.owners,
         replica_identity_full: config.replica_identity_full,
         estimate: std::time::Duration::ZERO,
@@ -124,6 +131,11 @@ pub(super) async fn identify(
     }
     let id = write_down(config, directory, identity).await?;
     Ok(application_name(&id))
+}
+
+async fn replicates_ddl(config: &Config) -> Result<bool> {
+    let target = config.target.connect("walferry").await?;
+    ddl::is_replicated(&target).await
 }
 
 /// Takes up the migration that the target's ledger speaks of, whatever became of its state directory or its servers' addresses.
@@ -227,6 +239,9 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         id,
     };
     ledger::create(&mut target, &migration).await?;
+    if config.replicate_ddl {
+        ddl::will_replicate(&target).await?;
+    }
     Ok(migration.id)
 }
 

@@ -11,6 +11,7 @@ use tokio_postgres::Client;
 use super::Running;
 use super::prepare::Held;
 use crate::apply::change::{Adoption, Change};
+use crate::apply::ddl::Ddl;
 use crate::apply::layout::Layout;
 use crate::apply::reconcile::reconcile;
 use crate::apply::{Applied, Apply};
@@ -28,7 +29,7 @@ use crate::source::version::Version;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::role::ApplyRole;
 use crate::target::writer::Writer;
-use crate::target::{index, late, roles, schema};
+use crate::target::{ddl, index, late, roles, schema};
 use crate::unstreamed;
 use crate::unstreamed::materialized_view;
 
@@ -210,7 +211,12 @@ impl Running {
 
     pub(super) async fn layout(&self, target: &Client, migration: &Migration) -> Result<Arc<Layout>> {
         let (tables, snapshots) = tokio::try_join!(ledger::tables(target), ledger::snapshots(target))?;
-        Ok(Arc::new(Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?))
+        let mut layout = Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?;
+        if ddl::is_replicated(target).await? {
+            let prefix = crate::source::ddl::prefix(&migration.id);
+            layout.ddl = Some(Ddl { prefix, owners: self.config.owners.clone() });
+        }
+        Ok(Arc::new(layout))
     }
 
     /// Applies until every table is past what its copy saw (H24).

@@ -16,9 +16,10 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog::{self, Table};
 use crate::source::identity;
-use crate::source::slot;
 use crate::source::snapshot::{self, HeldSnapshot};
 use crate::source::version::Version;
+use crate::source::{ddl, slot};
+use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared};
 use crate::target::schema;
 use crate::unstreamed::materialized_view;
@@ -75,6 +76,10 @@ impl Running {
         let published = catalog::tables(&source).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
+        // Before the slot: of every transaction that it sends, the DDL is told of.
+        if is_replicated(&self.target().await?).await? {
+            ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;
+        }
         let new = self.make_slot(&source, &migration.slot).await?;
 
         let tables = catalog::tables(&source).await?;

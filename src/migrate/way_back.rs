@@ -27,7 +27,7 @@ use crate::control::{Answer, FinishRequest, Requests};
 use crate::cutover::{self, arming::Names};
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase};
-use crate::source::{catalog, slot};
+use crate::source::{catalog, ddl, slot};
 use crate::sql;
 use crate::target::ledger::{self, Migration, Phase, Section, WayBack};
 use crate::target::schema;
@@ -155,6 +155,8 @@ impl Running {
                 // Another name: what an earlier process left is being ended by its own.
                 let old = self.config.target.connect("walferry").await?;
                 slot::drop(&old, &forward.slot).await?;
+                // What tells of DDL needs the publications.
+                ddl::remove(&old, &forward.id).await?;
                 slot::drop_publications(&old, &forward.publication, &forward.insert_only_publication).await
             };
             match dropped.await {

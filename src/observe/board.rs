@@ -75,6 +75,7 @@ struct Shared {
     applied_changes: AtomicU64,
     applied_batches: AtomicU64,
     serial_replays: AtomicU64,
+    ddl_replayed: AtomicU64,
     /// By schema, table and kind.
     conflicts: Mutex<BTreeMap<(String, String, ConflictKind), u64>>,
     indexes_total: AtomicU64,
@@ -175,6 +176,7 @@ impl StatusBoard {
             applied_changes: AtomicU64::new(0),
             applied_batches: AtomicU64::new(0),
             serial_replays: AtomicU64::new(0),
+            ddl_replayed: AtomicU64::new(0),
             conflicts: Default::default(),
             indexes_total: AtomicU64::new(0),
             indexes_done: AtomicU64::new(0),
@@ -398,6 +400,11 @@ impl StatusBoard {
         self.shared.serial_replays.fetch_add(1, Relaxed);
     }
 
+    /// Statements of DDL were replayed.
+    pub fn ddl_replayed(&self, statements: u64) {
+        self.shared.ddl_replayed.fetch_add(statements, Relaxed);
+    }
+
     /// Changes of a table did not meet the rows they should have.
     pub fn conflicts(&self, schema: &str, table: &str, kind: ConflictKind, changes: u64) {
         *lock(&self.shared.conflicts).entry((schema.to_owned(), table.to_owned(), kind)).or_insert(0) += changes;
@@ -582,6 +589,7 @@ impl StatusBoard {
             changes_per_second: rates.applied_changes,
             applied_lsn: lock(&self.shared.pending).applied_lsn(),
             serial_replays: self.shared.serial_replays.load(Relaxed),
+            ddl_replayed: self.shared.ddl_replayed.load(Relaxed),
             conflicts: conflicts_by_kind.values().sum(),
             conflicts_by_kind,
             conflicts_by_table,

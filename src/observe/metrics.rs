@@ -102,6 +102,7 @@ declare_metrics! {
     APPLY_PAUSED: Gauge, None, "walferry_apply_paused", "Whether the operator holds the apply.";
     SERIAL_REPLAYS_TOTAL: Counter, None, "walferry_serial_replays_total",
         "Batches that the target refused and that were replayed row by row.";
+    DDL_REPLAYED_TOTAL: Counter, None, "walferry_ddl_replayed_total", "Statements of DDL that were replayed on the target.";
     CONFLICTS_TOTAL: Counter, None, "walferry_conflicts_total", "Changes that did not meet the row they should have.";
     TABLE_CONFLICTS_TOTAL: Counter, None, "walferry_table_conflicts_total",
         "The same of each table that had any.";
@@ -236,6 +237,7 @@ pub fn publish(status: &Status) {
     let _ = histogram!(APPLY_BATCH_SECONDS);
     gauge!(APPLY_PAUSED).set(flag(status.apply.paused));
     counter!(SERIAL_REPLAYS_TOTAL).absolute(status.apply.serial_replays);
+    counter!(DDL_REPLAYED_TOTAL).absolute(status.apply.ddl_replayed);
     for (kind, conflicts) in &status.apply.conflicts_by_kind {
         counter!(CONFLICTS_TOTAL, "kind" => kind.clone()).absolute(*conflicts);
     }

@@ -241,6 +241,7 @@ fn apply_text(status: &Status) -> String {
     text.push_str(&format!("; {} in {}", counted(apply.changes, "change"), counted(apply.transactions, "transaction")));
     for (number, noun) in [
         (apply.serial_replays, "serial replay"),
+        (apply.ddl_replayed, "DDL statement"),
         (apply.conflicts, "conflict"),
         (status.target.reconnects, "reconnect"),
     ] {

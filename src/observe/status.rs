@@ -344,6 +344,9 @@ pub struct Apply {
     pub applied_lsn: Lsn,
     /// Batches that the target refused as a whole and that were replayed row by row.
     pub serial_replays: u64,
+    /// Statements of DDL that were replayed on the target.
+    #[serde(default)]
+    pub ddl_replayed: u64,
     /// Changes that did not meet the row they should have (invariant I6).
     pub conflicts: u64,
     /// The same by [`ConflictKind::name`].
@@ -595,7 +598,7 @@ mod tests {
         assert_eq!(keys("/stream"), "bytes bytes_per_second changes connected received_lsn reconnects transactions");
         assert_eq!(
             keys("/apply"),
-            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table held paused \
+            "applied_lsn batches changes changes_per_second conflicts conflicts_by_kind conflicts_by_table ddl_replayed held paused \
              serial_replays transactions transactions_per_second"
         );
         assert_eq!(keys("/source"), "description retained_wal_bytes wal_lsn wal_max_bytes");

@@ -4,6 +4,8 @@
 //! layout of a row in the stream: pgoutput sends the columns that are not dropped and not generated in the order of
 //! `attnum` ("Logical Replication Message Formats" in the manual), which is exactly [`Table::columns`].
 
+mod fingerprint;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +14,10 @@ use tokio_postgres::Client;
 use super::version::Version;
 use crate::error::{Context, Result};
 use crate::sql;
+
+pub(crate) use fingerprint::file_of_table;
+pub(crate) use fingerprint::{Hash, Objects, THERE, fingerprint_query};
+pub use fingerprint::{changed_objects, fingerprint};
 
 /// A table that holds rows of its own: an ordinary table or a leaf of a partitioned one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -101,6 +107,18 @@ pub enum ReplicaIdentity {
     Full,
     /// A unique index.
     Index,
+}
+
+impl ReplicaIdentity {
+    /// Reads `pg_class.relreplident`.
+    pub(super) fn of_catalog(relreplident: &str) -> ReplicaIdentity {
+        match relreplident {
+            "n" => ReplicaIdentity::Nothing,
+            "f" => ReplicaIdentity::Full,
+            "i" => ReplicaIdentity::Index,
+            _ => ReplicaIdentity::Default,
+        }
+    }
 }
 
 impl Table {
@@ -195,12 +213,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     let mut tables = Vec::with_capacity(rows.len());
     for row in rows {
         let relid: u32 = row.get(0);
-        let identity = match row.get::<_, &str>(5) {
-            "n" => ReplicaIdentity::Nothing,
-            "f" => ReplicaIdentity::Full,
-            "i" => ReplicaIdentity::Index,
-            _ => ReplicaIdentity::Default,
-        };
+        let identity = ReplicaIdentity::of_catalog(row.get(5));
         let columns = columns.remove(&relid).unwrap_or_default();
         let indexes = indexes.remove(&relid).unwrap_or_default();
         let (key, has_other_unique) = choose_key(identity, &columns, &indexes);
@@ -226,19 +239,41 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
 }
 
 async fn columns(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<Column>>> {
-    let (generated, deterministic, binary) = (version.generated(), version.deterministic(), version.streams_messages());
     let rows = client
-        .query_typed(
-            &format!(
-                // A domain goes over the wire as its base type does, so the base decides. What is asked of a type is asked once for
-                // each type (OFFSET 0 keeps it so), not for each of perhaps a hundred thousand columns.
-                "WITH RECURSIVE a AS ( \
+        .query_typed(&columns_query("true", version), &[])
+        .await
+        .context(|| "reading the catalog's columns".into())?;
+    let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
+    for row in rows {
+        columns.entry(row.get(0)).or_default().push(Column {
+            name: row.get(1),
+            number: row.get(2),
+            type_oid: row.get(3),
+            type_name: row.get(4),
+            type_modifier: row.get(5),
+            not_null: row.get(6),
+            identity_always: row.get(7),
+            binary_safe: row.get(8),
+            byte_equal: row.get(9),
+            equality_schema: row.get(10),
+        });
+    }
+    Ok(columns)
+}
+
+/// What is read of the columns of those tables (`c`) that a condition holds of.
+pub(super) fn columns_query(of: &str, version: Version) -> String {
+    let (generated, deterministic, binary) = (version.generated(), version.deterministic(), version.streams_messages());
+    format!(
+        // A domain goes over the wire as its base type does, so the base decides. What is asked of a type is asked once for
+        // each type (OFFSET 0 keeps it so), not for each of perhaps a hundred thousand columns.
+        "WITH RECURSIVE a AS ( \
                    SELECT a.attrelid, a.attname, a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attidentity, a.attcollation \
                    FROM pg_catalog.pg_attribute a \
                    JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                    WHERE c.relkind = 'r' AND {USER_RELATION} AND a.attnum > 0 AND NOT a.attisdropped \
-                     AND {generated} = ''), \
+                     AND {generated} = '' AND {of}), \
                  base(type, root) AS ( \
                    SELECT DISTINCT atttypid, atttypid FROM a \
                    UNION ALL SELECT base.type, t.typbasetype FROM base JOIN pg_catalog.pg_type t ON t.oid = base.root \
@@ -261,27 +296,7 @@ async fn columns(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<
                  FROM a JOIN facts ON facts.type = a.atttypid \
                  LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation \
                  ORDER BY a.attrelid, a.attnum"
-            ),
-            &[],
-        )
-        .await
-        .context(|| "reading the catalog's columns".into())?;
-    let mut columns: BTreeMap<u32, Vec<Column>> = BTreeMap::new();
-    for row in rows {
-        columns.entry(row.get(0)).or_default().push(Column {
-            name: row.get(1),
-            number: row.get(2),
-            type_oid: row.get(3),
-            type_name: row.get(4),
-            type_modifier: row.get(5),
-            not_null: row.get(6),
-            identity_always: row.get(7),
-            binary_safe: row.get(8),
-            byte_equal: row.get(9),
-            equality_schema: row.get(10),
-        });
-    }
-    Ok(columns)
+    )
 }
 
 /// A column of a type, where the catalog no longer has the column itself; `None` when it does not have the type either. Its
@@ -339,29 +354,32 @@ async fn firing(client: &Client) -> Result<BTreeMap<u32, Vec<Firing>>> {
 }
 
 /// A unique index or exclusion constraint of a table.
-struct Index {
-    columns: Vec<i16>,
-    primary: bool,
-    replica_identity: bool,
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Index {
+    pub columns: Vec<i16>,
+    pub primary: bool,
+    pub replica_identity: bool,
     /// Unique, valid, immediate, without predicate and without expressions: it can name one row.
-    names_one_row: bool,
+    pub names_one_row: bool,
+}
+
+/// What is read of the indexes (`i`) of those tables that a condition holds of.
+pub(super) fn indexes_query(of: &str, version: Version) -> String {
+    let key_columns = version.key_columns();
+    format!(
+        "SELECT i.indrelid, \
+                (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
+                 FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
+                 WHERE k.ordinality <= {key_columns}), \
+                i.indisprimary, i.indisreplident, \
+                i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
+         FROM pg_catalog.pg_index i WHERE (i.indisunique OR i.indisexclusion) AND {of} ORDER BY i.indrelid, i.indexrelid"
+    )
 }
 
 async fn indexes(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<Index>>> {
-    let key_columns = version.key_columns();
     let rows = client
-        .query_typed(
-            &format!(
-                "SELECT i.indrelid, \
-                        (SELECT array_agg(k.attnum ORDER BY k.ordinality) \
-                         FROM unnest(i.indkey::int2[]) WITH ORDINALITY k(attnum, ordinality) \
-                         WHERE k.ordinality <= {key_columns}), \
-                        i.indisprimary, i.indisreplident, \
-                        i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL \
-                 FROM pg_catalog.pg_index i WHERE i.indisunique OR i.indisexclusion ORDER BY i.indrelid, i.indexrelid"
-            ),
-            &[],
-        )
+        .query_typed(&indexes_query("true", version), &[])
         .await
         .context(|| "reading the catalog's indexes".into())?;
     let mut indexes: BTreeMap<u32, Vec<Index>> = BTreeMap::new();
@@ -377,7 +395,7 @@ async fn indexes(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<
 }
 
 /// Which columns find a row, and whether another index can make rows with different keys contend.
-fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) -> (Vec<usize>, bool) {
+pub(super) fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) -> (Vec<usize>, bool) {
     let positions = |index: &Index| -> Option<Vec<usize>> {
         let place = |number: &i16| {
             columns
@@ -396,172 +414,6 @@ fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) 
     };
     let spare = indexes.len() - usize::from(key.is_some());
     (key.unwrap_or_default(), spare > 0)
-}
-
-/// How the fingerprint names a table's file, on a server that has no TRUNCATE in its stream.
-const FILE_OF_TABLE: &str = "file of table %s (PostgreSQL before 11 streams no TRUNCATE)";
-
-/// That name for a table, quoted as `format('%I.%I')` does it.
-pub(crate) fn file_of_table(quoted: &str) -> String {
-    FILE_OF_TABLE.replace("%s", quoted)
-}
-
-/// Every object whose coming, going or change the stream does not show (I11), with a hash of its definition.
-///
-/// The key reads as an operator would name the object: `table "public"."orders"`, `column … of table …`.
-///
-/// A column's hash has the transaction that last wrote its row of the catalog (`xmin`): `ALTER … TYPE integer USING v + 1` of
-/// an integer column rewrites every value, shows none of them in the stream, and leaves a definition that reads as before (H4).
-/// The table's file alone would not tell, since TRUNCATE and VACUUM FULL change it too and lose nothing.
-///
-/// # Errors
-/// Whatever the server says.
-pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
-    let version = Version::of(client).await?;
-    let (generated, (missing_value, has_missing)) = (version.generated(), version.missing_value());
-    // Where no TRUNCATE is in the stream, the table's file is what shows it; VACUUM FULL and CLUSTER change that too.
-    let files = if version.streams_truncate() { "false" } else { "c.relkind = 'r'" };
-    let rows = client
-        .query_typed(
-            &format!(
-                "SELECT (CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'i' THEN 'index' \
-                           WHEN 'I' THEN 'partitioned index' WHEN 'S' THEN 'sequence' WHEN 'v' THEN 'view' \
-                           WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' ELSE 'type' END) \
-                        || ' ' || format('%I.%I', n.nspname, c.relname), \
-                        md5(concat_ws('/', c.relkind, c.relpersistence, c.relreplident, c.relowner, c.relacl::text, \
-                            CASE WHEN c.relkind IN ('i', 'I') THEN pg_catalog.pg_get_indexdef(c.oid) END, \
-                            CASE WHEN c.relkind IN ('v', 'm') THEN pg_catalog.pg_get_viewdef(c.oid) END, \
-                            pg_catalog.pg_get_expr(c.relpartbound, c.oid), \
-                            (SELECT concat_ws('/', s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle) \
-                             FROM pg_catalog.pg_sequence s WHERE s.seqrelid = c.oid))) \
-                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} \
-                 UNION ALL \
-                 SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), \
-                        md5(concat_ws('/', a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
-                            a.attidentity, {generated}, a.attcollation, \
-                            {has_missing}, {missing_value}, pg_catalog.pg_get_expr(d.adbin, d.adrelid))) \
-                 FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
-                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} \
-                   AND a.attnum > 0 AND NOT a.attisdropped \
-                 UNION ALL \
-                 SELECT format({}, format('%I.%I', n.nspname, c.relname)), c.relfilenode::text \
-                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE {files} AND c.relpersistence = 'p' AND {USER_RELATION} \
-                 UNION ALL \
-                 SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
-                        md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \
-                 FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {USER_RELATION} \
-                 UNION ALL \
-                 SELECT format('trigger %I on table %I.%I', t.tgname, n.nspname, c.relname), \
-                        md5(concat_ws('/', pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled)) \
-                 FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal AND {USER_RELATION} \
-                 UNION ALL \
-                 SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
-                        md5(concat_ws('/', p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, \
-                            p.proisstrict, p.proconfig, p.proowner, p.proacl::text)) \
-                 FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
-                 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
-                   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_proc'::regclass \
-                                   AND d.objid = p.oid AND d.deptype = 'e') \
-                 UNION ALL \
-                 SELECT format('enum value %L of type %I.%I', e.enumlabel, n.nspname, t.typname), e.enumsortorder::text \
-                 FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace \
-                 UNION ALL \
-                 SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e{}",
-                sql::literal(FILE_OF_TABLE),
-                everything_else()
-            ),
-            &[],
-        )
-        .await
-        .context(|| "reading the catalog's fingerprint".into())?;
-    // What went while the query ran has no description any more.
-    Ok(rows.into_iter().filter_map(|row| Some((row.get::<_, Option<String>>(0)?, row.get(1)))).collect())
-}
-
-/// Catalogs whose rows are objects that the fingerprint has nothing special to say of: the catalog, which rows, and what is hashed of
-/// a row `o`. The rows of servers may hold passwords, of which not even a hash is to leave the server (I10).
-const OBJECTS: [(&str, &str, &str); 22] = [
-    ("pg_am", "true", "o::text"),
-    ("pg_amop", "true", "o::text"),
-    ("pg_amproc", "true", "o::text"),
-    ("pg_cast", "true", "o::text"),
-    ("pg_collation", "true", "o::text"),
-    ("pg_conversion", "true", "o::text"),
-    ("pg_default_acl", "true", "o::text"),
-    ("pg_event_trigger", "o.evtname !~ '^walferry'", "o::text"),
-    ("pg_foreign_data_wrapper", "true", "o.xmin::text"),
-    ("pg_foreign_server", "true", "o.xmin::text"),
-    ("pg_language", "true", "o::text"),
-    ("pg_namespace", "o.nspname !~ '^(pg_temp_|pg_toast|walferry$)'", "o::text"),
-    ("pg_opclass", "true", "o::text"),
-    ("pg_operator", "true", "o::text"),
-    ("pg_opfamily", "true", "o::text"),
-    ("pg_policy", "true", "o::text"),
-    ("pg_rewrite", "o.rulename <> '_RETURN'", "o::text"),
-    ("pg_statistic_ext", "true", "o::text"),
-    ("pg_transform", "true", "o::text"),
-    (
-        "pg_ts_config",
-        "true",
-        "o::text || (SELECT pg_catalog.string_agg(m::text, ' ' ORDER BY m::text) FROM pg_catalog.pg_ts_config_map m WHERE m.mapcfg = o.oid)",
-    ),
-    ("pg_ts_dict", "true", "o::text"),
-    ("pg_type", "o.typrelid = 0 AND o.typtype IN ('b', 'd', 'e', 'r', 'p') AND o.typcategory <> 'A'", "o::text"),
-];
-
-/// All that is neither a relation nor a function, and the comments on everything; more branches of the query above.
-fn everything_else() -> String {
-    let not_an_extensions = |class: &str, object: &str| {
-        format!(
-            "{object} >= 16384 AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = {class} AND d.objid = {object} \
-                                               AND d.deptype = 'e')"
-        )
-    };
-    let mut branches: String = OBJECTS
-        .iter()
-        .map(|(catalog, which, hashed)| {
-            let class = format!("'pg_catalog.{catalog}'::regclass");
-            let users = not_an_extensions(&class, "o.oid");
-            format!(
-                " UNION ALL SELECT pg_catalog.pg_describe_object({class}, o.oid, 0), md5({hashed}) FROM pg_catalog.{catalog} o \
-                 WHERE {which} AND {users}"
-            )
-        })
-        .collect();
-    branches.push_str(&format!(
-        " UNION ALL SELECT format('constraint %I on type %s', o.conname, pg_catalog.format_type(o.contypid, NULL)), md5(o::text) \
-         FROM pg_catalog.pg_constraint o WHERE o.contypid <> 0 AND {}",
-        not_an_extensions("'pg_catalog.pg_type'::regclass", "o.contypid")
-    ));
-    // Its options, which hold passwords, only a superuser may read.
-    branches.push_str(
-        " UNION ALL SELECT pg_catalog.pg_describe_object('pg_catalog.pg_user_mapping'::regclass, umid, 0), md5(srvid || '/' || umuser) \
-         FROM pg_catalog.pg_user_mappings",
-    );
-    branches.push_str(&format!(
-        " UNION ALL SELECT 'comment on ' || pg_catalog.pg_describe_object(c.classoid, c.objoid, c.objsubid), md5(c.description) \
-         FROM pg_catalog.pg_description c WHERE {} AND c.objoid IS DISTINCT FROM pg_catalog.to_regnamespace('walferry') \
-           AND c.classoid <> 'pg_catalog.pg_largeobject'::regclass",
-        not_an_extensions("c.classoid", "c.objoid")
-    ));
-    branches
-}
-
-/// The objects that are not the same in two fingerprints.
-pub fn changed_objects<'a>(
-    before: &'a BTreeMap<String, String>,
-    now: &'a BTreeMap<String, String>,
-) -> impl Iterator<Item = &'a str> {
-    let gone = before.keys().filter(|object| !now.contains_key(*object));
-    let other = now.iter().filter(|(object, hash)| before.get(*object) != Some(hash)).map(|(object, _)| object);
-    gone.chain(other).map(String::as_str)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! our own, and [`version`] knows what a server's version knows.
 
 pub mod catalog;
+pub mod ddl;
 pub mod identity;
 pub mod marker;
 pub mod receive;

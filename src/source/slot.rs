@@ -86,6 +86,27 @@ pub async fn create_publications(
     Ok(())
 }
 
+/// Whether both publications are what [`create_publications`] makes of these tables.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn are_published(client: &Client, publication: &str, insert_only: &str, tables: &[Table]) -> Result<bool> {
+    let rows = client
+        .query(
+            "SELECT r.prrelid, p.pubname = $2 FROM pg_catalog.pg_publication_rel r \
+             JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid WHERE p.pubname IN ($1, $2)",
+            &[&publication, &insert_only],
+        )
+        .await
+        .context(|| format!("looking at the tables of the publication {publication}"))?;
+    let published: BTreeSet<(u32, bool)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let mut wanted = BTreeSet::new();
+    for table in tables.iter().filter(|table| !table.unlogged) {
+        wanted.insert((table.relid, !table.has_usable_identity()));
+    }
+    Ok(published == wanted)
+}
+
 /// Drops both publications, where they are there.
 ///
 /// # Errors

@@ -6,6 +6,7 @@
 
 pub mod adopt;
 pub mod copy_rows;
+pub mod ddl;
 pub mod harmless;
 pub mod index;
 pub mod late;

@@ -52,7 +52,7 @@ pub async fn dump(
     let mut command = Command::new(&tools.pg_dump);
     command
         .args(["--format=custom", "--schema-only", "--no-publications", "--no-subscriptions", "--no-tablespaces"])
-        .args(["--exclude-schema=walferry", "--lock-wait-timeout=30s"])
+        .args(["--exclude-schema=walferry", "--exclude-schema=walferry_ddl_*", "--lock-wait-timeout=30s"])
         .arg(format!("--snapshot={snapshot}"))
         .arg(format!("--file={}", archive.0.display()));
     environment.apply(&mut command);
@@ -80,6 +80,8 @@ pub async fn dump(
     for (section, (list, script)) in [(Section::PreData, before), (Section::PostData, after)] {
         let entries = list.lines().filter_map(Entry::in_list).collect();
         items.extend(split(section, &entries, &script, &mut relations, role)?);
+        // Our own (--replicate-ddl).
+        items.retain(|item| item.kind != "EVENT TRIGGER" || !item.name.contains("walferry_"));
     }
     if !owners.role_map.is_empty() {
         for item in &mut items {

@@ -300,6 +300,23 @@ impl Writer {
         }
     }
 
+    /// Asks something in the open transaction; the rows as text.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub(crate) async fn query(&mut self, text: &str) -> Result<Vec<Vec<Option<String>>>> {
+        self.session.simple_query(text).await
+    }
+
+    /// Forgets what was prepared for tables as they were.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub(super) async fn forget_prepared(&mut self) -> Result<()> {
+        self.statements.known.clear();
+        self.session.simple_query("DEALLOCATE ALL").await.map(|_| ())
+    }
+
     async fn add_begin(&mut self, pipeline: &mut Pipeline) -> Result<()> {
         if self.in_transaction {
             return Ok(());

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use tokio_postgres::Client;
 
-const OUR_SCHEMAS: &str = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname NOT IN ('information_schema', 'walferry')";
+const OUR_SCHEMAS: &str = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname NOT IN ('information_schema', 'walferry') \
+     AND n.nspname NOT LIKE 'walferry\\_ddl\\_%'";
 
 /// Of every table: how many rows, and a hash over the ordered hashes of all rows as text.
 pub async fn rows(client: &Client) -> BTreeMap<String, (i64, Option<String>)> {
@@ -111,7 +112,7 @@ pub async fn touched(client: &Client) -> Vec<String> {
 pub async fn left_over(client: &Client, side: &str) -> Vec<String> {
     let query = "SELECT format('slot %s', slot_name) FROM pg_replication_slots \
          UNION ALL SELECT format('publication %s', pubname) FROM pg_publication \
-         UNION ALL SELECT format('schema %s', nspname) FROM pg_namespace WHERE nspname = 'walferry' \
+         UNION ALL SELECT format('schema %s', nspname) FROM pg_namespace WHERE nspname = 'walferry' OR nspname LIKE 'walferry\\_%' \
          UNION ALL SELECT format('setting %s', setconfig) FROM pg_db_role_setting \
          UNION ALL SELECT format('event trigger %s', evtname) FROM pg_event_trigger \
          UNION ALL SELECT format('prepared transaction %s', gid) FROM pg_prepared_xacts \
