@@ -88,7 +88,7 @@ pub(super) fn who_writes_all_the_same(mode: FenceMode) -> &'static str {
 impl Cutover<'_> {
     /// Everything that is looked at before anything is touched.
     pub(super) async fn preconditions(&self, sessions: &Sessions, options: &Options) -> Result<Vec<Finding>> {
-        let Sessions { source, target, before, .. } = sessions;
+        let Sessions { source, target, inspector, before, .. } = sessions;
         let migration = ledger::load(target).await?;
         let follows = migration.is_some_and(|migration| migration.phase == ledger::Phase::Following);
         let mut findings = vec![if follows {
@@ -106,7 +106,8 @@ impl Cutover<'_> {
         findings.push(Finding::of(
             "catalog",
             "the source's tables, columns, indexes and functions are those that were migrated",
-            self.same_catalog(source, before, options).await,
+            // By the session that looks again while applications wait: the server then has it all at hand for that session.
+            self.same_catalog(inspector, before, options).await,
         )?);
         findings.push(Finding::of(
             "prepared transactions",
