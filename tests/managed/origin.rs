@@ -33,7 +33,7 @@ async fn h23_foreign_keys_come_with_the_cutover_are_looked_at_before_and_validat
     let ended = running.wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(ended.stderr.contains("item_owner_fkey"), "{}", ended.stderr);
-    application.is_ended().await;
+    application.has_ended().await;
     let left = "SELECT name FROM walferry.schema_item WHERE section = 'after-cutover' AND NOT done";
     let left: Vec<String> = target.query(left, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
     assert_eq!(
@@ -81,7 +81,7 @@ async fn h23_the_way_back_knows_what_the_cutover_has_made() {
     drop(target);
     until_true(&servers.target.connect("postgres").await.unwrap(), no_superuser).await;
     let ready =
-        |status: &serde_json::Value| status["ready_to_cutover"] == true && status["attention"].to_string() == "[]";
+        |status: &serde_json::Value| status["ready_to_cutover"] == true && status["attention"] == serde_json::json!([]);
     migration.wait_for_status(&mut running, "ready to switch back", ready).await;
     let back = migration.with_directory("switchback", &["--yes", "--max-write-stall", "25s"]).await;
     assert_eq!(back.code, Some(0), "{}\n{}", back.stderr, running.log());

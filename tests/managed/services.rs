@@ -28,7 +28,7 @@ async fn migrates(service: Service, settings: &[(&str, &str)]) {
     )
     .await;
     migration.cut_over(running).await;
-    application.is_ended().await;
+    application.has_ended().await;
 
     shop::is_the_same_on_both_sides(&migration).await;
     assert_eq!(shop::not_valid(&target).await, ["of_customer"]);

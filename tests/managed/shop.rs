@@ -127,7 +127,7 @@ impl Application {
     }
 
     /// Waits until each session has been ended; every one has written.
-    pub async fn is_ended(self) {
+    pub async fn has_ended(self) {
         for session in self.sessions {
             assert!(session.await.unwrap() > 0);
         }
