@@ -1,4 +1,4 @@
-//! `GET /metrics`, `GET /healthz` and `GET /status`, and the page for people ([`page`]); nothing else: control goes through
+//! `GET /metrics`, `GET /healthz` and `GET /status`, and the page for people (`page`); nothing else: control goes through
 //! the Unix socket.
 //!
 //! What is served holds no secret and no row (invariant I10), but whoever reaches the address reads it: the default

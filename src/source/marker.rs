@@ -3,7 +3,7 @@
 //! A marker is a transaction that holds nothing but a logical message, so it changes no row and needs no table. Before PostgreSQL
 //! 14 pgoutput leaves the message out, but not its transaction: it sends the `Begin` and the `Commit` of every transaction that wrote
 //! anything to the WAL, empty or not (only 15 leaves empty ones out). So there the marker is known by its transaction's id, and
-//! [`of_empty_transaction`] puts into an empty transaction, on its way into the queue, what a newer server would have sent.
+//! `of_empty_transaction` puts into an empty transaction, on its way into the queue, what a newer server would have sent.
 
 use tokio_postgres::Client;
 use tokio_postgres::types::{PgLsn, ToSql, Type};
