@@ -309,23 +309,7 @@ mod tests {
     use crate::check::server::tests::server;
 
     fn table(name: &str, identity: ReplicaIdentity, updates_and_deletes: i64) -> Table {
-        Table {
-            relid: 1,
-            schema: "public".into(),
-            name: name.into(),
-            unlogged: false,
-            is_partition: false,
-            identity,
-            columns: Vec::new(),
-            key: Vec::new(),
-            has_other_unique: false,
-            pages: 0,
-            bytes: 0,
-            estimated_rows: -1.0,
-            updates_and_deletes,
-            relfilenode: None,
-            firing: Vec::new(),
-        }
+        Table { identity, updates_and_deletes, ..Table::plain("public", name) }
     }
 
     fn summary(found: &[Finding]) -> Vec<(&str, Severity)> {

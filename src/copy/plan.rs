@@ -30,26 +30,9 @@ pub fn plan<'a>(tables: impl IntoIterator<Item = &'a Table>, split_above_bytes: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::catalog::ReplicaIdentity;
 
     fn table(relid: u32, pages: i64) -> Table {
-        Table {
-            relid,
-            schema: "public".into(),
-            name: "t".into(),
-            unlogged: false,
-            is_partition: false,
-            identity: ReplicaIdentity::Default,
-            columns: vec![],
-            key: vec![],
-            has_other_unique: false,
-            pages,
-            bytes: pages * 8192,
-            estimated_rows: 0.0,
-            updates_and_deletes: 0,
-            relfilenode: None,
-            firing: Vec::new(),
-        }
+        Table { relid, pages, bytes: pages * 8192, ..Table::plain("public", "t") }
     }
 
     #[test]

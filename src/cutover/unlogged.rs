@@ -107,23 +107,7 @@ mod tests {
     use super::*;
 
     fn table(name: &str, unlogged: bool) -> Table {
-        Table {
-            relid: 1,
-            schema: "public".into(),
-            name: name.into(),
-            unlogged,
-            is_partition: false,
-            identity: crate::source::catalog::ReplicaIdentity::Default,
-            columns: Vec::new(),
-            key: Vec::new(),
-            has_other_unique: false,
-            pages: 0,
-            bytes: 0,
-            estimated_rows: -1.0,
-            updates_and_deletes: 0,
-            relfilenode: None,
-            firing: Vec::new(),
-        }
+        Table { unlogged, ..Table::plain("public", name) }
     }
 
     #[test]

@@ -416,6 +416,30 @@ pub(super) fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes:
 }
 
 #[cfg(test)]
+impl Table {
+    /// An ordinary table without columns, for tests.
+    pub(crate) fn plain(schema: &str, name: &str) -> Table {
+        Table {
+            relid: 1,
+            schema: schema.into(),
+            name: name.into(),
+            unlogged: false,
+            is_partition: false,
+            identity: ReplicaIdentity::Default,
+            columns: Vec::new(),
+            key: Vec::new(),
+            has_other_unique: false,
+            pages: 0,
+            bytes: 0,
+            estimated_rows: -1.0,
+            updates_and_deletes: 0,
+            relfilenode: None,
+            firing: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -440,23 +464,7 @@ mod tests {
 
     #[test]
     fn the_option_that_compares_tables_again_can_be_pasted_into_a_shell() {
-        let table = |name: &str| Table {
-            relid: 1,
-            schema: "public".into(),
-            name: name.into(),
-            unlogged: false,
-            is_partition: false,
-            identity: ReplicaIdentity::Default,
-            columns: Vec::new(),
-            key: Vec::new(),
-            has_other_unique: false,
-            pages: 0,
-            bytes: 0,
-            estimated_rows: -1.0,
-            updates_and_deletes: 0,
-            relfilenode: None,
-            firing: Vec::new(),
-        };
+        let table = |name: &str| Table::plain("public", name);
         let (plain, hostile) = (table("t"), table("it's $(a) \"b\""));
         let option = Table::recopy_option(&[&plain, &hostile]);
         assert_eq!(option, r#"--recopy 'public.t' 'public.it'\''s $(a) "b"'"#);

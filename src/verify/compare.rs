@@ -531,26 +531,9 @@ fn add(all: &mut Digests, some: Digests) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::catalog::ReplicaIdentity;
 
     fn table(schema: &str, name: &str) -> Table {
-        Table {
-            relid: 1,
-            schema: schema.into(),
-            name: name.into(),
-            unlogged: false,
-            is_partition: false,
-            identity: ReplicaIdentity::Default,
-            columns: vec![],
-            key: vec![],
-            has_other_unique: false,
-            pages: 0,
-            bytes: 0,
-            estimated_rows: -1.0,
-            updates_and_deletes: 0,
-            relfilenode: None,
-            firing: Vec::new(),
-        }
+        Table::plain(schema, name)
     }
 
     #[test]

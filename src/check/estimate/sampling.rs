@@ -293,7 +293,7 @@ mod tests {
     use super::*;
     use crate::check::estimate::tests::trial;
     use crate::connection::ConnectionSpec;
-    use crate::source::catalog::{Column, ReplicaIdentity};
+    use crate::source::catalog::Column;
 
     fn table(name: &str, pages: i64, bytes: i64) -> Table {
         let column = Column {
@@ -308,23 +308,7 @@ mod tests {
             byte_equal: true,
             equality_schema: Some("pg_catalog".into()),
         };
-        Table {
-            relid: 1,
-            schema: "public".into(),
-            name: name.into(),
-            unlogged: false,
-            is_partition: false,
-            identity: ReplicaIdentity::Default,
-            columns: vec![column],
-            key: vec![0],
-            has_other_unique: false,
-            pages,
-            bytes,
-            estimated_rows: -1.0,
-            updates_and_deletes: 0,
-            relfilenode: None,
-            firing: Vec::new(),
-        }
+        Table { columns: vec![column], key: vec![0], pages, bytes, ..Table::plain("public", name) }
     }
 
     fn spec() -> ConnectionSpec {
