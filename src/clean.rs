@@ -129,6 +129,11 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
             target.database()
         ));
     }
+    for (server, side) in [(&from, "source"), (&to, "target")] {
+        if cutover::guard::remove(server).await? {
+            removed.push(format!("triggers that refuse writes to tables that have moved, on the {side}"));
+        }
+    }
     if back.is_some() {
         from.batch_execute("DROP SCHEMA walferry CASCADE")
             .await

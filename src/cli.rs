@@ -13,6 +13,7 @@ use crate::care::tune::Limit;
 use crate::care::wal::OnSourceWalMax;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
+use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use values::{HttpAddress, Time};
@@ -144,6 +145,37 @@ pub struct Servers {
     pub target_password_command: Option<String>,
 }
 
+/// What of the database is moved. Patterns are those of pg_dump.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A part of a database")]
+pub struct Filters {
+    /// Only tables that this pattern names (schema.table, * and ?); may be given again
+    #[arg(long, value_name = "PATTERN")]
+    pub include_table: Vec<String>,
+    /// No table that this pattern names, whatever includes it
+    #[arg(long, value_name = "PATTERN")]
+    pub exclude_table: Vec<String>,
+    /// Only what is in schemas that this pattern names, besides what --include-table names
+    #[arg(long, value_name = "PATTERN")]
+    pub include_schema: Vec<String>,
+    /// Nothing of schemas that this pattern names
+    #[arg(long, value_name = "PATTERN")]
+    pub exclude_schema: Vec<String>,
+}
+
+impl Filters {
+    /// The same for the rest of the program.
+    pub fn scope(&self, data_only: bool) -> Scope {
+        Scope {
+            include_tables: self.include_table.clone(),
+            exclude_tables: self.exclude_table.clone(),
+            include_schemas: self.include_schema.clone(),
+            exclude_schemas: self.exclude_schema.clone(),
+            data_only,
+        }
+    }
+}
+
 /// How much is done at once.
 #[derive(Debug, Args)]
 pub struct Parallelism {
@@ -221,6 +253,12 @@ pub struct Check {
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub filters: Filters,
+    /// The target has the tables already: compare them with the source's
+    #[arg(long)]
+    pub data_only: bool,
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
@@ -235,6 +273,9 @@ pub struct MigrateAgain {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub migrate: Migrate,
+    /// Bring the schema with its keys and indexes, no rows, and end
+    #[arg(long, conflicts_with_all = ["recopy", "data_only"])]
+    pub schema_only: bool,
     /// Compare these tables (schema.name) with the source again before going on, and copy what differs
     #[arg(long, value_name = "TABLE", num_args = 1..)]
     pub recopy: Vec<String>,
@@ -258,6 +299,12 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub connections: Connections,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub filters: Filters,
+    /// The target has the tables already, empty: only rows are moved, their columns found by name
+    #[arg(long)]
+    pub data_only: bool,
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,
@@ -351,6 +398,9 @@ pub struct Verify {
     /// Only these tables (schema.name), separated by commas
     #[arg(long, value_delimiter = ',')]
     pub tables: Option<Vec<String>>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub filters: Filters,
     /// Compare only about so much of each table, drawn anew each time: a percentage
     #[arg(long, value_parser = parse_percent, value_name = "PERCENT")]
     pub sample: Option<f64>,

@@ -19,10 +19,12 @@ mod identify;
 mod phases;
 mod prepare;
 mod repair;
+mod schema_only;
 mod stall;
 mod way_back;
 
 pub(crate) use identify::application_name;
+pub use schema_only::schema_only;
 pub(crate) use way_back::finish_without_process;
 
 use std::net::SocketAddr;
@@ -51,6 +53,7 @@ use crate::observe::{http, metrics};
 use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
+use crate::source::scope::Scope;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
@@ -88,6 +91,8 @@ pub struct Config {
     pub on_conflict: OnConflict,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
+    /// What of the database is moved.
+    pub scope: Scope,
     /// When it is to cut over by itself.
     pub automatic: Option<Automatic>,
 }

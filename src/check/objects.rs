@@ -8,6 +8,7 @@ use super::report::{Finding, Severity, Side, counted, first_ten};
 use super::server::Server;
 use crate::error::{Context, Result};
 use crate::source::catalog::{ReplicaIdentity, Table, USER_RELATION};
+use crate::source::scope::Selection;
 use crate::sql;
 
 /// A finding on the source.
@@ -127,25 +128,26 @@ fn table_findings(tables: &[Table], keys: &Keys) -> Vec<Finding> {
 ///
 /// # Errors
 /// Whatever the server says.
-pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Finding>> {
+pub(crate) async fn others(client: &Client, server: &Server, selection: Option<&Selection>) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
+    let moved = super::scope::moved(selection, "c.oid");
     let rows = client
         .query_typed(
             &format!(
                 "SELECT 'rule', format('%I.%I', n.nspname, c.relname), quote_ident(w.rulename), w.ev_enabled::text \
                  FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class JOIN pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind IN ('r', 'p') AND w.rulename <> '_RETURN' AND {USER_RELATION} \
+                 WHERE c.relkind IN ('r', 'p') AND w.rulename <> '_RETURN' AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'trigger', format('%I.%I', n.nspname, c.relname), quote_ident(t.tgname), t.tgenabled::text \
                  FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') AND {USER_RELATION} \
+                 WHERE NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'foreign table', format('%I.%I', n.nspname, c.relname), '', '' \
-                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'f' AND {USER_RELATION} \
+                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'f' AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'child', format('%I.%I', n.nspname, c.relname), '', '' \
                  FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind = 'r' AND NOT c.relispartition AND {USER_RELATION} \
+                 WHERE c.relkind = 'r' AND NOT c.relispartition AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'event trigger', quote_ident(e.evtname), '', '' FROM pg_event_trigger e WHERE e.evtenabled <> 'D' \
                  UNION ALL \
@@ -259,7 +261,8 @@ pub(crate) async fn others(client: &Client, server: &Server) -> Result<Vec<Findi
                        them. Remove those that nothing refers to; keep what the others hold in bytea columns.";
         findings.push(
             finding(
-                Severity::Blocker,
+                // They belong to no table, and so to no part.
+                if selection.is_some() { Severity::Warning } else { Severity::Blocker },
                 "large-objects",
                 counted(usize::try_from(large_objects).unwrap_or(usize::MAX), "large object"),
                 message,

@@ -60,6 +60,8 @@ pub struct Copier {
     pub paused: watch::Receiver<Paused>,
     /// How many jobs there are to be, and how fast.
     pub tune: Tune,
+    /// Whether a large table may get a new file, to arrive frozen. Not where foreign keys refer to it already: they forbid TRUNCATE.
+    pub freezes: bool,
 }
 
 /// What became of a part.
@@ -270,8 +272,10 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
+                let frozen = copier.freezes && part::may_freeze(table, &next);
+                let what = (table, &next, frozen);
                 let shown_and_paced = (&copier.board, copier.tune.pace());
-                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, shown_and_paced).await? {
+                match part::copy(&mut source, &mut target, &self.snapshot, what, shown_and_paced).await? {
                     Outcome::Copied(complete) => {
                         if complete {
                             // The receiver outlives the copy; if it is gone, so is the migration.

@@ -26,6 +26,7 @@ mod afterwards;
 pub mod arming;
 mod automatic;
 mod fence;
+pub(crate) mod guard;
 mod hook;
 mod options;
 mod pgbouncer;
@@ -51,6 +52,7 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
+use crate::source::scope::Scope;
 use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
@@ -82,6 +84,8 @@ pub struct Cutover<'a> {
     pub application_name: &'a str,
     /// The migrated tables, and which of them the stream shows inserts of only.
     pub tables: &'a [(Table, bool)],
+    /// What of the source's database is moved; all of it on the way back.
+    pub scope: &'a Scope,
     /// How far the apply is.
     pub applied: watch::Receiver<Applied>,
     /// What stands against it, besides what it finds itself.
@@ -177,7 +181,7 @@ impl Cutover<'_> {
         let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
         let known = timer.within(async {
             unique::hold(&sessions.checker, &tables).await?;
-            sequences::list(&sessions.source, options.sequence_margin).await
+            sequences::list(&sessions.source, &sessions.target, self.scope, options.sequence_margin).await
         });
         let sequences = known.await.map_err(untouched)?;
         let mut way_back = match self.way_back(options) {
@@ -274,7 +278,10 @@ impl Cutover<'_> {
         before: &BTreeMap<String, String>,
         options: &Options,
     ) -> Result<()> {
-        self.no_prepared_transactions(source).await?;
+        if options.fence != FenceMode::Tables {
+            // A prepared transaction that has written to a table holds its lock, and the fence has waited for it.
+            self.no_prepared_transactions(source).await?;
+        }
         self.same_catalog(source, before, options).await
     }
 
@@ -291,7 +298,7 @@ impl Cutover<'_> {
         // Which step is under way is noted in the ledger beside its work: applications wait.
         let id = fence.record().cutover.clone();
         let note = |step| record::note(target, &id, step);
-        Box::pin(fence.raise(self.source, &tables, timer)).await?;
+        Box::pin(fence.raise(self.source, &tables, &sequences.holds(), timer)).await?;
         timer.done();
         if let Some(command) = &options.hooks.on_fence {
             let limit = options.hooks.timeout();
@@ -302,7 +309,7 @@ impl Cutover<'_> {
         let (first, ()) = tokio::try_join!(self.drain(source, timer), timer.within(note(timer.current())))?;
         timer.done();
 
-        tokio::try_join!(timer.within(note(timer.current())), timer.within(fence.complete()))?;
+        tokio::try_join!(timer.within(note(timer.current())), timer.within(fence.complete(&tables)))?;
         timer.done();
         // At once, because applications wait: nobody writes any more, so their order does not matter.
         let settled = timer.within(async {
@@ -329,7 +336,8 @@ impl Cutover<'_> {
             timer.done();
         }
 
-        tokio::try_join!(timer.within(fence.prove(tables.len())), timer.within(note(timer.current())))?;
+        tokio::try_join!(timer.within(fence.prove()), timer.within(note(timer.current())))?;
+        timer.within(fence.hand_over()).await?;
         let identity = schema::restore_identity(&tables.iter().map(|table| (*table).clone()).collect::<Vec<_>>());
         let pending = match fence.record().pending() {
             Some(pending) => {
@@ -412,7 +420,8 @@ impl Cutover<'_> {
 
     /// I11: nothing that the stream does not show has come, gone or changed.
     async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
-        let now = catalog::fingerprint(source).await?;
+        let selection = self.scope.select(source).await?;
+        let now = catalog::fingerprint_of(source, selection.as_ref()).await?;
         let changed: Vec<String> = changes(before, &now)
             .into_iter()
             .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))

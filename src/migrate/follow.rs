@@ -20,7 +20,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
-use crate::target::{ledger, warm};
+use crate::source::scope::Scope;
+use crate::target::{existing, ledger, warm};
 use crate::verify;
 
 /// How often the source's catalog is compared with what was migrated (I11).
@@ -102,35 +103,47 @@ impl Running {
         &self,
         applied: &watch::Receiver<Applied>,
         way_back: &Option<(WayBack, watch::Receiver<Arming>)>,
-        request: CutoverRequest,
+        mut request: CutoverRequest,
     ) -> CutOver {
         let known = async {
             self.is_the_right_way(&request)?;
             warm::stop(&self.target().await?, &self.application_name).await?;
             // As they are now: they can have changed since the migration began.
-            let tables = ledger::tables(&self.target().await?).await?;
+            let target = self.target().await?;
+            let scope = self.load(&target).await?.scope;
+            let entries = ledger::tables(&target).await?;
+            let only: Vec<bool> = entries.iter().map(|entry| entry.insert_only).collect();
+            let mut tables: Vec<Table> = entries.into_iter().map(|entry| entry.table).collect();
+            if scope.data_only && self.direction == Direction::There {
+                existing::forget_other_identity(&target, &mut tables).await?;
+            }
+            let tables: Vec<(Table, bool)> = tables.into_iter().zip(only).collect();
             let target_closed = match self.direction {
                 Direction::There => None,
                 // The ledger of the way there stands on the server that took over.
                 Direction::Back => Closed::load(&self.config.source.connect(&self.application_name).await?).await?,
             };
-            Ok::<_, Error>((tables, target_closed))
+            Ok::<_, Error>((tables, target_closed, scope))
         };
-        let (tables, target_closed): (Vec<(Table, bool)>, _) = match known.await {
-            Ok((tables, closed)) => {
-                (tables.into_iter().map(|entry| (entry.table, entry.insert_only)).collect(), closed)
-            }
+        let (tables, target_closed, scope) = match known.await {
+            Ok(known) => known,
             Err(error) => {
                 let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
                 return CutOver::GivenUp;
             }
         };
+        if scope.is_part() && request.options.fence_by_default {
+            // Nobody has asked for the rest of the database to be closed.
+            request.options.fence = cutover::FenceMode::Tables;
+        }
+        let whole = Scope::default();
         let blockers = self.board.snapshot().blockers;
         let cutover = Cutover {
             source: &self.config.source,
             target: &self.config.target,
             application_name: &self.application_name,
             tables: &tables,
+            scope: if self.direction == Direction::There { &scope } else { &whole },
             applied: applied.clone(),
             // What stands against it on the source it looks at itself, and knows what is waived.
             blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(SOURCE_BLOCKER)).collect(),
@@ -235,6 +248,7 @@ impl Running {
             if let Some(given_up) = cutover::last_given_up(&target).await? {
                 self.board.set_given_up(given_up);
             }
+            let scope = self.load(&target).await?.scope;
             let mut changed = BTreeMap::new();
             let mut obstacles: Vec<String> = Vec::new();
             let mut compared: Option<std::time::Instant> = None;
@@ -253,7 +267,12 @@ impl Running {
                     compared = Some(std::time::Instant::now());
                     let before = ledger::fingerprint(&target).await?;
                     let began = std::time::Instant::now();
-                    let now = cutover::changes(&before, &catalog::fingerprint(&source).await?);
+                    let selection = match self.direction {
+                        Direction::There => scope.select(&source).await?,
+                        Direction::Back => None,
+                    };
+                    let now = catalog::fingerprint_of(&source, selection.as_ref()).await?;
+                    let now = cutover::changes(&before, &now);
                     let looked = began.elapsed();
                     let fresh = now.iter().filter(|change| !changed.contains_key(*change));
                     for change in fresh {
@@ -286,7 +305,9 @@ impl Running {
     async fn obstacles(&self, source: &Client, target: &Client) -> Result<Vec<String>> {
         let tables = ledger::tables(target).await?;
         let tables: Vec<&Table> = tables.iter().map(|entry| &entry.table).collect();
-        let findings = cutover::obstacles(source, &tables, cutover::FenceMode::default(), &[]).await?;
+        let is_part = self.load(target).await?.scope.is_part();
+        let fence = if is_part { cutover::FenceMode::Tables } else { cutover::FenceMode::default() };
+        let findings = cutover::obstacles(source, &tables, fence, &[]).await?;
         let blocking = findings.into_iter().filter(|finding| finding.weight == cutover::Weight::Blocks);
         Ok(blocking.map(|finding| finding.text).collect())
     }

@@ -7,6 +7,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
 use crate::source::replication::ReplicationSession;
+use crate::source::scope::Scope;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ledger::{self, Migration, Phase};
 
@@ -22,6 +23,9 @@ pub(super) async fn identify(
     board: &StatusBoard,
 ) -> Result<String> {
     let identity = directory.directory().identity()?;
+    if let Some(identity) = &identity {
+        identity.scope.prove_same(&config.scope)?;
+    }
     let recorded = match config.target.connect("walferry").await {
         Ok(mut target) => {
             let migration = ledger::load(&target).await?;
@@ -92,6 +96,7 @@ pub(super) async fn identify(
         state_directory: Some(directory.directory().path()),
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
+        scope: scope_of(config, identity.as_ref()),
         resuming: false,
         estimate: std::time::Duration::ZERO,
     })
@@ -119,6 +124,11 @@ pub(super) async fn identify(
     }
     let id = write_down(config, directory, identity).await?;
     Ok(application_name(&id))
+}
+
+/// What is moved: as it was said when the migration began, or else now.
+fn scope_of<'a>(config: &'a Config, identity: Option<&'a Identity>) -> &'a Scope {
+    identity.map_or(&config.scope, |identity| &identity.scope)
 }
 
 /// Takes up the migration that the target's ledger speaks of, whatever became of its state directory or its servers' addresses.
@@ -156,13 +166,14 @@ async fn adopt(
         );
         return Err(Error::new(ErrorKind::Blocked, text).hint("Look at --source."));
     }
+    migration.scope.prove_same(&config.scope)?;
     let name = application_name(&migration.id);
     if identity.is_none() {
         // The lock of the lost directory cannot be asked whether its process lives.
         wait_until_alone(config, &name).await?;
     }
     let (source, target) = (config.source.without_password(), config.target.without_password());
-    directory.identify(&Identity::new(migration.id, source, target))?;
+    directory.identify(&Identity::new(migration.id, source, target, migration.scope))?;
     Ok(name)
 }
 
@@ -192,12 +203,10 @@ async fn wait_until_alone(config: &Config, application_name: &str) -> Result<()>
 }
 
 async fn write_down(config: &Config, directory: &LockedDirectory, identity: Option<Identity>) -> Result<String> {
+    let scope = scope_of(config, identity.as_ref()).clone();
     let id = identity.map_or_else(new_id, |identity| identity.id);
-    directory.identify(&Identity::new(
-        id.clone(),
-        config.source.without_password(),
-        config.target.without_password(),
-    ))?;
+    let (source, target) = (config.source.without_password(), config.target.without_password());
+    directory.identify(&Identity::new(id.clone(), source, target, scope.clone()))?;
     let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
     let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
     source.close().await;
@@ -217,6 +226,7 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         snapshot_floor: 0,
         queue: FIRST_QUEUE.to_owned(),
         way_back: None,
+        scope,
         id,
     };
     let mut target = config.target.connect(&application_name(&migration.id)).await?;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::Type;
 
 use super::Running;
 use super::prepare::Held;
@@ -128,6 +129,7 @@ impl Running {
             board: self.board.clone(),
             paused: self.pause.subscribe(),
             tune: self.tune.clone(),
+            freezes: !self.load(target).await?.scope.data_only,
         });
         loop {
             let unfinished: Vec<LedgerTable> =
@@ -315,7 +317,17 @@ impl Running {
             )
             .await
             .context(|| "listing the source's materialized views".into())?;
-        let mut waiting: Vec<String> = views.iter().map(|view| sql::qualified(view.get(0), view.get(1))).collect();
+        let names: Vec<String> = views.iter().map(|view| sql::qualified(view.get(0), view.get(1))).collect();
+        // Those that are moved; the others are not there.
+        let moved = target
+            .query_typed(
+                "SELECT name FROM unnest($1) WITH ORDINALITY views(name, place) \
+                 WHERE EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid = pg_catalog.to_regclass(name) AND relkind = 'm') ORDER BY place",
+                &[(&names, Type::TEXT_ARRAY)],
+            )
+            .await
+            .context(|| "looking for the target's materialized views".into())?;
+        let mut waiting: Vec<String> = moved.iter().map(|view| view.get(0)).collect();
         while !waiting.is_empty() {
             let mut too_early = Vec::new();
             let mut refused = None;

@@ -18,7 +18,7 @@ use crate::source::catalog::{self, Table};
 use crate::source::slot;
 use crate::source::snapshot::{self, HeldSnapshot};
 use crate::target::ledger::{self, Migration, Prepared};
-use crate::target::schema;
+use crate::target::{existing, schema};
 
 /// How often the preparation is made anew when the schema changes under it.
 const ATTEMPTS: usize = 5;
@@ -63,13 +63,19 @@ impl Running {
     async fn try_to_prepare(&self, target: &mut Client, migration: &Migration) -> Result<Option<Held>> {
         let source = self.config.source.connect(&self.application_name).await?;
         slot::drop(&source, &migration.slot).await?;
-        let published = catalog::tables(&source).await?;
+        let selection = migration.scope.select(&source).await?;
+        let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
         let new = self.make_slot(&source, &migration.slot).await?;
 
-        let tables = catalog::tables(&source).await?;
-        let fingerprint = catalog::fingerprint(&source).await?;
+        let selection = migration.scope.select(&source).await?;
+        let mut tables = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+        let fingerprint = catalog::fingerprint_of(&source, selection.as_ref()).await?;
+        let schemas = match &selection {
+            Some(_) => Some(catalog::schemas_of_objects(&source).await?),
+            None => None,
+        };
         source.batch_execute("COMMIT").await?;
         if identities(&published) != identities(&tables) {
             return Ok(None);
@@ -78,15 +84,22 @@ impl Running {
             // Making the slot may have taken hours.
             *target = self.target().await?;
         }
-        let tools = tools::find_tools_for(major(&source).await?, major(target).await?)?;
-        let items = schema::dump(
-            &tools,
-            &self.config.source,
-            &self.application_name,
-            &new.snapshot.name,
-            self.directory.directory().path(),
-        )
-        .await?;
+        let items = if migration.scope.data_only {
+            // It has the schema already; what it makes of identity columns it gets back.
+            existing::take_identity_from(target, &mut tables).await?;
+            Vec::new()
+        } else {
+            let tools = tools::find_tools_for(major(&source).await?, major(target).await?)?;
+            let dump = schema::Dump {
+                tools: &tools,
+                source: &self.config.source,
+                application_name: &self.application_name,
+                snapshot: Some(&new.snapshot.name),
+                directory: self.directory.directory().path(),
+            };
+            let dumped = dump.read().await?;
+            schema::wanted(dumped, selection.as_ref().zip(schemas.as_ref()))?
+        };
         let binary = tables.iter().all(Table::binary_safe);
         let tables: Vec<(Table, bool)> = tables
             .into_iter()
@@ -212,7 +225,7 @@ pub(super) async fn end_sessions(client: &Client, application_name: &str) -> Res
     .hint("Look for them in pg_stat_activity on both servers, end them, then run the same command again."))
 }
 
-async fn major(client: &Client) -> Result<u32> {
+pub(super) async fn major(client: &Client) -> Result<u32> {
     let number: i32 =
         client.query_typed_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?.get(0);
     Ok(u32::try_from(number / 10_000).unwrap_or_default())

@@ -4,11 +4,13 @@
 //! layout of a row in the stream: pgoutput sends the columns that are not dropped and not generated in the order of
 //! `attnum` ("Logical Replication Message Formats" in the manual), which is exactly [`Table::columns`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
+use tokio_postgres::types::{ToSql, Type};
 
+use super::scope::Selection;
 use crate::error::{Context, Result};
 use crate::sql;
 
@@ -207,6 +209,12 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     Ok(tables)
 }
 
+/// The tables of these that are moved.
+pub fn chosen(mut tables: Vec<Table>, selection: Option<&Selection>) -> Vec<Table> {
+    tables.retain(|table| selection.is_none_or(|selection| selection.relations.contains(&table.relid)));
+    tables
+}
+
 async fn columns(client: &Client) -> Result<BTreeMap<u32, Vec<Column>>> {
     let rows = client
         .query_typed(
@@ -367,6 +375,32 @@ fn choose_key(identity: ReplicaIdentity, columns: &[Column], indexes: &[Index]) 
 /// # Errors
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
+    fingerprint_of(client, None).await
+}
+
+/// The same of what is moved of a database: its relations with what hangs on them, and the functions and types of its schemas and
+/// of its tables.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn fingerprint_of(client: &Client, selection: Option<&Selection>) -> Result<BTreeMap<String, String>> {
+    let (of_relation, of_function, of_type) = match selection {
+        None => ("true", "true", "true"),
+        Some(_) => (
+            "(coalesce((SELECT x.indrelid FROM pg_catalog.pg_index x WHERE x.indexrelid = c.oid), c.oid) IN (SELECT unnest($1)) \
+              OR c.relkind = 'c' AND c.relnamespace IN (SELECT unnest($2)))",
+            "(p.pronamespace IN (SELECT unnest($2)) \
+              OR p.oid IN (SELECT t.tgfoid FROM pg_catalog.pg_trigger t WHERE t.tgrelid IN (SELECT unnest($1))))",
+            "(t.typnamespace IN (SELECT unnest($2)) \
+              OR t.oid IN (SELECT a.atttypid FROM pg_catalog.pg_attribute a WHERE a.attrelid IN (SELECT unnest($1))))",
+        ),
+    };
+    let oids = |oids: &BTreeSet<u32>| oids.iter().copied().collect::<Vec<u32>>();
+    let chosen = selection.map(|selection| (oids(&selection.relations), oids(&selection.schemas)));
+    let parameters: Vec<(&(dyn ToSql + Sync), Type)> = match &chosen {
+        None => Vec::new(),
+        Some((relations, schemas)) => vec![(relations, Type::OID_ARRAY), (schemas, Type::OID_ARRAY)],
+    };
     let rows = client
         .query_typed(
             &format!(
@@ -381,7 +415,7 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                             (SELECT concat_ws('/', s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle) \
                              FROM pg_catalog.pg_sequence s WHERE s.seqrelid = c.oid))) \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} \
+                 WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} AND {of_relation} \
                  UNION ALL \
                  SELECT format('column %I of table %I.%I', a.attname, n.nspname, c.relname), \
                         md5(concat_ws('/', a.xmin, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, \
@@ -390,38 +424,73 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
                  FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_class c ON c.oid = a.attrelid \
                  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
-                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} \
+                 WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND {USER_RELATION} AND {of_relation} \
                    AND a.attnum > 0 AND NOT a.attisdropped \
                  UNION ALL \
                  SELECT format('constraint %I of table %I.%I', k.conname, n.nspname, c.relname), \
                         md5(concat_ws('/', pg_catalog.pg_get_constraintdef(k.oid), k.convalidated)) \
                  FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {USER_RELATION} \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE {USER_RELATION} AND {of_relation} \
                  UNION ALL \
                  SELECT format('trigger %I on table %I.%I', t.tgname, n.nspname, c.relname), \
                         md5(concat_ws('/', pg_catalog.pg_get_triggerdef(t.oid), t.tgenabled)) \
                  FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal AND {USER_RELATION} \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal AND {USER_RELATION} AND {of_relation} \
                  UNION ALL \
                  SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
                         md5(concat_ws('/', p.prosrc, p.probin, p.prolang, p.prorettype, p.proretset, p.provolatile, p.prosecdef, \
                             p.proisstrict, p.proconfig)) \
                  FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace \
-                 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
+                 WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') AND n.nspname NOT LIKE 'pg\\_temp\\_%' AND {of_function} \
                    AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_proc'::regclass \
                                    AND d.objid = p.oid AND d.deptype = 'e') \
                  UNION ALL \
                  SELECT format('enum value %L of type %I.%I', e.enumlabel, n.nspname, t.typname), e.enumsortorder::text \
                  FROM pg_catalog.pg_enum e JOIN pg_catalog.pg_type t ON t.oid = e.enumtypid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace WHERE {of_type} \
                  UNION ALL \
                  SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e"
             ),
-            &[],
+            &parameters,
         )
         .await
         .context(|| "reading the catalog's fingerprint".into())?;
     Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// The schema of every object that is no relation, by the OIDs of its catalog and its own.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn schemas_of_objects(client: &Client) -> Result<BTreeMap<(u32, u32), u32>> {
+    const CATALOGS: [(&str, &str); 14] = [
+        ("pg_type", "typnamespace"),
+        ("pg_proc", "pronamespace"),
+        ("pg_operator", "oprnamespace"),
+        ("pg_opclass", "opcnamespace"),
+        ("pg_opfamily", "opfnamespace"),
+        ("pg_collation", "collnamespace"),
+        ("pg_conversion", "connamespace"),
+        ("pg_ts_config", "cfgnamespace"),
+        ("pg_ts_dict", "dictnamespace"),
+        ("pg_ts_parser", "prsnamespace"),
+        ("pg_ts_template", "tmplnamespace"),
+        ("pg_statistic_ext", "stxnamespace"),
+        ("pg_default_acl", "defaclnamespace"),
+        ("pg_namespace", "oid"),
+    ];
+    // What comes with the server is in no dump.
+    let select = |(catalog, namespace): &(&str, &str)| {
+        format!(
+            "SELECT tableoid, oid, {namespace} FROM pg_catalog.{catalog} WHERE {namespace} <> 'pg_catalog'::regnamespace"
+        )
+    };
+    let selects: Vec<String> = CATALOGS.iter().map(select).collect();
+    let rows = client
+        .query_typed(&selects.join(" UNION ALL "), &[])
+        .await
+        .context(|| "reading the schemas of the catalog's objects".into())?;
+    Ok(rows.iter().map(|row| ((row.get(0), row.get(1)), row.get(2))).collect())
 }
 
 /// The objects that are not the same in two fingerprints.

@@ -1,11 +1,12 @@
 //! The server that is moved away from: its catalog, its slot and snapshots, its stream. Knows nothing of the target.
 //!
-//! The order of a migration is the order of the files: [`catalog`] says what is there; [`slot`] makes the publications
+//! The order of a migration is the order of the files: [`catalog`] says what is there, [`scope`] what of it is moved; [`slot`] makes the publications
 //! and the slot; [`snapshot`] says what a copied table has seen; [`receive`] brings the stream into the queue over a
 //! [`replication`] session.
 
 pub mod catalog;
 pub mod receive;
 pub mod replication;
+pub mod scope;
 pub mod slot;
 pub mod snapshot;

@@ -29,6 +29,7 @@ use tokio_postgres::types::{PgLsn, Type};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
+use crate::source::scope::Scope;
 use crate::source::snapshot::SnapshotData;
 use crate::target::route::Routing;
 
@@ -42,7 +43,8 @@ pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft
 /// - 1: the first.
 /// - 2: `migration.snapshot_floor`, `migration.queue` and `source_table.compared`.
 /// - 3: `migration.way_back`.
-pub const FORMAT: i32 = 3;
+/// - 4: `migration.scope`.
+pub const FORMAT: i32 = 4;
 
 const TABLES: &str = "
 CREATE SCHEMA walferry;
@@ -68,6 +70,7 @@ CREATE TABLE walferry.migration (
     fence jsonb,
     cutover jsonb,
     way_back text,
+    scope text,
     started_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE TABLE walferry.snapshot (
@@ -148,6 +151,8 @@ pub struct Migration {
     pub queue: String,
     /// What became of the way back; `None` where there is none.
     pub way_back: Option<WayBack>,
+    /// What of the database is moved.
+    pub scope: Scope,
 }
 
 /// The phases of a migration, as the ledger knows them.
@@ -216,7 +221,7 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
     transaction
         .execute(
             "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \
-                 insert_only_publication, apply_workers, phase) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+                 insert_only_publication, apply_workers, phase, scope) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
             &[
                 &FORMAT,
                 &migration.id,
@@ -228,6 +233,7 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
                 &migration.insert_only_publication,
                 &count(migration.apply_workers),
                 &migration.phase.name(),
+                &to_json(&migration.scope)?,
             ],
         )
         .await
@@ -279,6 +285,7 @@ pub async fn load(client: &Client) -> Result<Option<Migration>> {
         snapshot_floor: row.get::<_, i64>("snapshot_floor").cast_unsigned(),
         queue: row.get("queue"),
         way_back: row.get::<_, Option<&str>>("way_back").map(WayBack::parse).transpose()?,
+        scope: row.get::<_, Option<&str>>("scope").map(from_json).transpose()?.unwrap_or_default(),
     }))
 }
 

@@ -6,6 +6,7 @@
 
 pub mod adopt;
 pub mod copy_rows;
+pub mod existing;
 pub mod index;
 pub mod ledger;
 pub mod route;

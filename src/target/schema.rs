@@ -8,6 +8,8 @@
 //! copied, several tables at a time; the rest (attached indexes, foreign keys, triggers, rules) in `pg_dump`'s order once
 //! the apply has passed every snapshot (H24).
 
+mod wanted;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -23,52 +25,77 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
 
-/// Dumps the source's schema as it is under a snapshot, and splits it into its items.
-///
-/// The archive exists only as long as this function runs, with mode 0600 in the state directory: user mappings can hold
-/// passwords (I10).
-///
-/// # Errors
-/// `Other` with what `pg_dump` or `pg_restore` said.
-pub async fn dump(
-    tools: &Tools,
-    source: &ConnectionSpec,
-    application_name: &str,
-    snapshot: &str,
-    directory: &Path,
-) -> Result<Vec<SchemaItem>> {
-    let archive = Archive(directory.join("schema.dump"));
-    // Made before pg_dump does, so that it never is readable for others.
-    let _ = std::fs::remove_file(&archive.0);
-    crate::crashsafe::create_private(&archive.0)?;
-    let environment = source.child_environment(application_name).await?;
-    let mut command = Command::new(&tools.pg_dump);
-    command
-        .args(["--format=custom", "--schema-only", "--no-publications", "--no-subscriptions", "--no-tablespaces"])
-        .args(["--exclude-schema=walferry", "--lock-wait-timeout=30s"])
-        .arg(format!("--snapshot={snapshot}"))
-        .arg(format!("--file={}", archive.0.display()));
-    environment.apply(&mut command);
-    output_of(command, "pg_dump").await.context(|| "dumping the source's schema".into())?;
+pub use wanted::wanted;
 
-    let file = &archive.0;
-    let read = |section: Section| {
-        let restore = move |arguments: &[&str]| {
-            let mut command = Command::new(&tools.pg_restore);
-            command.arg(format!("--section={}", section.name())).arg("--no-tablespaces").args(arguments).arg(file);
-            without_secrets(&mut command);
-            output_of(command, "pg_restore")
+/// How the source's schema is dumped.
+pub struct Dump<'a> {
+    /// `pg_dump` and `pg_restore`.
+    pub tools: &'a Tools,
+    /// The server that is moved away from.
+    pub source: &'a ConnectionSpec,
+    /// What its session calls itself.
+    pub application_name: &'a str,
+    /// The snapshot under which it is read; `None` for one of its own.
+    pub snapshot: Option<&'a str>,
+    /// Where the archive is for the time of the call.
+    pub directory: &'a Path,
+}
+
+impl Dump<'_> {
+    /// Dumps the schema, and splits it into its items.
+    ///
+    /// The archive exists only as long as this function runs, with mode 0600 in the state directory: user mappings can hold
+    /// passwords (I10).
+    ///
+    /// # Errors
+    /// `Other` with what `pg_dump` or `pg_restore` said.
+    pub async fn read(&self) -> Result<Vec<Dumped>> {
+        let archive = Archive(self.directory.join("schema.dump"));
+        // Made before pg_dump does, so that it never is readable for others.
+        let _ = std::fs::remove_file(&archive.0);
+        crate::crashsafe::create_private(&archive.0)?;
+        let environment = self.source.child_environment(self.application_name).await?;
+        let mut command = Command::new(&self.tools.pg_dump);
+        command
+            .args(["--format=custom", "--schema-only", "--no-publications", "--no-subscriptions", "--no-tablespaces"])
+            .args(["--exclude-schema=walferry", "--lock-wait-timeout=30s"])
+            .args(self.snapshot.map(|snapshot| format!("--snapshot={snapshot}")))
+            .arg(format!("--file={}", archive.0.display()));
+        environment.apply(&mut command);
+        output_of(command, "pg_dump").await.context(|| "dumping the source's schema".into())?;
+
+        let file = &archive.0;
+        let read = |section: Section| {
+            let restore = move |arguments: &[&str]| {
+                let mut command = Command::new(&self.tools.pg_restore);
+                command.arg(format!("--section={}", section.name())).arg("--no-tablespaces").args(arguments).arg(file);
+                without_secrets(&mut command);
+                output_of(command, "pg_restore")
+            };
+            try_join(restore(&["--list"]), restore(&["--verbose", "--file=-"]))
         };
-        try_join(restore(&["--list"]), restore(&["--verbose", "--file=-"]))
-    };
-    let (before, after) = try_join(read(Section::PreData), read(Section::PostData)).await?;
-    let mut items = Vec::new();
-    let mut relations = BTreeMap::new();
-    for (section, (list, script)) in [(Section::PreData, before), (Section::PostData, after)] {
-        let entries = list.lines().filter_map(Entry::in_list).collect();
-        items.extend(split(section, &entries, &script, &mut relations)?);
+        let (before, after) = try_join(read(Section::PreData), read(Section::PostData)).await?;
+        let mut items = Vec::new();
+        let mut relations = BTreeMap::new();
+        for (section, (list, script)) in [(Section::PreData, before), (Section::PostData, after)] {
+            let entries = list.lines().filter_map(Entry::in_list).collect();
+            items.extend(split(section, &entries, &script, &mut relations)?);
+        }
+        Ok(items)
     }
-    Ok(items)
+}
+
+/// An item of the schema with its place among the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dumped {
+    /// The dump's own number for it.
+    dump_id: u32,
+    /// OIDs of the catalog that holds the object, and of the object; 0 for a comment, a grant and other things that hang on one.
+    class: u32,
+    oid: u32,
+    /// The dump's numbers of the items that it needs.
+    dependencies: Vec<u32>,
+    item: SchemaItem,
 }
 
 /// Runs everything of the schema that comes before the rows, as one transaction with its rows in the ledger.
@@ -91,6 +118,19 @@ pub async fn restore_pre_data(client: &mut Client, tables: &[Table]) -> Result<(
         transaction.batch_execute(&statement).await.context(|| statement.clone())?;
     }
     transaction.batch_execute("UPDATE walferry.migration SET pre_data_restored = true").await?;
+    transaction.commit().await.context(|| "restoring the schema on the target".into())
+}
+
+/// Runs a whole schema as one transaction, without a ledger.
+///
+/// # Errors
+/// What the server says, with the item; nothing is there then.
+pub async fn restore_all(client: &mut Client, items: &[SchemaItem]) -> Result<()> {
+    let transaction = client.transaction().await?;
+    for item in items {
+        let statement = format!("{ITEM_SETTINGS};\n{}\n;{RESET_SETTINGS}", item.statement);
+        transaction.batch_execute(&statement).await.context(|| restoring(item))?;
+    }
     transaction.commit().await.context(|| "restoring the schema on the target".into())
 }
 
@@ -283,7 +323,7 @@ fn split(
     entries: &HashMap<Entry, &str>,
     script: &str,
     relations: &mut BTreeMap<u32, u32>,
-) -> Result<Vec<SchemaItem>> {
+) -> Result<Vec<Dumped>> {
     let mut expected: HashMap<Entry, bool> = entries.keys().map(|entry| (*entry, false)).collect();
     // Where the header of each item begins and where its first line ends.
     let mut headers: Vec<(Entry, usize, usize)> = Vec::new();
@@ -316,7 +356,9 @@ fn split(
         }
         let relid = dependencies.iter().find_map(|dump_id| relations.get(dump_id).copied());
         if !statement.is_empty() {
-            items.push(SchemaItem { section, kind, name, relid, statement });
+            let item = SchemaItem { section, kind, name, relid, statement };
+            let Entry { dump_id, class, oid } = *entry;
+            items.push(Dumped { dump_id, class, oid, dependencies, item });
         }
     }
     Ok(items)
@@ -399,6 +441,7 @@ mod tests {
         assert_eq!(entries.len(), 5);
         let mut relations = BTreeMap::new();
         let items = split(Section::PreData, &entries, SCRIPT, &mut relations).unwrap();
+        let items: Vec<SchemaItem> = items.into_iter().map(|dumped| dumped.item).collect();
         let kinds: Vec<(&str, &str, Option<u32>)> =
             items.iter().map(|item| (item.kind.as_str(), item.name.as_str(), item.relid)).collect();
         assert_eq!(kinds, [("TABLE", "t", None), ("FUNCTION", "f()", None), ("CONSTRAINT", "t t_pkey", Some(100))]);
