@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
-use crate::source::scope::Scope;
+use crate::source::scope::WHOLE_DATABASE;
 use crate::target::{existing, ledger, warm};
 use crate::verify;
 
@@ -136,14 +136,13 @@ impl Running {
             // Nobody has asked for the rest of the database to be closed.
             request.options.fence = cutover::FenceMode::Tables;
         }
-        let whole = Scope::default();
         let blockers = self.board.snapshot().blockers;
         let cutover = Cutover {
             source: &self.config.source,
             target: &self.config.target,
             application_name: &self.application_name,
             tables: &tables,
-            scope: if self.direction == Direction::There { &scope } else { &whole },
+            scope: if self.direction == Direction::There { &scope } else { &WHOLE_DATABASE },
             applied: applied.clone(),
             // What stands against it on the source it looks at itself, and knows what is waived.
             blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(SOURCE_BLOCKER)).collect(),

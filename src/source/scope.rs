@@ -36,6 +36,15 @@ pub struct Scope {
     pub data_only: bool,
 }
 
+/// All of a database with its schema.
+pub static WHOLE_DATABASE: Scope = Scope {
+    include_tables: Vec::new(),
+    exclude_tables: Vec::new(),
+    include_schemas: Vec::new(),
+    exclude_schemas: Vec::new(),
+    data_only: false,
+};
+
 impl Scope {
     /// Whether something may be left out.
     pub fn is_part(&self) -> bool {

@@ -425,6 +425,7 @@ async fn record(
         snapshot_floor: 0,
         queue: "queue".into(),
         way_back: None,
+        scope: walferry::source::scope::Scope::default(),
     };
     ledger::create(target, &migration).await.unwrap();
     let entries: Vec<(Table, bool)> =
