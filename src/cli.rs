@@ -17,7 +17,9 @@ use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use values::{HttpAddress, Time};
-use values::{at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate};
+use values::{
+    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate, parse_schemas,
+};
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
 #[derive(Debug, Parser)]
@@ -77,6 +79,7 @@ pub enum Command {
         --fence lock         writes wait, reads go on; then every session is ended once, and has to connect to the target\n  \
         --fence read-only    every session is ended at once; who comes back can read, and gets an error for each write\n  \
         --fence connections  every session is ended at once; who comes back is refused until it is over\n  \
+        --fence tables       of a part of a database (its default): writes to it wait, then get an error; all else goes on\n  \
         --fence none         you have stopped the writers; readers are ended as with lock\n  \
         --pgbouncer …        one slow query and no error, where all go through it in transaction mode\n\
         Commands get WALFERRY_HOOK, WALFERRY_CUTOVER_ID, WALFERRY_SOURCE_HOST, _PORT, _DATABASE, _USER, the same for TARGET, and in \
@@ -163,15 +166,29 @@ pub struct Filters {
     pub exclude_schema: Vec<String>,
 }
 
+/// What of the database is moved where.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A part of a database")]
+pub struct Place {
+    /// The target has the tables already, empty: only rows are moved, their columns found by name
+    #[arg(long)]
+    pub data_only: bool,
+    /// From the cutover on this schema has another name on the target; until then its own. There is no way back from that: with
+    /// --no-reverse only; may be given again
+    #[arg(long, value_parser = parse_schemas, value_name = "OLD=NEW", conflicts_with = "data_only")]
+    pub map_schema: Vec<(String, String)>,
+}
+
 impl Filters {
     /// The same for the rest of the program.
-    pub fn scope(&self, data_only: bool) -> Scope {
+    pub fn scope(&self, place: Option<&Place>) -> Scope {
         Scope {
             include_tables: self.include_table.clone(),
             exclude_tables: self.exclude_table.clone(),
             include_schemas: self.include_schema.clone(),
             exclude_schemas: self.exclude_schema.clone(),
-            data_only,
+            data_only: place.is_some_and(|place| place.data_only),
+            map_schemas: place.map_or_else(Vec::new, |place| place.map_schema.clone()),
         }
     }
 }
@@ -256,9 +273,9 @@ pub struct Check {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub filters: Filters,
-    /// The target has the tables already: compare them with the source's
-    #[arg(long)]
-    pub data_only: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub place: Place,
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
@@ -302,9 +319,9 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub filters: Filters,
-    /// The target has the tables already, empty: only rows are moved, their columns found by name
-    #[arg(long)]
-    pub data_only: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub place: Place,
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,

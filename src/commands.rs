@@ -145,7 +145,7 @@ async fn check(options: cli::Check) -> Result<()> {
     };
     let caps = options.connections.caps();
     let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
-    let given = options.filters.scope(options.data_only);
+    let given = options.filters.scope(Some(&options.place));
     let scope = recorded.filter(|_| resuming).unwrap_or(given.clone());
     scope.prove_same(&given)?;
     let report = check::run(&check::Inputs {
@@ -181,6 +181,11 @@ fn default_quota(directory: &std::path::Path) -> u64 {
 
 async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
     let (source, target) = both(&options.servers)?;
+    let scope = options.filters.scope(Some(&options.place));
+    if !scope.map_schemas.is_empty() && !options.no_reverse {
+        return Err(Error::new(ErrorKind::Usage, "there is no way back to schemas of other names")
+            .hint("Give --no-reverse beside --map-schema: the cutover is for good then."));
+    }
     let config = Config {
         source,
         target,
@@ -197,7 +202,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         heal,
         on_conflict: options.on_conflict,
         reverse: !options.no_reverse,
-        scope: options.filters.scope(options.data_only),
+        scope,
         automatic: automatic(options)?,
         care: care::Options {
             copy_jobs: options.parallelism.copy_jobs,
@@ -220,7 +225,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
 /// `migrate --schema-only`.
 async fn schema_only(options: &cli::Migrate) -> Result<()> {
     let (source, target) = both(&options.servers)?;
-    let scope = options.filters.scope(false);
+    let scope = options.filters.scope(Some(&options.place));
     let done = migrate::schema_only(&source, &target, &options.directory.dir, &scope).await?;
     if options.json {
         return print_json(&json!({ "version": 1, "schema_only": true, "statements": done }));

@@ -208,6 +208,7 @@ mod tests {
             snapshot_floor: 0,
             queue: "queue".into(),
             way_back: None,
+            scope: Default::default(),
         }
     }
 }

@@ -121,6 +121,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         findings.extend(both::servers(source, target));
         findings.extend(differing::settings(source, target));
         findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
+        findings.extend(scope::mapped(on_source, on_target, inputs.scope, inputs.resuming).await?);
         if inputs.scope.data_only {
             findings.extend(existing::compare(on_source, on_target, &tables, inputs.resuming).await?);
         } else {
@@ -204,6 +205,7 @@ pub async fn schema(source: &ConnectionSpec, target: &ConnectionSpec, scope: &Sc
     if let (Some((on_source, source)), Some((on_target, target))) = (&from, &to) {
         let selection = scope.select_strictly(on_source).await?;
         findings.extend(scope::findings(selection.as_ref()));
+        findings.extend(scope::mapped(on_source, on_target, scope, false).await?);
         tables = catalog::chosen(catalog::tables(on_source).await?, selection.as_ref());
         let references = both::references(on_source, selection.as_ref()).await?;
         findings.extend(both::missing(on_target, target, &references, false).await?);

@@ -101,6 +101,14 @@ pub(super) fn parse_time(text: &str) -> Result<Time, String> {
     time.map(Time).ok_or_else(|| "expected a time such as 2026-11-21T02:00:00Z or 2026-11-21T03:00:00+01:00".to_owned())
 }
 
+/// Two names of a schema: the one that it has, and the one that it gets.
+pub(super) fn parse_schemas(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((old, new)) if !old.is_empty() && !new.is_empty() && old != new => Ok((old.to_owned(), new.to_owned())),
+        _ => Err("two different names are expected, such as app=shop".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -43,6 +43,12 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
     // The tables that were migrated; without a ledger, those of the source.
     let ledger = target.connect(APPLICATION_NAME).await?;
     let recorded: Option<Vec<LedgerTable>> = match ledger::load(&ledger).await? {
+        Some(migration) if migration.phase == ledger::Phase::CutOver && !migration.scope.map_schemas.is_empty() => {
+            let text = "the cutover has given the target's schemas other names, and tables are compared by theirs";
+            return Err(
+                Error::new(ErrorKind::Other, text).hint("Compare before the cutover: --require-verified has it so.")
+            );
+        }
         Some(migration) if migration.consistent_point.is_some() => Some(ledger::tables(&ledger).await?),
         _ => None,
     };
@@ -51,7 +57,7 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
         None => catalog::tables(&source.connect(APPLICATION_NAME).await?).await?,
     };
     // Of what was migrated, what the filters leave. On the way back, too, the ledger has the OIDs of the side that is followed.
-    let filters = options.filters.scope(false);
+    let filters = options.filters.scope(None);
     let selection = filters.select_strictly(&source.connect(APPLICATION_NAME).await?).await?;
     let tables = catalog::chosen(tables, selection.as_ref());
     let wanted = verify::Options {

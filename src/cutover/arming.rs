@@ -24,6 +24,7 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
+use crate::sql;
 use crate::target::ledger::{self, Draft, Migration, Phase};
 
 /// How often the slot is moved on, and the longest time of writes that it keeps WAL for.
@@ -257,6 +258,9 @@ impl WayBack {
         let server = replication.identify_system().await.context(|| "asking the target who it is".into())?;
         replication.close().await;
         let tables = on_target(target, migrated).await?;
+        if self.migration.scope.data_only {
+            has_no_more_columns(&tables, migrated)?;
+        }
         let mut fingerprint = catalog::fingerprint(target).await?;
         for object in identity_columns(target, &tables).await? {
             // The deciding transaction gives them back what they are on the source.
@@ -342,6 +346,21 @@ async fn on_target(target: &Client, migrated: &[Table]) -> Result<Vec<Table>> {
             .hint(format!("Somebody removed it there: `walferry resync` copies it again; {WITHOUT}.")));
     }
     Ok(tables)
+}
+
+/// With --data-only the target's tables can have columns that the old server's lack.
+fn has_no_more_columns(tables: &[Table], migrated: &[Table]) -> Result<()> {
+    for (table, other) in
+        tables.iter().filter_map(|table| Some((table, migrated.iter().find(|other| same_name(table, other))?)))
+    {
+        let is_new = |column: &&catalog::Column| !other.columns.iter().any(|known| known.name == column.name);
+        if let Some(column) = table.columns.iter().find(is_new) {
+            let text =
+                format!("the old server's table {} has no column {}", table.qualified(), sql::identifier(&column.name));
+            return Err(Error::new(ErrorKind::Blocked, text).hint(format!("Add it there, {WITHOUT}.")));
+        }
+    }
+    Ok(())
 }
 
 fn same_name(one: &Table, other: &Table) -> bool {

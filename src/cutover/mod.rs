@@ -346,12 +346,13 @@ impl Cutover<'_> {
             None => String::new(),
         };
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} \
+            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             ledger::decide(way_back.is_some()),
             self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
+            self.scope.rename_schemas(),
             second.lsn
         );
         let decided = timer

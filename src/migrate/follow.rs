@@ -59,7 +59,8 @@ impl Running {
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
-        let way_back = if self.direction == Direction::There && self.config.reverse {
+        let is_mapped = !self.load(&self.target().await?).await?.scope.map_schemas.is_empty();
+        let way_back = if self.direction == Direction::There && self.config.reverse && !is_mapped {
             let way_back = self.way_back().await?;
             beside.spawn(way_back.clone().keep_ready(tell));
             Some((way_back, arming))

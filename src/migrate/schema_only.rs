@@ -60,7 +60,7 @@ pub async fn schema_only(
     };
     let items = schema::wanted(dump.read().await?, selection.as_ref().map(|selection| (selection, &schemas)))?;
     from.batch_execute("COMMIT").await?;
-    schema::restore_all(&mut to, &items).await?;
+    schema::restore_all(&mut to, &items, &scope.rename_schemas()).await?;
     directory.remove()?;
     Ok(items.len())
 }

@@ -17,6 +17,7 @@ mod selection;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sql;
 
 pub use selection::{LeftOut, Selection};
 
@@ -34,6 +35,8 @@ pub struct Scope {
     pub exclude_schemas: Vec<String>,
     /// The target has the tables already, and only rows are moved.
     pub data_only: bool,
+    /// Schemas of the source, and what they are called on the target from the cutover on.
+    pub map_schemas: Vec<(String, String)>,
 }
 
 /// All of a database with its schema.
@@ -43,6 +46,7 @@ pub static WHOLE_DATABASE: Scope = Scope {
     include_schemas: Vec::new(),
     exclude_schemas: Vec::new(),
     data_only: false,
+    map_schemas: Vec::new(),
 };
 
 impl Scope {
@@ -69,7 +73,19 @@ impl Scope {
         if self.data_only {
             options.push("--data-only".to_owned());
         }
+        options.extend(
+            self.map_schemas.iter().map(|(old, new)| format!("--map-schema {}", quoted(&format!("{old}={new}")))),
+        );
         options.join(" ")
+    }
+
+    /// The statements that give the mapped schemas their names, for the end of a transaction on the target. Views, defaults, constraints
+    /// and triggers hold on to what they refer to, whatever it is called.
+    pub fn rename_schemas(&self) -> String {
+        let rename = |(old, new): &(String, String)| {
+            format!("ALTER SCHEMA {} RENAME TO {};", sql::identifier(old), sql::identifier(new))
+        };
+        self.map_schemas.iter().map(rename).collect::<Vec<_>>().join(" ")
     }
 
     /// Proves that a later start does not ask for something else. One that says nothing of it goes on with what was recorded.

@@ -121,16 +121,17 @@ pub async fn restore_pre_data(client: &mut Client, tables: &[Table]) -> Result<(
     transaction.commit().await.context(|| "restoring the schema on the target".into())
 }
 
-/// Runs a whole schema as one transaction, without a ledger.
+/// Runs a whole schema, and some statements after it, as one transaction, without a ledger.
 ///
 /// # Errors
 /// What the server says, with the item; nothing is there then.
-pub async fn restore_all(client: &mut Client, items: &[SchemaItem]) -> Result<()> {
+pub async fn restore_all(client: &mut Client, items: &[SchemaItem], at_the_end: &str) -> Result<()> {
     let transaction = client.transaction().await?;
     for item in items {
         let statement = format!("{ITEM_SETTINGS};\n{}\n;{RESET_SETTINGS}", item.statement);
         transaction.batch_execute(&statement).await.context(|| restoring(item))?;
     }
+    transaction.batch_execute(at_the_end).await.context(|| "giving the target's schemas their names".into())?;
     transaction.commit().await.context(|| "restoring the schema on the target".into())
 }
 

@@ -284,7 +284,8 @@ async fn a_cutover_of_a_part_that_is_cut_off_or_given_up_leaves_its_tables_open(
     let error = source.batch_execute("INSERT INTO app.orders (mood) VALUES ('loud')").await.unwrap_err();
     assert_eq!(error.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION), "the guard outlives the process");
     // What the dead process has begun there would be the decision, were it let through.
-    until_true(&holder, "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'walferry/%')").await;
+    until_true(&target, "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'walferry/%')")
+        .await;
     holder.batch_execute("ROLLBACK").await.unwrap();
     // Without its filters again: what was recorded holds.
     let mut running = migration.migrate(&[]);

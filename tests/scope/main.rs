@@ -8,6 +8,7 @@ mod support;
 mod data_only;
 mod filters;
 mod many_tables;
+mod map_schema;
 mod schema_only;
 
 use std::collections::BTreeSet;

@@ -35,6 +35,7 @@ async fn prepared_target() -> ThrowawayServer {
         snapshot_floor: 0,
         queue: "queue".into(),
         way_back: None,
+        scope: Default::default(),
     };
     ledger::create(&mut client, &migration).await.unwrap();
     let prepared = Prepared {

@@ -22,6 +22,8 @@ pub struct Selection {
     pub partition_of: BTreeMap<u32, u32>,
     /// What was wanted and cannot come without what is left out.
     pub left_out: Vec<LeftOut>,
+    /// Foreign keys of tables that stay, to tables that move.
+    pub stays: Vec<LeftOut>,
     /// Tables that cannot be made without one that is left out: `table X inherits from Y`.
     pub impossible: Vec<LeftOut>,
 }
@@ -185,6 +187,9 @@ fn decide(relations: &BTreeMap<u32, Relation>, edges: &Edges) -> Selection {
         if chosen.contains(table) && relations.contains_key(referred) && !chosen.contains(referred) {
             let object = format!("foreign key {constraint} of table {}", name(table));
             selection.left_out.push(LeftOut { object, needs: name(referred) });
+        } else if chosen.contains(referred) && relations.contains_key(table) && !chosen.contains(table) {
+            let object = format!("foreign key {constraint} of table {}", name(table));
+            selection.stays.push(LeftOut { object, needs: name(referred) });
         }
     }
     for (child, parent) in &edges.inheritance {
@@ -361,7 +366,7 @@ mod tests {
         ]);
         let edges = Edges {
             views: vec![(4, 3), (3, 2), (3, 1)],
-            foreign_keys: vec![("fk".into(), 1, 2)],
+            foreign_keys: vec![("fk".into(), 1, 2), ("back".into(), 2, 1)],
             inheritance: vec![(1, 2)],
             ..Edges::default()
         };
@@ -369,6 +374,7 @@ mod tests {
         assert_eq!(selection.relations, BTreeSet::from([1]));
         let left: Vec<&str> = selection.left_out.iter().map(|left| left.object.as_str()).collect();
         assert_eq!(left, ["view s.v", "materialized view s.w", "foreign key fk of table s.kept"]);
+        assert_eq!(selection.stays[0].object, "foreign key back of table s.left");
         assert_eq!(selection.impossible, [LeftOut { object: "table s.kept".into(), needs: "s.left".into() }]);
     }
 }
