@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes use cargo, which brings its own parallelism.
 .NOTPARALLEL:
-.PHONY: help setup demo test torture fuzz bench bench-quick bench-micro fixtures lint
+.PHONY: help setup setup-tests demo test torture fuzz bench bench-quick bench-micro fixtures lint
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
@@ -13,11 +13,14 @@ help: ## Says what there is
 setup: ## Installs what is missing (PostgreSQL's programs and a few tools; touches no cluster)
 	@scripts/setup.sh
 
+setup-tests: # What only the tests need, too
+	@scripts/setup.sh tests
+
 demo: setup ## Moves a shop between two throwaway servers while it is being written to
 	cargo build --release --locked --bin walferry
 	target/release/walferry demo
 
-test: setup ## Runs every test; they start servers of their own
+test: setup-tests ## Runs every test; they start servers of their own
 	@if cargo nextest --version >/dev/null 2>&1; then \
 		cargo nextest run --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
 	else \
@@ -32,7 +35,7 @@ lint: ## Checks format, lints and documentation
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 
-torture: setup ## Migrates while everything breaks: SEED=1 MINUTES=10 (or ROUNDS=20)
+torture: setup-tests ## Migrates while everything breaks: SEED=1 MINUTES=10 (or ROUNDS=20)
 	SEED=$(SEED) MINUTES=$(MINUTES) ROUNDS=$(ROUNDS) cargo test --locked --test torture -- --ignored --exact hunt --nocapture
 
 fuzz: ## Fuzzes one of decode, queue_recovery, connection_string: TARGET=decode SECONDS=300 (needs cargo-fuzz and a nightly Rust)

@@ -92,12 +92,12 @@ impl Engine {
     pub async fn following(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            // Before it listens there is no answer.
+            // Before it listens there is no answer. Not asked too often: both share the cores.
             if self.status().await.is_ok_and(|status| status.phase == Phase::Following) {
                 return Ok(());
             }
             self.check(deadline)?;
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(Duration::from_millis(25)).await;
         }
     }
 

@@ -1,16 +1,24 @@
 #!/bin/bash
-# Installs what building, testing and the demo need and what is missing, and nothing else. Run it as often as you like.
+# Installs what building and the demo need and what is missing, and nothing else; with the argument `tests` also what only the tests
+# need. Run it as often as you like.
 #
 # Needs: Rust (https://rustup.rs). On Debian and Ubuntu the rest comes by apt-get; elsewhere it is looked for, and
 # what is missing is named. No PostgreSQL cluster is made, started or touched: the tests and the demo make their own.
 set -euo pipefail
 
 MAJOR_MIN=15
+for_tests=no
+[ "${1:-}" = tests ] && for_tests=yes
+# Where a program is unpacked that would come with a service of its own if it were installed.
+TOOLS=$(cd "$(dirname "$0")/.." && pwd)/target/tools
 
 main() {
     require_rust
     if have apt-get; then
         install_missing
+        if [ "$for_tests" = yes ]; then
+            unpack_prometheus
+        fi
     fi
     check
 }
@@ -32,7 +40,11 @@ install_missing() {
     [ -e /etc/ssl/certs/ca-certificates.crt ] || packages+=(ca-certificates)
     [ -n "$(server_programs)" ] || packages+=(postgresql postgresql-contrib)
     [ -n "$(server_programs)" ] && ! have psql && ! [ -x "$(server_programs)/psql" ] && packages+=(postgresql-client)
-    have_pgbouncer || packages+=(pgbouncer)
+    if [ "$for_tests" = yes ]; then
+        have_pgbouncer || packages+=(pgbouncer)
+        # The status page is looked at in a real browser.
+        have chromium && have chromedriver || packages+=(chromium chromium-driver fonts-dejavu-core)
+    fi
     if [ ${#packages[@]} -eq 0 ]; then
         return 0
     fi
@@ -49,7 +61,24 @@ install_missing() {
     esac
 }
 
-# Only the tests need it.
+# The dashboard and the alert rules are asked of a real one. The package would start a service; it is only unpacked.
+unpack_prometheus() {
+    local made
+    if have prometheus && have promtool || [ -x "$TOOLS/prometheus/usr/bin/promtool" ]; then
+        return 0
+    fi
+    echo "setup: unpacking prometheus below target/tools"
+    mkdir -p "$TOOLS"
+    made=$(mktemp -d "$TOOLS/prometheus.XXXXXX")
+    if (cd "$made" && { apt-get download -qq prometheus || { as_root apt-get update -qq && apt-get download -qq prometheus; }; }) >/dev/null 2>&1 &&
+        dpkg-deb -x "$made"/prometheus_*.deb "$made/unpacked"; then
+        mv "$made/unpacked" "$TOOLS/prometheus"
+    else
+        echo "setup: prometheus could not be had; the tests that need it will fail" >&2
+    fi
+    rm -rf "$made"
+}
+
 have_pgbouncer() {
     have pgbouncer || [ -x /usr/sbin/pgbouncer ]
 }
@@ -83,7 +112,9 @@ check() {
         printf 'setup: missing: %s\n' "${missing[@]}" >&2
         exit 1
     fi
-    have_pgbouncer || echo "setup: PgBouncer was not found; the tests that need it will fail" >&2
+    if [ "$for_tests" = yes ]; then
+        have_pgbouncer || echo "setup: PgBouncer was not found; the tests that need it will fail" >&2
+    fi
     echo "setup: PostgreSQL $(major "$programs") in $programs, $(cargo --version)"
 }
 

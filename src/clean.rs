@@ -7,7 +7,7 @@ use tokio_postgres::Client;
 use crate::connection::ConnectionSpec;
 use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::migrate::application_name;
+use crate::migrate::{self, application_name};
 use crate::source::slot;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::ledger::{self, Phase, WayBack};
@@ -102,6 +102,8 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         return Err(is_armed());
     }
     if let Some(id) = id.map(str::to_owned).or_else(|| migration.as_ref().map(|migration| migration.id.clone())) {
+        // A statement of ours there may be at work still: a server looks for its client only after it.
+        migrate::end_sessions(&to, &application_name(&id)).await?;
         source_of(&from, &id, &mut removed).await?;
     } else {
         for id in orphans(&from, "").await? {
@@ -187,7 +189,7 @@ async fn without_source(
 
 async fn source_of(source: &Client, id: &str, removed: &mut Vec<Removed>) -> Result<()> {
     let name = format!("walferry_{id}");
-    end_sessions(source, id).await?;
+    migrate::end_sessions(source, &application_name(id)).await?;
     if slot::state(source, &name).await?.is_some() {
         slot::drop(source, &name).await?;
         removed.push(format!("slot {name} on the source"));
@@ -199,17 +201,6 @@ async fn source_of(source: &Client, id: &str, removed: &mut Vec<Removed>) -> Res
         .context(|| "looking for publications on the source".into())?;
     slot::drop_publications(source, &name, &inserts).await?;
     removed.extend(publications.iter().map(|row| format!("publication {} on the source", row.get::<_, &str>(0))));
-    Ok(())
-}
-
-async fn end_sessions(source: &Client, id: &str) -> Result<()> {
-    source
-        .query(
-            "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE application_name = $1",
-            &[&application_name(id)],
-        )
-        .await
-        .context(|| "ending sessions of an earlier walferry".into())?;
     Ok(())
 }
 

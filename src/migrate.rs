@@ -24,6 +24,7 @@ mod stall;
 mod way_back;
 
 pub(crate) use identify::application_name;
+pub(crate) use prepare::end_sessions;
 pub use schema_only::schema_only;
 pub(crate) use way_back::finish_without_process;
 

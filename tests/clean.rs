@@ -111,8 +111,16 @@ async fn nothing_is_left_of_a_migration_that_was_abandoned_in_any_phase() {
     // Following.
     let mut running = migration.migrate(&[]);
     ready(&migration, &mut running).await;
+    // A session that waits for a lock looks after its client only when it has it: it is ended too.
+    holder.batch_execute("BEGIN; LOCK TABLE app.heavy").await.unwrap();
+    source.batch_execute("UPDATE app.heavy SET n = n + 1").await.unwrap();
+    let waits = "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name LIKE 'walferry/%' AND wait_event_type = 'Lock'";
+    until_true(&migration.target().await, waits).await;
     running.kill().await;
     assert_cleaned(&migration, "following").await;
+    let left = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'walferry/%'";
+    assert_eq!(holder.query_one(left, &[]).await.unwrap().get::<_, i64>(0), 0);
+    holder.batch_execute("ROLLBACK").await.unwrap();
     start_over(&migration).await;
 
     // In the middle of a cutover, with the source closed.

@@ -1,13 +1,12 @@
 //! What cannot work is refused before anything is touched: a clear error, what to do next, the documented exit code.
 
-use std::io::{Read, Write};
 use std::net::TcpListener;
 
 use walferry::demo::server::ThrowawayServer;
 
 use crate::support::compare::touched;
 use crate::support::process::{Finished, Running};
-use crate::support::{Migration, Servers, programs};
+use crate::support::{Migration, Servers, http, programs};
 
 const TABLES: &str =
     "CREATE TABLE item (id int PRIMARY KEY, name text); INSERT INTO item VALUES (1, 'one'), (2, 'two')";
@@ -294,19 +293,10 @@ fn has_every_documented_field(status: &serde_json::Value) {
 }
 
 fn answers_over_http(running: &Running) {
-    let log = running.log();
-    let (_, rest) = log.split_once("http://127.0.0.1:").unwrap_or_else(|| panic!("no address of HTTP in:\n{log}"));
-    let port: u16 = rest.split('/').next().unwrap().parse().unwrap();
-    let get = |path: &str| {
-        let mut connection = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
-        write!(connection, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
-        let mut answer = String::new();
-        connection.read_to_string(&mut answer).unwrap();
-        answer
-    };
-    let health = get("/healthz");
-    assert!(health.starts_with("HTTP/1.1 200"), "{health}");
-    let metrics = get("/metrics");
-    assert!(metrics.starts_with("HTTP/1.1 200") && metrics.contains("\nwalferry_"), "{metrics}");
-    assert!(metrics.contains("walferry_lag_bytes") && metrics.contains("walferry_queue_bytes"), "{metrics}");
+    let port = http::port(running);
+    http::get(port, "/healthz");
+    let metrics = http::get(port, "/metrics");
+    for name in ["walferry_lag_bytes", "walferry_queue_bytes"] {
+        assert!(metrics.contains(&format!("\n{name}")), "{metrics}");
+    }
 }

@@ -204,7 +204,7 @@ fn shortened<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
 }
 
 /// Ends the sessions of a name, and returns when they are gone: they could still commit what they have begun.
-pub(super) async fn end_sessions(client: &Client, application_name: &str) -> Result<()> {
+pub(crate) async fn end_sessions(client: &Client, application_name: &str) -> Result<()> {
     for _ in 0..200 {
         let left = client
             .query(

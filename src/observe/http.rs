@@ -1,4 +1,5 @@
-//! `GET /metrics`, `GET /healthz` and `GET /status`, and nothing else: control goes through the Unix socket.
+//! `GET /metrics`, `GET /healthz` and `GET /status`, and the page for people ([`page`]); nothing else: control goes through
+//! the Unix socket.
 //!
 //! What is served holds no secret and no row (invariant I10), but whoever reaches the address reads it: the default
 //! is the loopback interface.
@@ -26,6 +27,7 @@ use tokio::time::Sleep;
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::metrics;
+use crate::observe::page::{self, History};
 use crate::observe::status::{Level, Phase};
 
 /// Where it listens unless told otherwise.
@@ -35,7 +37,7 @@ pub const DEFAULT_ADDRESS: &str = "127.0.0.1:9617";
 #[derive(Debug)]
 pub struct HttpServer {
     address: SocketAddr,
-    task: AbortHandle,
+    tasks: [AbortHandle; 2],
 }
 
 impl HttpServer {
@@ -47,7 +49,7 @@ impl HttpServer {
 
 impl Drop for HttpServer {
     fn drop(&mut self) {
-        self.task.abort();
+        self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
 
@@ -70,8 +72,10 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
     };
     let address = listener.local_addr().context(|| format!("listening on {address} for metrics"))?;
     // A port of 0 is chosen by the system: only this says which.
-    board.event(Level::Info, format!("metrics are at http://{address}/metrics"));
-    let app = router(Served { board, metrics });
+    board.event(Level::Info, format!("its page is http://{address}/, and metrics are at /metrics"));
+    let history = History::default();
+    let keeping = tokio::spawn(history.clone().keep(board.clone()));
+    let app = router(Served { board: board.clone(), metrics }).merge(page::router(board, history));
     let listener = Bounded { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
     let task = tokio::spawn(async move {
         // It accepts until it is dropped; an error of one connection does not end it.
@@ -79,7 +83,7 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
             tracing::warn!("the metrics' server ended: {error}");
         }
     });
-    Ok(Some(HttpServer { address, task: task.abort_handle() }))
+    Ok(Some(HttpServer { address, tasks: [task.abort_handle(), keeping.abort_handle()] }))
 }
 
 #[derive(Clone)]
@@ -190,7 +194,7 @@ async fn status(State(served): State<Served>) -> Response {
 }
 
 async fn not_found() -> Response {
-    response(StatusCode::NOT_FOUND, "text/plain", "there are /metrics, /healthz and /status\n".to_string())
+    response(StatusCode::NOT_FOUND, "text/plain", "there are /, /metrics, /healthz and /status\n".to_string())
 }
 
 fn response(code: StatusCode, content_type: &'static str, body: String) -> Response {
@@ -267,13 +271,34 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn the_page_comes_whole_and_its_events_are_the_status() {
+        let server = start(&StatusBoard::new()).await;
+        for (path, kind) in [("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")] {
+            let (code, head, body) = request(&server, "GET", path).await;
+            assert_eq!(code, 200, "{path}");
+            assert!(head.contains(kind) && head.contains("content-security-policy: default-src 'self'"), "{head}");
+            assert!(body.len() > 500, "{path}");
+        }
+        let (code, _, history) = request(&server, "GET", "/history").await;
+        assert!(code == 200 && serde_json::from_str::<serde_json::Value>(&history).unwrap().is_array(), "{history}");
+        // Its time is up before it ends by itself here; one event is enough.
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        stream.write_all(b"GET /events HTTP/1.0\r\nHost: localhost\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8(answer).unwrap();
+        let data = answer.lines().find_map(|line| line.strip_prefix("data: ")).unwrap_or_else(|| panic!("{answer}"));
+        assert_eq!(serde_json::from_str::<Status>(data).unwrap().phase, Phase::Preparing);
+    }
+
+    #[tokio::test]
     async fn other_paths_are_404_and_other_methods_405() {
         let server = start(&StatusBoard::new()).await;
-        for path in ["/", "/metrics/", "/status/x", "/cutover", "/healthz%00"] {
+        for path in ["/index.html", "/metrics/", "/status/x", "/cutover", "/healthz%00"] {
             assert_eq!(request(&server, "GET", path).await.0, 404, "{path}");
         }
         for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
-            for path in ["/metrics", "/healthz", "/status"] {
+            for path in ["/", "/events", "/history", "/metrics", "/healthz", "/status"] {
                 assert_eq!(request(&server, method, path).await.0, 405, "{method} {path}");
             }
         }

@@ -11,6 +11,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, 
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::{Phase, Status};
+use crate::observe::wall_clock;
 
 /// A counter never falls but at a restart; a gauge is a value now; a histogram counts observations in buckets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,11 +51,24 @@ declare_metrics! {
     BUILD_INFO: Gauge, None, "walferry_build_info", "Always 1; the label version says which walferry runs.";
     PHASE: Gauge, None, "walferry_phase", "1 for the phase that the migration is in, 0 for the others.";
     READY_TO_CUTOVER: Gauge, None, "walferry_ready_to_cutover", "Whether a cutover can start now.";
+    BLOCKERS: Gauge, None, "walferry_blockers", "How many things stand in the way of a cutover.";
+    ATTENTION: Gauge, None, "walferry_attention",
+        "How many things somebody should look after though they do not stop a cutover.";
+    CUTOVER_EXPECTED_WAIT_SECONDS: Gauge, Some(Unit::Seconds), "walferry_cutover_expected_wait_seconds",
+        "How long writers would have to wait at a cutover, by what was measured last; NaN before that.";
+    VERIFICATION_TIMESTAMP_SECONDS: Gauge, Some(Unit::Seconds), "walferry_verification_timestamp_seconds",
+        "When the last comparison of both sides ended, in seconds since 1970; NaN before the first.";
+    VERIFICATION_DIFFERING_ROWS: Gauge, None, "walferry_verification_differing_rows",
+        "Rows that the last comparison found to differ; NaN before the first.";
 
     LAG_BYTES: Gauge, Some(Unit::Bytes), "walferry_lag_bytes",
         "WAL between the source's newest known position and what is applied.";
     LAG_SECONDS: Gauge, Some(Unit::Seconds), "walferry_lag_seconds",
         "Age of the oldest transaction that was received and is not applied; NaN where unknown.";
+    HEARTBEAT_SECONDS: Gauge, Some(Unit::Seconds), "walferry_heartbeat_seconds",
+        "Time from a marker's commit on the source until it was committed on the target, on an idle source too; NaN before the first.";
+    HEARTBEAT_TIMESTAMP_SECONDS: Gauge, Some(Unit::Seconds), "walferry_heartbeat_timestamp_seconds",
+        "When the last such marker had arrived, in seconds since 1970; NaN before the first.";
 
     SOURCE_RETAINED_WAL_BYTES: Gauge, Some(Unit::Bytes), "walferry_source_retained_wal_bytes",
         "WAL that the source keeps because of the slot; NaN where unknown.";
@@ -93,6 +107,7 @@ declare_metrics! {
         "The same of each table that had any.";
 
     COPY_JOBS: Gauge, None, "walferry_copy_jobs", "Parts of tables that are copied now.";
+    COPY_PAUSED: Gauge, None, "walferry_copy_paused", "Whether the operator holds the copy.";
     COPY_WAITS_FOR_STANDBY: Gauge, None, "walferry_copy_waits_for_standby",
         "Whether the copy waits because a standby of the source lags.";
     COPY_TABLES: Gauge, None, "walferry_copy_tables", "Tables to copy.";
@@ -180,6 +195,18 @@ pub fn publish(status: &Status) {
         gauge!(PHASE, "phase" => phase.name()).set(flag(phase == status.phase));
     }
     gauge!(READY_TO_CUTOVER).set(flag(status.ready_to_cutover));
+    gauge!(BLOCKERS).set(status.blockers.len() as f64);
+    gauge!(ATTENTION).set(status.attention.len() as f64);
+    let since_1970 =
+        |time: &str| wall_clock::parse_rfc3339(time).map_or(f64::NAN, |milliseconds| milliseconds as f64 / 1000.0);
+    let outlook = &status.cutover;
+    gauge!(HEARTBEAT_SECONDS).set(outlook.marker_ms.map_or(f64::NAN, |milliseconds| milliseconds / 1000.0));
+    gauge!(HEARTBEAT_TIMESTAMP_SECONDS).set(outlook.measured_at.as_deref().map_or(f64::NAN, since_1970));
+    gauge!(CUTOVER_EXPECTED_WAIT_SECONDS)
+        .set(outlook.expected_downtime_ms.map_or(f64::NAN, |milliseconds| milliseconds / 1000.0));
+    let verification = status.verification.as_ref();
+    gauge!(VERIFICATION_TIMESTAMP_SECONDS).set(verification.map_or(f64::NAN, |last| since_1970(&last.at)));
+    gauge!(VERIFICATION_DIFFERING_ROWS).set(verification.map_or(f64::NAN, |last| last.differing_rows as f64));
     gauge!(LAG_BYTES).set(status.lag.bytes.map_or(f64::NAN, |bytes| bytes as f64));
     gauge!(LAG_SECONDS).set(status.lag.seconds.unwrap_or(f64::NAN));
 
@@ -221,6 +248,7 @@ pub fn publish(status: &Status) {
 
 fn publish_copy(status: &Status) {
     gauge!(COPY_JOBS).set(status.copy.jobs as f64);
+    gauge!(COPY_PAUSED).set(if status.copy.paused { 1.0 } else { 0.0 });
     gauge!(COPY_WAITS_FOR_STANDBY).set(if status.copy.waits_for.is_some() { 1.0 } else { 0.0 });
     gauge!(COPY_TABLES).set(status.copy.tables_total as f64);
     gauge!(COPY_DONE_TABLES).set(status.copy.tables_done as f64);
@@ -356,6 +384,7 @@ pub(super) mod tests {
         board.conflicts("public", "orders", ConflictKind::DeleteFoundNone, 3);
         board.received_bytes(4096);
         board.applied(batch(2, 7, 500));
+        board.set_expected_downtime(120.0, 25.0, "1970-01-01T00:01:40Z".into());
         let scrape = scrape_of(&board.snapshot(), || record_apply_batch(Duration::from_millis(30)));
         assert_every_metric_is_in(&scrape);
         let value = |series: &str| *scrape.samples.get(series).unwrap_or_else(|| panic!("{series}"));
@@ -371,6 +400,10 @@ pub(super) mod tests {
             "walferry_table_conflicts_total{schema=\"public\",table=\"orders\",kind=\"delete_found_none\"}";
         assert_eq!(value(of_the_table), 3.0);
         assert_eq!(value("walferry_received_bytes_total"), 4096.0);
+        assert_eq!(value("walferry_heartbeat_seconds"), 0.025);
+        assert_eq!(value("walferry_heartbeat_timestamp_seconds"), 100.0);
+        assert_eq!(value("walferry_cutover_expected_wait_seconds"), 0.12);
+        assert!(value("walferry_verification_differing_rows").is_nan(), "nothing was compared yet");
         assert_eq!(value("walferry_applied_changes_total"), 7.0);
         assert!(value("walferry_lag_seconds").is_nan(), "nobody knows the source's clock yet");
         assert_eq!(value("walferry_apply_batch_seconds_bucket{le=\"0.025\"}"), 0.0);

@@ -23,4 +23,5 @@ pub mod table_progress;
 pub mod wall_clock;
 
 mod lag;
+mod page;
 mod rates;

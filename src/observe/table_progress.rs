@@ -12,6 +12,8 @@ pub struct TableProgress {
     name: String,
     bytes_estimated: AtomicU64,
     bytes_done: AtomicU64,
+    /// Those of them that an earlier process copied.
+    bytes_recorded: AtomicU64,
     rows_done: AtomicU64,
     state: AtomicU8,
 }
@@ -23,6 +25,7 @@ impl TableProgress {
             name: name.to_string(),
             bytes_estimated: AtomicU64::new(bytes_estimated),
             bytes_done: AtomicU64::new(0),
+            bytes_recorded: AtomicU64::new(0),
             rows_done: AtomicU64::new(0),
             state: AtomicU8::new(TableState::Waiting as u8),
         }
@@ -36,8 +39,18 @@ impl TableProgress {
 
     /// Counts what an earlier process copied and recorded.
     pub fn add_recorded(&self, bytes: u64, rows: u64) {
+        self.bytes_recorded.fetch_add(bytes, Relaxed);
+        self.add(bytes, rows);
+    }
+
+    fn add(&self, bytes: u64, rows: u64) {
         self.bytes_done.fetch_add(bytes, Relaxed);
         self.rows_done.fetch_add(rows, Relaxed);
+    }
+
+    /// The bytes that this process has copied.
+    pub(super) fn copied_bytes(&self) -> u64 {
+        self.bytes_done.load(Relaxed).saturating_sub(self.bytes_recorded.load(Relaxed))
     }
 
     /// Says how far the table is.
@@ -48,6 +61,7 @@ impl TableProgress {
     /// Starts at nothing again: the table's rows were thrown away on the target.
     pub fn restart(&self) {
         self.bytes_done.store(0, Relaxed);
+        self.bytes_recorded.store(0, Relaxed);
         self.rows_done.store(0, Relaxed);
         self.set_state(TableState::Waiting);
     }
@@ -94,7 +108,7 @@ impl PartProgress {
     pub fn add(&mut self, bytes: u64, rows: u64) {
         self.bytes += bytes;
         self.rows += rows;
-        self.table.add_recorded(bytes, rows);
+        self.table.add(bytes, rows);
     }
 
     /// Says that the part is committed on the target.

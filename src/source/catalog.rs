@@ -460,11 +460,14 @@ pub async fn fingerprint_of(client: &Client, selection: Option<&Selection>) -> R
     Ok(rows.into_iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
+/// Schemas of objects: by the OIDs of an object's catalog and its own, that of its schema.
+pub type Schemas = BTreeMap<(u32, u32), u32>;
+
 /// The schema of every object that is no relation, by the OIDs of its catalog and its own.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn schemas_of_objects(client: &Client) -> Result<BTreeMap<(u32, u32), u32>> {
+pub async fn schemas_of_objects(client: &Client) -> Result<Schemas> {
     const CATALOGS: [(&str, &str); 14] = [
         ("pg_type", "typnamespace"),
         ("pg_proc", "pronamespace"),

@@ -1,11 +1,11 @@
 //! Who may look into a running migration: nobody but its user, and over HTTP whoever is told to, for reading only.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::TcpStream;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
+use crate::support::http::{self, ask};
 use crate::support::process::{Finished, Running};
 use crate::support::{Migration, Servers};
 
@@ -61,7 +61,7 @@ async fn what_a_migration_writes_is_for_its_user_alone_and_http_only_reads() {
     }
 
     // Every method on every path: nothing but GET and HEAD is known, and nothing happens.
-    let port = http_port(&running);
+    let port = http::port(&running);
     let before = migration.ledger(LEDGER).await[0].get::<_, String>(0);
     for path in [
         "/",
@@ -105,23 +105,6 @@ async fn what_a_migration_writes_is_for_its_user_alone_and_http_only_reads() {
     assert_eq!(after, before);
     migration.cut_over(running).await;
     migration.assert_equal().await;
-}
-
-/// Where it says that metrics are.
-pub fn http_port(running: &Running) -> u16 {
-    let log = running.log();
-    let (_, rest) = log.split_once("http://127.0.0.1:").unwrap_or_else(|| panic!("no address of HTTP in:\n{log}"));
-    rest.split('/').next().unwrap().parse().unwrap()
-}
-
-/// The whole answer to a request.
-pub fn ask(port: u16, request: &str) -> String {
-    let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    connection.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    connection.write_all(request.as_bytes()).unwrap();
-    let mut answer = String::new();
-    connection.read_to_string(&mut answer).unwrap();
-    answer
 }
 
 fn code(port: u16, request: &str) -> u16 {

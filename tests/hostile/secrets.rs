@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use walferry::demo::server::ThrowawayServer;
 
-use crate::doors::{ask, http_port};
 use crate::passwords::ask_for_password;
+use crate::support::http::{self, ask};
 use crate::support::process::{Finished, Running};
 use crate::support::{Servers, hold_pg_dump, until, until_true};
 
@@ -253,7 +253,7 @@ async fn no_password_is_in_logs_status_metrics_ledger_directory_or_any_child() {
     source.batch_execute("UPDATE t1 SET v = 'changed again'").await.unwrap();
     until_true(&servers.target.connect("shop").await.unwrap(), "SELECT bool_and(v = 'changed again') FROM t1").await;
     assert!(running.log().contains("shows in the process list"), "{}", running.log());
-    let port = http_port(&running);
+    let port = http::port(&running);
     for path in ["/metrics", "/status", "/healthz", "/"] {
         let answer = ask(port, &format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"));
         search.text(path, answer.as_bytes());

@@ -2,8 +2,13 @@
 //! process, an application that writes all the time, and a comparison by plain SQL that shares no code with walferry's own.
 
 pub mod compare;
+// Not every test program asks.
+#[allow(dead_code)]
+pub mod http;
 pub mod load;
 pub mod process;
+#[allow(dead_code)]
+pub mod tools;
 
 use std::future::Future;
 use std::path::PathBuf;

@@ -1,14 +1,12 @@
 //! Each fault of the queue's disk by itself, step by step; the rounds make them at any moment.
 
-use std::io::{Read, Write};
-
 use serde_json::Value;
 use tokio_postgres::Client;
 use walferry::lsn::Lsn;
 
 use super::disk::{DiskFault, FaultyDisk};
 use super::support::process::Running;
-use super::support::{Migration, Servers, until, until_true};
+use super::support::{Migration, Servers, http, until, until_true};
 
 /// Less than the disk of any machine that runs tests has.
 const QUOTA: [&str; 2] = ["--queue-max-bytes", "1GiB"];
@@ -51,12 +49,7 @@ async fn arrives(target: &Client, rows: i64) {
 }
 
 fn metric(running: &Running, name: &str) -> f64 {
-    let log = running.log();
-    let port: u16 = log.split_once("http://127.0.0.1:").unwrap().1.split('/').next().unwrap().parse().unwrap();
-    let mut connection = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
-    write!(connection, "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    connection.read_to_string(&mut answer).unwrap();
+    let answer = http::get(http::port(running), "/metrics");
     let line = answer.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name} in {answer}"));
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }

@@ -11,10 +11,11 @@
 //! | what hangs on an object (index, constraint, trigger, comment, grant, …) | with it |
 //! | whatever needs a relation that does not come | not at all |
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 
 use super::{CLASS_RELATION, Dumped};
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::catalog::Schemas;
 use crate::source::scope::Selection;
 use crate::target::ledger::SchemaItem;
 
@@ -48,7 +49,7 @@ const HANGING: [&str; 21] = [
 ///
 /// # Errors
 /// `Blocked` when a table that was chosen cannot be made without one that was not.
-pub fn wanted(dumped: Vec<Dumped>, part: Option<(&Selection, &BTreeMap<(u32, u32), u32>)>) -> Result<Vec<SchemaItem>> {
+pub fn wanted(dumped: Vec<Dumped>, part: Option<(&Selection, &Schemas)>) -> Result<Vec<SchemaItem>> {
     let Some((selection, schemas)) = part else {
         return Ok(dumped.into_iter().map(|dumped| dumped.item).collect());
     };
@@ -100,7 +101,7 @@ impl<'a> Graph<'a> {
         let is_partition =
             item.class == CLASS_RELATION && self.selection.partition_of.get(&item.oid) == Some(&needed.oid);
         let is_key = |item: &Dumped| matches!(item.item.kind.as_str(), "CONSTRAINT" | "INDEX");
-        !is_partition && !(is_key(item) && is_key(needed))
+        !(is_partition || is_key(item) && is_key(needed))
     }
 
     /// Everything that cannot be there because a relation is left out.
@@ -119,12 +120,7 @@ impl<'a> Graph<'a> {
     }
 
     /// What was chosen, what that needs, what hangs on it, and what that needs.
-    fn kept(
-        &self,
-        dumped: &'a [Dumped],
-        poisoned: &BTreeSet<u32>,
-        schemas: &BTreeMap<(u32, u32), u32>,
-    ) -> BTreeSet<u32> {
+    fn kept(&self, dumped: &'a [Dumped], poisoned: &BTreeSet<u32>, schemas: &Schemas) -> BTreeSet<u32> {
         let is_chosen = |item: &Dumped| {
             if Self::is_relation(item) {
                 self.selection.relations.contains(&item.oid)
@@ -242,7 +238,7 @@ mod tests {
     #[test]
     fn a_table_that_needs_one_that_is_left_out_is_refused_by_name() {
         let dumped = [item(1, (CLASS_RELATION, 100), "TABLE", &[]), item(2, (CLASS_RELATION, 101), "TABLE", &[1])];
-        let error = wanted(dumped.to_vec(), Some((&relations(&[101]), &BTreeMap::new()))).unwrap_err();
+        let error = wanted(dumped.to_vec(), Some((&relations(&[101]), &Schemas::new()))).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Blocked);
         assert!(
             error.to_string().contains("table 2 cannot be made") && error.to_string().contains("table 1"),
