@@ -312,6 +312,22 @@ impl Drafted<'_> {
     }
 }
 
+/// Waits until the slot of the way back is there.
+///
+/// # Errors
+/// `Aborted` when it cannot be.
+pub(super) async fn wait_until_ready(mut arming: watch::Receiver<Arming>) -> Result<()> {
+    let settled = |arming: &Arming| !matches!(arming, Arming::Preparing(_));
+    let outcome = arming.wait_for(settled).await.map(|arming| arming.clone());
+    match outcome {
+        Ok(Arming::Impossible(why, mend)) => {
+            Err(Error::new(ErrorKind::Aborted, format!("there would be no way back: {why}")).hint(mend))
+        }
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::new(ErrorKind::Other, "nobody makes the way back ready")),
+    }
+}
+
 /// Makes the slot; anew, a few times, where a TRUNCATE was applied meanwhile, because it may then be unable to decode (H37).
 async fn make_slot(target: &Client, name: &str) -> Result<()> {
     for _ in 0..slot::ATTEMPTS_BESIDE_CHANGES {

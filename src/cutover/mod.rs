@@ -57,8 +57,8 @@ use crate::target::ledger;
 use crate::target::schema;
 use crate::{sql, verify};
 
-use arming::Drafted;
 pub use arming::{Arming, WayBack};
+use arming::{Drafted, wait_until_ready};
 pub use automatic::Automatic;
 use fence::Fence;
 use hook::{Hook, Surroundings};
@@ -560,31 +560,6 @@ async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applie
 fn unique() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     format!("{}-{}", std::process::id(), now.as_nanos())
-}
-
-/// Waits until the slot of the way back is there.
-///
-/// # Errors
-/// `Aborted` when it cannot be.
-async fn wait_until_ready(mut arming: watch::Receiver<Arming>) -> Result<()> {
-    let settled = |arming: &Arming| !matches!(arming, Arming::Preparing(_));
-    let outcome = arming.wait_for(settled).await.map(|arming| arming.clone());
-    match outcome {
-        Ok(Arming::Impossible(why, mend)) => {
-            Err(Error::new(ErrorKind::Aborted, format!("there would be no way back: {why}")).hint(mend))
-        }
-        Ok(_) => Ok(()),
-        Err(_) => Err(Error::new(ErrorKind::Other, "nobody makes the way back ready")),
-    }
-}
-
-/// Takes back the setting that closes a database to writers.
-fn reopen_statement(database: &str, previous: Option<&str>) -> String {
-    let database = sql::identifier(database);
-    match previous {
-        Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
-        None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
-    }
 }
 
 #[cfg(test)]

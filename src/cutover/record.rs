@@ -14,7 +14,7 @@ use tokio_postgres::Client;
 use super::guard;
 use super::hook::{self, Hook};
 use super::options::{FenceMode, Hooks, limit};
-use super::{pgbouncer, reopen_statement};
+use super::pgbouncer;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::wall_clock;
@@ -419,6 +419,15 @@ async fn end_sessions_since(server: &Client, since: &str, application_name: &str
         .await
         .context(|| "ending the sessions that began behind the fence".into())?;
     Ok(())
+}
+
+/// Takes back the setting that closes a database to writers.
+fn reopen_statement(database: &str, previous: Option<&str>) -> String {
+    let database = sql::identifier(database);
+    match previous {
+        Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
+        None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
+    }
 }
 
 /// Whether a server's database is read-only by default, or its tables refuse writes, as a fence makes it.
