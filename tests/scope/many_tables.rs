@@ -1,10 +1,11 @@
 //! Databases of very many tables: what is done for each of them is done for all at once, or is small.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
 use crate::number;
+use crate::support::process::Running;
 use crate::support::{Migration, Servers};
 
 /// Resident memory of the program, and what the last status takes in the state directory.
@@ -42,6 +43,15 @@ async fn rows(client: &Client, tables: u32) -> (i64, i64) {
     (count, sum)
 }
 
+/// Like `wait_for_status`, with the patience that so many tables take on a busy machine.
+async fn wait(migration: &Migration, running: &mut Running, wished: impl Fn(&serde_json::Value) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(3600);
+    while !migration.status().await.is_some_and(|status| status["process_alive"] == true && wished(&status)) {
+        assert!(running.is_alive() && Instant::now() < deadline, "{}", running.log());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
 async fn moves(tables: u32) {
     // What `check` computes for them (H10).
     let locks = (tables / 8).max(256).to_string();
@@ -65,9 +75,9 @@ async fn moves(tables: u32) {
     let mut running = migration.migrate(&["--no-reverse"]);
     let memory = running.watch_memory();
     let copied = |status: &serde_json::Value| status["phase"] != "preparing" && status["phase"] != "copying";
-    migration.wait_for_status(&mut running, "copied", copied).await;
+    wait(&migration, &mut running, copied).await;
     say("copied");
-    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    wait(&migration, &mut running, |status| status["ready_to_cutover"] == true).await;
     say("follows");
     let source = migration.source().await;
     for table in [0, 7, tables - 1] {
@@ -77,7 +87,11 @@ async fn moves(tables: u32) {
             .unwrap();
     }
     let written = std::fs::metadata(migration.directory().join("status.json")).unwrap().len();
-    migration.cut_over(running).await;
+    let cutover = ["--yes", "--no-reverse", "--timeout", "600s", "--max-write-stall", "500s"];
+    let cutover = migration.with_directory("cutover", &cutover).await;
+    assert_eq!(cutover.code, Some(0), "{}\n{}", cutover.stderr, running.log());
+    let ended = running.wait().await;
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     say("cut over");
     let peak = memory.await.unwrap();
     println!("peak memory {} MiB, status {} KiB", peak >> 20, written >> 10);
