@@ -25,6 +25,7 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
+use crate::sql;
 use crate::target::late::AtCutover;
 use crate::target::ledger::{self, Draft, Migration, Phase};
 use crate::target::role::ApplyRole;
@@ -266,6 +267,9 @@ impl WayBack {
         let server = replication.identify_system().await.context(|| "asking the target who it is".into())?;
         replication.close().await;
         let tables = on_target(target, migrated).await?;
+        if self.migration.scope.data_only {
+            has_no_more_columns(&tables, migrated)?;
+        }
         let mut fingerprint = catalog::fingerprint(target).await?;
         for object in changed_back(target, &tables).await? {
             // The deciding transaction gives them back what they are on the source.
@@ -323,6 +327,22 @@ impl Drafted<'_> {
     }
 }
 
+/// Waits until the slot of the way back is there.
+///
+/// # Errors
+/// `Aborted` when it cannot be.
+pub(super) async fn wait_until_ready(mut arming: watch::Receiver<Arming>) -> Result<()> {
+    let settled = |arming: &Arming| !matches!(arming, Arming::Preparing(_));
+    let outcome = arming.wait_for(settled).await.map(|arming| arming.clone());
+    match outcome {
+        Ok(Arming::Impossible(why, mend)) => {
+            Err(Error::new(ErrorKind::Aborted, format!("there would be no way back: {why}")).hint(mend))
+        }
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::new(ErrorKind::Other, "nobody makes the way back ready")),
+    }
+}
+
 /// Makes the slot; anew, a few times, where a TRUNCATE was applied meanwhile, because it may then be unable to decode (H37).
 async fn make_slot(target: &Client, name: &str) -> Result<()> {
     for _ in 0..slot::ATTEMPTS_BESIDE_CHANGES {
@@ -359,6 +379,21 @@ async fn on_target(target: &Client, migrated: &[Table]) -> Result<Vec<Table>> {
             .hint(format!("Somebody removed it there: `walferry resync` copies it again; {WITHOUT}.")));
     }
     Ok(tables)
+}
+
+/// With --data-only the target's tables can have columns that the old server's lack.
+fn has_no_more_columns(tables: &[Table], migrated: &[Table]) -> Result<()> {
+    for (table, other) in
+        tables.iter().filter_map(|table| Some((table, migrated.iter().find(|other| same_name(table, other))?)))
+    {
+        let is_new = |column: &&catalog::Column| !other.columns.iter().any(|known| known.name == column.name);
+        if let Some(column) = table.columns.iter().find(is_new) {
+            let text =
+                format!("the old server's table {} has no column {}", table.qualified(), sql::identifier(&column.name));
+            return Err(Error::new(ErrorKind::Blocked, text).hint(format!("Add it there, {WITHOUT}.")));
+        }
+    }
+    Ok(())
 }
 
 fn same_name(one: &Table, other: &Table) -> bool {
