@@ -77,7 +77,7 @@ async fn what_a_migration_writes_is_for_its_user_alone_and_http_only_reads() {
         "/%2e%2e/lock",
     ] {
         for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "CUTOVER"] {
-            let known = ["/status", "/metrics", "/healthz"].contains(&path);
+            let known = ["/", "/status", "/metrics", "/healthz"].contains(&path);
             let code = code(
                 port,
                 &format!(
