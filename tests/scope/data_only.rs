@@ -7,6 +7,9 @@ const SOURCE: &str = "
     CREATE TABLE parent (id int PRIMARY KEY, name text, at timestamptz DEFAULT now());
     CREATE TABLE child (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, parent int REFERENCES parent, body text, doubled int GENERATED ALWAYS AS (id * 2) STORED);
     CREATE TABLE wide (id bigserial PRIMARY KEY, body text);
+    CREATE FUNCTION pass() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+    CREATE TRIGGER only_here BEFORE INSERT ON parent FOR EACH ROW EXECUTE FUNCTION pass(); ALTER TABLE parent ENABLE ALWAYS TRIGGER only_here;
+    SELECT lo_from_bytea(4711, 'data, too');
     INSERT INTO parent SELECT i, 'p' || i FROM generate_series(1, 500) i;
     INSERT INTO child (parent, body) SELECT 1 + i % 500, 'c' || i FROM generate_series(1, 2000) i;
     INSERT INTO wide (body) SELECT repeat(md5(i::text), 40) FROM generate_series(1, 10000) i;
@@ -57,13 +60,14 @@ async fn rows_alone_go_into_tables_that_are_there_with_their_columns_found_by_na
     let next = "INSERT INTO child (parent) VALUES (1) RETURNING id::int8";
     assert_eq!(number(&target, next).await, 2051 + 1);
     assert_eq!(number(&target, "SELECT nextval('wide_id_seq')").await, 10001);
+    assert_eq!(number(&target, "SELECT count(*) FROM pg_largeobject_metadata").await, 1);
     assert_eq!(number(&target, "SELECT count(*) FROM fired").await, 1, "the trigger fires again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_names_each_difference_that_would_refuse_or_lose_rows() {
     let servers = Servers::start().await;
-    let migration = servers.migration("shop").await;
+    let mut migration = servers.migration("shop").await;
     let (source, target) = (migration.source().await, migration.target().await);
     source
         .batch_execute(
@@ -97,6 +101,16 @@ async fn check_names_each_difference_that_would_refuse_or_lose_rows() {
     assert_eq!(found("target-foreign-key-extra"), "\"f_k_fkey\" of \"public\".\"f\"");
     assert_eq!(found("target-table-not-empty"), "\"public\".\"f\"");
     assert_eq!(found("target-sequence-missing"), "\"public\".\"s\"");
+    // Where nothing keeps the target's triggers and foreign keys from acting on what comes, they are named.
+    target.batch_execute("CREATE ROLE mover LOGIN IN ROLE pg_read_all_data, pg_write_all_data").await.unwrap();
+    let as_superuser = migration.target_url.clone();
+    migration.target_url = as_superuser.replacen("postgres@", "mover@", 1);
+    assert_ne!(migration.target_url, as_superuser);
+    let check = migration.with_servers("check", &["--data-only", "--json", "--estimate-seconds", "0"]).await;
+    let report = check.json();
+    let fires = report["findings"].as_array().unwrap().iter().find(|finding| finding["code"] == "target-fires");
+    assert_eq!(fires.unwrap_or_else(|| panic!("{report:#}"))["object"], "constraint f_k_fkey on \"public\".\"f\"");
+    migration.target_url = as_superuser;
     let refused = migration.migrate(&["--data-only"]).wait().await;
     assert_eq!(refused.code, Some(3), "{}", refused.stderr);
     assert_eq!(number(&target, "SELECT count(*) FROM f").await, 1, "nothing was touched");

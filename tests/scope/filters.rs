@@ -26,6 +26,8 @@ const SCHEMA: &str = "
     CREATE TABLE app.events_1 PARTITION OF app.events FOR VALUES IN (1);
     CREATE TABLE parts.events_2 PARTITION OF app.events FOR VALUES IN (2);
     CREATE TABLE app.junk (id int PRIMARY KEY, body text);
+    CREATE UNLOGGED TABLE app.cache (id int PRIMARY KEY); CREATE UNLOGGED TABLE audit.cache (id int PRIMARY KEY);
+    CREATE POLICY everybody ON app.orders USING (true);
     CREATE TABLE \"Other\".\"Odd.Name\" (id int PRIMARY KEY);
     CREATE VIEW app.loud AS SELECT * FROM app.orders WHERE mood = 'loud';
     CREATE VIEW app.named AS SELECT o.id, p.name FROM app.orders o JOIN audit.people p ON p.id = o.person;
@@ -41,6 +43,8 @@ const SCHEMA: &str = "
     INSERT INTO app.junk SELECT i, repeat('junk ', 10) FROM generate_series(1, 1000) i;
     INSERT INTO \"Other\".\"Odd.Name\" SELECT generate_series(1, 10);
     INSERT INTO audit.log (line) SELECT 'x' FROM generate_series(1, 100);
+    INSERT INTO app.cache SELECT generate_series(1, 10); INSERT INTO audit.cache VALUES (1);
+    SELECT lo_from_bytea(4711, 'stays');
     REFRESH MATERIALIZED VIEW app.totals; ANALYZE";
 
 const FILTERS: [&str; 8] = [
@@ -54,8 +58,8 @@ const FILTERS: [&str; 8] = [
     "audit",
 ];
 
-const MOVED: [&str; 6] =
-    ["app.orders", "app.lines", "app.events", "app.events_1", "parts.events_2", "\"Other\".\"Odd.Name\""];
+const MOVED: [&str; 7] =
+    ["app.orders", "app.lines", "app.events", "app.events_1", "parts.events_2", "app.cache", "\"Other\".\"Odd.Name\""];
 
 /// An application that writes to tables that move and to those that do not, each with sessions of its own.
 struct Application {
@@ -134,6 +138,8 @@ async fn assert_only_the_part(migration: &Migration) {
     assert_eq!(number(&target, "SELECT count(*) FROM pg_indexes WHERE indexname = 'lines_body'").await, 1);
     let comment = "SELECT count(*) FROM pg_description WHERE description = 'what was ordered'";
     assert_eq!(number(&target, comment).await, 1);
+    assert_eq!(number(&target, "SELECT count(*) FROM pg_policy").await, 1);
+    assert_eq!(number(&target, "SELECT count(*) FROM pg_largeobject_metadata").await, 0, "they belong to no table");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -144,6 +150,7 @@ async fn a_part_of_a_database_moves_under_load_there_and_back_and_the_rest_never
     let check = migration.with_servers("check", &[&FILTERS[..], &["--json", "--estimate-seconds", "0"]].concat()).await;
     assert_eq!(check.code, Some(0), "{}\n{}", check.stdout, check.stderr);
     let left: Vec<_> = check.json()["findings"].as_array().unwrap().to_vec();
+    assert!(left.iter().any(|finding| finding["code"] == "large-objects-left-out"), "{left:?}");
     let left = left.iter().find(|finding| finding["code"] == "scope-left-out").expect("it is said what is left out");
     for name in [
         "view app.named ",
@@ -166,14 +173,18 @@ async fn a_part_of_a_database_moves_under_load_there_and_back_and_the_rest_never
 
     // DDL on what is left out concerns nobody; on what is moved, the cutover refuses.
     source
-        .batch_execute("ALTER TABLE audit.people ADD COLUMN more int; CREATE TABLE audit.new (id int)")
+        .batch_execute(
+            "ALTER TABLE audit.people ADD COLUMN more int; CREATE TABLE audit.new (id int); \
+             CREATE POLICY of_audit ON audit.people USING (true); CREATE CAST (lib.mood AS int) WITH INOUT; \
+             COMMENT ON TABLE audit.people IS 'audit'; INSERT INTO app.cache VALUES (11)",
+        )
         .await
         .unwrap();
-    source.batch_execute("CREATE TABLE app.new (id int)").await.unwrap();
+    source.batch_execute("CREATE TABLE app.new (id int); CREATE POLICY more ON app.orders USING (true)").await.unwrap();
     let refused = migration.with_directory("cutover", &["--yes"]).await;
-    refused.assert_refused(5, &["table app.new is new"]);
+    refused.assert_refused(5, &["table app.new is new", "policy more on table app.orders is new"]);
     assert!(!refused.stderr.contains("audit"), "{}", refused.stderr);
-    source.batch_execute("DROP TABLE app.new").await.unwrap();
+    source.batch_execute("DROP TABLE app.new; DROP POLICY more ON app.orders").await.unwrap();
     migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
 
     let verify = migration.with_directory("verify", &["--json"]).await;
@@ -214,11 +225,14 @@ async fn a_part_of_a_database_moves_under_load_there_and_back_and_the_rest_never
         assert!(there >= number(&target, used).await && there <= here, "{sequence}: {there}, {here} on the source");
     }
 
+    let large_objects = "SELECT count(*) FROM pg_largeobject_metadata";
+    assert_eq!((number(&source, large_objects).await, number(&target, large_objects).await), (1, 0));
+
     // Back again, with what was written meanwhile.
     let application = Application::start(&migration.target_url, &migration.source_url);
     application.goes_on_only_rest().await;
     target
-        .batch_execute("INSERT INTO app.orders (mood) VALUES ('loud'); INSERT INTO app.events VALUES (-7, 1)")
+        .batch_execute("INSERT INTO app.orders (mood) VALUES ('loud'); INSERT INTO app.events VALUES (-7, 1); INSERT INTO app.cache VALUES (12)")
         .await
         .unwrap();
     migration
@@ -230,6 +244,7 @@ async fn a_part_of_a_database_moves_under_load_there_and_back_and_the_rest_never
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     application.stop().await;
     assert_same_rows(&source, &target, &MOVED).await;
+    assert_eq!(number(&source, large_objects).await, 1, "what stayed is nobody's to remove");
     source
         .batch_execute("INSERT INTO app.events VALUES (-8, 1); UPDATE app.events SET id = -9 WHERE id = -8")
         .await
@@ -317,6 +332,12 @@ async fn filters_that_name_nothing_contradict_a_table_or_change_later_are_refuse
         let refused = migration.with_servers("check", &filter).await;
         refused.assert_refused(2, &[named]);
     }
+    for part in [&["--include-table", "app.events"][..], &["--data-only"], &["--map-schema", "app=shop"]] {
+        let refused = migration.with_servers("check", &[part, &["--replicate-ddl"]].concat()).await;
+        assert!(refused.code == Some(2) && refused.stderr.contains("cannot be used with"), "{}", refused.stderr);
+    }
+    let refused = migration.migrate(&["--schema-only", "--replicate-ddl"]).wait().await;
+    assert!(refused.code == Some(2) && refused.stderr.contains("cannot be used with"), "{}", refused.stderr);
     migration.source().await.batch_execute("CREATE TABLE app.heir () INHERITS (audit.people)").await.unwrap();
     let refused = migration.with_servers("check", &["--include-schema", "app", "--estimate-seconds", "0"]).await;
     assert_eq!(refused.code, Some(3), "{}", refused.stdout);
