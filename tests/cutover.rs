@@ -229,3 +229,32 @@ async fn where_it_is_asked_for_only_what_was_compared_is_cut_over() {
     assert_eq!(running.wait().await.code, Some(0));
     migration.assert_equal().await;
 }
+
+/// What the operator has taken away on the target as it went on the source is not to be given back there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_identity_or_a_trigger_that_went_on_both_sides_stands_in_nobodys_way() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    let tables = "CREATE TABLE t (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY); CREATE TABLE kept (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY);
+        CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER gone AFTER INSERT ON kept FOR EACH ROW EXECUTE FUNCTION f(); ALTER TABLE kept ENABLE ALWAYS TRIGGER gone";
+    let source = migration.source().await;
+    source.batch_execute(tables).await.unwrap();
+    let mut running = migration.migrate(&[]);
+    migration.wait_for_phase(&mut running, "following").await;
+    let change = "ALTER TABLE t ALTER id DROP IDENTITY; DROP TRIGGER gone ON kept";
+    source.batch_execute(change).await.unwrap();
+    migration.target().await.batch_execute(change).await.unwrap();
+    ready(&migration, &mut running).await;
+    let mut options = vec!["--yes", "--no-reverse"];
+    for waived in ["column id of table public.t", "trigger gone on table public.kept", "sequence public.t_id_seq"] {
+        options.extend(["--waive", waived]);
+    }
+    let cutover = migration.with_directory("cutover", &options).await;
+    assert_eq!(cutover.code, Some(0), "{}", cutover.stderr);
+    assert_eq!(running.wait().await.code, Some(0));
+    let identities = "SELECT string_agg(attrelid::regclass || ' ' || attidentity::text, ', ' ORDER BY 1) FROM pg_attribute \
+                      WHERE attname = 'id' AND attrelid IN ('public.t'::regclass, 'public.kept'::regclass)";
+    let row = migration.target().await.query_one(identities, &[]).await.unwrap();
+    assert_eq!(row.get::<_, &str>(0).replace("public.", ""), "kept a, t ");
+}

@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::Marker;
 use super::layout::Layout;
 use super::net::{Effect, NeedsSerialReplay, Net, NetChanges};
+use super::{MARKERS_MAX, Marker};
 use crate::decode::{Datum, Message, Tuple, decode};
 use crate::error::{Context, Result};
 use crate::lsn::Lsn;
@@ -236,7 +236,9 @@ impl Assembler {
         let wanted = self.until.is_some_and(|until| self.complete >= until);
         // Somebody waits for a marker; an empty transaction may be nobody's, and there may be many.
         let awaited = self.unit.markers.last().is_some_and(|last| !marker::is_of_empty_transaction(&last.content));
-        wanted || awaited || self.chunk_bytes >= UNIT_BYTES
+        // Whoever looks is to find it among those that are remembered.
+        let many = self.unit.markers.len() >= MARKERS_MAX / 2;
+        wanted || awaited || many || self.chunk_bytes >= UNIT_BYTES
     }
 
     fn change(&mut self, head: TransactionHead, bytes: &Bytes) -> Result<Result<(), NeedsSerialReplay>> {

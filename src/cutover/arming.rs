@@ -26,6 +26,7 @@ use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::sql;
+use crate::target::existing;
 use crate::target::late::AtCutover;
 use crate::target::ledger::{self, Draft, Migration, Phase};
 use crate::target::role::ApplyRole;
@@ -266,7 +267,7 @@ impl WayBack {
         let mut replication = ReplicationSession::connect(&self.target, &self.application_name).await?;
         let server = replication.identify_system().await.context(|| "asking the target who it is".into())?;
         replication.close().await;
-        let tables = on_target(target, migrated).await?;
+        let mut tables = on_target(target, migrated).await?;
         if self.migration.scope.data_only {
             has_no_more_columns(&tables, migrated)?;
         }
@@ -278,6 +279,11 @@ impl WayBack {
         for object in late_objects(target).await? {
             // It makes them, and leaves some to be validated (H23).
             fingerprint.entry(object).or_default();
+        }
+        let mut source = self.source.connect(&self.application_name).await?;
+        if self.migration.scope.data_only {
+            // Each server has made its identity columns itself.
+            existing::take_identity_from(&source, &mut tables).await?;
         }
         let names = self.names();
         let migration = Migration {
@@ -298,7 +304,6 @@ impl WayBack {
             .map(|table| (!table.has_usable_identity(), table))
             .map(|(only, table)| (table, only))
             .collect();
-        let mut source = self.source.connect(&self.application_name).await?;
         let name = super::unique();
         let draft = Draft { name: &name, migration: &migration, tables: &tables, fingerprint: &fingerprint };
         ledger::draft(&mut source, &draft).await?;

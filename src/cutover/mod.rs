@@ -220,8 +220,14 @@ impl Cutover<'_> {
                     );
                 }
             }
+            let mut restorable = schema::restorable(&sessions.target, &tables).await?;
+            if self.scope.data_only {
+                // Its triggers and rules were made there, and are as they were.
+                restorable.iter_mut().for_each(|table| table.firing.clear());
+            }
             let margin = options.sequence_margin;
-            Ok((sequences::list(&sessions.source, &sessions.target, self.scope, margin).await?, late))
+            let sequences = sequences::list(&sessions.source, &sessions.target, self.scope, margin).await?;
+            Ok((sequences, (late, restorable)))
         });
         let (sequences, late) = known.await.map_err(untouched)?;
         let mut way_back = match self.way_back(options) {
@@ -333,7 +339,7 @@ impl Cutover<'_> {
         &self,
         sessions: &Sessions,
         fence: &mut Fence<'_>,
-        (sequences, at_cutover, options, around, way_back): Prepared<'_>,
+        (sequences, (at_cutover, restorable), options, around, way_back): Prepared<'_>,
         timer: &mut Timer<'_>,
     ) -> Result<(Lsn, Vec<View>)> {
         let Sessions { source, target, inspector, checker, before, .. } = sessions;
@@ -391,12 +397,7 @@ impl Cutover<'_> {
 
         tokio::try_join!(timer.within(fence.prove()), timer.within(note(timer.current())))?;
         timer.within(fence.hand_over()).await?;
-        let mut tables: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
-        if self.scope.data_only {
-            // Its triggers and rules were made there, and are as they were.
-            tables.iter_mut().for_each(|table| table.firing.clear());
-        }
-        let identity = schema::restore_identity(&tables);
+        let identity = schema::restore_identity(restorable);
         let pending = match fence.record().pending() {
             Some(pending) => {
                 format!(" || jsonb_build_object('pending', {}::jsonb)", sql::literal(&record::to_json(&pending)?))
@@ -404,7 +405,8 @@ impl Cutover<'_> {
             None => String::new(),
         };
         let decide = format!(
-            "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} {} \
+            // By its first word it is found when its answer is lost: the server shows the beginning of a long query only.
+            "/* cut_over */ BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
             // Before what is said of triggers that it makes (H23).
@@ -496,7 +498,9 @@ impl Cutover<'_> {
         Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
             .hint(
                 "Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry \
-                 migrate`. Where it is the file of a table, `walferry repair --tables` copies what differs.",
+                 migrate`. Triggers and rules only after the cutover where they are ENABLE ALWAYS, or where walferry's role may not set \
+                 session_replication_role on the target (foreign keys neither): there they act on every row that is applied. \
+                 Where it is the file of a table, `walferry repair --tables` copies what differs.",
             ))
     }
 
@@ -544,7 +548,8 @@ impl Cutover<'_> {
 
 /// What is known before the fence: sequences, what the target makes only now, what the operator wants, where hooks are run, and the way
 /// back.
-type Prepared<'a> = (&'a sequences::Sequences, &'a AtCutover, &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
+type Prepared<'a> =
+    (&'a sequences::Sequences, &'a (AtCutover, Vec<Table>), &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
 
 /// What a cutover works with, opened before anybody waits.
 struct Sessions {
@@ -569,6 +574,13 @@ impl Sessions {
         let checker = cutover.target.connect(cutover.application_name).await?;
         tokio::join!(unstreamed::silence_event_triggers(&target), unstreamed::silence_event_triggers(&checker));
         let before = ledger::fingerprint(&target).await?;
+        // Replicated DDL can have brought a table since: it would be in what is compared, and in nothing else.
+        let tables = ledger::tables(&target).await?;
+        let same = |(entry, (table, _)): (&ledger::LedgerTable, &(Table, bool))| entry.table == *table;
+        if tables.len() != cutover.tables.len() || !tables.iter().zip(cutover.tables).all(same) {
+            return Err(Error::new(ErrorKind::Aborted, "DDL of the source was replicated just now")
+                .hint("Nothing has happened. Run the same command again."));
+        }
         let is_locked_out = options.fence == FenceMode::Connections;
         let spare = if is_locked_out && cutover.tables.iter().any(|(_, insert_only)| *insert_only) {
             Some(cutover.source.connect(cutover.application_name).await?)

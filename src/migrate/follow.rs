@@ -21,7 +21,7 @@ use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
 use crate::source::scope::WHOLE_DATABASE;
-use crate::target::{ddl, existing, ledger, warm};
+use crate::target::{ddl, ledger, warm};
 use crate::{unstreamed, verify};
 
 /// How often the source's catalog is compared with what was migrated (I11).
@@ -141,12 +141,8 @@ impl Running {
             let target = self.target().await?;
             let scope = self.load(&target).await?.scope;
             let entries = ledger::tables(&target).await?;
-            let only: Vec<bool> = entries.iter().map(|entry| entry.insert_only).collect();
-            let mut tables: Vec<Table> = entries.into_iter().map(|entry| entry.table).collect();
-            if scope.data_only && self.direction == Direction::There {
-                existing::forget_other_identity(&target, &mut tables).await?;
-            }
-            let tables: Vec<(Table, bool)> = tables.into_iter().zip(only).collect();
+            let tables: Vec<(Table, bool)> =
+                entries.into_iter().map(|entry| (entry.table, entry.insert_only)).collect();
             let target_closed = match self.direction {
                 Direction::There => None,
                 // The ledger of the way there stands on the server that took over.

@@ -12,10 +12,11 @@
 mod dump;
 mod wanted;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use futures_util::future::join_all;
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::harmless;
 use super::ledger::{self, SchemaItem, Section};
@@ -115,6 +116,62 @@ fn with_version(statement: &str, version: Option<&String>) -> String {
         (Some(version), Some(create)) => format!("{create} VERSION {};", sql::literal(version).trim_start()),
         _ => statement.to_owned(),
     }
+}
+
+/// Tables with only those identity columns, triggers and rules that the target has: what an operator has removed there like on the source
+/// is not to make a cutover fail for ever.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn restorable(client: &Client, tables: &[&Table]) -> Result<Vec<Table>> {
+    let mut restorable: Vec<Table> = tables.iter().map(|table| (*table).clone()).collect();
+    let names: Vec<(usize, &str, &str)> = tables
+        .iter()
+        .enumerate()
+        .flat_map(|(place, table)| {
+            let always = table.columns.iter().filter(|column| column.identity_always);
+            let columns = always.map(|column| ("column", column.name.as_str()));
+            let firing = table
+                .firing
+                .iter()
+                .map(|firing| (if firing.is_rule { "rule" } else { "trigger" }, firing.name.as_str()));
+            columns.chain(firing).map(move |(kind, name)| (place, kind, name))
+        })
+        .collect();
+    if names.is_empty() {
+        return Ok(restorable);
+    }
+    let places: Vec<i64> = names.iter().map(|(place, ..)| i64::try_from(*place).unwrap_or(i64::MAX)).collect();
+    let qualified: Vec<String> = names.iter().map(|(place, ..)| tables[*place].qualified()).collect();
+    let kinds: Vec<&str> = names.iter().map(|(_, kind, _)| *kind).collect();
+    let objects: Vec<&str> = names.iter().map(|(.., name)| *name).collect();
+    let rows = client
+        .query_typed(
+            "SELECT place, kind, object FROM unnest($1, $2, $3, $4) u(place, relation, kind, object) WHERE CASE kind \
+                 WHEN 'column' THEN EXISTS (SELECT FROM pg_catalog.pg_attribute a WHERE a.attrelid = pg_catalog.to_regclass(relation) \
+                                            AND a.attname = object AND a.attidentity <> '' AND NOT a.attisdropped) \
+                 WHEN 'trigger' THEN EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = pg_catalog.to_regclass(relation) \
+                                             AND t.tgname = object) \
+                 ELSE EXISTS (SELECT FROM pg_catalog.pg_rewrite w WHERE w.ev_class = pg_catalog.to_regclass(relation) AND w.rulename = object) END",
+            &[
+                (&places, Type::INT8_ARRAY),
+                (&qualified, Type::TEXT_ARRAY),
+                (&kinds, Type::TEXT_ARRAY),
+                (&objects, Type::TEXT_ARRAY),
+            ],
+        )
+        .await
+        .context(|| "looking for identity columns and triggers on the target".into())?;
+    let there: HashSet<(i64, &str, &str)> = rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect();
+    for (place, table) in (0..).zip(&mut restorable) {
+        for column in &mut table.columns {
+            column.identity_always &= there.contains(&(place, "column", column.name.as_str()));
+        }
+        table.firing.retain(|firing| {
+            there.contains(&(place, if firing.is_rule { "rule" } else { "trigger" }, firing.name.as_str()))
+        });
+    }
+    Ok(restorable)
 }
 
 /// The statements that give identity columns, and triggers and rules that fire in replica sessions, back what they were on the

@@ -74,6 +74,8 @@ CREATE TEXT SEARCH TEMPLATE app.template (INIT = dsimple_init, LEXIZE = dsimple_
 CREATE TEXT SEARCH CONFIGURATION app.search (PARSER = app.words);
 ALTER TEXT SEARCH CONFIGURATION app.search ADD MAPPING FOR asciiword, word WITH app.plain;
 ALTER TEXT SEARCH CONFIGURATION app.search OWNER TO objects_owner;
+-- Without mappings.
+CREATE TEXT SEARCH CONFIGURATION app.bare (PARSER = app.words);
 
 -- Conversions and access methods.
 CREATE CONVERSION app.latin FOR 'LATIN1' TO 'UTF8' FROM iso8859_1_to_utf8;

@@ -81,7 +81,7 @@ const OBJECTS: [(&str, &str, &str); 22] = [
     (
         "pg_ts_config",
         "true",
-        "o::text || (SELECT pg_catalog.string_agg(m::text, ' ' ORDER BY m::text) FROM pg_catalog.pg_ts_config_map m WHERE m.mapcfg = o.oid)",
+        "o::text || coalesce((SELECT pg_catalog.string_agg(m::text, ' ' ORDER BY m::text) FROM pg_catalog.pg_ts_config_map m WHERE m.mapcfg = o.oid), '')",
     ),
     ("pg_ts_dict", "true", "o::text"),
     ("pg_type", "o.typrelid = 0 AND o.typtype IN ('b', 'd', 'e', 'r', 'p') AND o.typcategory <> 'A'", "o::text"),
