@@ -132,6 +132,11 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
             target.database()
         ));
     }
+    for (server, side) in [(&from, "source"), (&to, "target")] {
+        if cutover::guard::remove(server).await? {
+            removed.push(format!("triggers that refuse writes to tables that have moved, on the {side}"));
+        }
+    }
     if back.is_some() {
         if cut_over && !reversed {
             // What the way back changed on the old server.

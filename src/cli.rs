@@ -13,11 +13,13 @@ use crate::care::tune::Limit;
 use crate::care::wal::OnSourceWalMax;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
+use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use values::{HttpAddress, Time};
 use values::{
-    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate, parse_role_map,
+    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate,
+    parse_role_map, parse_schemas,
 };
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
@@ -78,6 +80,7 @@ pub enum Command {
         --fence lock         writes wait, reads go on; then every session is ended once, and has to connect to the target\n  \
         --fence read-only    every session is ended at once; who comes back can read, and gets an error for each write\n  \
         --fence connections  every session is ended at once; who comes back is refused until it is over\n  \
+        --fence tables       of a part of a database (its default): writes to it wait, then get an error; all else goes on\n  \
         --fence none         you have stopped the writers; readers are ended as with lock\n  \
         --pgbouncer …        one slow query and no error, where all go through it in transaction mode\n\
         Commands get WALFERRY_HOOK, WALFERRY_CUTOVER_ID, WALFERRY_SOURCE_HOST, _PORT, _DATABASE, _USER, the same for TARGET, and in \
@@ -144,6 +147,55 @@ pub struct Servers {
     /// A command that prints the target's password; run at every connect
     #[arg(long, value_name = "COMMAND")]
     pub target_password_command: Option<String>,
+}
+
+/// What of the database is moved. Patterns are those of pg_dump.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A part of a database")]
+pub struct Filters {
+    /// Only tables that this pattern names (schema.table, * and ?); may be given again
+    #[arg(long, value_name = "PATTERN")]
+    pub include_table: Vec<String>,
+    /// No table that this pattern names, whatever includes it
+    #[arg(long, value_name = "PATTERN")]
+    pub exclude_table: Vec<String>,
+    /// Only what is in schemas that this pattern names, besides what --include-table names
+    #[arg(long, value_name = "PATTERN")]
+    pub include_schema: Vec<String>,
+    /// Nothing of schemas that this pattern names
+    #[arg(long, value_name = "PATTERN")]
+    pub exclude_schema: Vec<String>,
+}
+
+/// What DDL is not replicated with: a statement can speak of more than what is moved, and of names that the target does not have.
+const PART_OPTIONS: [&str; 6] =
+    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema"];
+
+/// What of the database is moved where.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A part of a database")]
+pub struct Place {
+    /// The target has the tables already, empty: only rows are moved, their columns found by name
+    #[arg(long)]
+    pub data_only: bool,
+    /// From the cutover on this schema has another name on the target; until then its own. There is no way back from that: with
+    /// --no-reverse only; may be given again
+    #[arg(long, value_parser = parse_schemas, value_name = "OLD=NEW", conflicts_with = "data_only")]
+    pub map_schema: Vec<(String, String)>,
+}
+
+impl Filters {
+    /// The same for the rest of the program.
+    pub fn scope(&self, place: Option<&Place>) -> Scope {
+        Scope {
+            include_tables: self.include_table.clone(),
+            exclude_tables: self.exclude_table.clone(),
+            include_schemas: self.include_schema.clone(),
+            exclude_schemas: self.exclude_schema.clone(),
+            data_only: place.is_some_and(|place| place.data_only),
+            map_schemas: place.map_or_else(Vec::new, |place| place.map_schema.clone()),
+        }
+    }
 }
 
 /// How much is done at once.
@@ -259,11 +311,17 @@ pub struct Check {
     /// Check for a migration with --replica-identity-full
     #[arg(long)]
     pub replica_identity_full: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub filters: Filters,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub place: Place,
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
     /// Check also what `migrate --replicate-ddl` needs
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = PART_OPTIONS)]
     pub replicate_ddl: bool,
     /// One JSON object on standard output
     #[arg(long)]
@@ -276,6 +334,9 @@ pub struct MigrateAgain {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub migrate: Migrate,
+    /// Bring the schema with its keys and indexes, no rows, and end
+    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full"])]
+    pub schema_only: bool,
     /// Compare these tables (schema.name) with the source again before going on, and copy what differs
     #[arg(long, value_name = "TABLE", num_args = 1..)]
     pub recopy: Vec<String>,
@@ -302,6 +363,12 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub roles: Roles,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub filters: Filters,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub place: Place,
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,
@@ -324,7 +391,7 @@ pub struct Migrate {
     pub no_reverse: bool,
     /// Have the target run the DDL of the source, in its place among the rows, by event triggers on the source (PostgreSQL 14 or
     /// newer); fixed when the migration begins. What cannot be replayed stops the apply, as all DDL does without this
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = PART_OPTIONS)]
     pub replicate_ddl: bool,
     /// Where metrics, health and status are served, for reading only; `off` for nowhere
     #[arg(long, default_value = "127.0.0.1:9617", value_parser = parse_http_address, value_name = "ADDRESS")]
@@ -403,6 +470,9 @@ pub struct Verify {
     /// Only these tables (schema.name), separated by commas
     #[arg(long, value_delimiter = ',')]
     pub tables: Option<Vec<String>>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub filters: Filters,
     /// Compare only about so much of each table, drawn anew each time: a percentage
     #[arg(long, value_parser = parse_percent, value_name = "PERCENT")]
     pub sample: Option<f64>,

@@ -44,6 +44,9 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
             let heal = if options.recopy.is_empty() { Heal::Nothing } else { Heal::Tables(options.recopy) };
+            if options.schema_only {
+                return schema_only(&options.migrate).await;
+            }
             migrate(&options.migrate, heal, log_format, bars).await
         }
         Command::Resync(options) => migrate(&options, Heal::Everything, log_format, bars).await,
@@ -131,6 +134,7 @@ async fn check(options: cli::Check) -> Result<()> {
     let (source, target) = both(&options.servers)?;
     // What a migration of its own has left on both servers is in nobody's way.
     let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
+    let recorded = identity.as_ref().map(|identity| identity.scope.clone());
     let resuming = identity.is_some_and(|identity| {
         (identity.source, identity.target) == (source.without_password(), target.without_password())
     });
@@ -141,12 +145,16 @@ async fn check(options: cli::Check) -> Result<()> {
     };
     let caps = options.connections.caps();
     let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
+    let given = options.filters.scope(Some(&options.place));
+    let scope = recorded.filter(|_| resuming).unwrap_or(given.clone());
+    scope.prove_same(&given)?;
     let report = check::run(&check::Inputs {
         source: &source,
         target: &target,
         state_directory: options.dir.as_deref(),
         jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
+        scope: &scope,
         resuming,
         replicate_ddl: options.replicate_ddl,
         owners: &options.roles.owners(),
@@ -176,6 +184,11 @@ fn default_quota(directory: &std::path::Path) -> u64 {
 
 async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
     let (source, target) = both(&options.servers)?;
+    let scope = options.filters.scope(Some(&options.place));
+    if !scope.map_schemas.is_empty() && !options.no_reverse {
+        return Err(Error::new(ErrorKind::Usage, "there is no way back to schemas of other names")
+            .hint("Give --no-reverse beside --map-schema: the cutover is for good then."));
+    }
     let config = Config {
         source,
         target,
@@ -195,6 +208,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         replica_identity_full: options.replica_identity_full,
         reverse: !options.no_reverse,
         replicate_ddl: options.replicate_ddl,
+        scope,
         automatic: automatic(options)?,
         care: care::Options {
             copy_jobs: options.parallelism.copy_jobs,
@@ -214,9 +228,36 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
     migrated(options, &board)
 }
 
+/// `migrate --schema-only`.
+async fn schema_only(options: &cli::Migrate) -> Result<()> {
+    let (source, target) = both(&options.servers)?;
+    let scope = options.filters.scope(Some(&options.place));
+    let owners = options.roles.owners();
+    let done = migrate::schema_only(&source, &target, &options.directory.dir, &scope, &owners).await?;
+    for said in &done.said {
+        warn!("{said}");
+    }
+    if options.json {
+        return print_json(&json!({ "version": 1, "schema_only": true, "statements": done.statements }));
+    }
+    print(&format!(
+        "The target has the schema with its keys and indexes, and no rows ({} statements).\n",
+        done.statements
+    ))
+}
+
 fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
     if options.json {
         return print_json(&board.snapshot());
+    }
+    // A resumed migration may not have been given its filters again.
+    let identity = StateDirectory::at(&options.directory.dir).identity()?;
+    if identity.is_some_and(|identity| identity.scope.is_part()) {
+        let text = "What was migrated has moved. The server that was left refuses writes to it, and has all its other tables as before.";
+        return print(&format!(
+            "{text}\nWhen it needs the moved tables no more: walferry clean --dir {}\n",
+            options.directory.dir.display()
+        ));
     }
     let who = match board.snapshot().phase {
         Phase::Reversed => "The old primary is the primary again. The other database stays read-only by default.",
@@ -377,7 +418,8 @@ fn cutover_options(how: &cli::CutoverHow) -> Result<cutover::Options> {
         timeout_seconds: how.timeout.as_secs_f64(),
         max_write_stall_seconds: how.max_write_stall.as_secs_f64(),
         waive: how.waive.clone(),
-        fence: how.fence,
+        fence: how.fence.unwrap_or_default(),
+        fence_by_default: how.fence.is_none(),
         sequence_margin: how.sequence_margin,
         hooks: cutover::Hooks {
             on_fence: how.on_fence.clone(),

@@ -20,11 +20,13 @@ mod identify;
 mod phases;
 mod prepare;
 mod repair;
+mod schema_only;
 mod stall;
 mod way_back;
 
 pub(crate) use identify::application_name;
 pub(crate) use prepare::end_sessions;
+pub use schema_only::schema_only;
 pub(crate) use way_back::finish_without_process;
 
 use std::net::SocketAddr;
@@ -53,6 +55,7 @@ use crate::observe::{http, metrics};
 use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
+use crate::source::scope::Scope;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
@@ -97,6 +100,8 @@ pub struct Config {
     pub reverse: bool,
     /// Whether DDL is replicated. Fixed when the migration begins.
     pub replicate_ddl: bool,
+    /// What of the database is moved.
+    pub scope: Scope,
     /// When it is to cut over by itself.
     pub automatic: Option<Automatic>,
 }

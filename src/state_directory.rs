@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::crashsafe;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
+use crate::source::scope::Scope;
 
 /// The version of `migration.json` (H18).
 const FORMAT: u32 = 1;
@@ -41,12 +42,15 @@ pub struct Identity {
     pub source: String,
     /// The target's, likewise.
     pub target: String,
+    /// What of the database is moved.
+    #[serde(default)]
+    pub scope: Scope,
 }
 
 impl Identity {
     /// A migration between two databases.
-    pub fn new(id: String, source: String, target: String) -> Identity {
-        Identity { format: FORMAT, id, source, target }
+    pub fn new(id: String, source: String, target: String, scope: Scope) -> Identity {
+        Identity { format: FORMAT, id, source, target, scope }
     }
 }
 

@@ -109,6 +109,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         state_directory: None,
         jobs: Jobs { copy: 4, index: 2, apply: 4 },
         queue_max_bytes: None,
+        scope: &walferry::source::scope::WHOLE_DATABASE,
         resuming: false,
         replica_identity_full: false,
         replicate_ddl: false,

@@ -3,7 +3,7 @@
 use crate::fence::HeldCommand;
 use crate::support::load::{self, Application};
 use crate::support::process::Running;
-use crate::support::{Migration, Servers};
+use crate::support::{Migration, Servers, until_true};
 
 async fn ready(migration: &Migration, running: &mut Running) {
     migration.wait_for_status(running, "ready_to_cutover", |status| status["ready_to_cutover"] == true).await;
@@ -58,6 +58,8 @@ async fn commands_are_run_in_their_places_also_by_whoever_comes_after_a_crash() 
         &[&usual[..], &["--on-fence", &fence.text(), "--on-abort", &on_abort, "--on-switch", &on_switch]].concat(),
     );
     fence.has_run(1).await;
+    // The step is noted beside the command that it is of.
+    until_true(&migration.target().await, "SELECT fence->>'step' = 'on-fence' FROM walferry.migration").await;
     running.kill().await;
     cutover.wait().await;
     assert_eq!(abort.ran().len(), 1);

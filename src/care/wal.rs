@@ -209,6 +209,7 @@ mod tests {
             queue: "queue".into(),
             way_back: None,
             apply_role: Default::default(),
+            scope: Default::default(),
         }
     }
 }

@@ -8,6 +8,7 @@ use super::report::{Finding, Severity, Side, first_ten};
 use super::server::Server;
 use crate::error::{Context, Result};
 use crate::source::catalog::USER_RELATION;
+use crate::source::scope::Selection;
 use crate::sql;
 use crate::unstreamed::large_object::Owners;
 
@@ -58,14 +59,16 @@ impl References {
 ///
 /// # Errors
 /// Whatever the server says.
-pub(crate) async fn references(source: &Client) -> Result<References> {
+pub(crate) async fn references(source: &Client, selection: Option<&Selection>) -> Result<References> {
+    let moved = super::scope::moved(selection, "c.oid");
+    let moved_owner = super::scope::moved(selection, "d.objid");
     let rows = source
         .query_typed(
             &format!(
                 "WITH relations AS ( \
                    SELECT c.oid, c.relname, c.relkind, c.relowner, c.reltablespace, c.reltoastrelid, c.relrowsecurity, c.relforcerowsecurity, \
                           n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-                   WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION}), \
+                   WHERE c.relkind IN ('r', 'p', 'i', 'I', 'S', 'v', 'm', 'f', 'c') AND c.relpersistence <> 't' AND {USER_RELATION} AND {moved}), \
                  used_collations AS ( \
                    SELECT a.attcollation AS oid FROM pg_attribute a JOIN relations c ON c.oid = a.attrelid \
                    WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attcollation <> 0 \
@@ -83,6 +86,7 @@ pub(crate) async fn references(source: &Client) -> Result<References> {
                  FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid \
                  WHERE d.refclassid = 'pg_authid'::regclass AND d.deptype IN ('o', 'a', 'r') \
                    AND d.dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+                   AND (d.classid <> 'pg_class'::regclass OR {moved_owner}) \
                    AND NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = d.classid AND e.objid = d.objid AND e.deptype = 'e') \
                  GROUP BY r.rolname, r.rolcanlogin \
                  UNION ALL \
@@ -108,7 +112,8 @@ pub(crate) async fn references(source: &Client) -> Result<References> {
                  SELECT 'forced security', format('%I.%I', nspname, relname), '' FROM relations \
                  WHERE relrowsecurity AND relforcerowsecurity \
                  UNION ALL \
-                 SELECT 'dump locks', count(*)::text, '' FROM relations WHERE relkind IN ('r', 'p', 'S') \
+                 SELECT 'dump locks', count(*)::text, '' FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE c.relkind IN ('r', 'p', 'S') AND c.relpersistence <> 't' AND {USER_RELATION} \
                  UNION ALL \
                  SELECT 'restore locks', (count(*) FILTER (WHERE relkind NOT IN ('i', 'I')) \
                           + 2 * count(*) FILTER (WHERE reltoastrelid <> 0))::text, '' FROM relations",

@@ -16,9 +16,11 @@ mod both;
 mod ddl;
 mod differing;
 mod estimate;
+mod existing;
 mod local;
 mod objects;
 mod report;
+mod scope;
 mod server;
 mod source;
 mod target;
@@ -41,6 +43,7 @@ use crate::connection::ConnectionSpec;
 use crate::connection::wire::RawSession;
 use crate::error::{Context, ErrorKind, Result};
 use crate::source::catalog;
+use crate::source::scope::{Scope, Selection};
 use crate::source::version::Version;
 use server::Server;
 pub(crate) use target::SERVICE_OWNERS;
@@ -63,6 +66,8 @@ pub struct Inputs<'a> {
     pub jobs: Jobs,
     /// Quota of the queue in bytes, if there is one.
     pub queue_max_bytes: Option<u64>,
+    /// What of the database is moved.
+    pub scope: &'a Scope,
     /// Whether a migration goes on that began before: its ledger, slot, publications and tables are expected.
     pub resuming: bool,
     /// Whether DDL is to be replicated.
@@ -96,15 +101,24 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
     if let Some((client, server)) = &source
         && server::supported(Side::Source).contains(&server.major())
     {
-        tables = catalog::tables(client).await.context(|| "checking the source".into())?;
-        references = Some(both::references(client).await.context(|| "checking the source".into())?);
-        findings.extend(check_source(inputs, client, server, &tables).await.context(|| "checking the source".into())?);
+        let doing = || "checking the source".to_owned();
+        // With what a migration began, its patterns may name nothing any more.
+        let selection = match inputs.resuming {
+            true => inputs.scope.select(client).await,
+            false => inputs.scope.select_strictly(client).await,
+        };
+        let selection = selection.context(doing)?;
+        findings.extend(scope::findings(selection.as_ref()));
+        tables = catalog::chosen(catalog::tables(client).await.context(doing)?, selection.as_ref());
+        references = Some(both::references(client, selection.as_ref()).await.context(doing)?);
+        let source = check_source(inputs, client, server, &tables, selection.as_ref());
+        findings.extend(source.await.context(doing)?);
     }
     if let Some((client, server)) = &target
         && server::supported(Side::Target).contains(&server.major())
     {
         findings.extend(check_target(inputs, client, server).await.context(|| "checking the target".into())?);
-        if let Some(references) = &references {
+        if let Some(references) = references.as_ref().filter(|_| !inputs.scope.data_only) {
             findings.extend(both::missing(client, server, references, inputs).await?);
             findings.extend(objects::locks(server, Side::Target, references.restore_locks(), "Restoring the schema"));
         }
@@ -124,8 +138,13 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         }
         findings.extend(differing::settings(source, target));
         findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
-        let tools = tools::find_tools_for(source.major(), target.major());
-        findings.extend(tools::findings(&tools, source.major(), target.major()));
+        findings.extend(scope::mapped(on_source, on_target, inputs.scope, inputs.resuming).await?);
+        if inputs.scope.data_only {
+            findings.extend(existing::compare(on_source, on_target, &tables, inputs).await?);
+        } else {
+            let tools = tools::find_tools_for(source.major(), target.major());
+            findings.extend(tools::findings(&tools, source.major(), target.major()));
+        }
         findings.push(target::disk(source.bytes));
     }
     if let Some((client, server)) = &target
@@ -183,20 +202,78 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         findings.push(finding);
     }
 
+    let (from, to) = ((inputs.source, source.as_ref()), (inputs.target, target.as_ref()));
+    Ok(report(from, to, &tables, estimate, findings))
+}
+
+/// What was found, in order.
+fn report(
+    (source_spec, source): (&ConnectionSpec, Option<&(Client, Server)>),
+    (target_spec, target): (&ConnectionSpec, Option<&(Client, Server)>),
+    tables: &[catalog::Table],
+    estimate: Option<Estimate>,
+    mut findings: Vec<Finding>,
+) -> Report {
     // The order within a severity is that of the checks: settings first, single objects later.
     findings.sort_by_key(|finding| finding.severity);
-    Ok(Report {
+    Report {
         version: REPORT_VERSION,
         ready: findings.iter().all(|finding| finding.severity != Severity::Blocker),
-        source: source.as_ref().map(|(_, server)| server.summary(inputs.source.describe())),
-        target: target.as_ref().map(|(_, server)| server.summary(inputs.target.describe())),
+        source: source.map(|(_, server)| server.summary(source_spec.describe())),
+        target: target.map(|(_, server)| server.summary(target_spec.describe())),
         tables: tables.len(),
         bytes: tables.iter().map(|table| table.bytes).sum(),
         rows_estimate: tables.iter().map(|table| table.estimated_rows.max(0.0) as i64).sum(),
         tables_never_analysed: tables.iter().filter(|table| table.estimated_rows < 0.0).count(),
         estimate,
         findings,
-    })
+    }
+}
+
+/// Checks whether the schema alone could be brought.
+///
+/// # Errors
+/// As [`run`].
+pub async fn schema(
+    source: &ConnectionSpec,
+    target: &ConnectionSpec,
+    scope: &Scope,
+    owners: &Owners,
+) -> Result<Report> {
+    let inputs = Inputs {
+        source,
+        target,
+        state_directory: None,
+        jobs: Jobs { copy: 0, index: 0, apply: 0 },
+        queue_max_bytes: None,
+        scope,
+        resuming: false,
+        replicate_ddl: false,
+        owners,
+        replica_identity_full: false,
+        estimate: Duration::ZERO,
+    };
+    let mut findings = Vec::new();
+    let mut of_target = Vec::new();
+    let (from, to) = join(open(source, Side::Source, &mut findings), open(target, Side::Target, &mut of_target)).await;
+    let (from, to) = (from.context(|| "checking the source".into())?, to.context(|| "checking the target".into())?);
+    findings.append(&mut of_target);
+    let mut tables = Vec::new();
+    if let (Some((on_source, source)), Some((on_target, target))) = (&from, &to) {
+        let selection = scope.select_strictly(on_source).await?;
+        findings.extend(scope::findings(selection.as_ref()));
+        findings.extend(scope::mapped(on_source, on_target, scope, false).await?);
+        tables = catalog::chosen(catalog::tables(on_source).await?, selection.as_ref());
+        let references = both::references(on_source, selection.as_ref()).await?;
+        findings.extend(both::missing(on_target, target, &references, &inputs).await?);
+        findings.extend(both::servers(source, target));
+        findings.extend(target::emptiness(on_target, target).await?);
+        findings.extend(objects::locks(source, Side::Source, references.dump_locks(), "Dumping the schema"));
+        findings.extend(objects::locks(target, Side::Target, references.restore_locks(), "Restoring the schema"));
+        let tools = tools::find_tools_for(source.major(), target.major());
+        findings.extend(tools::findings(&tools, source.major(), target.major()));
+    }
+    Ok(report((source, from.as_ref()), (target, to.as_ref()), &tables, None, findings))
 }
 
 /// Connects to a server and reads what it is. None, with a finding, when it cannot be reached or a pooler answers.
@@ -235,6 +312,7 @@ async fn check_source(
     client: &Client,
     server: &Server,
     tables: &[catalog::Table],
+    selection: Option<&Selection>,
 ) -> Result<Vec<Finding>> {
     let mut findings = source::settings(server);
     findings.extend(source::replication(client, server, inputs.resuming).await?);
@@ -252,11 +330,11 @@ async fn check_source(
         &what,
     ));
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
-    findings.extend(source::privileges(client, server).await?);
+    findings.extend(source::privileges(client, server, selection).await?);
     findings.extend(source::cutover(client, server, Side::Source).await?);
     findings.extend(objects::tables(client, tables, inputs.replica_identity_full).await?);
-    findings.extend(objects::others(client).await?);
-    findings.extend(unstreamed::findings(client, server).await?);
+    findings.extend(objects::others(client, selection).await?);
+    findings.extend(unstreamed::findings(client, server, inputs.scope).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);
     findings.extend(target::replica_role(client, server, Side::Source).await?);
     if inputs.replicate_ddl {
@@ -274,7 +352,12 @@ async fn check_target(inputs: &Inputs<'_>, client: &Client, server: &Server) -> 
     findings.extend(target::replica_role(client, server, Side::Target).await?);
     findings.extend(source::cutover(client, server, Side::Target).await?);
     if !inputs.resuming {
-        findings.extend(target::emptiness(client, server).await?);
+        let found = target::emptiness(client, server).await?;
+        // With --data-only it has tables, and only the ledger of another migration is in the way.
+        findings.extend(found.into_iter().filter(|_| !inputs.scope.data_only));
+        if inputs.scope.data_only {
+            findings.extend(target::ledger_of_another(client).await?);
+        }
     }
     findings.extend(source::session_defaults(client, Side::Target).await?);
     if inputs.replicate_ddl {

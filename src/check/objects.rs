@@ -9,6 +9,7 @@ use super::server::Server;
 use crate::cutover::unlogged;
 use crate::error::{Context, Result};
 use crate::source::catalog::{ReplicaIdentity, Table, USER_RELATION};
+use crate::source::scope::Selection;
 
 /// A finding on the source.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -149,25 +150,26 @@ fn table_findings(tables: &[Table], keys: &Keys, set_full: bool) -> Vec<Finding>
 ///
 /// # Errors
 /// Whatever the server says.
-pub(crate) async fn others(client: &Client) -> Result<Vec<Finding>> {
+pub(crate) async fn others(client: &Client, selection: Option<&Selection>) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
+    let moved = super::scope::moved(selection, "c.oid");
     let rows = client
         .query_typed(
             &format!(
                 "SELECT 'rule', format('%I.%I', n.nspname, c.relname), quote_ident(w.rulename), w.ev_enabled::text \
                  FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class JOIN pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind IN ('r', 'p') AND w.rulename <> '_RETURN' AND {USER_RELATION} \
+                 WHERE c.relkind IN ('r', 'p') AND w.rulename <> '_RETURN' AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'trigger', format('%I.%I', n.nspname, c.relname), quote_ident(t.tgname), t.tgenabled::text \
                  FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') AND {USER_RELATION} \
+                 WHERE NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'foreign table', format('%I.%I', n.nspname, c.relname), '', '' \
-                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'f' AND {USER_RELATION} \
+                 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'f' AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'child', format('%I.%I', n.nspname, c.relname), '', '' \
                  FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind = 'r' AND NOT c.relispartition AND {USER_RELATION} \
+                 WHERE c.relkind = 'r' AND NOT c.relispartition AND {USER_RELATION} AND {moved} \
                  UNION ALL \
                  SELECT 'event trigger', quote_ident(e.evtname), '', '' FROM pg_event_trigger e WHERE e.evtenabled <> 'D' \
                  UNION ALL \

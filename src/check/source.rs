@@ -6,6 +6,7 @@ use super::report::{Finding, Severity, Side, counted, first_ten, size};
 use super::server::Server;
 use crate::error::{Context, Result};
 use crate::source::catalog::USER_RELATION;
+use crate::source::scope::Selection;
 use crate::sql;
 
 /// Walsenders that a migration needs at once: one holds the slot's snapshot, one streams.
@@ -379,7 +380,13 @@ pub(crate) async fn transactions(client: &Client, server: &Server, longer_than: 
 }
 
 /// Rights that our role lacks on schemas, tables and sequences, as grants ready to paste.
-pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<Finding>> {
+///
+/// The schema is dumped as a whole, so every table has to be readable; only those that are moved have to be ours.
+pub(crate) async fn privileges(
+    client: &Client,
+    server: &Server,
+    selection: Option<&Selection>,
+) -> Result<Vec<Finding>> {
     if server.superuser {
         return Ok(Vec::new());
     }
@@ -393,7 +400,7 @@ pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<F
                         CASE WHEN c.relkind = 'S' THEN has_sequence_privilege(c.oid, 'SELECT') \
                              ELSE has_table_privilege(c.oid, 'SELECT') END, \
                         c.relkind = 'S' OR pg_has_role(c.relowner, 'USAGE'), pg_get_userbyid(c.relowner)::text, \
-                        row_security_active(c.oid) \
+                        row_security_active(c.oid), c.oid \
                  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
                  WHERE c.relkind IN ('r', 'p', 'S') AND c.relpersistence <> 't' AND {USER_RELATION} ORDER BY 1, 2"
             ),
@@ -402,6 +409,8 @@ pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<F
         .await
         .context(|| "reading our privileges on the source".into())?;
 
+    let is_moved =
+        |row: &tokio_postgres::Row| selection.is_none_or(|selection| selection.relations.contains(&row.get(8)));
     let name = |row: &tokio_postgres::Row| sql::qualified(row.get(0), row.get(1));
     let mut schemas: Vec<String> = Vec::new();
     let (mut tables, mut sequences, mut fixes) = (Vec::new(), Vec::new(), Vec::new());
@@ -432,7 +441,8 @@ pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<F
         findings.push(finding(Severity::Blocker, "select", first_ten(&named), message).fix(fixes.join("\n")));
     }
 
-    let foreign: Vec<&tokio_postgres::Row> = rows.iter().filter(|row| !row.get::<_, bool>(5)).collect();
+    let foreign: Vec<&tokio_postgres::Row> =
+        rows.iter().filter(|row| is_moved(row) && !row.get::<_, bool>(5)).collect();
     if !foreign.is_empty() {
         let mut fix: Vec<String> =
             foreign.iter().map(|row| format!("GRANT {} TO {role};", sql::identifier(row.get(6)))).collect();
@@ -443,7 +453,7 @@ pub(crate) async fn privileges(client: &Client, server: &Server) -> Result<Vec<F
         findings.push(finding(Severity::Blocker, "table-owner", first_ten(&named), message).fix(fix.join("\n")));
     }
 
-    let hidden: Vec<String> = rows.iter().filter(|row| row.get(7)).map(name).collect();
+    let hidden: Vec<String> = rows.iter().filter(|row| is_moved(row) && row.get(7)).map(name).collect();
     if !hidden.is_empty() {
         let message = "Row level security applies to our role, and would hide rows from the copy, or stop it.";
         findings.push(

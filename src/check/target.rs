@@ -101,6 +101,19 @@ pub(crate) async fn emptiness(client: &Client, server: &Server) -> Result<Vec<Fi
     Ok(findings)
 }
 
+/// A ledger of another migration, on a target that need not be empty.
+///
+/// # Errors
+/// Whatever the server says.
+pub(crate) async fn ledger_of_another(client: &Client) -> Result<Option<Finding>> {
+    let row = client.query_typed_one("SELECT pg_catalog.to_regnamespace('walferry') IS NOT NULL", &[]).await?;
+    let message = "The target holds the ledger of a migration that began before: to go on with it, run migrate with its state directory.";
+    Ok(row.get::<_, bool>(0).then(|| {
+        finding(Severity::Blocker, "target-not-empty", "schema walferry", message)
+            .fix("walferry clean --source … --target …  # to give the earlier migration up")
+    }))
+}
+
 /// A new, empty database like this one. Nothing is dropped: what is there may be somebody's.
 fn new_database(server: &Server) -> String {
     format!(

@@ -5,6 +5,7 @@ use tokio_postgres::Client;
 use super::report::{Finding, Severity, Side, counted, first_ten};
 use super::server::Server;
 use crate::error::{Context, Result};
+use crate::source::scope::Scope;
 use crate::sql;
 use crate::unstreamed::configuration::LEFT_OUT;
 
@@ -16,8 +17,12 @@ fn finding(severity: Severity, code: &'static str, object: impl Into<String>, me
 ///
 /// # Errors
 /// Whatever the server says.
-pub(crate) async fn findings(client: &Client, server: &Server) -> Result<Vec<Finding>> {
-    let mut findings = large_objects(client, server).await?;
+pub(crate) async fn findings(client: &Client, server: &Server, scope: &Scope) -> Result<Vec<Finding>> {
+    let mut findings = match scope.moves_large_objects() {
+        true => large_objects(client, server).await?,
+        false => large_objects_left_out(client).await?.into_iter().collect(),
+    };
+    let is_left_out = if scope.moves_configuration() { "false" } else { "true" };
     let rows = client
         .query_typed(
             &format!(
@@ -26,11 +31,11 @@ pub(crate) async fn findings(client: &Client, server: &Server) -> Result<Vec<Fin
                  SELECT 'subscription', quote_ident(subname) FROM pg_subscription \
                  WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) \
                  UNION ALL \
-                 SELECT CASE WHEN e.extname IN ({LEFT_OUT}) THEN 'jobs' ELSE 'unreadable' END, \
+                 SELECT CASE WHEN e.extname IN ({LEFT_OUT}) THEN 'jobs' WHEN {is_left_out} THEN 'left out' ELSE 'unreadable' END, \
                         format('%I.%I', n.nspname, c.relname) || ' of extension ' || e.extname \
                  FROM pg_extension e, unnest(e.extconfig) u(relid), pg_class c, pg_namespace n \
                  WHERE c.oid = u.relid AND n.oid = c.relnamespace AND c.relkind IN ('r', 'p') AND e.extname <> 'timescaledb' \
-                   AND (e.extname IN ({LEFT_OUT}) OR NOT has_table_privilege(c.oid, 'SELECT')) \
+                   AND (e.extname IN ({LEFT_OUT}) OR {is_left_out} OR NOT has_table_privilege(c.oid, 'SELECT')) \
                  UNION ALL \
                  SELECT DISTINCT 'label', provider FROM pg_seclabel \
                  ORDER BY 1, 2"
@@ -75,6 +80,14 @@ pub(crate) async fn findings(client: &Client, server: &Server) -> Result<Vec<Fin
         ),
     );
     add(
+        "left out",
+        Severity::Warning,
+        "extension-configuration",
+        "Rows that users have in this configuration table of an extension are moved with a whole database only, and not with filters or \
+         --data-only. Copy them yourself, if there are any.",
+        None,
+    );
+    add(
         "unreadable",
         Severity::Warning,
         "extension-configuration",
@@ -90,6 +103,19 @@ pub(crate) async fn findings(client: &Client, server: &Server) -> Result<Vec<Fin
         None,
     );
     Ok(findings)
+}
+
+/// They belong to no table, and so to no part of a database.
+async fn large_objects_left_out(client: &Client) -> Result<Option<Finding>> {
+    let row = client
+        .query_typed_one("SELECT count(*) FROM pg_largeobject_metadata", &[])
+        .await
+        .context(|| "counting the source's large objects".into())?;
+    let all: i64 = row.get(0);
+    let message = "Large objects belong to no table, and so to no part of a database: none of them is moved with filters, whatever \
+                   table refers to it.";
+    let object = counted(usize::try_from(all).unwrap_or(usize::MAX), "large object");
+    Ok((all > 0).then(|| finding(Severity::Warning, "large-objects-left-out", object, message)))
 }
 
 /// Those that our role may not read cannot be copied (H14).

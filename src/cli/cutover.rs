@@ -64,9 +64,10 @@ pub struct CutoverHow {
     /// Give up when writers have to wait longer
     #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "DURATION")]
     pub max_write_stall: Duration,
-    /// How writers are held meanwhile; with each of them the source's database is read-only by default afterwards
-    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
-    pub fence: FenceMode,
+    /// How writers are held meanwhile; with each of them but `tables` the source's database is read-only by default afterwards
+    /// [default: lock; `tables` where only a part of the database is migrated]
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub fence: Option<FenceMode>,
     /// What the cutover names and refuses though it does not matter: an object that changed since the start, `role NAME`,
     /// `subscription NAME`; may be given again
     #[arg(long, value_name = "OBJECT")]

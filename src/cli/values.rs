@@ -109,6 +109,14 @@ pub(super) fn parse_role_map(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// Two names of a schema: the one that it has, and the one that it gets.
+pub(super) fn parse_schemas(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((old, new)) if !old.is_empty() && !new.is_empty() && old != new => Ok((old.to_owned(), new.to_owned())),
+        _ => Err("two different names are expected, such as app=shop".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -76,6 +76,8 @@ pub struct Copier {
     pub paused: watch::Receiver<Paused>,
     /// How many jobs there are to be, and how fast.
     pub tune: Tune,
+    /// Whether a large table may get a new file, to arrive frozen. Not where foreign keys refer to it already: they forbid TRUNCATE.
+    pub freezes: bool,
 }
 
 /// What became of a part.
@@ -286,7 +288,9 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
-                match part::copy(&mut source, &mut target, &self.snapshot, table, &next, copier).await? {
+                let frozen = copier.freezes && part::may_freeze(table, &next);
+                let what = (table, &next, frozen);
+                match part::copy(&mut source, &mut target, &self.snapshot, what, copier).await? {
                     Outcome::Copied(complete) => {
                         if complete {
                             // The receiver outlives the copy; if it is gone, so is the migration.

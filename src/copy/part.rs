@@ -26,16 +26,20 @@ const CHUNK_BYTES: usize = 128 * 1024;
 /// visible. For smaller tables the new file, and the commit that has to be flushed for it, cost more than that saves.
 const FREEZE_FROM_BYTES: i64 = 8 << 20;
 
-/// Copies one part, and marks it in the ledger, as one transaction on the target.
+/// Whether a part is worth arriving frozen.
+pub(super) fn may_freeze(table: &Table, part: &Part) -> bool {
+    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES
+}
+
+/// Copies one part, frozen or not, and marks it in the ledger, as one transaction on the target.
 pub(super) async fn copy(
     source: &mut RawSession,
     target: &mut Client,
     snapshot: &str,
-    table: &Table,
-    part: &Part,
+    (table, part, frozen): (&Table, &Part, bool),
     copier: &Copier,
 ) -> Result<Outcome> {
-    let outcome = copy_rows(source, target, snapshot, table, part, copier).await;
+    let outcome = copy_rows(source, target, snapshot, (table, part, frozen), copier).await;
     // Ends the transaction on the source, and with it the lock (H9), whatever happened. When the session is gone, so is
     // the lock; one that was left in the middle of a COPY goes with this error.
     if source.is_usable()
@@ -57,12 +61,10 @@ async fn copy_rows(
     source: &mut RawSession,
     target: &mut Client,
     snapshot: &str,
-    table: &Table,
-    part: &Part,
+    (table, part, mut frozen): (&Table, &Part, bool),
     copier: &Copier,
 ) -> Result<Outcome> {
     let mut transaction = target.transaction().await?;
-    let mut frozen = part.is_whole() && table.bytes >= FREEZE_FROM_BYTES;
     if frozen && !make_empty(transaction.client(), table).await? {
         tracing::info!("somebody reads {} on the target: its rows do not arrive frozen", table.qualified());
         frozen = false;

@@ -25,6 +25,8 @@ use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
+use crate::sql;
+use crate::target::existing;
 use crate::target::late::AtCutover;
 use crate::target::ledger::{self, Draft, Migration, Phase};
 use crate::target::role::ApplyRole;
@@ -265,7 +267,10 @@ impl WayBack {
         let mut replication = ReplicationSession::connect(&self.target, &self.application_name).await?;
         let server = replication.identify_system().await.context(|| "asking the target who it is".into())?;
         replication.close().await;
-        let tables = on_target(target, migrated).await?;
+        let mut tables = on_target(target, migrated).await?;
+        if self.migration.scope.data_only {
+            has_no_more_columns(&tables, migrated)?;
+        }
         let mut fingerprint = catalog::fingerprint(target).await?;
         for object in changed_back(target, &tables).await? {
             // The deciding transaction gives them back what they are on the source.
@@ -274,6 +279,11 @@ impl WayBack {
         for object in late_objects(target).await? {
             // It makes them, and leaves some to be validated (H23).
             fingerprint.entry(object).or_default();
+        }
+        let mut source = self.source.connect(&self.application_name).await?;
+        if self.migration.scope.data_only {
+            // Each server has made its identity columns itself.
+            existing::take_identity_from(&source, &mut tables).await?;
         }
         let names = self.names();
         let migration = Migration {
@@ -294,7 +304,6 @@ impl WayBack {
             .map(|table| (!table.has_usable_identity(), table))
             .map(|(only, table)| (table, only))
             .collect();
-        let mut source = self.source.connect(&self.application_name).await?;
         let name = super::unique();
         let draft = Draft { name: &name, migration: &migration, tables: &tables, fingerprint: &fingerprint };
         ledger::draft(&mut source, &draft).await?;
@@ -320,6 +329,22 @@ impl Drafted<'_> {
             .get(0);
         tracing::debug!(release = %Lsn::from(release), slot = self.way_back.names().slot, "the way back begins");
         ledger::begin_at(source, &self.draft, release.into()).await
+    }
+}
+
+/// Waits until the slot of the way back is there.
+///
+/// # Errors
+/// `Aborted` when it cannot be.
+pub(super) async fn wait_until_ready(mut arming: watch::Receiver<Arming>) -> Result<()> {
+    let settled = |arming: &Arming| !matches!(arming, Arming::Preparing(_));
+    let outcome = arming.wait_for(settled).await.map(|arming| arming.clone());
+    match outcome {
+        Ok(Arming::Impossible(why, mend)) => {
+            Err(Error::new(ErrorKind::Aborted, format!("there would be no way back: {why}")).hint(mend))
+        }
+        Ok(_) => Ok(()),
+        Err(_) => Err(Error::new(ErrorKind::Other, "nobody makes the way back ready")),
     }
 }
 
@@ -359,6 +384,21 @@ async fn on_target(target: &Client, migrated: &[Table]) -> Result<Vec<Table>> {
             .hint(format!("Somebody removed it there: `walferry resync` copies it again; {WITHOUT}.")));
     }
     Ok(tables)
+}
+
+/// With --data-only the target's tables can have columns that the old server's lack.
+fn has_no_more_columns(tables: &[Table], migrated: &[Table]) -> Result<()> {
+    for (table, other) in
+        tables.iter().filter_map(|table| Some((table, migrated.iter().find(|other| same_name(table, other))?)))
+    {
+        let is_new = |column: &&catalog::Column| !other.columns.iter().any(|known| known.name == column.name);
+        if let Some(column) = table.columns.iter().find(is_new) {
+            let text =
+                format!("the old server's table {} has no column {}", table.qualified(), sql::identifier(&column.name));
+            return Err(Error::new(ErrorKind::Blocked, text).hint(format!("Add it there, {WITHOUT}.")));
+        }
+    }
+    Ok(())
 }
 
 fn same_name(one: &Table, other: &Table) -> bool {

@@ -5,6 +5,7 @@
 //! | `lock` | the tables are locked against writes | the database is read-only by default, all other sessions that began before are ended |
 //! | `read-only` | the latter | the same, looked at again |
 //! | `connections` | the latter, and the database takes no connections | the same, looked at again |
+//! | `tables` | the tables are locked against writes, and their sequences | the locks; right before the decision they give way to a guard ([`guard`]) |
 //! | `none` | nothing: the operator says so | as with `lock` |
 
 use std::time::{Duration, SystemTime};
@@ -12,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::guard;
 use super::hook;
 use super::options::{FenceMode, Options};
 use super::record::{self, Lifted, Reach, Record, UNDO_PATIENCE, allow_connections};
@@ -53,6 +55,8 @@ pub(super) struct Fence<'a> {
 struct Locks {
     client: Client,
     backend_pid: i32,
+    /// How many relations it has locked.
+    count: usize,
 }
 
 fn not_locked(in_the_way: &str) -> Error {
@@ -107,6 +111,7 @@ impl<'a> Fence<'a> {
         &mut self,
         source: &ConnectionSpec,
         tables: &[&Table],
+        sequences: &[String],
         timer: &mut Timer<'_>,
     ) -> Result<()> {
         if let Some(pgbouncer) = &self.record.pgbouncer {
@@ -115,7 +120,8 @@ impl<'a> Fence<'a> {
             timer.within(pgbouncer.pause()).await?;
         }
         match self.record.fence {
-            FenceMode::Lock => Box::pin(self.lock(source, tables, timer)).await,
+            FenceMode::Lock => Box::pin(self.lock(source, tables, &[], timer)).await,
+            FenceMode::Tables => Box::pin(self.lock(source, tables, sequences, timer)).await,
             FenceMode::ReadOnly | FenceMode::Connections => {
                 timer.stall();
                 timer.within(self.close()).await
@@ -127,9 +133,14 @@ impl<'a> Fence<'a> {
         }
     }
 
-    /// Before the second marker every mode has the database closed and everybody else's sessions ended.
-    pub(super) async fn complete(&mut self) -> Result<()> {
+    /// Before the second marker every mode has the database closed and everybody else's sessions ended; but for `tables`, whose guard is
+    /// then made, and counts when the locks go.
+    pub(super) async fn complete(&mut self, tables: &[&Table]) -> Result<()> {
         match self.record.fence {
+            FenceMode::Tables => match &self.locks {
+                Some(locks) => guard::raise(&locks.client, tables).await,
+                None => Err(Error::new(ErrorKind::Other, "the tables are not locked")),
+            },
             FenceMode::Lock | FenceMode::None => self.close().await,
             // Who was still starting up when it was closed has shown up meanwhile.
             FenceMode::ReadOnly | FenceMode::Connections => self.end_sessions().await.map(|_| ()),
@@ -137,11 +148,22 @@ impl<'a> Fence<'a> {
     }
 
     /// Locks every table against writes, and so waits for the writes in flight. Reading goes on.
-    async fn lock(&mut self, source: &ConnectionSpec, tables: &[&Table], timer: &mut Timer<'_>) -> Result<()> {
+    /// Sequences by a statement for each that changes nothing and holds `nextval` back (H31).
+    async fn lock(
+        &mut self,
+        source: &ConnectionSpec,
+        tables: &[&Table],
+        sequences: &[String],
+        timer: &mut Timer<'_>,
+    ) -> Result<()> {
         let client = timer.within(source.connect(self.application_name)).await?;
         let backend_pid = timer.within(backend_pid(&client)).await?;
         let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
-        let statement = format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", names.join(", "));
+        let mut statement = format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", names.join(", "));
+        for hold in sequences {
+            statement.push_str("; ");
+            statement.push_str(hold);
+        }
         loop {
             timer.within(self.let_vacuum_make_way(&client, tables)).await?;
             client.batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")).await?;
@@ -172,7 +194,7 @@ impl<'a> Fence<'a> {
             }
         }
         timer.stall();
-        self.locks = Some(Locks { client, backend_pid });
+        self.locks = Some(Locks { client, backend_pid, count: tables.len() + sequences.len() });
         Ok(())
     }
 
@@ -273,8 +295,11 @@ impl<'a> Fence<'a> {
     ///
     /// The lock session itself says that it has its locks; if it has died, so has the fence. Where there are no locks, a session
     /// that shows up only now could have written after the second marker.
-    pub(super) async fn prove(&self, tables: usize) -> Result<()> {
-        let (late, closed, ()) = tokio::try_join!(self.end_sessions(), self.is_closed(), self.locks_are_held(tables))?;
+    pub(super) async fn prove(&self) -> Result<()> {
+        if self.record.fence == FenceMode::Tables {
+            return self.locks_are_held().await;
+        }
+        let (late, closed, ()) = tokio::try_join!(self.end_sessions(), self.is_closed(), self.locks_are_held())?;
         if !closed {
             return Err(Error::new(ErrorKind::Other, "somebody has opened the source's database to writers again"));
         }
@@ -284,8 +309,18 @@ impl<'a> Fence<'a> {
         Ok(())
     }
 
-    async fn locks_are_held(&self, tables: usize) -> Result<()> {
-        if self.record.fence != FenceMode::Lock {
+    /// Lets the locks of `tables` give way to the guard, in one commit.
+    pub(super) async fn hand_over(&self) -> Result<()> {
+        let Some(locks) = self.locks.as_ref().filter(|_| self.record.fence == FenceMode::Tables) else { return Ok(()) };
+        locks
+            .client
+            .batch_execute("SET LOCAL synchronous_commit = local; COMMIT")
+            .await
+            .context(|| "having writes to the tables that have moved refused".into())
+    }
+
+    async fn locks_are_held(&self) -> Result<()> {
+        if !self.record.fence.locks() {
             return Ok(());
         }
         let lost = || Error::new(ErrorKind::Other, "the session that locks the source's tables has lost its locks");
@@ -300,7 +335,7 @@ impl<'a> Fence<'a> {
             .await
             .context(|| "asking for the source's locks".into())?
             .get(0);
-        if usize::try_from(held) == Ok(tables) { Ok(()) } else { Err(lost()) }
+        if usize::try_from(held) == Ok(locks.count) { Ok(()) } else { Err(lost()) }
     }
 
     /// Whether the database is closed as it was when we closed it, and nobody who got in all the same writes at this moment.
@@ -333,7 +368,11 @@ impl<'a> Fence<'a> {
     /// A session that asked for a read-write transaction by itself (H30) may wait for them: it is ended first, because it would
     /// write to the old primary.
     pub(super) async fn release(&mut self) -> Result<()> {
-        let ended = if self.locks.is_some() { self.end_waiting_sessions().await } else { Ok(()) };
+        let ended = if self.locks.is_some() && self.record.fence == FenceMode::Lock {
+            self.end_waiting_sessions().await
+        } else {
+            Ok(())
+        };
         self.unlock().await;
         ended
     }

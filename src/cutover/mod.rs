@@ -27,6 +27,7 @@ pub mod arming;
 mod automatic;
 mod changes;
 mod fence;
+pub(crate) mod guard;
 mod hook;
 mod options;
 mod orphans;
@@ -53,6 +54,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::{self, Table};
 use crate::source::marker;
+use crate::source::scope::Scope;
 use crate::target::late::AtCutover;
 use crate::target::ledger;
 use crate::target::schema;
@@ -60,8 +62,8 @@ use crate::unstreamed::large_object::Owners;
 use crate::unstreamed::materialized_view::View;
 use crate::{sql, unstreamed, verify};
 
-use arming::Drafted;
 pub use arming::{Arming, WayBack};
+use arming::{Drafted, wait_until_ready};
 pub use automatic::Automatic;
 pub use changes::changes;
 use changes::is_waived;
@@ -89,6 +91,10 @@ pub struct Cutover<'a> {
     pub application_name: &'a str,
     /// The migrated tables, and which of them the stream shows inserts of only.
     pub tables: &'a [(Table, bool)],
+    /// What of the source's database is moved; all of it on the way back.
+    pub scope: &'a Scope,
+    /// The same of what is in no stream, on the way back too.
+    pub unstreamed: &'a Scope,
     /// How far the apply is.
     pub applied: watch::Receiver<Applied>,
     /// What stands against it, besides what it finds itself.
@@ -174,7 +180,8 @@ impl Cutover<'_> {
         }
         let unstreamed = async {
             let Sessions { source, checker, .. } = &sessions;
-            let refused = unstreamed::bring_up_to_date(source, checker, self.owners, &self.applied).await?;
+            let refused =
+                unstreamed::bring_up_to_date(source, checker, self.owners, self.unstreamed, &self.applied).await?;
             let not_waived = |refused: &unstreamed::Refused| !options.waive.contains(&refused.view.object);
             refused.into_iter().find(not_waived).map_or(Ok(()), |refused| Err(refused.into_error()))
         };
@@ -213,8 +220,14 @@ impl Cutover<'_> {
                     );
                 }
             }
-            let restorable = schema::restorable(&sessions.target, &tables).await?;
-            Ok((sequences::list(&sessions.source, options.sequence_margin).await?, (late, restorable)))
+            let mut restorable = schema::restorable(&sessions.target, &tables).await?;
+            if self.scope.data_only {
+                // Its triggers and rules were made there, and are as they were.
+                restorable.iter_mut().for_each(|table| table.firing.clear());
+            }
+            let margin = options.sequence_margin;
+            let sequences = sequences::list(&sessions.source, &sessions.target, self.scope, margin).await?;
+            Ok((sequences, (late, restorable)))
         });
         let (sequences, late) = known.await.map_err(untouched)?;
         let mut way_back = match self.way_back(options) {
@@ -258,7 +271,8 @@ impl Cutover<'_> {
                     way_back.is_open();
                 }
                 let mut warnings = Box::pin(self.go_on(&mut fence, &around, &sessions.target, &mut timer)).await;
-                let late = late.into_iter().filter(|view| !options.waive.contains(&view.object)).collect();
+                let late = late.into_iter().filter(|view| !options.waive.contains(&view.object));
+                let late = late.map(|view| view.renamed(self.scope)).collect();
                 warnings.extend(afterwards::refresh_late(&sessions.target, late).await);
                 warnings.extend(ready::warnings(&findings));
                 warnings.extend(sequences.warnings());
@@ -313,7 +327,10 @@ impl Cutover<'_> {
         before: &BTreeMap<String, String>,
         options: &Options,
     ) -> Result<()> {
-        self.no_prepared_transactions(source).await?;
+        if options.fence != FenceMode::Tables {
+            // A prepared transaction that has written to a table holds its lock, and the fence has waited for it.
+            self.no_prepared_transactions(source).await?;
+        }
         self.same_catalog(source, before, options).await
     }
 
@@ -330,7 +347,7 @@ impl Cutover<'_> {
         // Which step is under way is noted in the ledger beside its work: applications wait.
         let id = fence.record().cutover.clone();
         let note = |step| record::note(target, &id, step);
-        Box::pin(fence.raise(self.source, &tables, timer)).await?;
+        Box::pin(fence.raise(self.source, &tables, &sequences.holds(), timer)).await?;
         timer.done();
         if let Some(command) = &options.hooks.on_fence {
             let limit = options.hooks.timeout();
@@ -341,7 +358,7 @@ impl Cutover<'_> {
         let (first, ()) = tokio::try_join!(self.drain(source, timer), timer.within(note(timer.current())))?;
         timer.done();
 
-        tokio::try_join!(timer.within(note(timer.current())), timer.within(fence.complete()))?;
+        tokio::try_join!(timer.within(note(timer.current())), timer.within(fence.complete(&tables)))?;
         timer.done();
         // At once, because applications wait: nobody writes any more, so their order does not matter.
         let settled = timer.within(async {
@@ -354,9 +371,12 @@ impl Cutover<'_> {
                     let ((), (), is_any) = tokio::try_join!(
                         Box::pin(self.nothing_escaped(inspector, before, options)),
                         unique::hold(checker, &tables),
-                        unstreamed::is_there_any(inspector, checker),
+                        unstreamed::is_there_any(inspector, checker, self.unstreamed),
                     )?;
-                    if is_any { unstreamed::settle(inspector, checker, self.owners).await } else { Ok(Vec::new()) }
+                    match is_any {
+                        true => unstreamed::settle(inspector, checker, self.owners, self.unstreamed).await,
+                        false => Ok(Vec::new()),
+                    }
                 }),
             )
         });
@@ -375,7 +395,8 @@ impl Cutover<'_> {
             timer.done();
         }
 
-        tokio::try_join!(timer.within(fence.prove(tables.len())), timer.within(note(timer.current())))?;
+        tokio::try_join!(timer.within(fence.prove()), timer.within(note(timer.current())))?;
+        timer.within(fence.hand_over()).await?;
         let identity = schema::restore_identity(restorable);
         let pending = match fence.record().pending() {
             Some(pending) => {
@@ -385,7 +406,7 @@ impl Cutover<'_> {
         };
         let decide = format!(
             // By its first word it is found when its answer is lost: the server shows the beginning of a long query only.
-            "/* cut_over */ BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} \
+            "/* cut_over */ BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} {} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
             // Before what is said of triggers that it makes (H23).
@@ -393,6 +414,7 @@ impl Cutover<'_> {
             identity.iter().map(|statement| format!("{statement}; ")).collect::<String>(),
             ledger::decide(way_back.is_some()),
             self.target_closed.as_ref().map_or(String::new(), |closed| closed.reopen(self.target.database())),
+            self.scope.rename_schemas(),
             second.lsn
         );
         let decided = timer
@@ -461,7 +483,8 @@ impl Cutover<'_> {
 
     /// I11: nothing that the stream does not show has come, gone or changed.
     async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
-        let now = catalog::fingerprint(source).await?;
+        let selection = self.scope.select(source).await?;
+        let now = catalog::fingerprint_of(source, selection.as_ref()).await?;
         let mut changed: Vec<String> = changes(before, &now)
             .into_iter()
             .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
@@ -607,29 +630,4 @@ pub(crate) async fn let_the_apply_pass(source: &Client, applied: &watch::Receive
 fn unique() -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     format!("{}-{}", std::process::id(), now.as_nanos())
-}
-
-/// Waits until the slot of the way back is there.
-///
-/// # Errors
-/// `Aborted` when it cannot be.
-async fn wait_until_ready(mut arming: watch::Receiver<Arming>) -> Result<()> {
-    let settled = |arming: &Arming| !matches!(arming, Arming::Preparing(_));
-    let outcome = arming.wait_for(settled).await.map(|arming| arming.clone());
-    match outcome {
-        Ok(Arming::Impossible(why, mend)) => {
-            Err(Error::new(ErrorKind::Aborted, format!("there would be no way back: {why}")).hint(mend))
-        }
-        Ok(_) => Ok(()),
-        Err(_) => Err(Error::new(ErrorKind::Other, "nobody makes the way back ready")),
-    }
-}
-
-/// Takes back the setting that closes a database to writers.
-fn reopen_statement(database: &str, previous: Option<&str>) -> String {
-    let database = sql::identifier(database);
-    match previous {
-        Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
-        None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
-    }
 }

@@ -18,6 +18,9 @@ pub struct Options {
     /// How writers are held.
     #[serde(default)]
     pub fence: FenceMode,
+    /// Nobody has said so: where only a part of the database moves, it is another.
+    #[serde(default)]
+    pub fence_by_default: bool,
     /// By how many values each sequence is ahead on the target.
     #[serde(default)]
     pub sequence_margin: u32,
@@ -53,17 +56,26 @@ pub enum FenceMode {
     ReadOnly,
     /// Nobody else can connect and all other sessions are ended at once; who comes back is refused until it is over
     Connections,
+    /// Of a part of a database: its tables are locked against writes, applications wait, and from the switch on a trigger on each refuses
+    /// writes; the rest of the database and its sessions go on
+    Tables,
     /// You have stopped the writers; the cutover is given up when anything is still written
     None,
 }
 
 impl FenceMode {
+    /// Whether tables are locked.
+    pub(super) fn locks(self) -> bool {
+        matches!(self, FenceMode::Lock | FenceMode::Tables)
+    }
+
     /// As the command line and the ledger have it.
     pub fn name(self) -> &'static str {
         match self {
             FenceMode::Lock => "lock",
             FenceMode::ReadOnly => "read-only",
             FenceMode::Connections => "connections",
+            FenceMode::Tables => "tables",
             FenceMode::None => "none",
         }
     }
@@ -134,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_mode_is_called_the_same_everywhere() {
-        for mode in [FenceMode::Lock, FenceMode::ReadOnly, FenceMode::Connections, FenceMode::None] {
+        for mode in [FenceMode::Lock, FenceMode::ReadOnly, FenceMode::Connections, FenceMode::Tables, FenceMode::None] {
             assert_eq!(serde_json::to_value(mode).unwrap(), mode.name());
             let value = clap::ValueEnum::to_possible_value(&mode).unwrap();
             assert_eq!(value.get_name(), mode.name());

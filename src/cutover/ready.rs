@@ -109,11 +109,13 @@ impl Cutover<'_> {
             // By the session that looks again while applications wait: the server then has it all at hand for that session.
             self.same_catalog(inspector, before, options).await,
         )?);
-        findings.push(Finding::of(
-            "prepared transactions",
-            "there are none on the source",
-            self.no_prepared_transactions(source).await,
-        )?);
+        if options.fence != FenceMode::Tables {
+            findings.push(Finding::of(
+                "prepared transactions",
+                "there are none on the source",
+                self.no_prepared_transactions(source).await,
+            )?);
+        }
         findings.push(verification(target, options).await?);
         if let Some((_, arming)) = self.way_back(options) {
             findings.push(way_back(&arming.borrow()));
@@ -190,6 +192,16 @@ pub(crate) async fn obstacles(
     mode: FenceMode,
     waive: &[String],
 ) -> Result<Vec<Finding>> {
+    if mode == FenceMode::Tables {
+        // The database stays open: who may close it does not matter.
+        return Ok(vec![
+            rights_to_guard(source).await?,
+            subscriptions(source, waive).await?,
+            background_workers(source).await?,
+            vacuum_against_wraparound(source, tables, mode).await?,
+            long_transactions(source).await?,
+        ]);
+    }
     Ok(vec![
         rights(source).await?,
         roles_that_write_all_the_same(source, waive).await?,
@@ -246,6 +258,28 @@ async fn rights(source: &Client) -> Result<Finding> {
         return Ok(Finding::blocks(NAME, text, fix));
     }
     Ok(Finding::ok(NAME, "the database can be closed, and the sessions that are there now ended"))
+}
+
+/// Whether we may make the function that refuses writes.
+async fn rights_to_guard(source: &Client) -> Result<Finding> {
+    const NAME: &str = "rights";
+    let row = source
+        .query_typed_one(
+            "SELECT coalesce(pg_catalog.has_schema_privilege(pg_catalog.to_regnamespace('walferry')::oid, 'CREATE'), \
+                             pg_catalog.has_database_privilege(pg_catalog.current_database(), 'CREATE')), \
+                    pg_catalog.current_database()::text, current_user::text",
+            &[],
+        )
+        .await
+        .context(|| "looking at our rights on the source".into())?;
+    let (may, database, us): (bool, &str, &str) = (row.get(0), row.get(1), row.get(2));
+    if may {
+        return Ok(Finding::ok(NAME, "the tables can be closed to writers by triggers"));
+    }
+    let text = format!("the role {us} may not make the schema walferry, and so cannot close the tables to writers");
+    let fix =
+        format!("GRANT CREATE ON DATABASE {} TO {}; on the source.", sql::identifier(database), sql::identifier(us));
+    Ok(Finding::blocks(NAME, text, fix))
 }
 
 /// H30: to a role with a setting of its own the database's is nothing.
@@ -355,7 +389,7 @@ async fn vacuum_against_wraparound(source: &Client, tables: &[&Table], mode: Fen
         .await
         .context(|| "looking for vacuums of the source".into())?;
     let working: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
-    if working.is_empty() || mode != FenceMode::Lock {
+    if working.is_empty() || !mode.locks() {
         return Ok(Finding::ok(NAME, "none holds a table that is to be locked"));
     }
     let text = format!("an autovacuum against wraparound works on {}, and makes way for no lock", working.join(", "));

@@ -11,9 +11,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use super::guard;
 use super::hook::{self, Hook};
 use super::options::{FenceMode, Hooks, limit};
-use super::{pgbouncer, reopen_statement};
+use super::pgbouncer;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::wall_clock;
@@ -121,7 +122,7 @@ impl Record {
             text.push_str(&format!(", in another database such as postgres: {};", allow_connections(database, true)));
             text.push_str(" then");
         }
-        text.push_str(&format!(": {};", reopen_statement(database, self.previous.as_deref())));
+        text.push_str(&format!(": {};", self.reopen(database)));
         if let Some(pgbouncer) = &self.pgbouncer {
             text.push_str(&format!(" and in PgBouncer's admin console: {};", pgbouncer.resume()));
         }
@@ -323,17 +324,25 @@ impl Record {
         }
     }
 
+    /// Statements that take back what closed it to writers.
+    fn reopen(&self, database: &str) -> String {
+        match self.fence {
+            FenceMode::Tables => guard::open().trim_end_matches(';').to_owned(),
+            _ => reopen_statement(database, self.previous.as_deref()),
+        }
+    }
+
     /// Opens the database to writers again, and ends the sessions that began while it was closed: a session keeps the default it
     /// began with, and a pool that reconnected behind the fence would refuse its application's writes from then on.
     async fn open_to_writers(&self, source: &Client, database: &str, application_name: &str) -> Result<()> {
         source.batch_execute(LOCAL_COMMITS).await?;
+        if self.fence == FenceMode::Tables {
+            end_lock_sessions(source, application_name).await?;
+        }
         let now = setting(source).await?;
-        source
-            .batch_execute(&reopen_statement(database, self.previous.as_deref()))
-            .await
-            .context(|| "opening the source's database again".into())?;
+        source.batch_execute(&self.reopen(database)).await.context(|| "opening the source's database again".into())?;
         let Some(since) = &self.since else { return Ok(()) };
-        if now == self.previous {
+        if now == self.previous || self.fence == FenceMode::Tables {
             // It had not been closed yet.
             return Ok(());
         }
@@ -341,11 +350,30 @@ impl Record {
     }
 }
 
+/// Ends what of ours holds locks of a fence, and waits until it is gone: its commit may still be on its way, and would raise the guard
+/// after it was taken back.
+async fn end_lock_sessions(source: &Client, application_name: &str) -> Result<()> {
+    loop {
+        let left = source
+            .query(
+                "SELECT DISTINCT pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a \
+                 JOIN pg_catalog.pg_locks l ON l.pid = a.pid AND l.locktype = 'relation' AND l.mode = 'ShareRowExclusiveLock' \
+                 WHERE a.application_name = $1 AND a.pid <> pg_catalog.pg_backend_pid()",
+                &[&application_name],
+            )
+            .await
+            .context(|| "ending the session that locks the source's tables".into())?;
+        if left.is_empty() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// How a server was closed to writers by a cutover that went through: what opens it again when it takes over.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Closed {
-    previous: Option<String>,
-    since: Option<String>,
+    record: Box<Record>,
 }
 
 impl Closed {
@@ -359,17 +387,19 @@ impl Closed {
             .await
             .context(|| "reading from the ledger how the source was closed".into())?;
         let record = row.map(|row| from_json::<Record>(row.get(0))).transpose()?;
-        Ok(record.map(|record| Closed { previous: record.previous, since: record.since }))
+        Ok(record.map(|record| Closed { record: Box::new(record) }))
     }
 
     /// Statements that open the database again; for a transaction.
     pub(super) fn reopen(&self, database: &str) -> String {
-        format!("{};", reopen_statement(database, self.previous.as_deref()))
+        format!("{};", self.record.reopen(database))
     }
 
     /// A session keeps the default that it began with.
     pub(super) async fn end_read_only_sessions(&self, server: &Client, application_name: &str) -> Result<()> {
-        match &self.since {
+        match &self.record.since {
+            // Whose database was not closed has nobody to end.
+            Some(_) if self.record.fence == FenceMode::Tables => Ok(()),
             Some(since) => end_sessions_since(server, since, application_name).await,
             None => Ok(()),
         }
@@ -391,12 +421,21 @@ async fn end_sessions_since(server: &Client, since: &str, application_name: &str
     Ok(())
 }
 
-/// Whether a server's database is read-only by default, as a fence makes it.
+/// Takes back the setting that closes a database to writers.
+fn reopen_statement(database: &str, previous: Option<&str>) -> String {
+    let database = sql::identifier(database);
+    match previous {
+        Some(value) => format!("ALTER DATABASE {database} SET default_transaction_read_only = {}", sql::literal(value)),
+        None => format!("ALTER DATABASE {database} RESET default_transaction_read_only"),
+    }
+}
+
+/// Whether a server's database is read-only by default, or its tables refuse writes, as a fence makes it.
 ///
 /// # Errors
 /// Whatever the server says.
 pub(crate) async fn is_closed_to_writers(server: &Client) -> Result<bool> {
-    Ok(setting(server).await?.is_some_and(|setting| setting == "on"))
+    Ok(setting(server).await?.is_some_and(|setting| setting == "on") || guard::is_up(server).await?)
 }
 
 /// The database's own `default_transaction_read_only`.

@@ -138,12 +138,15 @@ impl Cutover<'_> {
         }
         let began = Instant::now();
         let ((), constraints) = tokio::try_join!(
-            async { crate::source::catalog::fingerprint(&sessions.inspector).await.map(drop) },
+            async {
+                let selection = self.scope.select(&sessions.inspector).await?;
+                crate::source::catalog::fingerprint_of(&sessions.inspector, selection.as_ref()).await.map(drop)
+            },
             async { Ok(unique::hold(&sessions.checker, &tables).await) }
         )?;
         let last_look = began.elapsed();
         preconditions.push(Finding::of("constraints", "the target's deferrable constraints hold", constraints)?);
-        let sequences = sequences::list(&sessions.source, 0).await?.count();
+        let sequences = sequences::list(&sessions.source, &sessions.target, self.scope, 0).await?.count();
         let patience = super::options::limit(options.max_write_stall_seconds);
         let measured = Measured::take(&sessions.source, &sessions.target, &self.applied, last_look);
         let estimate = match tokio::time::timeout(patience, measured).await {
@@ -177,7 +180,7 @@ impl Cutover<'_> {
             ready: preconditions.iter().all(|finding| finding.weight != Weight::Blocks),
             fence: options.fence,
             preconditions,
-            tables_to_lock: if options.fence == FenceMode::Lock { tables.len() } else { 0 },
+            tables_to_lock: if options.fence.locks() { tables.len() } else { 0 },
             sequences,
             estimate,
             estimated_from,

@@ -1,10 +1,13 @@
 //! Sequences: they are not in the stream, so the target gets the source's last values at the cutover.
 
+use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use crate::error::{Context, Result};
+use crate::source::scope::Scope;
 use crate::sql;
 
 /// A sequence of the source.
@@ -16,6 +19,7 @@ struct Sequence {
     min: i64,
     max: i64,
     cycles: bool,
+    cache: i64,
 }
 
 /// Every sequence of the source.
@@ -28,10 +32,13 @@ pub(super) struct Sequences {
 }
 
 /// Asks for them before applications wait; one that comes or goes afterwards is a change of the catalog, and stops the cutover.
-pub(super) async fn list(source: &Client, margin: u32) -> Result<Sequences> {
+///
+/// With --data-only, those that the target has.
+pub(super) async fn list(source: &Client, target: &Client, scope: &Scope, margin: u32) -> Result<Sequences> {
+    let selection = scope.select(source).await?;
     let rows = source
         .query_typed(
-            "SELECT n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqcycle \
+            "SELECT n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqcycle, c.oid, s.seqcache \
              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              JOIN pg_catalog.pg_sequence s ON s.seqrelid = c.oid \
              WHERE c.relkind = 'S' AND c.relpersistence <> 't' \
@@ -43,22 +50,45 @@ pub(super) async fn list(source: &Client, margin: u32) -> Result<Sequences> {
         )
         .await
         .context(|| "listing the source's sequences".into())?;
-    let sequences = rows
+    let is_moved = |row: &&tokio_postgres::Row| {
+        selection.as_ref().is_none_or(|selection| selection.relations.contains(&row.get(6)))
+    };
+    let mut sequences: Vec<Sequence> = rows
         .iter()
+        .filter(is_moved)
         .map(|row| Sequence {
             name: sql::qualified(row.get(0), row.get(1)),
             increment: row.get(2),
             min: row.get(3),
             max: row.get(4),
             cycles: row.get(5),
+            cache: row.get(7),
         })
         .collect();
+    if scope.data_only {
+        let names: Vec<&str> = sequences.iter().map(|sequence| sequence.name.as_str()).collect();
+        let there = target
+            .query_typed(
+                "SELECT name FROM unnest($1) name WHERE pg_catalog.to_regclass(name) IS NOT NULL",
+                &[(&names, Type::TEXT_ARRAY)],
+            )
+            .await
+            .context(|| "looking for the target's sequences".into())?;
+        let there: BTreeSet<String> = there.iter().map(|row| row.get(0)).collect();
+        sequences.retain(|sequence| there.contains(&sequence.name));
+    }
     Ok(Sequences { sequences, margin, short: Mutex::default() })
 }
 
 impl Sequences {
     pub(super) fn count(&self) -> usize {
         self.sequences.len()
+    }
+
+    /// Statements that hold the sequences of the source: each changes nothing, and lets `nextval` wait for the transaction's end (H31).
+    pub(super) fn holds(&self) -> Vec<String> {
+        let hold = |sequence: &Sequence| format!("ALTER SEQUENCE {} CACHE {}", sequence.name, sequence.cache);
+        self.sequences.iter().map(hold).collect()
     }
 
     /// Sets every sequence on the target to where it is on the source, or ahead of it by the margin.
@@ -137,7 +167,7 @@ mod tests {
     use super::*;
 
     fn sequence(increment: i64, min: i64, max: i64, cycles: bool) -> Sequence {
-        Sequence { name: "s".into(), increment, min, max, cycles }
+        Sequence { name: "s".into(), increment, min, max, cycles, cache: 1 }
     }
 
     /// What the server does, one call after the other.

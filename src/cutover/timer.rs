@@ -102,6 +102,7 @@ mod tests {
             timeout_seconds,
             max_write_stall_seconds,
             waive: vec![],
+            fence_by_default: false,
             fence: Default::default(),
             sequence_margin: 0,
             hooks: Hooks::default(),

@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::observe::board::StatusBoard;
 use crate::observe::format::size;
-use crate::observe::status::{Level, Phase};
+use crate::observe::status::{Level, Phase, TableState};
 use crate::queue::Queue;
 use crate::source::slot;
 use crate::state_directory::{Identity, StateDirectory};
@@ -26,6 +26,9 @@ const SOURCE_INTERVAL: Duration = Duration::from_secs(5);
 /// How long a server may take to answer what costs it nothing.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How many tables the status has when no process answers: of tens of thousands it would be megabytes, written again and again.
+const TABLES_WRITTEN_DOWN: usize = 1000;
 
 /// The parts of a migration that the background needs.
 pub(super) struct Background {
@@ -314,7 +317,11 @@ impl Drop for StatusWriter {
 
 /// Writes the status down once.
 pub(super) fn write_status(directory: &StateDirectory, board: &StatusBoard) {
-    let written = serde_json::to_vec(&board.snapshot()).map(|json| crashsafe::replace(&directory.status(), &json));
+    let mut status = board.snapshot();
+    // Those that are not complete first; the totals stand beside them.
+    status.tables.sort_by_key(|table| table.state == TableState::Done);
+    status.tables.truncate(TABLES_WRITTEN_DOWN);
+    let written = serde_json::to_vec(&status).map(|json| crashsafe::replace(&directory.status(), &json));
     if let Ok(Err(error)) = written {
         tracing::debug!(%error, "the status could not be written down");
     }

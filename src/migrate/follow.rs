@@ -20,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::source::catalog::{self, Table};
+use crate::source::scope::WHOLE_DATABASE;
 use crate::target::{ddl, ledger, warm};
 use crate::{unstreamed, verify};
 
@@ -62,6 +63,7 @@ impl Running {
                 Arc::clone(&turn),
             ));
         };
+        let scope = self.load(&self.target().await?).await?.scope;
         let (tell_obstacles, obstacles) = watch::channel(Vec::new());
         let keep_current = |working: &mut JoinSet<Infallible>| {
             let keeper = unstreamed::Keeper {
@@ -69,6 +71,7 @@ impl Running {
                 target: self.config.target.clone(),
                 application_name: self.application_name.clone(),
                 owners: self.config.owners.clone(),
+                scope: scope.clone(),
                 applied: watching.clone(),
                 obstacles: tell_obstacles.clone(),
                 board: self.board.clone(),
@@ -81,7 +84,8 @@ impl Running {
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
-        let way_back = if self.direction == Direction::There && self.config.reverse {
+        let is_mapped = !scope.map_schemas.is_empty();
+        let way_back = if self.direction == Direction::There && self.config.reverse && !is_mapped {
             let way_back = self.way_back().await?;
             beside.spawn(way_back.clone().keep_ready(tell));
             Some((way_back, arming))
@@ -128,35 +132,43 @@ impl Running {
         &self,
         applied: &watch::Receiver<Applied>,
         way_back: &Option<(WayBack, watch::Receiver<Arming>)>,
-        request: CutoverRequest,
+        mut request: CutoverRequest,
     ) -> CutOver {
         let known = async {
             self.is_the_right_way(&request)?;
             warm::stop(&self.target().await?, &self.application_name).await?;
             // As they are now: they can have changed since the migration began.
-            let tables = ledger::tables(&self.target().await?).await?;
+            let target = self.target().await?;
+            let scope = self.load(&target).await?.scope;
+            let entries = ledger::tables(&target).await?;
+            let tables: Vec<(Table, bool)> =
+                entries.into_iter().map(|entry| (entry.table, entry.insert_only)).collect();
             let target_closed = match self.direction {
                 Direction::There => None,
                 // The ledger of the way there stands on the server that took over.
                 Direction::Back => Closed::load(&self.config.source.connect(&self.application_name).await?).await?,
             };
-            Ok::<_, Error>((tables, target_closed))
+            Ok::<_, Error>((tables, target_closed, scope))
         };
-        let (tables, target_closed): (Vec<(Table, bool)>, _) = match known.await {
-            Ok((tables, closed)) => {
-                (tables.into_iter().map(|entry| (entry.table, entry.insert_only)).collect(), closed)
-            }
+        let (tables, target_closed, scope) = match known.await {
+            Ok(known) => known,
             Err(error) => {
                 let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
                 return CutOver::GivenUp;
             }
         };
+        if scope.is_part() && request.options.fence_by_default {
+            // Nobody has asked for the rest of the database to be closed.
+            request.options.fence = cutover::FenceMode::Tables;
+        }
         let blockers = self.board.snapshot().blockers;
         let cutover = Cutover {
             source: &self.config.source,
             target: &self.config.target,
             application_name: &self.application_name,
             tables: &tables,
+            scope: if self.direction == Direction::There { &scope } else { &WHOLE_DATABASE },
+            unstreamed: &scope,
             applied: applied.clone(),
             // What stands against it on the source it looks at itself, and knows what is waived.
             blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(SOURCE_BLOCKER)).collect(),
@@ -263,6 +275,7 @@ impl Running {
             if let Some(given_up) = cutover::last_given_up(&target).await? {
                 self.board.set_given_up(given_up);
             }
+            let scope = self.load(&target).await?.scope;
             let mut changed = BTreeMap::new();
             // Replicated DDL is on the source before it is here: what is there for two looks is looked at.
             let (replicates, mut said) = (ddl::is_replicated(&target).await?, BTreeSet::new());
@@ -285,7 +298,12 @@ impl Running {
                     compared = Some(std::time::Instant::now());
                     let before = ledger::fingerprint(&target).await?;
                     let began = std::time::Instant::now();
-                    let now = cutover::changes(&before, &catalog::fingerprint(&source).await?);
+                    let selection = match self.direction {
+                        Direction::There => scope.select(&source).await?,
+                        Direction::Back => None,
+                    };
+                    let now = catalog::fingerprint_of(&source, selection.as_ref()).await?;
+                    let now = cutover::changes(&before, &now);
                     let looked = began.elapsed();
                     said.retain(|change| now.contains(change));
                     for change in now.iter().filter(|change| !replicates || changed.contains_key(*change)) {
@@ -322,7 +340,9 @@ impl Running {
     async fn obstacles(&self, source: &Client, target: &Client) -> Result<Vec<String>> {
         let tables = ledger::tables(target).await?;
         let tables: Vec<&Table> = tables.iter().map(|entry| &entry.table).collect();
-        let findings = cutover::obstacles(source, &tables, cutover::FenceMode::default(), &[]).await?;
+        let is_part = self.load(target).await?.scope.is_part();
+        let fence = if is_part { cutover::FenceMode::Tables } else { cutover::FenceMode::default() };
+        let findings = cutover::obstacles(source, &tables, fence, &[]).await?;
         let blocking = findings.into_iter().filter(|finding| finding.weight == cutover::Weight::Blocks);
         Ok(blocking.map(|finding| finding.text).collect())
     }

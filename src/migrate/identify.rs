@@ -8,6 +8,7 @@ use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
 use crate::source::identity;
 use crate::source::replication::ReplicationSession;
+use crate::source::scope::Scope;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ddl;
 use crate::target::ledger::{self, Migration, Phase};
@@ -25,6 +26,9 @@ pub(super) async fn identify(
     board: &StatusBoard,
 ) -> Result<String> {
     let identity = directory.directory().identity()?;
+    if let Some(identity) = &identity {
+        identity.scope.prove_same(&config.scope)?;
+    }
     let recorded = match config.target.connect("walferry").await {
         Ok(mut target) => {
             let migration = ledger::load(&target).await?;
@@ -101,6 +105,7 @@ pub(super) async fn identify(
         state_directory: Some(directory.directory().path()),
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
+        scope: scope_of(config, identity.as_ref()),
         resuming: false,
         replicate_ddl: config.replicate_ddl,
         owners: &config.owners,
@@ -138,6 +143,11 @@ async fn replicates_ddl(config: &Config) -> Result<bool> {
     ddl::is_replicated(&target).await
 }
 
+/// What is moved: as it was said when the migration began, or else now.
+fn scope_of<'a>(config: &'a Config, identity: Option<&'a Identity>) -> &'a Scope {
+    identity.map_or(&config.scope, |identity| &identity.scope)
+}
+
 /// Takes up the migration that the target's ledger speaks of, whatever became of its state directory or its servers' addresses.
 async fn adopt(
     config: &Config,
@@ -173,13 +183,14 @@ async fn adopt(
         );
         return Err(Error::new(ErrorKind::Blocked, text).hint("Look at --source."));
     }
+    migration.scope.prove_same(&config.scope)?;
     let name = application_name(&migration.id);
     if identity.is_none() {
         // The lock of the lost directory cannot be asked whether its process lives.
         wait_until_alone(config, &name).await?;
     }
     let (source, target) = (config.source.without_password(), config.target.without_password());
-    directory.identify(&Identity::new(migration.id, source, target))?;
+    directory.identify(&Identity::new(migration.id, source, target, migration.scope))?;
     Ok(name)
 }
 
@@ -209,12 +220,10 @@ async fn wait_until_alone(config: &Config, application_name: &str) -> Result<()>
 }
 
 async fn write_down(config: &Config, directory: &LockedDirectory, identity: Option<Identity>) -> Result<String> {
+    let scope = scope_of(config, identity.as_ref()).clone();
     let id = identity.map_or_else(new_id, |identity| identity.id);
-    directory.identify(&Identity::new(
-        id.clone(),
-        config.source.without_password(),
-        config.target.without_password(),
-    ))?;
+    let (source, target) = (config.source.without_password(), config.target.without_password());
+    directory.identify(&Identity::new(id.clone(), source, target, scope.clone()))?;
     let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
     let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
     source.close().await;
@@ -236,6 +245,7 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
         snapshot_floor: 0,
         queue: FIRST_QUEUE.to_owned(),
         way_back: None,
+        scope,
         id,
     };
     ledger::create(&mut target, &migration).await?;

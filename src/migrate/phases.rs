@@ -120,7 +120,7 @@ impl Running {
         };
         tokio::try_join!(copying, indexing)?;
         let source = self.config.source.connect(&self.application_name).await?;
-        unstreamed::copy(&source, target, &self.config.owners).await?;
+        unstreamed::copy(&source, target, &self.config.owners, &self.load(target).await?.scope).await?;
         // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
         // committed asynchronously, and has ended it. A new session would know nothing of that.
         // With a schema that is complete, tables were only compared again.
@@ -147,6 +147,7 @@ impl Running {
             board: self.board.clone(),
             paused: self.pause.subscribe(),
             tune: self.tune.clone(),
+            freezes: !self.load(target).await?.scope.data_only,
         });
         loop {
             let unfinished: Vec<LedgerTable> =
@@ -333,7 +334,10 @@ impl Running {
         }
         // Before anything is applied with them in place.
         let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
-        let relaxed = match self.load(target).await?.apply_role {
+        let migration = self.load(target).await?;
+        let relaxed = match migration.apply_role {
+            // What the target had before is as it was, and `check` has found nothing there that fires.
+            ApplyRole::Replica if migration.scope.data_only => Vec::new(),
             ApplyRole::Replica => schema::relax_firing(&tables),
             // They are not there.
             ApplyRole::Origin => Vec::new(),
@@ -351,8 +355,11 @@ impl Running {
     /// Those that have rows on the source. One that cannot be refreshed stands against a cutover, and is tried again while following.
     async fn refresh_materialized_views(&self, target: &Client) -> Result<()> {
         let source = self.config.source.connect(&self.application_name).await?;
-        let mut views = materialized_view::list(&source).await?;
+        let selection = self.load(target).await?.scope.select(&source).await?;
+        let mut views = materialized_view::list(&source, selection.as_ref()).await?;
         views.retain(|view| view.is_populated);
+        // With --data-only, the target has those that it has.
+        let views = materialized_view::present(target, views).await?;
         let refused = materialized_view::refresh(target, &views).await?;
         materialized_view::forget(target, refused.iter().map(|refused| &refused.view)).await?;
         for refused in refused {

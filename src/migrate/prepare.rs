@@ -21,7 +21,7 @@ use crate::source::version::Version;
 use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared};
-use crate::target::schema;
+use crate::target::{existing, schema};
 use crate::unstreamed::materialized_view;
 
 /// How often the preparation is made anew when the schema changes under it.
@@ -70,10 +70,12 @@ impl Running {
     async fn try_to_prepare(&self, target: &mut Client, migration: &Migration) -> Result<Option<Held>> {
         let source = self.config.source.connect(&self.application_name).await?;
         slot::drop(&source, &migration.slot).await?;
+        let selection = migration.scope.select(&source).await?;
         if self.config.replica_identity_full {
-            self.set_replica_identities(&source, target).await?;
+            let moved = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+            self.set_replica_identities(&source, target, &moved).await?;
         }
-        let published = catalog::tables(&source).await?;
+        let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
         // Before the slot: of every transaction that it sends, the DDL is told of.
@@ -82,8 +84,13 @@ impl Running {
         }
         let new = self.make_slot(&source, &migration.slot).await?;
 
-        let tables = catalog::tables(&source).await?;
-        let fingerprint = catalog::fingerprint(&source).await?;
+        let selection = migration.scope.select(&source).await?;
+        let mut tables = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+        let fingerprint = catalog::fingerprint_of(&source, selection.as_ref()).await?;
+        let schemas = match &selection {
+            Some(_) => Some(catalog::schemas_of_objects(&source).await?),
+            None => None,
+        };
         source.batch_execute("COMMIT").await?;
         if identities(&published) != identities(&tables) {
             return Ok(None);
@@ -92,17 +99,23 @@ impl Running {
             // Making the slot may have taken hours.
             *target = self.target().await?;
         }
-        let tools = tools::find_tools_for(Version::of(&source).await?.0, Version::of(target).await?.0)?;
-        let items = schema::dump(
-            &tools,
-            &self.config.source,
-            &self.application_name,
-            &new.snapshot.name,
-            self.directory.directory().path(),
-            &self.config.owners,
-            migration.apply_role,
-        )
-        .await?;
+        let items = if migration.scope.data_only {
+            // It has the schema already; what it makes of identity columns it gets back.
+            existing::take_identity_from(target, &mut tables).await?;
+            Vec::new()
+        } else {
+            let tools = tools::find_tools_for(Version::of(&source).await?.0, Version::of(target).await?.0)?;
+            let dump = schema::Dump {
+                tools: &tools,
+                source: &self.config.source,
+                application_name: &self.application_name,
+                snapshot: &new.snapshot.name,
+                directory: self.directory.directory().path(),
+                owners: &self.config.owners,
+                role: migration.apply_role,
+            };
+            schema::wanted(dump.read().await?, selection.as_ref().zip(schemas.as_ref()))?
+        };
         let binary = tables.iter().all(Table::binary_safe);
         let tables: Vec<(Table, bool)> = tables
             .into_iter()
@@ -118,7 +131,7 @@ impl Running {
             binary,
         };
         // Everything that the target will have when it first refreshes them is newer than what they show now.
-        let views = materialized_view::list(&source).await?;
+        let views = materialized_view::list(&source, selection.as_ref()).await?;
         ledger::record_prepared(target, migration, &prepared).await?;
         materialized_view::remember(target, &views).await?;
         self.board.event(
@@ -132,8 +145,8 @@ impl Running {
 impl Running {
     /// Has the whole old row identify every table that nothing else does (H27): before the slot, so that everything of the stream says
     /// which row it is (H2). Noted in the ledger before it is done.
-    async fn set_replica_identities(&self, source: &Client, target: &mut Client) -> Result<()> {
-        let before = identity::lacking(source, &catalog::tables(source).await?).await?;
+    async fn set_replica_identities(&self, source: &Client, target: &mut Client, tables: &[Table]) -> Result<()> {
+        let before = identity::lacking(source, tables).await?;
         if before.is_empty() {
             return Ok(());
         }

@@ -5,18 +5,21 @@
 //! `attnum` ("Logical Replication Message Formats" in the manual), which is exactly [`Table::columns`].
 
 mod fingerprint;
+mod schemas;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use super::scope::Selection;
 use super::version::Version;
 use crate::error::{Context, Result};
 use crate::sql;
 
-pub(crate) use fingerprint::{Hash, Objects, THERE, file_of_table, fingerprint_query};
-pub use fingerprint::{changed_objects, fingerprint};
+pub(crate) use fingerprint::{Hash, Objects, Others, THERE, file_of_table, fingerprint_query};
+pub use fingerprint::{changed_objects, fingerprint, fingerprint_of};
+pub use schemas::{Schemas, schemas_of_objects};
 
 /// A table that holds rows of its own: an ordinary table or a leaf of a partitioned one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -235,6 +238,12 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
         });
     }
     Ok(tables)
+}
+
+/// The tables of these that are moved.
+pub fn chosen(mut tables: Vec<Table>, selection: Option<&Selection>) -> Vec<Table> {
+    tables.retain(|table| selection.is_none_or(|selection| selection.relations.contains(&table.relid)));
+    tables
 }
 
 async fn columns(client: &Client, version: Version) -> Result<BTreeMap<u32, Vec<Column>>> {

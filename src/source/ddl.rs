@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 
 use std::collections::BTreeMap;
 
-use super::catalog::{self, Column, Hash, Index, Objects, ReplicaIdentity, Table, USER_RELATION};
+use super::catalog::{self, Column, Hash, Index, Objects, Others, ReplicaIdentity, Table, USER_RELATION};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::version::Version;
 use crate::sql;
@@ -43,7 +43,7 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
         functions: "p.oid = ANY (v_functions)",
         types: "t.oid = ANY (v_types)",
         extensions: "e.oid = ANY (v_extensions)",
-        others: "pg_catalog.age(o.xmin) <= v_age",
+        others: Others::Where("pg_catalog.age(o.xmin) <= v_age"),
     };
     // Objects are named in the server's language; only a superuser can choose it.
     let row = client

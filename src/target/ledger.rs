@@ -32,6 +32,7 @@ use tokio_postgres::types::{PgLsn, Type};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
+use crate::source::scope::Scope;
 use crate::source::snapshot::SnapshotData;
 use crate::target::role::ApplyRole;
 use crate::target::route::Routing;
@@ -48,7 +49,8 @@ pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft
 /// - 2: `migration.snapshot_floor`, `migration.queue` and `source_table.compared`.
 /// - 3: `migration.way_back`.
 /// - 4: `migration.apply_role`, and items of the schema that wait for the cutover or come after it.
-pub const FORMAT: i32 = 4;
+/// - 5: `migration.scope`.
+pub const FORMAT: i32 = 5;
 
 const TABLES: &str = "
 CREATE SCHEMA walferry;
@@ -75,6 +77,7 @@ CREATE TABLE walferry.migration (
     cutover jsonb,
     way_back text,
     apply_role text NOT NULL DEFAULT 'replica',
+    scope text,
     started_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE TABLE walferry.snapshot (
@@ -157,6 +160,8 @@ pub struct Migration {
     pub way_back: Option<WayBack>,
     /// In which role rows are written; never changed (H23).
     pub apply_role: ApplyRole,
+    /// What of the database is moved.
+    pub scope: Scope,
 }
 
 /// The phases of a migration, as the ledger knows them.
@@ -225,7 +230,8 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
     transaction
         .execute(
             "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \
-                 insert_only_publication, apply_workers, phase, apply_role) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+                 insert_only_publication, apply_workers, phase, apply_role, scope) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
             &[
                 &FORMAT,
                 &migration.id,
@@ -238,6 +244,7 @@ pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
                 &count(migration.apply_workers),
                 &migration.phase.name(),
                 &migration.apply_role.name(),
+                &to_json(&migration.scope)?,
             ],
         )
         .await
@@ -290,6 +297,7 @@ pub async fn load(client: &Client) -> Result<Option<Migration>> {
         queue: row.get("queue"),
         way_back: row.get::<_, Option<&str>>("way_back").map(WayBack::parse).transpose()?,
         apply_role: ApplyRole::parse(row.get("apply_role"))?,
+        scope: row.get::<_, Option<&str>>("scope").map(from_json).transpose()?.unwrap_or_default(),
     }))
 }
 

@@ -7,6 +7,7 @@
 pub mod adopt;
 pub mod copy_rows;
 pub mod ddl;
+pub mod existing;
 pub mod harmless;
 pub mod index;
 pub mod late;

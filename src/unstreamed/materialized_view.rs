@@ -12,11 +12,14 @@ use tokio_postgres::types::Type;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::USER_RELATION;
+use crate::source::scope::{Scope, Selection};
 use crate::sql;
 
 /// A materialized view of the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
+    schema: String,
+    relation: String,
     /// Ready for SQL.
     name: String,
     /// Whether it has rows on the source.
@@ -26,17 +29,29 @@ pub struct View {
     marker: String,
 }
 
-/// The source's materialized views as they are now, the older first.
+impl View {
+    /// As it is called once schemas have their other names (`--map-schema`).
+    #[must_use]
+    pub fn renamed(mut self, scope: &Scope) -> View {
+        if let Some((_, new)) = scope.map_schemas.iter().find(|(old, _)| *old == self.schema) {
+            self.name = sql::qualified(new, &self.relation);
+            self.schema.clone_from(new);
+        }
+        self
+    }
+}
+
+/// The source's materialized views as they are now, those of a part or all, the older first.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn list(source: &Client) -> Result<Vec<View>> {
+pub async fn list(source: &Client, selection: Option<&Selection>) -> Result<Vec<View>> {
     let rows = source
         .query_typed(
             &format!(
                 "SELECT n.nspname, c.relname, format('materialized view %I.%I', n.nspname, c.relname), c.relispopulated, \
                         concat_ws('/', c.relispopulated, pg_catalog.pg_relation_filenode(c.oid), pg_catalog.pg_stat_get_tuples_inserted(c.oid), \
-                            pg_catalog.pg_stat_get_tuples_updated(c.oid), pg_catalog.pg_stat_get_tuples_deleted(c.oid)) \
+                            pg_catalog.pg_stat_get_tuples_updated(c.oid), pg_catalog.pg_stat_get_tuples_deleted(c.oid)), c.oid \
                  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
                  WHERE c.relkind = 'm' AND {USER_RELATION} ORDER BY c.oid"
             ),
@@ -44,9 +59,15 @@ pub async fn list(source: &Client) -> Result<Vec<View>> {
         )
         .await
         .context(|| "listing the source's materialized views".into())?;
+    let is_moved = |row: &&tokio_postgres::Row| {
+        selection.is_none_or(|selection| selection.relations.contains(&row.get::<_, u32>(5)))
+    };
     Ok(rows
         .iter()
+        .filter(is_moved)
         .map(|row| View {
+            schema: row.get(0),
+            relation: row.get(1),
             name: sql::qualified(row.get(0), row.get(1)),
             object: row.get(2),
             is_populated: row.get(3),
@@ -55,24 +76,35 @@ pub async fn list(source: &Client) -> Result<Vec<View>> {
         .collect())
 }
 
-/// Those that the target has, but not as the ledger says. That one is missing there is a change of the schema (I11).
+/// Those that the target has.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn changed(target: &Client, views: Vec<View>) -> Result<Vec<View>> {
+pub async fn present(target: &Client, views: Vec<View>) -> Result<Vec<View>> {
     if views.is_empty() {
         return Ok(views);
     }
     let names: Vec<&str> = views.iter().map(|view| view.name.as_str()).collect();
     let there = target
         .query_typed(
-            "SELECT n FROM pg_catalog.unnest($1) n WHERE pg_catalog.to_regclass(n) IS NOT NULL",
+            "SELECT n FROM pg_catalog.unnest($1) n WHERE pg_catalog.to_regclass(n) IN (SELECT oid FROM pg_catalog.pg_class WHERE relkind = 'm')",
             &[(&names, Type::TEXT_ARRAY)],
         )
         .await
         .context(|| "looking for the target's materialized views".into())?;
     let there: Vec<String> = there.iter().map(|row| row.get(0)).collect();
-    let views: Vec<View> = views.into_iter().filter(|view| there.contains(&view.name)).collect();
+    Ok(views.into_iter().filter(|view| there.contains(&view.name)).collect())
+}
+
+/// Those that the target has, but not as the ledger says. That one is missing there is a change of the schema (I11).
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn changed(target: &Client, views: Vec<View>) -> Result<Vec<View>> {
+    let views = present(target, views).await?;
+    if views.is_empty() {
+        return Ok(views);
+    }
     let known: bool = target
         .query_typed_one("SELECT pg_catalog.to_regclass('walferry.materialized_view') IS NOT NULL", &[])
         .await

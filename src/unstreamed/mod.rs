@@ -8,6 +8,9 @@
 //!          cutover, under the fence: once more (H14); nobody writes any more, so what is equal now stays equal
 //! ```
 //!
+//! Of a part of a database (`--include-table` and the like) only the materialized views that belong to it are kept current: large objects
+//! and extensions belong to no table, and `check` names what is left out.
+//!
 //! A marker is whatever changes when the thing does: cheap to read, and compared for equality only.
 
 pub mod configuration;
@@ -27,6 +30,7 @@ use crate::cutover;
 use crate::error::{Context, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
+use crate::source::scope::Scope;
 use configuration::LEFT_OUT;
 use large_object::Owners;
 use materialized_view::View;
@@ -62,9 +66,13 @@ pub async fn forget(target: &Client) -> Result<()> {
 ///
 /// # Errors
 /// Whatever the servers say; called again, it goes on.
-pub async fn copy(source: &Client, target: &Client, owners: &Owners) -> Result<()> {
-    large_object::sync(source, target, owners).await?;
-    configuration::sync(source, target).await?;
+pub async fn copy(source: &Client, target: &Client, owners: &Owners, scope: &Scope) -> Result<()> {
+    if scope.moves_large_objects() {
+        large_object::sync(source, target, owners).await?;
+    }
+    if scope.moves_configuration() {
+        configuration::sync(source, target).await?;
+    }
     Ok(())
 }
 
@@ -76,15 +84,22 @@ pub async fn bring_up_to_date(
     source: &Client,
     target: &Client,
     owners: &Owners,
+    scope: &Scope,
     applied: &watch::Receiver<Applied>,
 ) -> Result<Vec<Refused>> {
-    copy(source, target, owners).await?;
-    let views = materialized_view::changed(target, materialized_view::list(source).await?).await?;
+    copy(source, target, owners, scope).await?;
+    let views = changed_views(source, target, scope).await?;
     if views.is_empty() {
         return Ok(Vec::new());
     }
     cutover::let_the_apply_pass(source, applied).await?;
     refresh(target, views).await
+}
+
+/// The views that are moved, and that the ledger knows otherwise.
+async fn changed_views(source: &Client, target: &Client, scope: &Scope) -> Result<Vec<View>> {
+    let selection = scope.select(source).await?;
+    materialized_view::changed(target, materialized_view::list(source, selection.as_ref()).await?).await
 }
 
 /// Refreshes views from what the target holds now, and writes into the ledger which of them are done.
@@ -100,12 +115,14 @@ async fn refresh(target: &Client, views: Vec<View>) -> Result<Vec<Refused>> {
 ///
 /// # Errors
 /// Whatever the servers say.
-pub async fn is_there_any(source: &Client, target: &Client) -> Result<bool> {
+pub async fn is_there_any(source: &Client, target: &Client, scope: &Scope) -> Result<bool> {
     let others = format!(
-        "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extconfig IS NOT NULL AND extname NOT IN ({LEFT_OUT})) \
-             OR EXISTS (SELECT FROM pg_catalog.pg_class WHERE relkind = 'm')"
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_extension WHERE extconfig IS NOT NULL AND extname NOT IN ({LEFT_OUT}) AND {}) \
+             OR EXISTS (SELECT FROM pg_catalog.pg_class WHERE relkind = 'm')",
+        scope.moves_configuration()
     );
-    let (large_objects, others) = tokio::try_join!(large_object::are_there(source, target), async {
+    let large_objects = async { Ok(scope.moves_large_objects() && large_object::are_there(source, target).await?) };
+    let (large_objects, others) = tokio::try_join!(large_objects, async {
         source.query_typed_one(&others, &[]).await.context(|| "looking for what is in no stream".into())
     })?;
     Ok(large_objects || others.get(0))
@@ -116,9 +133,9 @@ pub async fn is_there_any(source: &Client, target: &Client) -> Result<bool> {
 ///
 /// # Errors
 /// Whatever the servers say.
-pub async fn settle(source: &Client, target: &Client, owners: &Owners) -> Result<Vec<View>> {
-    copy(source, target, owners).await?;
-    materialized_view::changed(target, materialized_view::list(source).await?).await
+pub async fn settle(source: &Client, target: &Client, owners: &Owners, scope: &Scope) -> Result<Vec<View>> {
+    copy(source, target, owners, scope).await?;
+    changed_views(source, target, scope).await
 }
 
 /// Refreshes, after the decision, what [`settle`] has left. Answers a sentence for each that somebody has to look after.
@@ -140,6 +157,8 @@ pub struct Keeper {
     pub application_name: String,
     /// Who owns what on the target.
     pub owners: Owners,
+    /// What of the database is moved.
+    pub scope: Scope,
     /// How far the apply is.
     pub applied: watch::Receiver<Applied>,
     /// What would stand against a cutover, a sentence each.
@@ -177,6 +196,6 @@ impl Keeper {
         let name = &self.application_name;
         let (source, target) = tokio::try_join!(self.source.connect(name), self.target.connect(name))?;
         silence_event_triggers(&target).await;
-        bring_up_to_date(&source, &target, &self.owners, &self.applied).await
+        bring_up_to_date(&source, &target, &self.owners, &self.scope, &self.applied).await
     }
 }

@@ -427,6 +427,7 @@ async fn record(
         queue: "queue".into(),
         way_back: None,
         apply_role: ApplyRole::Replica,
+        scope: walferry::source::scope::Scope::default(),
     };
     ledger::create(target, &migration).await.unwrap();
     let entries: Vec<(Table, bool)> =

@@ -172,13 +172,28 @@ async fn h18_a_migration_that_an_older_walferry_began_goes_on() {
     let floor_before = value(&target(&pair).await, floor).await;
     pair.on_target(
         "UPDATE walferry.migration SET format = 1; \
-         ALTER TABLE walferry.migration DROP snapshot_floor, DROP queue; ALTER TABLE walferry.source_table DROP compared",
+         ALTER TABLE walferry.migration DROP snapshot_floor, DROP queue, DROP way_back, DROP apply_role, DROP scope; \
+         ALTER TABLE walferry.source_table DROP compared",
+    )
+    .await;
+    let walferry = pair.run(pair.migrate());
+    pair.caught_up().await;
+    assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["1", "2"]);
+    assert_eq!(value(&target(&pair).await, floor).await, floor_before);
+    walferry.kill();
+    until("SELECT NOT bool_or(active) FROM pg_replication_slots", &pair.source).await;
+
+    // The one before this keeps what it has written down of roles.
+    pair.on_source("INSERT INTO t VALUES (3)").await;
+    pair.on_target(
+        "UPDATE walferry.migration SET format = 4, apply_role = 'origin'; ALTER TABLE walferry.migration DROP scope",
     )
     .await;
     let _walferry = pair.run(pair.migrate());
     pair.caught_up().await;
-    assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["1", "2"]);
-    assert_eq!(value(&target(&pair).await, floor).await, floor_before);
+    assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["1", "2", "3"]);
+    let kept = "SELECT format || apply_role || coalesce(scope, ' and all') FROM walferry.migration";
+    assert_eq!(value(&target(&pair).await, kept).await, "5origin and all");
 }
 
 #[tokio::test]

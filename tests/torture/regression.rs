@@ -37,6 +37,7 @@ async fn prepared_target() -> ThrowawayServer {
         queue: "queue".into(),
         way_back: None,
         apply_role: ApplyRole::Replica,
+        scope: Default::default(),
     };
     ledger::create(&mut client, &migration).await.unwrap();
     let prepared = Prepared {

@@ -22,11 +22,16 @@ pub(super) struct Catalogs {
 
 impl Catalogs {
     pub async fn read(source: &Client, target: &Client) -> Result<Catalogs> {
-        Ok(Catalogs {
-            recorded: ledger::fingerprint(target).await?,
-            on_source: catalog::fingerprint(source).await?,
-            on_target: catalog::fingerprint(target).await?,
-        })
+        let recorded = ledger::fingerprint(target).await?;
+        let mut on_source = catalog::fingerprint(source).await?;
+        if let Some(migration) = ledger::load(target).await?
+            && let Some(selection) = migration.scope.select(source).await?
+        {
+            // What is new beside the part that is moved concerns nobody.
+            let part = catalog::fingerprint_of(source, Some(&selection)).await?;
+            on_source.retain(|object, _| recorded.contains_key(object) || part.contains_key(object));
+        }
+        Ok(Catalogs { recorded, on_source, on_target: catalog::fingerprint(target).await? })
     }
 
     /// The objects, with their hashes on the source now; `all` columns, where the rows are compared too.

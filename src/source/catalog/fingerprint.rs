@@ -1,11 +1,13 @@
 //! A fingerprint of everything that DDL can change (I11).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::USER_RELATION;
 use crate::error::{Context, Result};
+use crate::source::scope::Selection;
 use crate::source::version::Version;
 use crate::sql;
 
@@ -28,9 +30,26 @@ pub(crate) fn file_of_table(quoted: &str) -> String {
 /// # Errors
 /// Whatever the server says.
 pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
+    fingerprint_of(client, None).await
+}
+
+/// The same of what is moved of a database: its relations with what hangs on them, and the functions and types of its schemas and
+/// of its tables.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn fingerprint_of(client: &Client, selection: Option<&Selection>) -> Result<BTreeMap<String, String>> {
     let version = Version::of(client).await?;
+    let oids = |oids: &BTreeSet<u32>| oids.iter().copied().collect::<Vec<u32>>();
+    let chosen = selection.map(|selection| (oids(&selection.relations), oids(&selection.schemas)));
+    let (of, parameters): (_, Vec<(&(dyn ToSql + Sync), Type)>) = match &chosen {
+        None => (Objects::ALL, Vec::new()),
+        Some((relations, schemas)) => {
+            (Objects::OF_PART, vec![(relations, Type::OID_ARRAY), (schemas, Type::OID_ARRAY)])
+        }
+    };
     let rows = client
-        .query_typed(&fingerprint_query(version, Hash::OfTheServer, &Objects::ALL), &[])
+        .query_typed(&fingerprint_query(version, Hash::OfTheServer, &of), &parameters)
         .await
         .context(|| "reading the catalog's fingerprint".into())?;
     // What went while the query ran has no description any more.
@@ -69,7 +88,7 @@ const OBJECTS: [(&str, &str, &str); 22] = [
 ];
 
 /// All that is neither a relation nor a function, and the comments on everything; more branches of the query above.
-fn everything_else(hash: Hash, which_others: &str) -> String {
+fn everything_else(hash: Hash, which_others: Others<'_>) -> String {
     // What a row has is the server's own; that it is there is not.
     let hash = |hashed: &str| match hash {
         Hash::OfTheServer => format!("md5({hashed})"),
@@ -88,29 +107,33 @@ fn everything_else(hash: Hash, which_others: &str) -> String {
             let users = not_an_extensions(&class, "o.oid");
             format!(
                 " UNION ALL SELECT pg_catalog.pg_describe_object({class}, o.oid, 0), {} FROM pg_catalog.{catalog} o \
-                 WHERE {which} AND {users} AND {which_others}",
-                hash(hashed)
+                 WHERE {which} AND {users} AND {}",
+                hash(hashed),
+                which_others.of(catalog)
             )
         })
         .collect();
     branches.push_str(&format!(
         " UNION ALL SELECT format('constraint %I on type %s', o.conname, pg_catalog.format_type(o.contypid, NULL)), {} \
-         FROM pg_catalog.pg_constraint o WHERE o.contypid <> 0 AND {} AND {which_others}",
+         FROM pg_catalog.pg_constraint o WHERE o.contypid <> 0 AND {} AND {}",
         hash("o::text"),
-        not_an_extensions("'pg_catalog.pg_type'::regclass", "o.contypid")
+        not_an_extensions("'pg_catalog.pg_type'::regclass", "o.contypid"),
+        which_others.of("pg_constraint")
     ));
     // Its options, which hold passwords, only a superuser may read.
     branches.push_str(&format!(
         " UNION ALL SELECT pg_catalog.pg_describe_object('pg_catalog.pg_user_mapping'::regclass, umid, 0), {} \
-         FROM pg_catalog.pg_user_mappings",
-        hash("srvid || '/' || umuser")
+         FROM pg_catalog.pg_user_mappings WHERE {}",
+        hash("srvid || '/' || umuser"),
+        !matches!(which_others, Others::OfPart)
     ));
     branches.push_str(&format!(
         " UNION ALL SELECT 'comment on ' || pg_catalog.pg_describe_object(o.classoid, o.objoid, o.objsubid), {} \
          FROM pg_catalog.pg_description o WHERE {} AND o.objoid IS DISTINCT FROM pg_catalog.to_regnamespace('walferry') \
-           AND o.classoid <> 'pg_catalog.pg_largeobject'::regclass AND {which_others}",
+           AND o.classoid <> 'pg_catalog.pg_largeobject'::regclass AND {}",
         hash("o.description"),
-        not_an_extensions("o.classoid", "o.objoid")
+        not_an_extensions("o.classoid", "o.objoid"),
+        which_others.of("pg_description")
     ));
     branches
 }
@@ -131,13 +154,67 @@ pub(crate) struct Objects<'a> {
     pub functions: &'a str,
     pub types: &'a str,
     pub extensions: &'a str,
-    /// Of the catalogs of all else, and of comments (`o`).
-    pub others: &'a str,
+    /// Of the catalogs of all else, and of comments.
+    pub others: Others<'a>,
+}
+
+/// Which rows of the catalogs that are neither of relations nor of functions.
+#[derive(Clone, Copy)]
+pub(crate) enum Others<'a> {
+    /// A condition on a row `o` of any of them.
+    Where(&'a str),
+    /// What belongs to the relations and schemas of a part.
+    OfPart,
+}
+
+impl<'a> Others<'a> {
+    fn of(self, catalog: &str) -> &'a str {
+        match self {
+            Others::Where(condition) => condition,
+            Others::OfPart => match catalog {
+                "pg_policy" => "o.polrelid IN (SELECT unnest($1))",
+                "pg_rewrite" => "o.ev_class IN (SELECT unnest($1))",
+                "pg_statistic_ext" => "o.stxrelid IN (SELECT unnest($1))",
+                "pg_namespace" => "o.oid IN (SELECT unnest($2))",
+                "pg_type" => {
+                    "(o.typnamespace IN (SELECT unnest($2)) \
+                      OR o.oid IN (SELECT a.atttypid FROM pg_catalog.pg_attribute a WHERE a.attrelid IN (SELECT unnest($1))))"
+                }
+                // Of a domain.
+                "pg_constraint" => {
+                    "(o.connamespace IN (SELECT unnest($2)) \
+                      OR o.contypid IN (SELECT a.atttypid FROM pg_catalog.pg_attribute a WHERE a.attrelid IN (SELECT unnest($1))))"
+                }
+                "pg_description" => {
+                    "(o.classoid = 'pg_catalog.pg_class'::regclass AND o.objoid IN (SELECT unnest($1)))"
+                }
+                // Operators, casts, languages, servers and the like belong to no table.
+                _ => "false",
+            },
+        }
+    }
 }
 
 impl Objects<'_> {
-    pub const ALL: Objects<'static> =
-        Objects { relations: "true", functions: "true", types: "true", extensions: "true", others: "true" };
+    pub const ALL: Objects<'static> = Objects {
+        relations: "true",
+        functions: "true",
+        types: "true",
+        extensions: "true",
+        others: Others::Where("true"),
+    };
+
+    /// Of the relations `$1` and the schemas `$2`.
+    const OF_PART: Objects<'static> = Objects {
+        relations: "(coalesce((SELECT x.indrelid FROM pg_catalog.pg_index x WHERE x.indexrelid = c.oid), c.oid) IN (SELECT unnest($1)) \
+             OR c.relkind = 'c' AND c.relnamespace IN (SELECT unnest($2)))",
+        functions: "(p.pronamespace IN (SELECT unnest($2)) \
+             OR p.oid IN (SELECT t.tgfoid FROM pg_catalog.pg_trigger t WHERE t.tgrelid IN (SELECT unnest($1))))",
+        types: "(t.typnamespace IN (SELECT unnest($2)) \
+             OR t.oid IN (SELECT a.atttypid FROM pg_catalog.pg_attribute a WHERE a.attrelid IN (SELECT unnest($1))))",
+        extensions: "true",
+        others: Others::OfPart,
+    };
 }
 
 /// The hash of a definition that is not compared: an object of which only its name is known on another server, in the server's
@@ -217,6 +294,8 @@ pub(crate) fn fingerprint_query(version: Version, hash: Hash, of: &Objects<'_>) 
          FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
          WHERE NOT t.tgisinternal AND {USER_RELATION} AND {relations} \
+           AND t.tgfoid NOT IN (SELECT p.oid FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace s ON s.oid = p.pronamespace \
+                                WHERE s.nspname = 'walferry') \
          UNION ALL \
          SELECT format('function %I.%I(%s)', n.nspname, p.proname, pg_catalog.pg_get_function_identity_arguments(p.oid)), \
                 md5(concat_ws('/', {function})) \
@@ -232,7 +311,7 @@ pub(crate) fn fingerprint_query(version: Version, hash: Hash, of: &Objects<'_>) 
          UNION ALL \
          SELECT format('extension %I', e.extname), e.extversion FROM pg_catalog.pg_extension e WHERE {extensions}{}",
         sql::literal(FILE_OF_TABLE),
-        everything_else(hash, others)
+        everything_else(hash, *others)
     )
 }
 

@@ -84,7 +84,9 @@ pub async fn draft(client: &mut Client, draft: &Draft<'_>) -> Result<()> {
     let transaction = client.transaction().await?;
     // A dead standby of the server that is left must not hold it up (H34).
     transaction.batch_execute("SET LOCAL synchronous_commit = local").await?;
-    let of_another = "SELECT pg_catalog.to_regnamespace('walferry') IS NOT NULL AND pg_catalog.to_regclass('walferry.migration') IS NULL";
+    // A cutover that was given up at its end may have left its guard.
+    let of_another = "SELECT pg_catalog.to_regnamespace('walferry') IS NOT NULL AND pg_catalog.to_regclass('walferry.migration') IS NULL \
+                      AND pg_catalog.to_regprocedure('walferry.moved()') IS NULL";
     if transaction.query_typed_one(of_another, &[]).await?.get(0) {
         let text = "the old server has a schema walferry that is not walferry's";
         return Err(Error::new(ErrorKind::Blocked, text).hint("Rename it, or cut over with --no-reverse."));
@@ -98,14 +100,14 @@ pub async fn draft(client: &mut Client, draft: &Draft<'_>) -> Result<()> {
             return Err(Error::new(ErrorKind::Blocked, text)
                 .hint("`walferry clean` removes what that one left; or cut over with --no-reverse."));
         }
-        transaction.batch_execute("DROP SCHEMA walferry CASCADE").await?;
     }
+    transaction.batch_execute("DROP SCHEMA IF EXISTS walferry CASCADE").await?;
     transaction.batch_execute(TABLES).await.context(|| "writing the ledger of the way back".into())?;
     transaction
         .execute(
             "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \
-                 insert_only_publication, binary_format, apply_workers, phase, pre_data_restored, post_data_restored, cutover) \
-             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'following', true, true, jsonb_build_object('draft', $11::text))",
+                 insert_only_publication, binary_format, apply_workers, phase, pre_data_restored, post_data_restored, cutover, scope) \
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, 'following', true, true, jsonb_build_object('draft', $11::text), $12)",
             &[
                 &FORMAT,
                 &migration.id,
@@ -118,6 +120,7 @@ pub async fn draft(client: &mut Client, draft: &Draft<'_>) -> Result<()> {
                 &migration.binary,
                 &count(migration.apply_workers),
                 &draft.name,
+                &to_json(&migration.scope)?,
             ],
         )
         .await
