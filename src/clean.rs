@@ -13,6 +13,7 @@ use crate::source::{ddl, slot};
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::ledger::{self, LedgerTable, Phase, Section, WayBack};
 use crate::target::schema;
+use crate::timescale;
 
 /// How often, and how far apart, an old server that does not answer is tried again before it counts as gone.
 const SOURCE_ATTEMPTS: usize = 5;
@@ -156,6 +157,7 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         let restored = identity::restore(server, &identities, on).await?;
         removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the {side}")));
     }
+    removed.extend(timescale::prepare::put_back(&from, &to).await?);
     say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());

@@ -27,6 +27,7 @@ use crate::queue::{Entry, Reader, TransactionHead};
 use crate::source::marker;
 use crate::target::copy_rows::CopyRows;
 use crate::target::writer::TableWrites;
+use crate::timescale::live::OwnWork;
 
 pub use crate::source::marker::PREFIX as MARKER_PREFIX;
 
@@ -115,6 +116,8 @@ pub struct Assembler {
     tables: BTreeMap<usize, NetChanges>,
     chunk_bytes: usize,
     unit: UnitEnd,
+    /// What TimescaleDB does by itself in the transaction at work.
+    own_work: OwnWork,
     /// When the unit's first transaction came.
     unit_begun: Instant,
     /// How long the unit waits for more, from then on.
@@ -143,6 +146,7 @@ impl Assembler {
             tables: BTreeMap::new(),
             chunk_bytes: 0,
             unit: UnitEnd::default(),
+            own_work: OwnWork::default(),
             unit_begun: Instant::now(),
             gather: GATHER_QUIET,
             head: None,
@@ -190,6 +194,7 @@ impl Assembler {
                     self.unit_begun = Instant::now();
                 }
                 self.head = Some(head);
+                self.own_work = OwnWork::default();
                 self.unit.commit_time = head.commit_time;
                 self.chunk_bytes += CHANGE_BYTES;
             }
@@ -252,6 +257,7 @@ impl Assembler {
                 if self.layout.is_ddl(prefix) {
                     return Ok(Err(NeedsSerialReplay));
                 }
+                self.own_work.note(prefix);
                 if prefix == MARKER_PREFIX {
                     let content = String::from_utf8_lossy(content).into_owned();
                     self.unit.markers.push(Marker { content, changes: self.unit.changes });
@@ -260,6 +266,9 @@ impl Assembler {
             }
             Message::Truncate { relids, .. } => {
                 for relid in relids {
+                    if self.own_work.covers(&self.layout, relid) {
+                        continue;
+                    }
                     let place = self.layout.place(relid)?;
                     if !self.layout.copy_has_seen(place, head.xid, head.commit_lsn) {
                         return Ok(Err(NeedsSerialReplay));
@@ -274,6 +283,9 @@ impl Assembler {
                 return Ok(Ok(()));
             }
         };
+        if self.own_work.covers(&self.layout, relid) {
+            return Ok(Ok(()));
+        }
         let place = self.layout.place(relid)?;
         if self.layout.copy_has_seen(place, head.xid, head.commit_lsn) {
             return Ok(Ok(()));
@@ -332,12 +344,14 @@ fn spread(layout: &Layout, place: usize, mut rows: Vec<Net>, chunk: &mut Chunk) 
     let (key, binary) = (&entry.table.key, layout.binary);
     let small = chunk.small;
     let worker_of =
-        |net: &Net| if small { 0 } else { entry.routing.worker(entry.table.relid, net.hash, layout.workers) };
+        |net: &Net| if small { 0 } else { entry.routing.worker(entry.table.routed_as(), net.hash, layout.workers) };
     let mut changed = vec![0; chunk.writes.len()];
     for net in rows.iter().filter(|net| matches!(net.effect, Effect::Update | Effect::Replace | Effect::Delete)) {
         changed[worker_of(net)] += 1;
     }
-    if changed.iter().any(|&rows| rows > layout.single_rows_max) {
+    // A join with a staging table would have the extension decompress all of a chunk.
+    let single_rows_max = if entry.table.chunk.is_some() { usize::MAX } else { layout.single_rows_max };
+    if changed.iter().any(|&rows| rows > single_rows_max) {
         // Neighbours in the key's index are found in the same pages of it, and often of the table.
         rows.sort_by_cached_key(|net| key_prefix(net, key));
     }
@@ -346,7 +360,7 @@ fn spread(layout: &Layout, place: usize, mut rows: Vec<Net>, chunk: &mut Chunk) 
             continue;
         }
         let worker = worker_of(&net);
-        let singly = changed[worker] <= layout.single_rows_max;
+        let singly = changed[worker] <= single_rows_max;
         let writes = writes_to(&mut chunk.writes[worker], place, binary);
         match net.effect {
             Effect::Insert => writes.inserts.push(net.row.tuple().columns())?,

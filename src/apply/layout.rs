@@ -13,6 +13,7 @@ use crate::source::snapshot::SnapshotData;
 use crate::target::ledger::LedgerTable;
 use crate::target::route::Routing;
 use crate::target::writer::{SINGLE_ROWS_MAX, Tables};
+use crate::timescale::live;
 
 /// Every migrated table, by its place in `tables`.
 #[derive(Clone, Debug)]
@@ -28,6 +29,8 @@ pub struct Layout {
     pub workers: usize,
     /// How DDL is replicated, where it is.
     pub ddl: Option<Ddl>,
+    /// Whether the source has hypertables: then chunks that nobody knows come in the stream.
+    pub has_hypertables: bool,
     /// Up to so many changed rows of a table go by a statement each; [`SINGLE_ROWS_MAX`] but for tests.
     pub single_rows_max: usize,
 }
@@ -83,7 +86,7 @@ impl Layout {
         let by_relid = layouts.iter().enumerate().map(|(at, layout)| (layout.table.relid, at)).collect();
         let snapshots_end = layouts.iter().map(|layout| layout.snapshot.insert_lsn).max().unwrap_or(Lsn::ZERO);
         let single_rows_max = SINGLE_ROWS_MAX;
-        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, ddl: None, single_rows_max })
+        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, ddl: None, has_hypertables: false, single_rows_max })
     }
 
     /// The position from which on every change is applied, whatever any copy saw (H24).
@@ -164,7 +167,10 @@ impl Layout {
     /// # Errors
     /// `SchemaChanged` naming the table and what is different.
     pub fn check_relation(&self, relation: &Relation<'_>, xid: u32, commit_lsn: Lsn) -> Result<()> {
-        let Some(&place) = self.by_relid.get(&relation.relid) else { return Ok(()) };
+        let Some(&place) = self.by_relid.get(&relation.relid) else { return live::known_or_new(self, relation) };
+        if live::is_gone(&self.tables[place].table) {
+            return Ok(());
+        }
         if self.copy_has_seen(place, xid, commit_lsn) {
             return Ok(());
         }

@@ -45,6 +45,7 @@ use crate::observe::status::Level;
 use crate::pause::{self, Paused};
 use crate::queue::Queue;
 use crate::target::writer::{WriteError, Writer};
+use crate::timescale::live::OwnWork;
 
 /// How long apply sessions live (H25).
 const SESSION_AGE_MAX: Duration = Duration::from_secs(600);
@@ -344,6 +345,7 @@ impl Apply {
             progress: &mut self.progress,
             on_conflict: self.on_conflict,
             conflicts: BTreeMap::new(),
+            own_work: OwnWork::default(),
             ddl_replayed: 0,
             board,
         };

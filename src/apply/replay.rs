@@ -24,6 +24,7 @@ use crate::queue::{Entry, Reader, TransactionHead};
 use crate::source::catalog::Table;
 use crate::target::writer::Writer;
 use crate::target::{adopt, serial};
+use crate::timescale::live::{self, OwnWork};
 
 /// How many bytes are read ahead of the target at once; an entry can be larger.
 const READ_AHEAD_BYTES: usize = 1 << 20;
@@ -45,6 +46,8 @@ pub struct Replay<'a> {
     /// The conflicts of the transaction at work, by schema, table and kind: counted when it is over, because one that is given up
     /// for another reason comes again.
     pub conflicts: BTreeMap<(String, String, ConflictKind), u64>,
+    /// What TimescaleDB does by itself in the transaction at work.
+    pub own_work: OwnWork,
     /// Statements of DDL of the transaction at work.
     pub ddl_replayed: u64,
     /// Where conflicts are counted.
@@ -96,6 +99,7 @@ impl Replay<'_> {
         }
         self.conflicts.clear();
         self.ddl_replayed = 0;
+        self.own_work = OwnWork::default();
         let mut at = None;
         let outcome = self.changes(head, entries, &mut at).await;
         if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Divergence) {
@@ -200,10 +204,14 @@ impl Replay<'_> {
             Message::Logical { prefix, content, .. } if layout.is_ddl(prefix) => {
                 Box::pin(self.ddl(head, content)).await?;
             }
+            Message::Logical { prefix, .. } => self.own_work.note(prefix),
             Message::Truncate { relids, restart_identity, .. } => {
                 let mut emptied = Vec::new();
                 let mut is_whole = true;
                 for relid in relids {
+                    if self.own_work.covers(&layout, relid) {
+                        continue;
+                    }
                     let place = layout.place(relid)?;
                     if layout.copy_has_seen(place, head.xid, head.commit_lsn) {
                         is_whole = false;
@@ -213,7 +221,9 @@ impl Replay<'_> {
                 }
                 if !emptied.is_empty() {
                     end.changes += 1;
-                    if is_whole {
+                    if emptied.iter().any(|table| table.chunk.is_some()) {
+                        live::truncate(self.writer, &layout, &emptied, restart_identity).await?;
+                    } else if is_whole {
                         serial::truncate(self.writer, &emptied, restart_identity).await?;
                     } else {
                         serial::empty(self.writer, &emptied).await?;
@@ -237,6 +247,9 @@ impl Replay<'_> {
         end: &mut UnitEnd,
     ) -> Result<()> {
         let layout = Arc::clone(&self.layout);
+        if self.own_work.covers(&layout, relid) {
+            return Ok(());
+        }
         let place = layout.place(relid)?;
         if layout.copy_has_seen(place, head.xid, head.commit_lsn) {
             return Ok(());
@@ -312,7 +325,7 @@ impl Replay<'_> {
     fn is_covered(&self, place: usize, row: Tuple<'_>, before: Option<Tuple<'_>>, head: &TransactionHead) -> bool {
         let entry = &self.layout.tables[place];
         let hash = hash_key(entry.table.relid, &entry.table.key, row, before);
-        let worker = entry.routing.worker(entry.table.relid, hash, self.layout.workers);
+        let worker = entry.routing.worker(entry.table.routed_as(), hash, self.layout.workers);
         self.progress.get(worker).is_some_and(|applied| *applied > head.commit_lsn)
     }
 }

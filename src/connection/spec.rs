@@ -154,6 +154,15 @@ impl ConnectionSpec {
         spec
     }
 
+    /// The same, with one more setting for every session, as superusers may have it: `name=value` without spaces.
+    #[must_use]
+    pub fn with_setting(&self, setting: &str) -> ConnectionSpec {
+        let mut spec = self.clone();
+        let options = spec.parameters.entry("options").or_default();
+        options.push_str(&format!(" -c {setting}"));
+        spec
+    }
+
     /// The role that logs in.
     pub fn user(&self) -> &str {
         &self.user

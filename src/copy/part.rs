@@ -17,6 +17,7 @@ use crate::source::catalog::{Column, Table};
 use crate::source::{slot, snapshot};
 use crate::sql;
 use crate::target::ledger::{self, Part};
+use crate::timescale::{self, copy::How};
 
 /// The source sends a message per row; the target gets chunks of this size.
 const CHUNK_BYTES: usize = 128 * 1024;
@@ -28,7 +29,8 @@ const FREEZE_FROM_BYTES: i64 = 8 << 20;
 
 /// Whether a part is worth arriving frozen.
 pub(super) fn may_freeze(table: &Table, part: &Part) -> bool {
-    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES
+    let is_plain = table.chunk.as_ref().is_none_or(|chunk| !chunk.is_late && chunk.compressed.is_none());
+    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES && is_plain
 }
 
 /// Copies one part, frozen or not, and marks it in the ledger, as one transaction on the target.
@@ -77,20 +79,45 @@ async fn copy_rows(
         .await?;
     // The source last, so that its lock waits for nobody on the target.
     source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
-    if !is_same_file(source.first_row(&file_statements(table)).await, table)? {
+    let answer = source.first_row(&file_statements(table)).await;
+    if timescale::copy::is_dropped(table, &answer) {
+        timescale::live::note_gone(transaction.client(), table).await?;
+        let complete = ledger::part_copied(transaction.client(), part, 0).await?;
+        transaction.commit().await?;
+        return Ok(Outcome::Copied(complete));
+    }
+    if !is_same_file(answer, table)? {
         return Ok(Outcome::Stale);
     }
     let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
-    source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
-    let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut(), copier.tune.pace()).await?;
-    loop {
-        let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
-        into.pass_on(rows).await?;
-        if !more {
-            break;
-        }
+    let how = timescale::copy::how(source, table, format_of(table)).await?;
+    if let Some(chunk) = &table.chunk {
+        timescale::copy::make_ready(transaction.client(), chunk, table, &how).await?;
     }
-    let rows = into.finish().await?;
+    let statements = match how {
+        How::Stale => return Ok(Outcome::Stale),
+        How::AsTable => vec![(copy_out_statement(table, part, format_of(table)), copy_in_statement(table, frozen))],
+        How::Rows(out) => vec![(out, timescale::copy::copy_in_statement(table, format_of(table)))],
+        How::Raw { out, into } => {
+            vec![
+                (copy_out_statement(table, part, format_of(table)), copy_in_statement(table, false)),
+                (out, into),
+            ]
+        }
+    };
+    let mut rows = 0;
+    for (out, into) in statements {
+        source.copy_out(&out).await?;
+        let mut into = CopyIn::begin(transaction.client(), &into, progress.as_mut(), copier.tune.pace()).await?;
+        loop {
+            let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
+            into.pass_on(rows).await?;
+            if !more {
+                break;
+            }
+        }
+        rows += into.finish().await?;
+    }
     let complete = ledger::part_copied(transaction.client(), part, rows).await?;
     transaction.commit().await?;
     if let Some(progress) = progress {
@@ -133,7 +160,7 @@ pub(super) async fn send_rows(
     pace: &Pace,
 ) -> Result<u64> {
     let mut rows = pin!(source.copy_out(copy_out).await?);
-    let mut into = CopyIn::begin(target, table, false, progress, pace).await?;
+    let mut into = CopyIn::begin(target, &copy_in_statement(table, false), progress, pace).await?;
     let mut waiting = 0;
     while let Some(row) = rows.try_next().await? {
         into.chunk.extend_from_slice(&row);
@@ -164,19 +191,11 @@ struct CopyIn<'a> {
 impl<'a> CopyIn<'a> {
     async fn begin(
         target: &Client,
-        table: &Table,
-        frozen: bool,
+        statement: &str,
         progress: Option<&'a mut PartProgress>,
         pace: &'a Pace,
     ) -> Result<CopyIn<'a>> {
-        let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
-        let statement = format!(
-            "COPY {}{columns} FROM STDIN (FORMAT {}{})",
-            table.qualified(),
-            format_of(table),
-            if frozen { ", FREEZE" } else { "" }
-        );
-        let sink = Box::pin(target.copy_in::<_, Bytes>(&statement).await?);
+        let sink = Box::pin(target.copy_in::<_, Bytes>(statement).await?);
         Ok(CopyIn { sink, chunk: BytesMut::with_capacity(CHUNK_BYTES * 2), progress, pace, messages: 0, rows_shown: 0 })
     }
 
@@ -266,6 +285,12 @@ pub(super) fn is_same_file(answer: Result<Vec<Option<String>>>, table: &Table) -
             )));
     }
     Ok(is_true(0))
+}
+
+fn copy_in_statement(table: &Table, frozen: bool) -> String {
+    let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
+    let freeze = if frozen { ", FREEZE" } else { "" };
+    format!("COPY {}{columns} FROM STDIN (FORMAT {}{freeze})", table.qualified(), format_of(table))
 }
 
 fn copy_out_statement(table: &Table, part: &Part, format: &str) -> String {

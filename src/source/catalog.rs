@@ -16,6 +16,7 @@ use super::scope::Selection;
 use super::version::Version;
 use crate::error::{Context, Result};
 use crate::sql;
+use crate::timescale::{self, ChunkOf};
 
 pub(crate) use fingerprint::{Hash, Objects, Others, THERE, file_of_table, fingerprint_query};
 pub use fingerprint::{changed_objects, fingerprint, fingerprint_of};
@@ -58,6 +59,9 @@ pub struct Table {
     /// What would fire for every change that is applied, were it not made ordinary for the time of the migration.
     #[serde(default)]
     pub firing: Vec<Firing>,
+    /// The hypertable that it is a chunk of, to which its changes are applied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunk: Option<ChunkOf>,
 }
 
 /// A trigger or rule that is `ENABLE ALWAYS` or `ENABLE REPLICA`.
@@ -127,6 +131,24 @@ impl Table {
     /// `"schema"."name"`.
     pub fn qualified(&self) -> String {
         sql::qualified(&self.schema, &self.name)
+    }
+
+    /// What its changes are applied to: itself without what inherits from it, or the hypertable with all of its chunks.
+    pub fn applied_to(&self) -> String {
+        match &self.chunk {
+            None => format!("ONLY {}", self.qualified()),
+            Some(chunk) => chunk.qualified(),
+        }
+    }
+
+    /// What new rows are copied into: itself or the hypertable.
+    pub fn inserted_into(&self) -> String {
+        self.chunk.as_ref().map_or_else(|| self.qualified(), ChunkOf::qualified)
+    }
+
+    /// Whose changes all go to one session, if not by key: the table's own, or those of its hypertable.
+    pub fn routed_as(&self) -> u32 {
+        self.chunk.as_ref().map_or(self.relid, |chunk| chunk.relid)
     }
 
     /// Whether the stream can carry updates and deletes of this table (H27).
@@ -235,8 +257,10 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
             updates_and_deletes: row.get(9),
             relfilenode: Some(row.get(10)),
             firing: firing.remove(&relid).unwrap_or_default(),
+            chunk: None,
         });
     }
+    timescale::chunk::arrange(client, &mut tables).await?;
     Ok(tables)
 }
 
@@ -444,6 +468,7 @@ impl Table {
             updates_and_deletes: 0,
             relfilenode: None,
             firing: Vec::new(),
+            chunk: None,
         }
     }
 }

@@ -309,6 +309,7 @@ impl Told {
                 columns,
                 // Whatever it is, the target has the same by then, and is asked.
                 firing: Vec::new(),
+                chunk: None,
                 key,
                 has_other_unique,
                 pages: 0,

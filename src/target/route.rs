@@ -22,7 +22,7 @@ impl Routing {
     /// The class that is safe for a table.
     pub fn of(table: &Table) -> Routing {
         let by_key =
-            !table.key.is_empty() && !table.has_other_unique && table.key_columns().all(|column| column.byte_equal);
+            table.chunk.is_none() && !table.key.is_empty() && !table.has_other_unique && table.key_columns().all(|column| column.byte_equal);
         if by_key { Routing::ByKey } else { Routing::Whole }
     }
 
@@ -84,6 +84,7 @@ mod tests {
             updates_and_deletes: 0,
             relfilenode: None,
             firing: Vec::new(),
+            chunk: None,
         }
     }
 

@@ -16,6 +16,10 @@ fn parameter(number: usize, column: &Column) -> String {
 
 /// The condition that names one row, whose parameters come after so many others; its values are those of [`found_by`].
 fn condition(table: &Table, parameters_before: usize) -> String {
+    let equal = |(number, column): (usize, &Column)| {
+        let schema = sql::identifier(column.equality_schema.as_deref().unwrap_or("pg_catalog"));
+        format!("{} OPERATOR({schema}.=) {}", sql::identifier(&column.name), parameter(number, column))
+    };
     if table.key.is_empty() {
         // REPLICA IDENTITY FULL without any key (H26): the row with exactly these values, and if there are several, one.
         let same = |(number, column): (usize, &Column)| {
@@ -23,16 +27,20 @@ fn condition(table: &Table, parameters_before: usize) -> String {
             format!("{}::text IS NOT DISTINCT FROM {value}::text", sql::identifier(&column.name))
         };
         let mut all: Vec<String> = (parameters_before + 1..).zip(&table.columns).map(same).collect();
+        if let Some(chunk) = &table.chunk {
+            // Of the hypertable, all such rows; by its dimensions the other chunks are left alone.
+            let dimensions = (parameters_before + 1..).zip(&table.columns).filter(|(_, column)| {
+                column.not_null && column.equality_schema.is_some() && chunk.dimensions.contains(&column.name)
+            });
+            all.extend(dimensions.map(equal));
+            return all.join(" AND ");
+        }
         if all.is_empty() {
             // Every row of a table without columns is the same.
             all.push("true".into());
         }
         return format!("ctid = (SELECT ctid FROM ONLY {} WHERE {} LIMIT 1)", table.qualified(), all.join(" AND "));
     }
-    let equal = |(number, column): (usize, &Column)| {
-        let schema = sql::identifier(column.equality_schema.as_deref().unwrap_or("pg_catalog"));
-        format!("{} OPERATOR({schema}.=) {}", sql::identifier(&column.name), parameter(number, column))
-    };
     (parameters_before + 1..).zip(table.key_columns()).map(equal).collect::<Vec<_>>().join(" AND ")
 }
 
@@ -47,7 +55,28 @@ fn found_by<'a>(table: &Table, row: Tuple<'a>, values: &mut Vec<Datum<'a>>) {
 
 /// The statement that removes one row; its values are those of [`delete_values`].
 pub(super) fn delete_text(table: &Table) -> String {
-    format!("DELETE FROM ONLY {} WHERE {}", table.qualified(), condition(table, 0))
+    if table.key.is_empty() && table.chunk.is_some() {
+        return exactly_one(table, 0, None);
+    }
+    format!("DELETE FROM {} WHERE {}", table.applied_to(), condition(table, 0))
+}
+
+/// Of the rows of a hypertable that are the same, one is removed, or gets other values (H26). The rows of compressed chunks have no
+/// `ctid` to name one of them by, so all are taken out, and all but one put back. Answers as many rows as it met: one, or none.
+fn exactly_one(table: &Table, parameters_before: usize, new_values: Option<Vec<String>>) -> String {
+    let (name, columns) = (table.applied_to(), table.column_list());
+    let gone = format!("gone AS (DELETE FROM {name} WHERE {} RETURNING *)", condition(table, parameters_before));
+    let back = format!("back AS (INSERT INTO {name} ({columns}) SELECT {columns} FROM gone OFFSET 1)");
+    match new_values {
+        None => format!("WITH {gone}, {back} SELECT FROM gone LIMIT 1"),
+        Some(values) => {
+            let values = values.join(", ");
+            format!(
+                "WITH {gone}, {back}, changed AS (INSERT INTO {name} ({columns}) SELECT {values} FROM gone LIMIT 1 RETURNING 1) \
+                 SELECT FROM changed"
+            )
+        }
+    }
 }
 
 /// The values of [`delete_text`].
@@ -66,6 +95,13 @@ pub(super) fn columns_to_set(table: &Table, new: Tuple<'_>, with_key: bool) -> V
 
 /// The statement that gives one row new values of these columns; its own values are those of [`update_values`].
 pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
+    if table.key.is_empty() && table.chunk.is_some() {
+        let value = |(at, column): (usize, &Column)| match set.iter().position(|&set| set == at) {
+            Some(number) => parameter(number + 1, column),
+            None => sql::identifier(&column.name),
+        };
+        return exactly_one(table, set.len(), Some(table.columns.iter().enumerate().map(value).collect()));
+    }
     let assign = |(number, &at): (usize, &usize)| {
         let column = &table.columns[at];
         format!("{} = {}", sql::identifier(&column.name), parameter(number, column))
@@ -76,7 +112,7 @@ pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
         assignments.extend(table.columns.first().map(|column| format!("{0} = {0}", sql::identifier(&column.name))));
     }
     let row = condition(table, set.len());
-    format!("UPDATE ONLY {} SET {} WHERE {row}", table.qualified(), assignments.join(", "))
+    format!("UPDATE {} SET {} WHERE {row}", table.applied_to(), assignments.join(", "))
 }
 
 /// The values of [`update_text`].
@@ -97,9 +133,9 @@ pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Resul
     let placeholders: Vec<String> =
         (1..).zip(&table.columns).map(|(number, column)| parameter(number, column)).collect();
     let text = if placeholders.is_empty() {
-        format!("INSERT INTO {} DEFAULT VALUES", table.qualified())
+        format!("INSERT INTO {} DEFAULT VALUES", table.inserted_into())
     } else {
-        let (name, columns, placeholders) = (table.qualified(), table.column_list(), placeholders.join(", "));
+        let (name, columns, placeholders) = (table.inserted_into(), table.column_list(), placeholders.join(", "));
         if table.key.is_empty() {
             format!("INSERT INTO {name} ({columns}) VALUES ({placeholders})")
         } else {
@@ -107,7 +143,8 @@ pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Resul
             let there = condition(table, values.len());
             found_by(table, new, &mut values);
             format!(
-                "INSERT INTO {name} ({columns}) SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM ONLY {name} WHERE {there})"
+                "INSERT INTO {name} ({columns}) SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM {} WHERE {there})",
+                table.applied_to()
             )
         }
     };
@@ -125,7 +162,7 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
     }
     // Keys can be equal in other bytes (H20).
     let (there, itself) = (condition(table, 0), condition(table, table.key.len()));
-    let text = format!("SELECT FROM ONLY {} WHERE {there} AND NOT ({itself})", table.qualified());
+    let text = format!("SELECT FROM {} WHERE {there} AND NOT ({itself})", table.applied_to());
     let mut values = delete_values(table, new);
     found_by(table, old, &mut values);
     let found = writer.execute(text, &values).await;

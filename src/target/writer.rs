@@ -43,12 +43,16 @@ use crate::source::catalog::Table;
 ///
 /// A lock wait of this length is a refusal (I5): a session that waits for its sibling would wait for ever, because the sibling
 /// waits for it at the barrier, where PostgreSQL sees no deadlock. What is looked for in pg_settings came with 11 and 12, and the old
-/// server of a way back may be older.
+/// server of a way back may be older. With TimescaleDB a generic plan would open every chunk of a hypertable for each row, and the
+/// extension would decompress only so many rows.
 const SETTINGS: &str = "SET synchronous_commit = off; SET lock_timeout = '10s'; \
      SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off; \
      SET enable_material = off; SET max_parallel_workers_per_gather = 0; \
      SELECT pg_catalog.set_config(s.name, v.value, false) FROM pg_catalog.pg_settings s \
-     JOIN (VALUES ('jit', 'off'), ('plan_cache_mode', 'force_generic_plan')) v(name, value) USING (name)";
+     JOIN (VALUES ('jit', 'off'), ('plan_cache_mode', 'force_generic_plan')) v(name, value) USING (name); \
+     SELECT pg_catalog.set_config(v.name, v.value, false) FROM pg_catalog.pg_extension e, \
+     (VALUES ('plan_cache_mode', 'force_custom_plan'), ('timescaledb.max_tuples_decompressed_per_dml_transaction', '0')) v(name, value) \
+     WHERE e.extname = 'timescaledb'";
 
 /// The rows must be where their sessions left them; a row that another transaction is moving is waited for, and then looked at anew.
 const ADVANCE: &str = "UPDATE walferry.apply_progress p SET applied = $3 FROM unnest($1::int4[], $2::pg_lsn[]) s(worker, applied) \

@@ -7,7 +7,7 @@
 //! Times are in the extension's own unit: microseconds since 1970-01-01 00:00 UTC for timestamps, dates and UUIDs of version 7, the
 //! number itself for integer columns, and a hash for space partitions.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
@@ -308,6 +308,16 @@ pub async fn read(client: &Client) -> Result<Option<Database>> {
     Ok(Some(Database { extension, hypertables, chunks, aggregates, jobs }))
 }
 
+/// The same without chunks and jobs, which change all the time.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn settings(client: &Client) -> Result<Option<Database>> {
+    let Some(extension) = extension(client).await?.filter(Extension::is_readable) else { return Ok(None) };
+    let (hypertables, aggregates) = (hypertables(client).await?, aggregates(client).await?);
+    Ok(Some(Database { extension, hypertables, chunks: Vec::new(), aggregates, jobs: Vec::new() }))
+}
+
 async fn hypertables(client: &Client) -> Result<Vec<Hypertable>> {
     let mut dimensions = dimensions(client).await?;
     let rows = client
@@ -437,6 +447,26 @@ pub async fn chunks(client: &Client) -> Result<Vec<Chunk>> {
         tiered: row.get(6),
     };
     Ok(rows.iter().map(chunk).collect())
+}
+
+/// The relations that only hold compressed rows, and the hypertables inside of compression.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn inside_compression(client: &Client) -> Result<BTreeSet<u32>> {
+    let rows = client
+        .query_typed(
+            "SELECT c.oid FROM _timescaledb_catalog.hypertable h JOIN pg_catalog.pg_namespace n ON n.nspname = h.schema_name \
+             JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = h.table_name WHERE h.compression_state = 2 \
+             UNION ALL SELECT c.oid FROM _timescaledb_catalog.chunk k \
+             JOIN _timescaledb_catalog.hypertable h ON h.id = k.hypertable_id AND h.compression_state = 2 \
+             JOIN pg_catalog.pg_namespace n ON n.nspname = k.schema_name \
+             JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = k.table_name",
+            &[],
+        )
+        .await
+        .context(|| "reading the relations of compressed rows".into())?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 async fn aggregates(client: &Client) -> Result<Vec<ContinuousAggregate>> {

@@ -10,6 +10,7 @@ use crate::error::{Context, Result};
 use crate::source::scope::Selection;
 use crate::source::version::Version;
 use crate::sql;
+use crate::timescale;
 
 /// How the fingerprint names a table's file, on a server that has no TRUNCATE in its stream.
 const FILE_OF_TABLE: &str = "file of table %s (PostgreSQL before 11 streams no TRUNCATE)";
@@ -43,6 +44,9 @@ pub async fn fingerprint_of(client: &Client, selection: Option<&Selection>) -> R
     let oids = |oids: &BTreeSet<u32>| oids.iter().copied().collect::<Vec<u32>>();
     let chosen = selection.map(|selection| (oids(&selection.relations), oids(&selection.schemas)));
     let (of, parameters): (_, Vec<(&(dyn ToSql + Sync), Type)>) = match &chosen {
+        None if timescale::source::extension(client).await?.is_some_and(|extension| extension.is_readable()) => {
+            (Objects { relations: timescale::chunk::NOT_A_CHUNK, ..Objects::ALL }, Vec::new())
+        }
         None => (Objects::ALL, Vec::new()),
         Some((relations, schemas)) => {
             (Objects::OF_PART, vec![(relations, Type::OID_ARRAY), (schemas, Type::OID_ARRAY)])
@@ -52,8 +56,10 @@ pub async fn fingerprint_of(client: &Client, selection: Option<&Selection>) -> R
         .query_typed(&fingerprint_query(version, Hash::OfTheServer, &of), &parameters)
         .await
         .context(|| "reading the catalog's fingerprint".into())?;
+    let hypertables = if selection.is_none() { timescale::settle::fingerprint(client).await? } else { BTreeMap::new() };
     // What went while the query ran has no description any more.
-    Ok(rows.into_iter().filter_map(|row| Some((row.get::<_, Option<String>>(0)?, row.get(1)))).collect())
+    let found = rows.into_iter().filter_map(|row| Some((row.get::<_, Option<String>>(0)?, row.get(1))));
+    Ok(found.chain(hypertables).collect())
 }
 
 /// Catalogs whose rows are objects that the fingerprint has nothing special to say of: the catalog, which rows, and what is hashed of

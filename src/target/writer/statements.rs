@@ -170,7 +170,9 @@ pub(super) fn text(table: &Table, what: &What, binary: bool) -> String {
             serial::update_text(table, &(0..table.columns.len()).filter(is_set).collect::<Vec<_>>())
         }
         What::Insert if table.columns.is_empty() => format!("COPY {target} FROM STDIN (FORMAT {format})"),
-        What::Insert => format!("COPY {target} ({}) FROM STDIN (FORMAT {format})", table.column_list()),
+        What::Insert => {
+            format!("COPY {} ({}) FROM STDIN (FORMAT {format})", table.inserted_into(), table.column_list())
+        }
     }
 }
 

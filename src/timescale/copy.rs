@@ -1,0 +1,157 @@
+//! A chunk is copied as one: its rows, and the relation of its compressed rows as it is, under one snapshot (H3), without
+//! decompressing anything.
+//!
+//! That needs the target's catalog to say of the chunk what the source's said in that snapshot. It has been taken over under the
+//! slot's snapshot ([`super::prepare`]); a copy under another may find the chunk compressed, recompressed or decompressed since. Then
+//! the target's chunk is made an ordinary one, and the rows are read from the source decompressed. So is a chunk that came late, whose
+//! rows go to the hypertable.
+//!
+//! How it dies: all of it is one transaction on the target, with the part's row in the ledger (I2).
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::chunk::ChunkOf;
+use crate::connection::wire::RawSession;
+use crate::error::{Context, Result};
+use crate::source::catalog::Table;
+use crate::sql;
+
+/// How the rows of a chunk go over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum How {
+    /// As an ordinary table: nothing of it is compressed, or it stands for something else.
+    AsTable,
+    /// With the relation of its compressed rows, as both are: the statement that reads those and the one that writes them.
+    Raw {
+        /// Reads the compressed rows.
+        out: String,
+        /// Writes them.
+        into: String,
+    },
+    /// Decompressed: the statement that reads them all.
+    Rows(String),
+    /// The snapshot does not show it any more (H4).
+    Stale,
+}
+
+/// Whether what was asked of a table shows that it is a chunk that the source has dropped.
+pub fn is_dropped(table: &Table, answer: &Result<Vec<Option<String>>>) -> bool {
+    let undefined = |state: &SqlState| matches!(*state, SqlState::UNDEFINED_TABLE | SqlState::INVALID_SCHEMA_NAME);
+    table.chunk.is_some() && answer.as_ref().is_err_and(|error| error.sqlstate().is_some_and(undefined))
+}
+
+/// Writes the decompressed rows of a chunk: into the target's chunk, or for one that came late into the hypertable.
+pub fn copy_in_statement(table: &Table, format: &str) -> String {
+    let is_late = table.chunk.as_ref().is_some_and(|chunk| chunk.is_late);
+    let into = if is_late { table.inserted_into() } else { table.qualified() };
+    format!("COPY {into} ({}) FROM STDIN (FORMAT {format})", table.column_list())
+}
+
+/// Decides how a chunk is copied, in the source's transaction under the part's snapshot; locks what is read.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn how(source: &mut RawSession, table: &Table, format: &str) -> Result<How> {
+    let Some(chunk) = &table.chunk else { return Ok(How::AsTable) };
+    let rows = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
+    let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name) \
+         FROM _timescaledb_catalog.chunk k LEFT JOIN _timescaledb_catalog.chunk z ON z.id = k.compressed_chunk_id \
+         LEFT JOIN pg_catalog.pg_class zn ON zn.relname = z.table_name \
+              AND zn.relnamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = z.schema_name)";
+    let now = source.first_row(&format!("{state} WHERE k.id = {}", chunk.chunk)).await?;
+    let field = |at: usize| now.get(at).and_then(Option::as_deref);
+    let relation = match (field(1), field(2), field(3)) {
+        (Some(relid), Some(schema), Some(name)) => Some((relid.to_owned(), format!("{schema}.{name}"))),
+        _ => None,
+    };
+    if let Some((_, relation)) = &relation {
+        // Held until the copy is over. What decompression has dropped, or recompression emptied since, the snapshot does not show.
+        let lock = format!("LOCK TABLE ONLY {relation} IN ACCESS SHARE MODE");
+        match source.simple_query(&lock).await {
+            Ok(_) => {}
+            Err(error) if error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(How::Stale),
+            Err(error) => return Err(error),
+        }
+        let same = format!(
+            "SELECT c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) FROM pg_catalog.pg_class c \
+             WHERE c.oid = {}::pg_catalog.regclass",
+            sql::literal(relation)
+        );
+        if source.first_row(&same).await?.first().and_then(Option::as_deref) != Some("t") {
+            return Ok(How::Stale);
+        }
+    }
+    if chunk.is_late {
+        return Ok(How::Rows(rows));
+    }
+    let recorded = chunk.compressed.as_ref().map(|compressed| compressed.relid.to_string());
+    let unchanged = field(0) == Some(chunk.status.to_string().as_str())
+        && relation.as_ref().map(|(relid, _)| relid) == recorded.as_ref();
+    Ok(match (&chunk.compressed, unchanged) {
+        (_, false) => How::Rows(rows),
+        (None, true) => How::AsTable,
+        (Some(compressed), true) => {
+            let name = compressed.qualified();
+            How::Raw {
+                out: format!("COPY {name} TO STDOUT (FORMAT binary)"),
+                into: format!("COPY {name} FROM STDIN (FORMAT binary)"),
+            }
+        }
+    })
+}
+
+/// Makes the target's chunk ready for what comes, in the open transaction: empty, and an ordinary one where the rows come decompressed.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn make_ready(target: &Client, chunk: &ChunkOf, table: &Table, how: &How) -> Result<()> {
+    let doing = || format!("making {} on the target ready for its rows", table.qualified());
+    match how {
+        How::AsTable | How::Stale => Ok(()),
+        // What an earlier copy left of it (H3).
+        How::Raw { .. } => match &chunk.compressed {
+            Some(compressed) => {
+                target.batch_execute(&format!("TRUNCATE ONLY {}", compressed.qualified())).await.context(doing)
+            }
+            None => Ok(()),
+        },
+        How::Rows(_) => {
+            target.batch_execute("SET LOCAL timescaledb.restoring = off").await.context(doing)?;
+            if chunk.is_late {
+                return Ok(());
+            }
+            let is_compressed: Option<(String, String)> = target
+                .query_typed_opt(
+                    &format!(
+                        "SELECT z.schema_name::text, z.table_name::text FROM _timescaledb_catalog.chunk k \
+                         JOIN _timescaledb_catalog.chunk z ON z.id = k.compressed_chunk_id WHERE k.id = {}",
+                        chunk.chunk
+                    ),
+                    &[],
+                )
+                .await
+                .context(doing)?
+                .map(|row| (row.get(0), row.get(1)));
+            let Some((schema, name)) = is_compressed else { return Ok(()) };
+            let functions: String = target
+                .query_typed_one(
+                    "SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace \
+                     WHERE e.extname = 'timescaledb'",
+                    &[],
+                )
+                .await
+                .context(doing)?
+                .get(0);
+            let statements = format!(
+                "SET LOCAL timescaledb.restoring = on; TRUNCATE ONLY {}; TRUNCATE ONLY {}; SET LOCAL timescaledb.restoring = off; \
+                 SELECT {}({}::pg_catalog.regclass, true)",
+                sql::qualified(&schema, &name),
+                table.qualified(),
+                sql::qualified(&functions, "decompress_chunk"),
+                sql::literal(&table.qualified())
+            );
+            target.batch_execute(&statements).await.context(doing)
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! What is carried and compared at the cutover, and what of TimescaleDB is part of the fingerprint.
+//!
+//! Behind the fence, when everything in the stream is applied:
+//!
+//! 1. Every chunk of the source's catalog must be known to the ledger, or have been published from its first moment and be empty still:
+//!    then nothing of it was missed. What the source has dropped is dropped on the target.
+//! 2. The rows of compressed chunks are counted on both sides: the deletion of a whole segment by a session that the settings did not
+//!    reach is in no stream, and is found here.
+//! 3. What the extension knows of the state of continuous aggregates is carried over: their rows have come through the stream like those
+//!    of any hypertable, so watermarks, thresholds and invalidations fit them, and nothing has to be computed anew. Jobs likewise, as
+//!    they are now, and still asleep.
+//!
+//! The decision itself wakes the jobs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio_postgres::Client;
+
+use super::source::{self, Database};
+use super::{live, prepare};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sql;
+use crate::target::ledger::{self, Migration};
+use crate::unstreamed::large_object::Owners;
+
+/// The state of continuous aggregates.
+const STATE_OF_AGGREGATES: [&str; 5] = [
+    "continuous_aggs_invalidation_threshold",
+    "continuous_aggs_watermark",
+    "continuous_aggs_hypertable_invalidation_log",
+    "continuous_aggs_materialization_invalidation_log",
+    "continuous_aggs_materialization_ranges",
+];
+
+/// Hypertables, their dimensions, compression settings and continuous aggregates, as objects of the fingerprint (I11); nothing where the
+/// extension is not installed.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
+    let Some(database) = source::settings(client).await? else { return Ok(BTreeMap::new()) };
+    let mut objects = BTreeMap::new();
+    for hypertable in &database.hypertables {
+        objects.insert(format!("hypertable {}", hypertable.qualified()), format!("{hypertable:?}"));
+    }
+    for aggregate in &database.aggregates {
+        let shown = (aggregate.materialization, &aggregate.definition, aggregate.materialized_only);
+        objects.insert(format!("continuous aggregate {}", aggregate.qualified()), format!("{shown:?}"));
+    }
+    Ok(objects)
+}
+
+/// Does all of it; the apply has passed everything that the source has written. Nothing where the extension is not installed.
+///
+/// # Errors
+/// `Blocked` naming a chunk that was not published in time, `Different` naming one whose rows are not as many; else what the servers say.
+pub async fn settle(source: &Client, target: &mut Client, migration: &Migration, owners: &Owners) -> Result<()> {
+    let Some(of_source) = source::read(source).await? else { return Ok(()) };
+    every_chunk_is_known(source, target, &of_source, migration).await?;
+    let transaction = target.transaction().await?;
+    let dropped = live::drop_what_is_gone(transaction.client(), &of_source.chunks).await?;
+    if !dropped.is_empty() {
+        tracing::info!(chunks = dropped.len(), "chunks that the source has dropped are dropped on the target");
+    }
+    transaction.commit().await.context(|| "dropping chunks on the target".into())?;
+    rows_of_compressed_chunks_are_equal(source, target, &of_source).await?;
+    let transaction = target.transaction().await?;
+    carry(source, transaction.client(), owners).await?;
+    transaction.commit().await.context(|| "carrying over the state of continuous aggregates and jobs".into())
+}
+
+/// The guard (I11): nothing of a chunk can have been missed.
+async fn every_chunk_is_known(
+    source: &Client,
+    target: &Client,
+    of_source: &Database,
+    migration: &Migration,
+) -> Result<()> {
+    let known: BTreeSet<u32> = ledger::tables(target).await?.iter().map(|entry| entry.table.relid).collect();
+    let published = live::published(source, migration).await?;
+    // One that nothing has come of, though all of it would have: it is empty.
+    let missed = of_source
+        .chunks
+        .iter()
+        .find(|chunk| !known.contains(&chunk.relid) && published.get(&chunk.relid) != Some(&true));
+    let Some(chunk) = missed else { return Ok(()) };
+    let text = format!("the chunk {} was made by a session that did not publish it", chunk.qualified());
+    Err(Error::new(ErrorKind::Blocked, text).hint("It is being copied now. Try again when `walferry status` says that it is ready."))
+}
+
+/// How many rows there are in the ranges of compressed chunks.
+async fn rows_of_compressed_chunks_are_equal(source: &Client, target: &Client, of_source: &Database) -> Result<()> {
+    let of_target = source::read(target).await?;
+    let Some(of_target) = of_target else {
+        return Err(Error::new(ErrorKind::Different, "the extension timescaledb is gone from the target"));
+    };
+    // By hypertable: the ranges of chunks need not be the same, but all rows of compressed ranges are in some chunk.
+    let compressed: BTreeSet<i32> = of_source
+        .chunks
+        .iter()
+        .chain(&of_target.chunks)
+        .filter(|chunk| chunk.compressed.is_some())
+        .map(|chunk| chunk.hypertable)
+        .collect();
+    for hypertable in of_source.hypertables.iter().filter(|of| compressed.contains(&of.id)) {
+        let (here, there) =
+            futures_util::future::try_join(rows(source, of_source, hypertable.id), rows(target, &of_target, hypertable.id))
+                .await?;
+        if here != there {
+            let text = format!(
+                "the hypertable {} has {here} rows on the source and {there} on the target",
+                hypertable.qualified()
+            );
+            return Err(Error::new(ErrorKind::Different, text).hint(
+                "A session that began before the migration, or set timescaledb.enable_compressed_direct_batch_delete itself, has deleted \
+                 whole segments of compressed rows, which no stream shows. End those sessions; then begin anew: `walferry clean`, \
+                 `walferry migrate`.",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The rows of a hypertable, without decompressing any: each compressed row says how many it stands for.
+async fn rows(client: &Client, database: &Database, hypertable: i32) -> Result<i64> {
+    let mut counts = Vec::new();
+    for chunk in database.chunks.iter().filter(|chunk| chunk.hypertable == hypertable) {
+        counts.push(format!("SELECT pg_catalog.count(*)::int8 AS n FROM ONLY {}", chunk.qualified()));
+        if let Some(compressed) = &chunk.compressed {
+            counts.push(format!(
+                "SELECT coalesce(pg_catalog.sum(_ts_meta_count), 0)::int8 AS n FROM ONLY {}",
+                compressed.qualified()
+            ));
+        }
+    }
+    let mut sum = 0;
+    // Each of them is locked: not too many at once (H10).
+    for counts in counts.chunks(100) {
+        let query = format!("SELECT coalesce(pg_catalog.sum(n), 0)::int8 FROM ({}) counts", counts.join(" UNION ALL "));
+        sum += client.query_typed_one(&query, &[]).await.context(|| "counting the rows of chunks".into())?.get::<_, i64>(0);
+    }
+    Ok(sum)
+}
+
+/// The state of continuous aggregates and the jobs, as the source has them now.
+async fn carry(source: &Client, target: &Client, owners: &Owners) -> Result<()> {
+    let doing = |name: &str| format!("carrying over {name} of TimescaleDB");
+    for name in STATE_OF_AGGREGATES {
+        let qualified = sql::qualified("_timescaledb_catalog", name);
+        let there = "SELECT pg_catalog.to_regclass($1) IS NOT NULL";
+        if !source.query_one(there, &[&qualified]).await?.get::<_, bool>(0) {
+            continue;
+        }
+        let rows = prepare::rows_as_json(source, &qualified, name, "", owners).await?;
+        let insert = prepare::insert_statement(&qualified, name, &rows, owners);
+        target.batch_execute(&format!("DELETE FROM {qualified}; {insert}")).await.context(|| doing(name))?;
+    }
+    let jobs = sql::qualified("_timescaledb_catalog", "bgw_job");
+    let rows = prepare::rows_as_json(source, &jobs, "bgw_job", "WHERE id >= 1000", owners).await?;
+    let insert = prepare::insert_statement(&jobs, "bgw_job", &rows, owners);
+    let scheduled = source::jobs(source).await?.iter().filter(|job| job.scheduled).map(|job| job.id).collect::<Vec<_>>();
+    target
+        .batch_execute(&format!(
+            "DELETE FROM {jobs} WHERE id >= 1000; {insert}; DELETE FROM walferry.timescaledb_job; \
+             INSERT INTO walferry.timescaledb_job SELECT unnest('{{{}}}'::int4[])",
+            scheduled.iter().map(i32::to_string).collect::<Vec<_>>().join(",")
+        ))
+        .await
+        .context(|| doing("jobs"))
+}
+
+/// Part of the deciding transaction: the jobs that ran on the source run from now on. Nothing where there are none.
+///
+/// # Errors
+/// Whatever the target says.
+pub async fn wake_jobs(target: &Client) -> Result<String> {
+    let exists = "SELECT pg_catalog.to_regclass('walferry.timescaledb_job') IS NOT NULL";
+    if !target.query_typed_one(exists, &[]).await?.get::<_, bool>(0) {
+        return Ok(String::new());
+    }
+    let Some(extension) = source::extension(target).await? else { return Ok(String::new()) };
+    Ok(format!(
+        "SELECT {}(j.id, scheduled => true) FROM walferry.timescaledb_job j ORDER BY j.id;",
+        sql::qualified(&extension.schema, "alter_job")
+    ))
+}
