@@ -16,6 +16,7 @@ mod after_cutover;
 mod background;
 mod follow;
 mod heal;
+mod hypertables;
 mod identify;
 mod phases;
 mod prepare;
@@ -430,7 +431,13 @@ impl Running {
         if self.direction == Direction::Back {
             self.fit_the_old_primary(&target).await?;
         }
+        if migration.post_data_restored && self.take_up_all_chunks(&mut target).await? {
+            return Box::pin(self.phases(queue, held, requested)).await;
+        }
         let tables = self.show_tables(&target).await?;
+        if !migration.post_data_restored && migration.phase <= Phase::Copying {
+            self.make_timescaledb(&target).await?;
+        }
         if !migration.pre_data_restored {
             self.restore_pre_data(&mut target, &tables).await?;
         }
@@ -438,6 +445,7 @@ impl Running {
             self.copy_and_index(&mut target, held).await?;
         }
         *held = None;
+        self.restoring(&target, false).await?;
         let mut layout = self.layout(&target, &migration).await?;
         if !migration.post_data_restored {
             self.catch_up(queue, &layout).await?;

@@ -76,6 +76,7 @@ fn table() -> Table {
         relfilenode: None,
         firing: Vec::new(),
         chunk: None,
+        is_hypertable: false,
     }
 }
 

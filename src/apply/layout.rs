@@ -86,7 +86,16 @@ impl Layout {
         let by_relid = layouts.iter().enumerate().map(|(at, layout)| (layout.table.relid, at)).collect();
         let snapshots_end = layouts.iter().map(|layout| layout.snapshot.insert_lsn).max().unwrap_or(Lsn::ZERO);
         let single_rows_max = SINGLE_ROWS_MAX;
-        Ok(Layout { tables: layouts, by_relid, snapshots_end, binary, workers, ddl: None, has_hypertables: false, single_rows_max })
+        Ok(Layout {
+            tables: layouts,
+            by_relid,
+            snapshots_end,
+            binary,
+            workers,
+            ddl: None,
+            has_hypertables: false,
+            single_rows_max,
+        })
     }
 
     /// The position from which on every change is applied, whatever any copy saw (H24).

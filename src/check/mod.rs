@@ -24,6 +24,7 @@ mod scope;
 mod server;
 mod source;
 mod target;
+mod timescale;
 pub mod tools;
 mod unstreamed;
 mod versions;
@@ -139,6 +140,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         findings.extend(differing::settings(source, target));
         findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
         findings.extend(scope::mapped(on_source, on_target, inputs.scope, inputs.resuming).await?);
+        findings.extend(timescale::findings((on_source, source), (on_target, target), inputs.scope).await?);
         if inputs.scope.data_only {
             findings.extend(existing::compare(on_source, on_target, &tables, inputs).await?);
         } else {
@@ -332,7 +334,8 @@ async fn check_source(
     findings.extend(source::transactions(client, server, source::LONG_TRANSACTION).await?);
     findings.extend(source::privileges(client, server, selection).await?);
     findings.extend(source::cutover(client, server, Side::Source).await?);
-    findings.extend(objects::tables(client, tables, inputs.replica_identity_full).await?);
+    let own = timescale::without_aggregates(client, tables).await?;
+    findings.extend(objects::tables(client, &own, inputs.replica_identity_full).await?);
     findings.extend(objects::others(client, selection).await?);
     findings.extend(unstreamed::findings(client, server, inputs.scope).await?);
     findings.extend(source::session_defaults(client, Side::Source).await?);

@@ -10,6 +10,7 @@ use crate::cutover::unlogged;
 use crate::error::{Context, Result};
 use crate::source::catalog::{ReplicaIdentity, Table, USER_RELATION};
 use crate::source::scope::Selection;
+use crate::timescale;
 
 /// A finding on the source.
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
@@ -153,6 +154,11 @@ fn table_findings(tables: &[Table], keys: &Keys, set_full: bool) -> Vec<Finding>
 pub(crate) async fn others(client: &Client, selection: Option<&Selection>) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let moved = super::scope::moved(selection, "c.oid");
+    // Chunks inherit from their hypertable.
+    let chunks = match timescale::source::extension(client).await?.is_some_and(|extension| extension.is_readable()) {
+        true => timescale::chunk::NOT_A_CHUNK,
+        false => "true",
+    };
     let rows = client
         .query_typed(
             &format!(
@@ -169,14 +175,13 @@ pub(crate) async fn others(client: &Client, selection: Option<&Selection>) -> Re
                  UNION ALL \
                  SELECT 'child', format('%I.%I', n.nspname, c.relname), '', '' \
                  FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
-                 WHERE c.relkind = 'r' AND NOT c.relispartition AND {USER_RELATION} AND {moved} \
+                 WHERE c.relkind = 'r' AND NOT c.relispartition AND {USER_RELATION} AND {moved} AND {chunks} \
                  UNION ALL \
                  SELECT 'event trigger', quote_ident(e.evtname), '', '' FROM pg_event_trigger e WHERE e.evtenabled <> 'D' \
                  UNION ALL \
                  SELECT 'subscription', quote_ident(s.subname), '', '' FROM pg_subscription s \
                  WHERE s.subenabled AND s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-                 UNION ALL \
-                 SELECT 'extension', e.extname, e.extversion, '' FROM pg_extension e WHERE e.extname = 'timescaledb' \
+ \
                  ORDER BY 1, 2, 3"
             ),
             &[],
@@ -262,14 +267,6 @@ pub(crate) async fn others(client: &Client, selection: Option<&Selection>) -> Re
         "subscription",
         "A subscription writes to the source by itself. It has to be disabled before the cutover, and made anew at the \
          target.",
-        None,
-    );
-    add(
-        "extension",
-        &[],
-        Severity::Blocker,
-        "timescaledb",
-        "The database uses TimescaleDB. Hypertables, chunks and continuous aggregates are not moved by this version of walferry.",
         None,
     );
     Ok(findings)

@@ -99,10 +99,7 @@ async fn copy_rows(
         How::AsTable => vec![(copy_out_statement(table, part, format_of(table)), copy_in_statement(table, frozen))],
         How::Rows(out) => vec![(out, timescale::copy::copy_in_statement(table, format_of(table)))],
         How::Raw { out, into } => {
-            vec![
-                (copy_out_statement(table, part, format_of(table)), copy_in_statement(table, false)),
-                (out, into),
-            ]
+            vec![(copy_out_statement(table, part, format_of(table)), copy_in_statement(table, false)), (out, into)]
         }
     };
     let mut rows = 0;

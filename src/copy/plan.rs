@@ -15,7 +15,8 @@ pub fn plan<'a>(tables: impl IntoIterator<Item = &'a Table>, split_above_bytes: 
     let mut parts = Vec::new();
     for table in tables {
         // A chunk is small, and may have to be read decompressed, where there are no pages.
-        let split = table.chunk.is_none() && table.pages.max(0).cast_unsigned().saturating_mul(PAGE_BYTES) > split_above_bytes;
+        let split =
+            table.chunk.is_none() && table.pages.max(0).cast_unsigned().saturating_mul(PAGE_BYTES) > split_above_bytes;
         let count = if split { (table.pages + pages_per_part - 1) / pages_per_part } else { 1 };
         let number = |part: i64| i32::try_from(part).unwrap_or(i32::MAX);
         parts.extend((0..count).map(|part| Part {

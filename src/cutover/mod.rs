@@ -56,11 +56,11 @@ use crate::source::catalog::{self, Table};
 use crate::source::marker;
 use crate::source::scope::Scope;
 use crate::target::late::AtCutover;
-use crate::target::ledger;
+use crate::target::ledger::{self, Migration};
 use crate::target::schema;
 use crate::unstreamed::large_object::Owners;
 use crate::unstreamed::materialized_view::View;
-use crate::{sql, unstreamed, verify};
+use crate::{sql, timescale, unstreamed, verify};
 
 pub use arming::{Arming, WayBack};
 use arming::{Drafted, wait_until_ready};
@@ -105,6 +105,8 @@ pub struct Cutover<'a> {
     pub owners: &'a Owners,
     /// How the target was closed to writers by the cutover before, which this one takes back; `None` where there was none.
     pub target_closed: Option<Closed>,
+    /// As the ledger has it.
+    pub migration: &'a Migration,
 }
 
 /// A cutover that did not go through.
@@ -205,7 +207,7 @@ impl Cutover<'_> {
                 )
             })?;
         // As for the backlog: what can be known before applications wait is looked at before.
-        let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        let tables = self.tables_by_name();
         let look_at_most = timer.left() / 3;
         let known = timer.within(async {
             unique::hold(&sessions.checker, &tables).await?;
@@ -320,6 +322,12 @@ impl Cutover<'_> {
         }
     }
 
+    /// The tables that both servers have by these names. Chunks are not among them: they come and go on each, and who writes to one goes
+    /// by its hypertable.
+    pub(super) fn tables_by_name(&self) -> Vec<&Table> {
+        self.tables.iter().map(|(table, _)| table).filter(|table| table.chunk.is_none()).collect()
+    }
+
     /// What table locks do not hold back: prepared transactions (H30), and DDL (I11).
     async fn nothing_escaped(
         &self,
@@ -343,7 +351,7 @@ impl Cutover<'_> {
         timer: &mut Timer<'_>,
     ) -> Result<(Lsn, Vec<View>)> {
         let Sessions { source, target, inspector, checker, before, .. } = sessions;
-        let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        let tables = self.tables_by_name();
         // Which step is under way is noted in the ledger beside its work: applications wait.
         let id = fence.record().cutover.clone();
         let note = |step| record::note(target, &id, step);
@@ -366,7 +374,7 @@ impl Cutover<'_> {
                 note(timer.current()),
                 sequences.copy(source, target),
                 self.drain(source, timer),
-                Box::pin(self.insert_only_tables_are_equal(sessions)),
+                Box::pin(self.insert_only_tables_are_equal(sessions, |table| !table.is_hypertable)),
                 Box::pin(async {
                     let ((), (), is_any) = tokio::try_join!(
                         Box::pin(self.nothing_escaped(inspector, before, options)),
@@ -387,6 +395,7 @@ impl Cutover<'_> {
                 .hint(ready::who_writes_all_the_same(options.fence)));
         }
         timer.within(unlogged::copy(inspector, target, &tables, &options.waive)).await?;
+        let wake_jobs = timer.within(Box::pin(self.settle_hypertables(sessions))).await?;
         timer.done();
 
         if let Some(way_back) = way_back {
@@ -406,7 +415,7 @@ impl Cutover<'_> {
         };
         let decide = format!(
             // By its first word it is found when its answer is lost: the server shows the beginning of a long query only.
-            "/* cut_over */ BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} {} \
+            "/* cut_over */ BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '2s'; {} {} {} {} {} {} {wake_jobs} \
              UPDATE walferry.migration SET phase = 'cut_over', cutover = jsonb_build_object('lsn', '{}', 'at', now()){pending}; COMMIT",
             fence.record().still_up(),
             // Before what is said of triggers that it makes (H23).
@@ -427,6 +436,20 @@ impl Cutover<'_> {
         }
         timer.done();
         Ok((second.lsn, late))
+    }
+
+    /// What of TimescaleDB is carried over and compared behind the fence; answers what wakes its jobs.
+    async fn settle_hypertables(&self, sessions: &Sessions) -> Result<String> {
+        let Sessions { inspector: source, target, .. } = sessions;
+        if timescale::source::extension(target).await?.is_none() {
+            return Ok(String::new());
+        }
+        // A session of its own, since it holds transactions.
+        let mut own = self.target.connect(self.application_name).await?;
+        timescale::settle::settle(source, &mut own, self.migration, self.owners).await?;
+        // Without the chunks that the source has dropped, which are gone only now.
+        self.insert_only_tables_are_equal(sessions, |table| table.is_hypertable).await?;
+        timescale::settle::wake_jobs(target).await
     }
 
     /// What the way back is made from, where there is to be one.
@@ -505,8 +528,9 @@ impl Cutover<'_> {
     }
 
     /// H27: an update or delete of these would not be in the stream.
-    async fn insert_only_tables_are_equal(&self, sessions: &Sessions) -> Result<()> {
+    async fn insert_only_tables_are_equal(&self, sessions: &Sessions, which: impl Fn(&Table) -> bool) -> Result<()> {
         let of_inserts = self.tables.iter().filter(|(table, insert_only)| *insert_only && !table.unlogged);
+        let of_inserts = of_inserts.filter(|(table, _)| table.chunk.is_none() && which(table));
         let tables: Vec<Table> = of_inserts.map(|(table, _)| table.clone()).collect();
         if tables.is_empty() {
             return Ok(());

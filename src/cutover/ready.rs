@@ -120,7 +120,7 @@ impl Cutover<'_> {
         if let Some((_, arming)) = self.way_back(options) {
             findings.push(way_back(&arming.borrow()));
         }
-        let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        let tables = self.tables_by_name();
         findings.extend(obstacles(source, &tables, options.fence, &options.waive).await?);
         if options.fence == FenceMode::Connections {
             findings.push(Finding::of(

@@ -11,7 +11,6 @@ use super::{Cutover, FenceMode, Options, Sessions, pgbouncer, sequences, unique}
 use crate::apply::Applied;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::wall_clock;
-use crate::source::catalog::Table;
 use crate::target::ledger;
 
 /// How many markers are sent; the median counts.
@@ -129,7 +128,7 @@ impl Cutover<'_> {
     async fn rehearse_without_limit(&self, options: &Options) -> Result<Rehearsal> {
         let sessions = Sessions::open(self, options).await?;
         let mut preconditions = self.preconditions(&sessions, options).await?;
-        let tables: Vec<&Table> = self.tables.iter().map(|(table, _)| table).collect();
+        let tables = self.tables_by_name();
         if let Some(pooler) = &options.pgbouncer {
             let look = pgbouncer::Known::look(pooler, self.source).await.map(drop);
             // What cannot be reached is what an operator wants to hear of here.

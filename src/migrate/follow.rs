@@ -84,8 +84,9 @@ impl Running {
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
-        let is_mapped = !scope.map_schemas.is_empty();
-        let way_back = if self.direction == Direction::There && self.config.reverse && !is_mapped {
+        // `check` says so.
+        let is_one_way = !scope.map_schemas.is_empty() || self.has_hypertables().await?;
+        let way_back = if self.direction == Direction::There && self.config.reverse && !is_one_way {
             let way_back = self.way_back().await?;
             beside.spawn(way_back.clone().keep_ready(tell));
             Some((way_back, arming))
@@ -139,7 +140,8 @@ impl Running {
             warm::stop(&self.target().await?, &self.application_name).await?;
             // As they are now: they can have changed since the migration began.
             let target = self.target().await?;
-            let scope = self.load(&target).await?.scope;
+            let migration = self.load(&target).await?;
+            let scope = migration.scope.clone();
             let entries = ledger::tables(&target).await?;
             let tables: Vec<(Table, bool)> =
                 entries.into_iter().map(|entry| (entry.table, entry.insert_only)).collect();
@@ -148,9 +150,9 @@ impl Running {
                 // The ledger of the way there stands on the server that took over.
                 Direction::Back => Closed::load(&self.config.source.connect(&self.application_name).await?).await?,
             };
-            Ok::<_, Error>((tables, target_closed, scope))
+            Ok::<_, Error>((tables, target_closed, scope, migration))
         };
-        let (tables, target_closed, scope) = match known.await {
+        let (tables, target_closed, scope, migration) = match known.await {
             Ok(known) => known,
             Err(error) => {
                 let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
@@ -175,6 +177,7 @@ impl Running {
             way_back: way_back.clone(),
             owners: &self.config.owners,
             target_closed,
+            migration: &migration,
         };
         if request.dry_run {
             let rehearsed = Box::pin(cutover.rehearse(&request.options)).await;
@@ -313,6 +316,7 @@ impl Running {
                         }
                     }
                     changed = now.into_iter().map(|change| (change, ())).collect();
+                    self.look_for_late_chunks(&source, &target).await?;
                     obstacles = self.obstacles(&source, &target).await?;
                     let measured = Measured::take(&source, &target, applied, looked);
                     // Where nothing moves there is nothing to say.
@@ -339,7 +343,8 @@ impl Running {
     /// What on the source stands against the usual fence. Prepared transactions come and go, and are looked at by the cutover.
     async fn obstacles(&self, source: &Client, target: &Client) -> Result<Vec<String>> {
         let tables = ledger::tables(target).await?;
-        let tables: Vec<&Table> = tables.iter().map(|entry| &entry.table).collect();
+        let tables: Vec<&Table> =
+            tables.iter().map(|entry| &entry.table).filter(|table| table.chunk.is_none()).collect();
         let is_part = self.load(target).await?.scope.is_part();
         let fence = if is_part { cutover::FenceMode::Tables } else { cutover::FenceMode::default() };
         let findings = cutover::obstacles(source, &tables, fence, &[]).await?;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_postgres::Client;
 
-use super::Running;
 use super::prepare::Held;
+use super::{Running, hypertables};
 use crate::apply::change::{Adoption, Change};
 use crate::apply::ddl::Ddl;
 use crate::apply::layout::Layout;
@@ -30,8 +30,8 @@ use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::role::ApplyRole;
 use crate::target::writer::Writer;
 use crate::target::{ddl, index, late, roles, schema};
-use crate::unstreamed;
 use crate::unstreamed::materialized_view;
+use crate::{timescale, unstreamed};
 
 /// How often the source's snapshot is used, so that nothing in between takes it for idle.
 const SNAPSHOT_PING: Duration = Duration::from_secs(10);
@@ -83,9 +83,15 @@ impl Running {
     pub(super) async fn copy_and_index(&self, target: &mut Client, held: &mut Option<Held>) -> Result<()> {
         self.board.set_phase(ShownPhase::Copying);
         let tables = ledger::tables(target).await?;
-        let relids: Vec<u32> = tables.iter().map(|entry| entry.table.relid).collect();
+        let of_compressed = hypertables::chunk_of_compressed(&tables);
+        let relids: Vec<u32> =
+            tables.iter().map(|entry| entry.table.relid).chain(of_compressed.iter().map(|pair| pair.0)).collect();
         let pending = ledger::pending_items(target, Section::PostData).await?;
         let mut items = schema::items_by_table(pending, &relids);
+        for (compressed, chunk) in of_compressed {
+            let of_chunk = items.remove(&compressed).unwrap_or_default();
+            items.entry(chunk).or_default().extend(of_chunk);
+        }
         self.board.set_indexes(items.values().map(|items| items.len() as u64).sum(), 0);
         // Partitioned tables have no rows to wait for, and their leaves' indexes hang on theirs.
         for (position, item) in items.remove(&0).unwrap_or_default() {
@@ -97,15 +103,9 @@ impl Running {
             let _ = copied.send(entry.table.relid);
         }
         let names = tables.iter().map(|entry| (entry.table.relid, entry.table.qualified())).collect();
-        let indexing = index::run(
-            &self.config.target,
-            &self.application_name,
-            items,
-            names,
-            self.config.index,
-            of_index_jobs,
-            &self.board,
-        );
+        let into = self.target_of_copies(target).await?;
+        let indexing =
+            index::run(&into, &self.application_name, items, names, self.config.index, of_index_jobs, &self.board);
         let max_standby_lag = self.tune.max_standby_lag();
         let (source, name, pace) = (&self.config.source, &self.application_name, self.tune.pace());
         let copying = async {
@@ -140,7 +140,7 @@ impl Running {
         let split_above_bytes = if version.scans_page_ranges() { self.config.split_above_bytes } else { u64::MAX };
         let copier = Arc::new(Copier {
             source: self.config.source.clone(),
-            target: self.config.target.clone(),
+            target: self.target_of_copies(target).await?,
             application_name: self.application_name.clone(),
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
             role: self.load(target).await?.apply_role,
@@ -213,6 +213,7 @@ impl Running {
     pub(super) async fn layout(&self, target: &Client, migration: &Migration) -> Result<Arc<Layout>> {
         let (tables, snapshots) = tokio::try_join!(ledger::tables(target), ledger::snapshots(target))?;
         let mut layout = Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?;
+        layout.has_hypertables = timescale::source::extension(target).await?.is_some();
         if ddl::is_replicated(target).await? {
             let prefix = crate::source::ddl::prefix(&migration.id);
             layout.ddl = Some(Ddl { prefix, owners: self.config.owners.clone() });
@@ -268,6 +269,11 @@ impl Running {
             layout = apply.layout;
             adoptions = apply.adoptions;
             match (outcome, apply.change) {
+                (Err(_), Some(change)) if layout.find(change.announced.relid).is_none() => {
+                    self.take_up_chunks(&change).await?;
+                    let target = self.target().await?;
+                    layout = self.layout(&target, &self.load(&target).await?).await?;
+                }
                 (Err(_), Some(change)) => adoptions.push(self.adopt(&layout, change, &adoptions).await?),
                 (outcome, _) => {
                     outcome?;
@@ -318,7 +324,12 @@ impl Running {
         );
         // Event triggers are among the last of them.
         unstreamed::silence_event_triggers(target).await;
+        let chunks = hypertables::chunks(&ledger::tables(target).await?);
         for (position, item) in &items {
+            if item.relid.is_some_and(|relid| chunks.contains(&relid)) && hypertables::comes_with_hypertable(item) {
+                target.batch_execute(&ledger::mark_done(*position)).await?;
+                continue;
+            }
             if let Some(left_out) = schema::run_post_data_item(target, *position, item).await? {
                 self.board.event(Level::Warn, left_out);
             }

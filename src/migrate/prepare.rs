@@ -22,6 +22,7 @@ use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared};
 use crate::target::{existing, schema};
+use crate::timescale;
 use crate::unstreamed::materialized_view;
 
 /// How often the preparation is made anew when the schema changes under it.
@@ -75,6 +76,7 @@ impl Running {
             let moved = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
             self.set_replica_identities(&source, target, &moved).await?;
         }
+        self.prepare_hypertables(&source, target).await?;
         let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
@@ -91,6 +93,10 @@ impl Running {
             Some(_) => Some(catalog::schemas_of_objects(&source).await?),
             None => None,
         };
+        let of_timescaledb = match migration.scope.data_only {
+            true => Vec::new(),
+            false => timescale::prepare::catalog_items(&source, &self.config.owners).await?,
+        };
         source.batch_execute("COMMIT").await?;
         if identities(&published) != identities(&tables) {
             return Ok(None);
@@ -99,7 +105,7 @@ impl Running {
             // Making the slot may have taken hours.
             *target = self.target().await?;
         }
-        let items = if migration.scope.data_only {
+        let mut items = if migration.scope.data_only {
             // It has the schema already; what it makes of identity columns it gets back.
             existing::take_identity_from(target, &mut tables).await?;
             Vec::new()
@@ -116,6 +122,7 @@ impl Running {
             };
             schema::wanted(dump.read().await?, selection.as_ref().zip(schemas.as_ref()))?
         };
+        items.extend(of_timescaledb);
         let binary = tables.iter().all(Table::binary_safe);
         let tables: Vec<(Table, bool)> = tables
             .into_iter()
@@ -145,7 +152,12 @@ impl Running {
 impl Running {
     /// Has the whole old row identify every table that nothing else does (H27): before the slot, so that everything of the stream says
     /// which row it is (H2). Noted in the ledger before it is done.
-    async fn set_replica_identities(&self, source: &Client, target: &mut Client, tables: &[Table]) -> Result<()> {
+    pub(super) async fn set_replica_identities(
+        &self,
+        source: &Client,
+        target: &mut Client,
+        tables: &[Table],
+    ) -> Result<()> {
         let before = identity::lacking(source, tables).await?;
         if before.is_empty() {
             return Ok(());

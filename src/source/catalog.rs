@@ -62,6 +62,9 @@ pub struct Table {
     /// The hypertable that it is a chunk of, to which its changes are applied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunk: Option<ChunkOf>,
+    /// It is a hypertable: its rows are in its chunks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_hypertable: bool,
 }
 
 /// A trigger or rule that is `ENABLE ALWAYS` or `ENABLE REPLICA`.
@@ -258,6 +261,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
             relfilenode: Some(row.get(10)),
             firing: firing.remove(&relid).unwrap_or_default(),
             chunk: None,
+            is_hypertable: false,
         });
     }
     timescale::chunk::arrange(client, &mut tables).await?;
@@ -469,6 +473,7 @@ impl Table {
             relfilenode: None,
             firing: Vec::new(),
             chunk: None,
+            is_hypertable: false,
         }
     }
 }

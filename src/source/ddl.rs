@@ -310,6 +310,7 @@ impl Told {
                 // Whatever it is, the target has the same by then, and is asked.
                 firing: Vec::new(),
                 chunk: None,
+                is_hypertable: false,
                 key,
                 has_other_unique,
                 pages: 0,

@@ -52,7 +52,9 @@ pub enum On {
 /// # Errors
 /// Whatever the server says.
 pub async fn lacking(client: &Client, tables: &[Table]) -> Result<Vec<Before>> {
-    let without = tables.iter().filter(|table| !table.unlogged && !table.has_usable_identity());
+    // Chunks get that of their hypertable, and none of their own.
+    let without =
+        tables.iter().filter(|table| !table.unlogged && !table.has_usable_identity() && table.chunk.is_none());
     let relids: Vec<u32> = without.map(|table| table.relid).collect();
     let rows = client
         .query_typed(

@@ -21,8 +21,10 @@ pub enum Routing {
 impl Routing {
     /// The class that is safe for a table.
     pub fn of(table: &Table) -> Routing {
-        let by_key =
-            table.chunk.is_none() && !table.key.is_empty() && !table.has_other_unique && table.key_columns().all(|column| column.byte_equal);
+        let by_key = table.chunk.is_none()
+            && !table.key.is_empty()
+            && !table.has_other_unique
+            && table.key_columns().all(|column| column.byte_equal);
         if by_key { Routing::ByKey } else { Routing::Whole }
     }
 
@@ -85,6 +87,7 @@ mod tests {
             relfilenode: None,
             firing: Vec::new(),
             chunk: None,
+            is_hypertable: false,
         }
     }
 

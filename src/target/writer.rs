@@ -287,7 +287,7 @@ impl Writer {
     ///
     /// # Errors
     /// What the server says.
-    pub(super) async fn execute(&mut self, text: String, values: &[Datum<'_>]) -> Result<u64> {
+    pub(crate) async fn execute(&mut self, text: String, values: &[Datum<'_>]) -> Result<u64> {
         let mut pipeline = Pipeline::default();
         if values.is_empty() {
             pipeline.text(&text)?;

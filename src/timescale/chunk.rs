@@ -93,7 +93,9 @@ fn arrange_by(database: &Database, tables: &mut Vec<Table>) {
     let compressed: BTreeSet<u32> =
         database.chunks.iter().filter_map(|chunk| Some(chunk.compressed.as_ref()?.relid)).collect();
     tables.retain(|table| !compressed.contains(&table.relid));
+    let roots: BTreeSet<u32> = database.hypertables.iter().map(|hypertable| hypertable.relid).collect();
     for table in tables {
+        table.is_hypertable = roots.contains(&table.relid);
         let chunk = chunks.get(&table.relid);
         table.chunk = chunk.and_then(|chunk| Some(ChunkOf::of(chunk, hypertables.get(&chunk.hypertable)?)));
     }

@@ -12,6 +12,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use super::chunk::ChunkOf;
+use crate::connection::Session;
 use crate::connection::wire::RawSession;
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
@@ -52,7 +53,7 @@ pub fn copy_in_statement(table: &Table, format: &str) -> String {
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn how(source: &mut RawSession, table: &Table, format: &str) -> Result<How> {
+pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) -> Result<How> {
     let Some(chunk) = &table.chunk else { return Ok(How::AsTable) };
     let rows = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
     let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name) \

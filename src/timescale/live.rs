@@ -97,15 +97,15 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
         })
     });
     if let Some(newer) = newer {
-        let text = format!("a TRUNCATE of the source came before the copy of {} and is applied after it", newer.qualified());
-        return Err(Error::new(ErrorKind::Divergence, text).hint("Begin anew: `walferry clean`, then `walferry migrate`."));
+        let text =
+            format!("a TRUNCATE of the source came before the copy of {} and is applied after it", newer.qualified());
+        return Err(
+            Error::new(ErrorKind::Divergence, text).hint("Begin anew: `walferry clean`, then `walferry migrate`.")
+        );
     }
-    let of_hypertables: BTreeSet<u32> =
-        emptied.iter().filter_map(|table| Some(table.chunk.as_ref()?.relid)).collect();
-    let (hypertables, others): (Vec<&Table>, Vec<&Table>) = emptied
-        .iter()
-        .filter(|table| table.chunk.is_none())
-        .partition(|table| of_hypertables.contains(&table.relid));
+    let of_hypertables: BTreeSet<u32> = emptied.iter().filter_map(|table| Some(table.chunk.as_ref()?.relid)).collect();
+    let (hypertables, others): (Vec<&Table>, Vec<&Table>) =
+        emptied.iter().filter(|table| table.chunk.is_none()).partition(|table| of_hypertables.contains(&table.relid));
     let identity = if restart_identity { " RESTART IDENTITY" } else { "" };
     for hypertable in hypertables {
         let statement = format!("TRUNCATE {}{identity}", hypertable.qualified());
@@ -168,7 +168,8 @@ pub async fn take_up(
     let late: Vec<&Table> = new.iter().filter(|(_, complete)| !complete).map(|(table, _)| table).collect();
     let floor = publish(source, migration, &late, &published).await?;
 
-    let living: Vec<Chunk> = chunks.into_values().collect();
+    // Nothing of a new chunk is on the target yet: what is in its range there is of one that is gone.
+    let living: Vec<Chunk> = chunks.into_values().filter(|chunk| known.contains_key(&chunk.relid)).collect();
     let transaction = target.transaction().await?;
     for (table, complete) in &new {
         record(transaction.client(), table, *complete).await?;
@@ -225,6 +226,17 @@ pub(super) async fn published(source: &Client, migration: &Migration) -> Result<
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
+/// Whether every chunk of the source is known to the ledger, or was published from its first moment.
+///
+/// # Errors
+/// Whatever the servers say.
+pub async fn are_all_published(source: &Client, target: &Client, migration: &Migration) -> Result<bool> {
+    let chunks = source::chunks(source).await?;
+    let published = published(source, migration).await?;
+    let known: BTreeSet<u32> = ledger::tables(target).await?.iter().map(|entry| entry.table.relid).collect();
+    Ok(chunks.iter().all(|chunk| known.contains(&chunk.relid) || published.get(&chunk.relid) == Some(&true)))
+}
+
 /// Publishes chunks that are not, and answers from which xid on a snapshot has seen all that was not streamed of them (H2).
 async fn publish(
     source: &Client,
@@ -243,8 +255,11 @@ async fn publish(
         source.batch_execute(&statement).await.context(|| format!("publishing the chunk {}", table.qualified()))?;
     }
     // Whatever began before now has a smaller xid than this one.
-    let assigned: i64 =
-        source.query_typed_one("SELECT pg_catalog.txid_current()", &[]).await.context(|| "taking an xid".into())?.get(0);
+    let assigned: i64 = source
+        .query_typed_one("SELECT pg_catalog.txid_current()", &[])
+        .await
+        .context(|| "taking an xid".into())?
+        .get(0);
     Ok(Some(assigned.cast_unsigned()))
 }
 
@@ -293,6 +308,7 @@ fn dropped_before_it_was_seen(announced: &Announced) -> Table {
             is_late: true,
             is_gone: true,
         }),
+        is_hypertable: false,
     }
 }
 

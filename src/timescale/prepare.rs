@@ -300,11 +300,8 @@ async fn remember_jobs(source: &Client) -> Result<SchemaItem> {
     let jobs = source::jobs(source).await?;
     let scheduled: Vec<String> = jobs.iter().filter(|job| job.scheduled).map(|job| job.id.to_string()).collect();
     let rows = scheduled.iter().map(|id| format!("({id})")).collect::<Vec<_>>().join(", ");
-    let insert = if rows.is_empty() {
-        String::new()
-    } else {
-        format!("; INSERT INTO walferry.timescaledb_job VALUES {rows}")
-    };
+    let insert =
+        if rows.is_empty() { String::new() } else { format!("; INSERT INTO walferry.timescaledb_job VALUES {rows}") };
     Ok(SchemaItem {
         section: Section::PreData,
         kind: "TIMESCALEDB CATALOG".into(),

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
 
-use super::source::{self, Database};
+use super::source::{self, Chunk, Database};
 use super::{live, prepare};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
@@ -56,9 +56,11 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
 /// `Blocked` naming a chunk that was not published in time, `Different` naming one whose rows are not as many; else what the servers say.
 pub async fn settle(source: &Client, target: &mut Client, migration: &Migration, owners: &Owners) -> Result<()> {
     let Some(of_source) = source::read(source).await? else { return Ok(()) };
-    every_chunk_is_known(source, target, &of_source, migration).await?;
+    let known = every_chunk_is_known(source, target, &of_source, migration).await?;
+    // A chunk that nothing has come of is empty, and nothing on the target is of it.
+    let living: Vec<Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).cloned().collect();
     let transaction = target.transaction().await?;
-    let dropped = live::drop_what_is_gone(transaction.client(), &of_source.chunks).await?;
+    let dropped = live::drop_what_is_gone(transaction.client(), &living).await?;
     if !dropped.is_empty() {
         tracing::info!(chunks = dropped.len(), "chunks that the source has dropped are dropped on the target");
     }
@@ -69,13 +71,13 @@ pub async fn settle(source: &Client, target: &mut Client, migration: &Migration,
     transaction.commit().await.context(|| "carrying over the state of continuous aggregates and jobs".into())
 }
 
-/// The guard (I11): nothing of a chunk can have been missed.
+/// The guard (I11): nothing of a chunk can have been missed. Answers those that the ledger knows.
 async fn every_chunk_is_known(
     source: &Client,
     target: &Client,
     of_source: &Database,
     migration: &Migration,
-) -> Result<()> {
+) -> Result<BTreeSet<u32>> {
     let known: BTreeSet<u32> = ledger::tables(target).await?.iter().map(|entry| entry.table.relid).collect();
     let published = live::published(source, migration).await?;
     // One that nothing has come of, though all of it would have: it is empty.
@@ -83,9 +85,10 @@ async fn every_chunk_is_known(
         .chunks
         .iter()
         .find(|chunk| !known.contains(&chunk.relid) && published.get(&chunk.relid) != Some(&true));
-    let Some(chunk) = missed else { return Ok(()) };
+    let Some(chunk) = missed else { return Ok(known) };
     let text = format!("the chunk {} was made by a session that did not publish it", chunk.qualified());
-    Err(Error::new(ErrorKind::Blocked, text).hint("It is being copied now. Try again when `walferry status` says that it is ready."))
+    Err(Error::new(ErrorKind::Blocked, text)
+        .hint("It is being copied now. Try again when `walferry status` says that it is ready."))
 }
 
 /// How many rows there are in the ranges of compressed chunks.
@@ -103,9 +106,11 @@ async fn rows_of_compressed_chunks_are_equal(source: &Client, target: &Client, o
         .map(|chunk| chunk.hypertable)
         .collect();
     for hypertable in of_source.hypertables.iter().filter(|of| compressed.contains(&of.id)) {
-        let (here, there) =
-            futures_util::future::try_join(rows(source, of_source, hypertable.id), rows(target, &of_target, hypertable.id))
-                .await?;
+        let (here, there) = futures_util::future::try_join(
+            rows(source, of_source, hypertable.id),
+            rows(target, &of_target, hypertable.id),
+        )
+        .await?;
         if here != there {
             let text = format!(
                 "the hypertable {} has {here} rows on the source and {there} on the target",
@@ -137,7 +142,11 @@ async fn rows(client: &Client, database: &Database, hypertable: i32) -> Result<i
     // Each of them is locked: not too many at once (H10).
     for counts in counts.chunks(100) {
         let query = format!("SELECT coalesce(pg_catalog.sum(n), 0)::int8 FROM ({}) counts", counts.join(" UNION ALL "));
-        sum += client.query_typed_one(&query, &[]).await.context(|| "counting the rows of chunks".into())?.get::<_, i64>(0);
+        sum += client
+            .query_typed_one(&query, &[])
+            .await
+            .context(|| "counting the rows of chunks".into())?
+            .get::<_, i64>(0);
     }
     Ok(sum)
 }
@@ -158,7 +167,8 @@ async fn carry(source: &Client, target: &Client, owners: &Owners) -> Result<()> 
     let jobs = sql::qualified("_timescaledb_catalog", "bgw_job");
     let rows = prepare::rows_as_json(source, &jobs, "bgw_job", "WHERE id >= 1000", owners).await?;
     let insert = prepare::insert_statement(&jobs, "bgw_job", &rows, owners);
-    let scheduled = source::jobs(source).await?.iter().filter(|job| job.scheduled).map(|job| job.id).collect::<Vec<_>>();
+    let scheduled =
+        source::jobs(source).await?.iter().filter(|job| job.scheduled).map(|job| job.id).collect::<Vec<_>>();
     target
         .batch_execute(&format!(
             "DELETE FROM {jobs} WHERE id >= 1000; {insert}; DELETE FROM walferry.timescaledb_job; \

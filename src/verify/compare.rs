@@ -236,7 +236,8 @@ async fn in_parallel<'a>(jobs: usize, count: usize, work: &(dyn Fn(usize) -> Wor
 /// # Errors
 /// `Usage` for a name that is not among them.
 pub fn choose<'a>(tables: &'a [Table], wanted: Option<&[String]>) -> Result<Vec<&'a Table>> {
-    let Some(wanted) = wanted else { return Ok(tables.iter().collect()) };
+    // Chunks are compared with their hypertable.
+    let Some(wanted) = wanted else { return Ok(tables.iter().filter(|table| table.chunk.is_none()).collect()) };
     let mut chosen: Vec<&Table> = Vec::new();
     for name in wanted {
         let is_it = |table: &&Table| *name == table.qualified() || *name == format!("{}.{}", table.schema, table.name);

@@ -126,12 +126,13 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
         )
         .await
         .context(doing)?;
-    let only = if found.get(1) { "ONLY " } else { "" };
+    // The rows of a hypertable are in its chunks, which need not be the same on both sides.
+    let only = if found.get(1) && !table.is_hypertable { "ONLY " } else { "" };
     Ok(Some(Layout {
         from: format!("{only}{}", sql::qualified(&table.schema, &table.name)),
         pages: found.get(2),
         estimated_rows: found.get(3),
-        reads_page_ranges: version.scans_page_ranges(),
+        reads_page_ranges: version.scans_page_ranges() && !table.is_hypertable,
         prints_floats_shortest: version.prints_floats_shortest(),
         columns: columns
             .into_iter()

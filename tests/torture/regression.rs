@@ -79,6 +79,7 @@ fn table() -> Table {
         relfilenode: None,
         firing: Vec::new(),
         chunk: None,
+        is_hypertable: false,
     }
 }
 

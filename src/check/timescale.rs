@@ -1,0 +1,183 @@
+//! TimescaleDB: whether what the source has of it can be moved, and how.
+
+use tokio_postgres::Client;
+
+use super::report::{Finding, Severity, Side, first_ten};
+use super::server::Server;
+use crate::error::{Context, Result};
+use crate::source::catalog::Table;
+use crate::source::scope::Scope;
+use crate::timescale::prepare;
+use crate::timescale::source::{self, Database};
+
+/// The tables that need an identity of their own: those of continuous aggregates get one for the time of the migration.
+///
+/// # Errors
+/// Whatever the server says.
+pub(crate) async fn without_aggregates(client: &Client, tables: &[Table]) -> Result<Vec<Table>> {
+    let aggregates = prepare::of_aggregates(client, tables).await?;
+    let is_one = |table: &Table| aggregates.iter().any(|other| other.relid == table.relid);
+    Ok(tables.iter().filter(|table| !is_one(table)).cloned().collect())
+}
+
+/// Everything about TimescaleDB; nothing where the source does not have it.
+///
+/// # Errors
+/// Whatever the servers say.
+pub(crate) async fn findings(
+    (on_source, source): (&Client, &Server),
+    (on_target, target): (&Client, &Server),
+    scope: &Scope,
+) -> Result<Vec<Finding>> {
+    let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
+    let mut findings = of_source(&database);
+    findings.extend(of_settings(on_source, source, &database).await?);
+    findings.extend(of_target(on_target, target, &database).await?);
+    findings.extend(firing(on_source, &database).await?);
+    if scope.is_part() || scope.data_only || !scope.map_schemas.is_empty() {
+        let message = "A database with TimescaleDB is moved as a whole: filters, --data-only and --map-schema cannot be combined with it.";
+        findings.push(blocker(Side::Source, "timescaledb-scope", &database, message));
+    }
+    Ok(findings)
+}
+
+fn blocker(side: Side, code: &'static str, database: &Database, message: impl Into<String>) -> Finding {
+    Finding::new(Severity::Blocker, side, code, format!("timescaledb {}", database.extension.version), message)
+}
+
+fn of_source(database: &Database) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if !database.extension.is_readable() {
+        let (major, minor) = source::OLDEST;
+        let message = format!("TimescaleDB before {major}.{minor} is not moved: its catalog is another.");
+        findings.push(
+            blocker(Side::Source, "timescaledb-version", database, message).fix("ALTER EXTENSION timescaledb UPDATE;"),
+        );
+    }
+    let distributed: Vec<String> = database.distributed().map(|hypertable| hypertable.qualified()).collect();
+    if !distributed.is_empty() {
+        let message = "It is distributed over several servers (multi-node), which no version of TimescaleDB since 2.14 has. Copy its rows \
+                       into an ordinary hypertable first.";
+        let found =
+            Finding::new(Severity::Blocker, Side::Source, "timescaledb-distributed", first_ten(&distributed), message);
+        findings.push(found);
+    }
+    let tiered: Vec<String> = database
+        .tiered()
+        .map(|chunk| database.hypertable(chunk.hypertable).map_or_else(|| chunk.qualified(), |of| of.qualified()))
+        .collect();
+    if !tiered.is_empty() {
+        let message =
+            "Chunks of it are in tiered storage, outside of the database. Bring them back with untier_chunk() first.";
+        let found = Finding::new(Severity::Blocker, Side::Source, "timescaledb-tiered", first_ten(&tiered), message);
+        findings.push(found);
+    }
+    findings
+}
+
+/// What the stream of compressed chunks depends on.
+async fn of_settings(client: &Client, server: &Server, database: &Database) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    if !database.hypertables.iter().any(|hypertable| hypertable.compression) {
+        return Ok(findings);
+    }
+    let markers: Option<String> = client
+        .query_typed_one("SELECT pg_catalog.current_setting('timescaledb.enable_compression_wal_markers', true)", &[])
+        .await
+        .context(|| "reading a setting of TimescaleDB".into())?
+        .get(0);
+    if markers.as_deref() != Some("on") || server.major() < 14 {
+        let message = "Without the markers of compression in the WAL, which PostgreSQL streams from 14 on, what compression does cannot be \
+                       told from what users do.";
+        findings.push(
+            blocker(Side::Source, "timescaledb-markers", database, message)
+                .fix("ALTER SYSTEM SET timescaledb.enable_compression_wal_markers = on;\nSELECT pg_reload_conf();"),
+        );
+    }
+    let message = "Compressed chunks are followed with timescaledb.enable_compressed_direct_batch_delete off, which the migration sets for \
+                   the database (and as a superuser for the server) before it begins. A session that is older than that, or sets it on \
+                   itself, can delete whole compressed segments unseen: the cutover counts the rows, and refuses then. Compress beforehand \
+                   what is to be compressed: chunks that are, are moved as they are.";
+    let names: Vec<String> = database.hypertables.iter().filter(|of| of.compression).map(|of| of.qualified()).collect();
+    findings.push(Finding::new(Severity::Info, Side::Source, "timescaledb-compression", first_ten(&names), message));
+    Ok(findings)
+}
+
+async fn of_target(client: &Client, server: &Server, database: &Database) -> Result<Vec<Finding>> {
+    let wanted = &database.extension.version;
+    let mut findings = Vec::new();
+    let installed = source::extension(client).await?;
+    let offered: bool = client
+        .query_typed_one(
+            &format!(
+                "SELECT EXISTS (SELECT FROM pg_catalog.pg_available_extension_versions WHERE name = 'timescaledb' AND version = {})",
+                crate::sql::literal(wanted)
+            ),
+            &[],
+        )
+        .await
+        .context(|| "looking for the extension timescaledb on the target".into())?
+        .get(0);
+    match &installed {
+        Some(installed) if installed.version != *wanted => {
+            let message = format!(
+                "The target has TimescaleDB {}, and the source {wanted}: only the same version is moved as it is, with its chunks and \
+                 compressed rows.",
+                installed.version
+            );
+            findings.push(blocker(Side::Target, "timescaledb-version", database, message).fix(format!(
+                "ALTER EXTENSION timescaledb UPDATE TO '{}';  -- on the source, or the other way round on the target",
+                installed.version
+            )));
+        }
+        None if !offered => {
+            let message = format!("The target does not offer TimescaleDB {wanted}, the version of the source.");
+            findings.push(blocker(Side::Target, "timescaledb-version", database, message));
+        }
+        _ => {
+            let message = "Same version on both servers: the whole database is moved with its chunks, compressed ones as they are, \
+                           continuous aggregates with their rows, and jobs, which sleep on the target until the cutover. There is no way back.";
+            let object = format!("timescaledb {wanted}");
+            findings.push(Finding::new(Severity::Info, Side::Target, "timescaledb-mode", object, message));
+        }
+    }
+    if !server.setting("shared_preload_libraries").is_some_and(|loaded| loaded.contains("timescaledb")) {
+        let message = "The target does not load TimescaleDB at its start.";
+        findings.push(
+            blocker(Side::Target, "timescaledb-preload", database, message)
+                .fix("ALTER SYSTEM SET shared_preload_libraries = 'timescaledb';  -- with what is there already; then restart the server"),
+        );
+    }
+    if !server.superuser {
+        let message = "The rows of the extension's catalog can only be written by a superuser of the target.";
+        findings.push(blocker(Side::Target, "timescaledb-superuser", database, message));
+    }
+    let license: Option<String> =
+        client.query_typed_one("SELECT pg_catalog.current_setting('timescaledb.license', true)", &[]).await?.get(0);
+    if database.extension.license != "apache" && license.as_deref() == Some("apache") {
+        let message =
+            "The target's timescaledb.license is apache, which has no compression, continuous aggregates and policies.";
+        findings.push(
+            blocker(Side::Target, "timescaledb-license", database, message)
+                .fix("ALTER SYSTEM SET timescaledb.license = 'timescale';\nSELECT pg_reload_conf();"),
+        );
+    }
+    Ok(findings)
+}
+
+/// Triggers that would fire for what is applied: on a hypertable they are on every chunk, also on those to come.
+async fn firing(client: &Client, database: &Database) -> Result<Option<Finding>> {
+    let relids: Vec<u32> = database.hypertables.iter().map(|hypertable| hypertable.relid).collect();
+    let rows = client
+        .query(
+            "SELECT format('%I on %s', t.tgname, t.tgrelid::regclass) FROM pg_catalog.pg_trigger t \
+             WHERE t.tgrelid = ANY ($1) AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') ORDER BY 1",
+            &[&relids],
+        )
+        .await
+        .context(|| "looking for triggers of hypertables".into())?;
+    let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    let message = "It is ENABLE ALWAYS or REPLICA on a hypertable, and would fire on the target for every change that is applied.";
+    Ok((!names.is_empty())
+        .then(|| Finding::new(Severity::Blocker, Side::Source, "timescaledb-trigger", first_ten(&names), message)))
+}

@@ -1,0 +1,141 @@
+//! Where the phases meet TimescaleDB: what is set before the slot, and chunks that come and go while it follows.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::Client;
+
+use super::{Direction, Running};
+use crate::apply::change::Change;
+use crate::connection::ConnectionSpec;
+use crate::error::{Error, ErrorKind, Result};
+use crate::observe::status::Level;
+use crate::source::catalog;
+use crate::source::catalog::Table;
+use crate::target::ledger::{LedgerTable, SchemaItem};
+use crate::timescale::{self, live, prepare};
+
+impl Running {
+    /// Sets what the stream of hypertables needs, and has the whole row identify those of continuous aggregates, before the slot (H2).
+    pub(super) async fn prepare_hypertables(&self, source: &Client, target: &mut Client) -> Result<()> {
+        if self.direction == Direction::Back {
+            return Ok(());
+        }
+        let set = prepare::set_up(source, target).await?;
+        if set.is_empty() {
+            return Ok(());
+        }
+        self.board.event(Level::Info, format!("on the source, until `walferry clean`: {}", set.join(", ")));
+        let aggregates = prepare::of_aggregates(source, &catalog::tables(source).await?).await?;
+        self.set_replica_identities(source, target, &aggregates).await
+    }
+
+    /// Makes the extension on the target, where the source has it, and puts the session into restoring mode: to it, hypertables are
+    /// ordinary tables from now on.
+    pub(super) async fn make_timescaledb(&self, target: &Client) -> Result<()> {
+        let source = self.config.source.connect(&self.application_name).await?;
+        let Some(extension) = timescale::source::extension(&source).await? else { return Ok(()) };
+        prepare::create_extension(&self.config.target, &self.application_name, &extension).await?;
+        self.restoring(target, true).await
+    }
+
+    /// Puts a session of the target into restoring mode, or out of it, where the target has the extension.
+    pub(super) async fn restoring(&self, target: &Client, on: bool) -> Result<()> {
+        if timescale::source::extension(target).await?.is_some() {
+            let value = if on { "on" } else { "off" };
+            target.batch_execute(&format!("SET timescaledb.restoring = {value}")).await?;
+        }
+        Ok(())
+    }
+
+    /// Where rows are copied to and indexes built: in sessions to which hypertables are ordinary tables.
+    pub(super) async fn target_of_copies(&self, target: &Client) -> Result<ConnectionSpec> {
+        let is_there = timescale::source::extension(target).await?.is_some();
+        Ok(if is_there { prepare::restoring(&self.config.target) } else { self.config.target.clone() })
+    }
+
+    /// The apply has come to a table that nobody knows: a new chunk, or one that is gone again already.
+    ///
+    /// # Errors
+    /// `Transient` when a chunk was published too late: the phases begin again, and copy it.
+    pub(super) async fn take_up_chunks(&self, change: &Change) -> Result<()> {
+        let (source, mut target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
+        let migration = self.load(&target).await?;
+        let found = live::take_up(&source, &mut target, &migration, Some(&change.announced)).await?;
+        self.say_what_was_taken_up(&found)
+    }
+
+    /// Compares the source's chunks with the ledger, before anything is applied. Answers whether some have to be copied.
+    pub(super) async fn take_up_all_chunks(&self, target: &mut Client) -> Result<bool> {
+        if self.direction == Direction::Back || timescale::source::extension(target).await?.is_none() {
+            return Ok(false);
+        }
+        let source = self.config.source.connect(&self.application_name).await?;
+        let migration = self.load(target).await?;
+        let found = live::take_up(&source, target, &migration, None).await?;
+        match self.say_what_was_taken_up(&found) {
+            Err(error) if error.is_transient() => {
+                self.board.event(Level::Info, error.to_string());
+                Ok(true)
+            }
+            said => said.map(|()| false),
+        }
+    }
+
+    /// Whether the source's hypertables are moved.
+    pub(super) async fn has_hypertables(&self) -> Result<bool> {
+        Ok(timescale::source::extension(&self.target().await?).await?.is_some())
+    }
+
+    /// The guard: looks for chunks that are in no publication.
+    ///
+    /// # Errors
+    /// `Transient` when there are any: the phases begin again, and copy them.
+    pub(super) async fn look_for_late_chunks(&self, source: &Client, target: &Client) -> Result<()> {
+        if self.direction == Direction::Back || timescale::source::extension(target).await?.is_none() {
+            return Ok(());
+        }
+        match live::are_all_published(source, target, &self.load(target).await?).await? {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Transient, "a session has made a chunk and not published it")),
+        }
+    }
+
+    fn say_what_was_taken_up(&self, found: &live::TakenUp) -> Result<()> {
+        let few = |names: &[String]| match names {
+            [] => String::new(),
+            [one] => one.clone(),
+            [first, rest @ ..] => format!("{first} and {} more", rest.len()),
+        };
+        if !found.new.is_empty() {
+            self.board.event(Level::Info, format!("new chunks on the source: {}", few(&found.new)));
+        }
+        if !found.gone.is_empty() {
+            let text = format!("chunks that the source has dropped are dropped on the target: {}", few(&found.gone));
+            self.board.event(Level::Info, text);
+        }
+        if found.late.is_empty() {
+            return Ok(());
+        }
+        let text = format!(
+            "chunks that their session did not publish are copied under a snapshot of their own: {}",
+            few(&found.late)
+        );
+        Err(Error::new(ErrorKind::Transient, text))
+    }
+}
+
+/// The relation of compressed rows belongs to its chunk: so do the indexes of it.
+pub(super) fn chunk_of_compressed(tables: &[LedgerTable]) -> Vec<(u32, u32)> {
+    let pair = |table: &Table| Some((table.chunk.as_ref()?.compressed.as_ref()?.relid, table.relid));
+    tables.iter().filter_map(|entry| pair(&entry.table)).collect()
+}
+
+/// The OIDs of chunks.
+pub(super) fn chunks(tables: &[LedgerTable]) -> BTreeSet<u32> {
+    tables.iter().filter(|entry| entry.table.chunk.is_some()).map(|entry| entry.table.relid).collect()
+}
+
+/// What the extension makes on every chunk when it is made on the hypertable: chunks that came on the target meanwhile have it then too.
+pub(super) fn comes_with_hypertable(item: &SchemaItem) -> bool {
+    matches!(item.kind.as_str(), "TRIGGER" | "FK CONSTRAINT")
+}
