@@ -80,8 +80,8 @@ const WORK: [&str; 9] = [
     "SELECT compress_chunk(c, true) FROM show_chunks('metrics', older_than => '2025-01-06 00:00Z'::timestamptz) c",
     "SELECT decompress_chunk(c, true) FROM show_chunks('metrics', newer_than => '2025-01-03 00:00Z'::timestamptz, \
      older_than => '2025-01-04 00:00Z'::timestamptz) c",
-    "CALL refresh_continuous_aggregate('hourly', '2025-01-02 00:00Z', '2025-01-09 00:00Z')",
-    "CALL refresh_continuous_aggregate('daily', '2025-01-02 00:00Z', '2025-01-09 00:00Z')",
+    "CALL refresh_continuous_aggregate('hourly', '2025-01-05 00:00Z', '2025-01-08 00:00Z')",
+    "CALL refresh_continuous_aggregate('daily', '2025-01-05 00:00Z', '2025-01-08 00:00Z')",
     "DELETE FROM metrics WHERE device = 5 AND time < '2025-01-04 00:00Z'",
     "SELECT reorder_chunk(c, 'ticks_pkey') FROM (SELECT show_chunks('ticks') c LIMIT 1) s",
     "SELECT drop_chunks('ticks', older_than => (SELECT max(n) - 400 FROM ticks))",
@@ -114,7 +114,7 @@ impl Application {
                         writes.fetch_add(1, Ordering::Relaxed);
                     }
                     number += 2;
-                    tokio::time::sleep(Duration::from_millis(15)).await;
+                    tokio::time::sleep(Duration::from_millis(120)).await;
                 }
             });
         }
@@ -127,7 +127,7 @@ impl Application {
                     if let Err(error) = client.batch_execute(statement).await {
                         println!("beside: {statement}: {error:?}");
                     }
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(Duration::from_millis(200)).await;
                 }
                 done.fetch_add(1, Ordering::Relaxed);
             }
@@ -242,10 +242,10 @@ async fn a_whole_timescaledb_is_moved_live_under_compression_refresh_and_retenti
     }
     let servers = servers(&[], &[]).await;
     let (migration, application) = begun(&servers, "live").await;
-    let mut running = migration.migrate(&["--replica-identity-full", "--no-reverse"]);
+    let mut running = migration.migrate(&["--replica-identity-full", "--no-reverse", "--queue-max-bytes", "64MiB"]);
     migration.wait_for_phase(&mut running, "following").await;
     nothing_runs_on_the_target_yet(&migration).await;
-    application.goes_on(4).await;
+    application.goes_on(2).await;
     // A new hypertable's chunk range comes again after it was dropped.
     let source = migration.source().await;
     source.batch_execute("SELECT drop_chunks('log', older_than => '2025-01-02'::timestamp)").await.unwrap();
@@ -253,6 +253,8 @@ async fn a_whole_timescaledb_is_moved_live_under_compression_refresh_and_retenti
     application.goes_on(1).await;
     application.stop().await;
     drop(source);
+    let caught_up = |status: &serde_json::Value| status["lag"]["bytes"].as_f64() == Some(0.0);
+    migration.wait_for_status(&mut running, "nothing is left to apply", caught_up).await;
     migration.cut_over(running).await;
     assert_equal(&migration).await;
 
@@ -285,7 +287,7 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     // A session of before the migration that says no by itself, and has a chunk's transaction open while it is looked for.
     let own = migration.source().await;
     own.batch_execute("SET timescaledb.enable_chunk_auto_publication = off").await.unwrap();
-    let arguments = ["--replica-identity-full", "--no-reverse"];
+    let arguments = ["--replica-identity-full", "--no-reverse", "--queue-max-bytes", "64MiB"];
     let mut running = migration.migrate(&arguments);
     migration.wait_for_phase(&mut running, "copying").await;
     let mut running = killed_and_begun_again(&migration, running, &arguments).await;
