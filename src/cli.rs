@@ -1,6 +1,7 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
 mod cutover;
+mod standby;
 mod values;
 
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use crate::pause::What;
 use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
+pub use standby::StandbyOptions;
 pub use values::{HttpAddress, Time};
 use values::{
     at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate,
@@ -298,6 +300,9 @@ pub struct Check {
     pub servers: Servers,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub standbys: StandbyOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub parallelism: Parallelism,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -348,6 +353,9 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub servers: Servers,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub standbys: StandbyOptions,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub directory: Directory,
@@ -519,6 +527,9 @@ pub struct Clean {
     /// The state directory of the migration
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// The standby that the slot is on, where a migration had one and its state directory is lost
+    #[arg(long, env = "WALFERRY_STREAM_FROM", hide_env_values = true, value_name = "URL")]
+    pub stream_from: Option<String>,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
