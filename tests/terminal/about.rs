@@ -130,17 +130,17 @@ fn every_command_has_a_manual_page_that_roff_has_nothing_against() {
     let Some(groff) = tools::program("groff") else { return };
     for page in std::fs::read_dir(&out).unwrap() {
         let page = page.unwrap().path();
-        let shown = shown_by(&groff, &page);
+        let shown = shown_by(&groff, "utf8", &page);
         assert!(text(&shown.stderr).is_empty(), "{}: {}", page.display(), text(&shown.stderr));
         let shown = text(&shown.stdout);
         assert!(shown.contains("OPTIONS") && shown.contains("walferry"), "{}", page.display());
     }
-    let cutover = text(&shown_by(&groff, &out.join("walferry-cutover.1")).stdout);
+    let cutover = text(&shown_by(&groff, "ascii", &out.join("walferry-cutover.1")).stdout);
     let example = "walferry cutover --dir ./shop --dry-run\n";
     assert!(cutover.contains(example), "an example keeps its line: {cutover}");
 }
 
-fn shown_by(groff: &Path, page: &Path) -> Output {
+fn shown_by(groff: &Path, device: &str, page: &Path) -> Output {
     // Without overstrikes and colours, and with every warning.
-    Command::new(groff).args(["-man", "-ww", "-Tascii", "-P-cbou"]).arg(page).output().unwrap()
+    Command::new(groff).args(["-man", "-ww", "-T", device, "-P-cbou"]).arg(page).output().unwrap()
 }
