@@ -30,6 +30,7 @@ pub mod copy;
 pub mod target;
 
 pub mod cutover;
+pub mod timescale;
 pub mod unstreamed;
 pub mod verify;
 
