@@ -27,7 +27,7 @@ use values::{
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110, after_help = EXAMPLE, propagate_version = true)]
+#[command(version = env!("WALFERRY_VERSION"), about, max_term_width = 110, after_help = EXAMPLE, propagate_version = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
