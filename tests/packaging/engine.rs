@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::file;
 
 /// How long any one step may take before it is ended and the test fails.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// In the namespaces, before the engine: the loopback interface, and places for what engines leave outside of their directories.
 const START: &str = r#"
