@@ -1,5 +1,6 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
+mod about;
 mod verify;
 
 use std::io::{IsTerminal, Write};
@@ -40,6 +41,9 @@ use crate::target::index;
 pub async fn run(cli: Cli) -> Result<()> {
     let log_format = cli.log_format;
     let bars = logging::init(log_format)?;
+    for warning in &cli.warnings {
+        warn!("{warning}");
+    }
     match cli.command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
@@ -63,6 +67,9 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Verify(options) => verify::verify(options, log_format, bars).await,
         Command::Repair(options) => verify::repair(options).await,
         Command::Clean(options) => clean(options).await,
+        Command::Config(options) => about::config(options),
+        Command::Completions(options) => about::completions(options.shell),
+        Command::Man(options) => about::man(&options),
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
             demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await
