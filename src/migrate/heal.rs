@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 use tokio_postgres::Client;
 
 use super::prepare::{Held, identities};
-use super::{Heal, Running};
+use super::{Heal, Running, hypertables};
 use crate::apply::reconcile::{self, Stream};
 use crate::care::wal::GivenUp;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -51,7 +51,11 @@ impl Running {
                 self.compare_tables_again(target, &migration, names).await?;
                 None
             }
-            Heal::Everything => Some(self.resync(target, &migration).await?),
+            Heal::Everything => {
+                let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
+                hypertables::can_be_compared_again(&tables.iter().collect::<Vec<_>>())?;
+                Some(self.resync(target, &migration).await?)
+            }
         };
         *heal = Heal::Nothing;
         Ok((self.load(target).await?, held))
@@ -96,6 +100,7 @@ impl Running {
         chosen: &[&Table],
         up_to: Option<Lsn>,
     ) -> Result<()> {
+        hypertables::can_be_compared_again(chosen)?;
         // Whatever was applied or lost is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let assigned: String = source
             .query_typed_one("SELECT pg_catalog.txid_current()::text", &[])

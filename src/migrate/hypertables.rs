@@ -130,6 +130,13 @@ pub(super) fn chunk_of_compressed(tables: &[LedgerTable]) -> Vec<(u32, u32)> {
     tables.iter().filter_map(|entry| pair(&entry.table)).collect()
 }
 
+/// Rows of hypertables stand in other chunks on the target, and are not exchanged place by place.
+pub(super) fn can_be_compared_again(tables: &[&Table]) -> Result<()> {
+    let Some(table) = tables.iter().find(|table| table.is_hypertable || table.chunk.is_some()) else { return Ok(()) };
+    let text = format!("{} is a hypertable, and those are not compared and copied again", table.qualified());
+    Err(Error::new(ErrorKind::Blocked, text).hint("Begin anew: `walferry clean`, then `walferry migrate`."))
+}
+
 /// The OIDs of chunks.
 pub(super) fn chunks(tables: &[LedgerTable]) -> BTreeSet<u32> {
     tables.iter().filter(|entry| entry.table.chunk.is_some()).map(|entry| entry.table.relid).collect()

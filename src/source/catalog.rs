@@ -220,12 +220,13 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
     let mut columns = columns(client, version).await?;
     let mut indexes = indexes(client, version).await?;
     let mut firing = firing(client).await?;
+    // Of a table that somebody drops meanwhile the server tells no size.
     let rows = client
         .query_typed(
             &format!(
                 "SELECT c.oid, n.nspname, c.relname, c.relpersistence = 'u', c.relispartition, c.relreplident::text, \
-                        pg_catalog.pg_relation_size(c.oid) / pg_catalog.current_setting('block_size')::int8, \
-                        pg_catalog.pg_table_size(c.oid), c.reltuples::float8, \
+                        coalesce(pg_catalog.pg_relation_size(c.oid), 0) / pg_catalog.current_setting('block_size')::int8, \
+                        coalesce(pg_catalog.pg_table_size(c.oid), 0), c.reltuples::float8, \
                         coalesce(pg_catalog.pg_stat_get_tuples_updated(c.oid) \
                                  + pg_catalog.pg_stat_get_tuples_deleted(c.oid), 0), \
                         c.relfilenode \
