@@ -258,7 +258,7 @@ async fn a_whole_timescaledb_is_moved_live_under_compression_refresh_and_retenti
     migration.cut_over(running).await;
     assert_equal(&migration).await;
 
-    let cleaned = migration.with_directory("clean", &["--yes"]).await;
+    let cleaned = migration.with_directory("clean", &[]).await;
     assert_eq!(cleaned.code, Some(0), "{}", cleaned.stderr);
     let source = migration.source().await;
     let left = source.query("SELECT FROM pg_class WHERE relreplident = 'f'", &[]).await.unwrap();
