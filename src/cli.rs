@@ -32,6 +32,9 @@ pub struct Cli {
     /// How log lines look; they go to standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "WALFERRY_LOG_FORMAT")]
     pub log_format: LogFormat,
+    /// Log the DETAIL of servers' errors too. It holds values of rows, which can be personal data: mind who reads the log
+    #[arg(long, global = true)]
+    pub log_detail: bool,
 }
 
 const EXAMPLE: &str = "A first migration:
@@ -308,6 +311,9 @@ pub struct Check {
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// Check for a migration with --no-reverse (matters for --plan)
+    #[arg(long)]
+    pub no_reverse: bool,
     /// Check for a migration with --replica-identity-full
     #[arg(long)]
     pub replica_identity_full: bool,
@@ -320,6 +326,10 @@ pub struct Check {
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
+    /// Print every statement that a migration with these options may run on either server, in order, with its condition and what
+    /// takes it back; asks no server
+    #[arg(long)]
+    pub plan: bool,
     /// Check also what `migrate --replicate-ddl` needs
     #[arg(long, conflicts_with_all = PART_OPTIONS)]
     pub replicate_ddl: bool,

@@ -38,6 +38,7 @@ pub mod clean;
 pub mod control;
 pub mod observe;
 pub mod pause;
+pub mod record;
 pub mod state_directory;
 
 pub mod cli;

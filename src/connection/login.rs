@@ -319,6 +319,11 @@ async fn attempt<S: Session>(
         })?;
     }
     stream.count(login.counted.clone());
+    if S::IS_A_SERVER
+        && let Some(recorded) = &spec.recorded
+    {
+        stream.record(recorded.clone());
+    }
     S::log_in(stream, login).await.map_err(|error| Failure::from(explain(error)))
 }
 
