@@ -27,7 +27,7 @@ pub(super) fn print_plan(options: &cli::Check) -> Result<()> {
 }
 
 /// What is no line of it.
-const BESIDES: &str = "reads (SELECT, COPY … TO), settings of walferry's own sessions (SET), transactions (BEGIN, COMMIT), temporary tables of its own \
+const BESIDES: &str = "reads (SELECT, COPY … TO, and all that pg_dump asks), settings of walferry's own sessions (SET), transactions (BEGIN, COMMIT), temporary tables of its own \
      sessions, locks of readers (LOCK … ACCESS SHARE), and on the target the rows: COPY … FROM, INSERT, UPDATE, DELETE of the tables that \
      are moved and of the ledger, schema walferry. A server marked `both` is the other one on the way back.";
 

@@ -374,7 +374,7 @@ pub static KINDS: &[Kind] = &[
     ),
     kind(
         "copy",
-        Target,
+        Both,
         (
             COPYING,
             Always,
@@ -587,6 +587,13 @@ pub static KINDS: &[Kind] = &[
     kind(
         "decision",
         Both,
+        (CUTOVER, WayBack, "the way back begins here: rows of its ledger"),
+        "DO $begin$ … $begin$",
+        CLEAN,
+    ),
+    kind(
+        "decision",
+        Both,
         (CUTOVER, Always, "proves that the fence is up; changes nothing"),
         "DO $decide$ … $decide$",
         ITSELF,
@@ -691,6 +698,8 @@ pub fn plan(options: &Options) -> Vec<Line> {
 /// Without a way back most of it is one server's.
 fn on_one_way(kind: &Kind) -> &'static str {
     match kind.name {
+        // Whatever an earlier attempt with a way back left.
+        "publication" | "slot" if kind.statement.contains("DROP ") || kind.statement.contains("_drop_") => "both",
         "publication" | "fence" | "guard" | "slot" | "marker" => "source",
         "session" | "replica identity" => "both",
         _ => "target",
@@ -873,7 +882,7 @@ mod tests {
         }
         // What is the target's own may not run on the source.
         assert_eq!(of(Server::Source, "CREATE ROLE x LOGIN"), Some("unplanned"));
-        assert_eq!(of(Server::Source, "TRUNCATE ONLY orders"), Some("unplanned"));
+        assert_eq!(of(Server::Source, "CREATE EXTENSION pg_prewarm SCHEMA walferry"), Some("unplanned"));
     }
 
     #[test]
@@ -887,6 +896,9 @@ mod tests {
         let all = Options { replicate_ddl: true, roles: true, no_reverse: true, ..Options::default() };
         let all = plan(&all);
         assert!(has(&all, "EVENT TRIGGER") && has(&all, "CREATE ROLE") && !has(&all, "pg_create_logical"));
-        assert!(all.iter().all(|line| line.server != "both" || ["session", "replica identity"].contains(&line.kind)));
+        assert!(
+            all.iter().all(|line| line.server != "both"
+                || ["session", "replica identity", "publication", "slot"].contains(&line.kind))
+        );
     }
 }

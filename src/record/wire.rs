@@ -23,8 +23,8 @@ pub(crate) struct Scanner {
 
 enum State {
     /// The start-up message has no first byte.
-    Length(Vec<u8>),
-    Header(Vec<u8>),
+    Length(Header),
+    Header(Header),
     /// Bytes to pass over.
     Skip(usize),
     /// A statement: bytes to come, and whether it is a `Parse`.
@@ -35,10 +35,27 @@ enum State {
     },
 }
 
+/// The beginning of a message, as far as it is there.
+#[derive(Default)]
+struct Header {
+    bytes: [u8; 5],
+    filled: usize,
+}
+
+impl Header {
+    /// Takes what it lacks; answers how much that was, and the whole once it is there.
+    fn fill(&mut self, bytes: &[u8], wanted: usize) -> (usize, Option<[u8; 5]>) {
+        let taken = bytes.len().min(wanted - self.filled);
+        self.bytes[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
+        self.filled += taken;
+        (taken, (self.filled == wanted).then_some(self.bytes))
+    }
+}
+
 impl Scanner {
     /// At the beginning of a session.
     pub(crate) fn new(recorded: Recorded) -> Scanner {
-        Scanner { recorded, state: State::Length(Vec::new()), ahead: 0 }
+        Scanner { recorded, state: State::Length(Header::default()), ahead: 0 }
     }
 
     /// Before bytes are given to the transport.
@@ -61,22 +78,20 @@ impl Scanner {
                     *left -= taken;
                     bytes = &bytes[taken..];
                     if *left == 0 {
-                        self.state = State::Header(Vec::new());
+                        self.state = State::Header(Header::default());
                     }
                 }
                 State::Length(header) => {
-                    let taken = bytes.len().min(4 - header.len());
-                    header.extend_from_slice(&bytes[..taken]);
+                    let (taken, whole) = header.fill(bytes, 4);
                     bytes = &bytes[taken..];
-                    if let [a, b, c, d] = header[..] {
+                    if let Some([a, b, c, d, _]) = whole {
                         self.skip(u32::from_be_bytes([a, b, c, d]));
                     }
                 }
                 State::Header(header) => {
-                    let taken = bytes.len().min(5 - header.len());
-                    header.extend_from_slice(&bytes[..taken]);
+                    let (taken, whole) = header.fill(bytes, 5);
                     bytes = &bytes[taken..];
-                    if let [tag, a, b, c, d] = header[..] {
+                    if let Some([tag, a, b, c, d]) = whole {
                         let length = u32::from_be_bytes([a, b, c, d]);
                         match tag {
                             b'Q' | b'P' if length > 4 => {
@@ -95,7 +110,7 @@ impl Scanner {
                     bytes = &bytes[taken..];
                     if *left == 0 {
                         let (text, is_parse) = (std::mem::take(text), *is_parse);
-                        self.state = State::Header(Vec::new());
+                        self.state = State::Header(Header::default());
                         self.message(&text, is_parse);
                     }
                 }
@@ -105,7 +120,7 @@ impl Scanner {
 
     fn skip(&mut self, length: u32) {
         let left = (length as usize).saturating_sub(4);
-        self.state = if left == 0 { State::Header(Vec::new()) } else { State::Skip(left) };
+        self.state = if left == 0 { State::Header(Header::default()) } else { State::Skip(left) };
     }
 
     fn message(&self, payload: &[u8], is_parse: bool) {
@@ -158,11 +173,12 @@ fn shown(text: &str, tokens: &[(std::ops::Range<usize>, String)], redact: bool) 
             out.push(' ');
         }
         last_end = Some(range.end);
-        let is_constant = token.starts_with(['\'', '$']) || token.starts_with("E'");
-        let is_body = token.starts_with('$') && token.len() > 60;
-        match is_constant && redact || is_body {
-            true => out.push_str("'…'"),
-            false => out.push_str(&text.get(range.clone()).unwrap_or_default().replace(['\n', '\r'], " ")),
+        let is_constant = token.starts_with('\'') || token.starts_with("E'");
+        let body_tag = token.strip_prefix('$').and_then(|rest| rest.split_once('$')).map(|(tag, _)| tag);
+        match body_tag {
+            Some(tag) => out.push_str(&format!("${tag}$ … ${tag}$")),
+            None if is_constant && redact => out.push_str("'…'"),
+            None => out.push_str(&text.get(range.clone()).unwrap_or_default().replace(['\n', '\r'], " ")),
         }
         if out.len() > STATEMENT_BYTES_MAX {
             let end = (0..=STATEMENT_BYTES_MAX).rev().find(|&at| out.is_char_boundary(at)).unwrap_or_default();
@@ -242,7 +258,7 @@ mod tests {
         let recorder = Recorder::at(directory.path());
         recorder.open();
         let mut scanner = Scanner::new(recorder.of(Server::Source));
-        scanner.state = State::Header(Vec::new());
+        scanner.state = State::Header(Header::default());
         scanner.before(&message(b'Q', b"DROP TABLE a 'never ends\0"));
         assert_eq!(recorded(&read(directory.path()).unwrap()), [("unplanned".to_owned(), "DROP TABLE A …".to_owned())]);
     }

@@ -151,7 +151,12 @@ pub fn is_of_rows_or_the_session(statement: &str) -> bool {
     ];
     let is_temporary = first == "create" && words.get(1).is_some_and(|second| second.starts_with("temp"));
     let reads = first == "lock" && squeeze(statement).ends_with("inaccesssharemode");
-    plain.contains(&first) || is_temporary || reads
+    // pg_dump's own.
+    let prepares = first == "prepare" && {
+        let squeezed = squeeze(statement);
+        squeezed.contains("asselect") || squeezed.contains("aswith")
+    };
+    plain.contains(&first) || is_temporary || reads || prepares || first == "execute"
 }
 
 /// Without white space and quotes of names, in lower case.
