@@ -99,7 +99,7 @@ impl Keeper {
         let status = self.board.snapshot();
         self.events(&status.events);
         self.ticks += 1;
-        if (self.ticks - 1) % self.stride == 0
+        if (self.ticks - 1).is_multiple_of(self.stride)
             && let Err(error) = self.add(&Point::of(&status))
         {
             tracing::debug!(%error, "a point of the history was not kept");
@@ -179,7 +179,7 @@ mod tests {
         for second in 0..3 * POINTS_MAX as i64 {
             // As `tick` does, at its pace.
             keeper.ticks += 1;
-            if (keeper.ticks - 1) % keeper.stride == 0 {
+            if (keeper.ticks - 1).is_multiple_of(keeper.stride) {
                 point.time = second * 1000;
                 keeper.add(&point).unwrap();
             }
