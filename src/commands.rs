@@ -1,11 +1,12 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
+mod about;
 mod plan;
+mod record;
 mod verify;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use indicatif::MultiProgress;
@@ -32,8 +33,7 @@ use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
 use crate::pause::What;
 use crate::queue;
-use crate::record::command::Begun;
-use crate::record::{Recorder, Server};
+use crate::record::Server;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
 
@@ -44,48 +44,19 @@ use crate::target::index;
 pub async fn run(cli: Cli) -> Result<()> {
     let log_format = cli.log_format;
     let bars = logging::init(log_format)?;
+    for warning in &cli.warnings {
+        warn!("{warning}");
+    }
     if cli.log_detail {
         warn!("--log-detail: values of rows can be in this log");
         error::log_detail();
     }
-    let begun = begin_record(&cli.command);
+    let begun = record::begin(&cli.command);
     let outcome = execute(cli.command, log_format, bars).await;
     if let Some(begun) = begun {
         begun.ended(outcome.as_ref().err());
     }
     outcome
-}
-
-/// Where this process writes down what it does to the servers.
-static RECORD: OnceLock<Recorder> = OnceLock::new();
-
-/// Writes down that a command begins that changes something, where there is a state directory for it.
-fn begin_record(command: &Command) -> Option<Begun> {
-    let (name, directory) = match command {
-        Command::Migrate(options) if !options.schema_only => ("migrate", &options.migrate.directory.dir),
-        Command::Resync(options) => ("resync", &options.directory.dir),
-        Command::Cutover(options) if !options.switch.dry_run => ("cutover", &options.switch.directory.dir),
-        Command::Switchback(options) if !options.dry_run => ("switchback", &options.directory.dir),
-        Command::Finish(options) => ("finish", &options.directory.dir),
-        Command::Pause(options) => ("pause", &options.directory.dir),
-        Command::Resume(options) => ("resume", &options.directory.dir),
-        Command::Tune(options) => ("tune", &options.directory.dir),
-        Command::Verify(cli::Verify { dir: Some(dir), .. }) => ("verify", dir),
-        Command::Repair(options) => ("repair", &options.directory.dir),
-        Command::Clean(cli::Clean { dir: Some(dir), .. }) => ("clean", dir),
-        _ => return None,
-    };
-    let begins = matches!(name, "migrate" | "resync");
-    // The command itself says what is wrong with it.
-    let is_ours = StateDirectory::at(directory).identity().is_ok_and(|identity| identity.is_some());
-    if !is_ours && !begins {
-        return None;
-    }
-    let recorder = RECORD.get_or_init(|| Recorder::at(directory));
-    if is_ours {
-        recorder.open();
-    }
-    Some(Begun::now(recorder, name))
 }
 
 async fn execute(command: Command, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
@@ -112,6 +83,9 @@ async fn execute(command: Command, log_format: LogFormat, bars: MultiProgress) -
         Command::Verify(options) => verify::verify(options, log_format, bars).await,
         Command::Repair(options) => verify::repair(options).await,
         Command::Clean(options) => clean(options).await,
+        Command::Config(options) => about::config(options),
+        Command::Completions(options) => about::completions(options.shell),
+        Command::Man(options) => about::man(&options),
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
             demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await
@@ -168,7 +142,7 @@ fn either_or_known(
 
 fn parse(name: &str, text: &str, command: &Option<String>) -> Result<ConnectionSpec> {
     let mut spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
-    if let Some(record) = RECORD.get() {
+    if let Some(record) = record::ours() {
         spec = spec.recorded(record.of(if name == "source" { Server::Source } else { Server::Target }));
     }
     Ok(match command {
