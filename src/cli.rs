@@ -1,6 +1,7 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
 mod cutover;
+mod report;
 mod settings;
 mod values;
 
@@ -18,6 +19,7 @@ use crate::pause::What;
 use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
+pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use values::{HttpAddress, Time};
 use values::{
@@ -135,6 +137,11 @@ pub enum Command {
         The tables that the last `walferry verify` found to differ, or --tables, are compared with a new snapshot of the source, and \
         what differs is copied again; the queue goes on receiving. Exit codes: 0 done, 3 not now")]
     Repair(Repair),
+    /// Make the report of a migration for the change ticket: one HTML file
+    #[command(after_help = "Example: walferry report --dir ./shop > report.html\n\
+        What was moved, how long it took, the downtime by step, plots, incidents, operator commands and the statements that changed a \
+        server. It asks the target for the ledger, and does without where that does not answer. Make it before `walferry clean`.")]
+    Report(Report),
     /// Remove what a migration left: slot, publications, ledger, fence, state directory
     #[command(after_help = "Example: walferry clean --dir ./shop\n\
         Without --dir it looks on both servers: walferry clean --source … --target …")]

@@ -3,6 +3,7 @@
 mod about;
 mod plan;
 mod record;
+mod report;
 mod verify;
 
 use std::io::{IsTerminal, Write};
@@ -82,6 +83,7 @@ async fn execute(command: Command, log_format: LogFormat, bars: MultiProgress) -
         Command::Tune(options) => tune(options).await,
         Command::Verify(options) => verify::verify(options, log_format, bars).await,
         Command::Repair(options) => verify::repair(options).await,
+        Command::Report(options) => report::report(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Config(options) => about::config(options),
         Command::Completions(options) => about::completions(options.shell),

@@ -165,6 +165,8 @@ struct State {
     /// How many statements of each kind there were, and how many of those were unnamed when that was written down.
     counts: HashMap<(Server, &'static str), (u64, u64)>,
     events: u64,
+    /// The servers' versions, as far as they are written down.
+    versions: HashMap<Server, String>,
     failed: bool,
 }
 
@@ -285,6 +287,20 @@ impl Recorded {
     /// Where it goes.
     pub fn recorder(&self) -> &Recorder {
         &self.recorder
+    }
+
+    /// The server says which version it is, at each login.
+    pub(crate) fn server_version(&self, version: &str) {
+        let mut state = self.recorder.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.versions.get(&self.server).is_some_and(|known| known == version) {
+            return;
+        }
+        state.versions.insert(self.server, version.to_owned());
+        let name = match self.server {
+            Server::Source => "source_version",
+            Server::Target => "target_version",
+        };
+        self.recorder.write_locked(&mut state, What::Fact { name: name.to_owned(), value: version.to_owned() }, false);
     }
 
     /// A statement of a kind is about to be sent.

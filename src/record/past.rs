@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::Recorder;
+use super::{Entry, Recorder, What};
 use crate::crashsafe;
 use crate::error::{Context, Result};
 use crate::observe::board::StatusBoard;
-use crate::observe::status::{Event, Phase, Status};
+use crate::observe::status::{Direction, Event, Phase, Status};
 use crate::observe::wall_clock;
+use crate::report;
 
 /// The file's name in the state directory.
 pub const FILE: &str = "history.jsonl";
@@ -73,6 +74,8 @@ pub struct Keeper {
     ticks: usize,
     /// The newest event that is in the record.
     newest: Option<Event>,
+    /// Whether what was copied is in the record.
+    has_moved: bool,
 }
 
 impl Keeper {
@@ -83,7 +86,9 @@ impl Keeper {
         let apart = |two: &[Point]| usize::try_from((two[1].time - two[0].time + 500) / 1000).unwrap_or(1).max(1);
         // What it was at last; two points can be apart because no process ran.
         let stride = points.windows(2).rev().take(20).map(apart).min().unwrap_or(1).min(1 << 16);
-        Keeper { path, recorder, board, points: points.len(), stride, ticks: 0, newest: None }
+        let is_moved = |entry: &Entry| matches!(&entry.what, What::Fact { name, .. } if name == report::MOVED);
+        let has_moved = super::read(directory).unwrap_or_default().iter().any(is_moved);
+        Keeper { path, recorder, board, points: points.len(), stride, ticks: 0, newest: None, has_moved }
     }
 
     /// Keeps what there is each second.
@@ -98,11 +103,25 @@ impl Keeper {
     pub fn tick(&mut self) {
         let status = self.board.snapshot();
         self.events(&status.events);
+        self.note_what_was_moved(&status);
         self.ticks += 1;
         if (self.ticks - 1).is_multiple_of(self.stride)
             && let Err(error) = self.add(&Point::of(&status))
         {
             tracing::debug!(%error, "a point of the history was not kept");
+        }
+    }
+
+    /// Once the rows are there, and before the way back has tables of its own.
+    fn note_what_was_moved(&mut self, status: &Status) {
+        let is_there =
+            matches!(status.phase, Phase::CatchingUp | Phase::Following | Phase::CuttingOver | Phase::CutOver);
+        if self.has_moved || !is_there || status.direction != Direction::There || status.copy.tables_total == 0 {
+            return;
+        }
+        if let Ok(value) = serde_json::to_string(&report::Moved::of(status)) {
+            self.recorder.write(What::Fact { name: report::MOVED.to_owned(), value }, false);
+            self.has_moved = true;
         }
     }
 
@@ -168,7 +187,7 @@ pub fn read(directory: &Path) -> Result<Vec<Point>> {
 mod tests {
     use super::*;
     use crate::observe::status::Level;
-    use crate::record::{What, read as entries};
+    use crate::record::read as entries;
 
     #[test]
     fn the_history_stays_small_and_spans_everything() {

@@ -6,4 +6,5 @@
 mod support;
 
 mod logged;
+mod page;
 mod plan;
