@@ -8,3 +8,6 @@ mod support;
 mod logged;
 mod page;
 mod plan;
+
+/// What a migration of a few rows needs; the disk of a test machine may have no more.
+pub const SMALL_QUEUE: [&str; 2] = ["--queue-max-bytes", "128MiB"];

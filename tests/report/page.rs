@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::SMALL_QUEUE;
 use crate::support::browser::Browser;
 use crate::support::load::{self, Application};
 use crate::support::{Servers, tools};
@@ -22,14 +23,15 @@ async fn the_report_tells_what_happened_and_its_page_is_good_to_read() {
     let application = Application::start(&migration.source_url, 1);
 
     // A first process that is killed: its time is its own.
-    let mut first = migration.migrate(&[]);
+    let mut first = migration.migrate(&SMALL_QUEUE);
     migration.wait_for_phase(&mut first, "following").await;
     first.kill().await;
     let early = migration.with_directory("report", &["--json"]).await;
     assert_eq!(early.code, Some(0), "{}", early.stderr);
     assert_eq!((early.json()["switches"].as_array().unwrap().len(), &early.json()["version"]), (0, &json!(1)));
 
-    let mut running = migration.migrate(&["--source-password-command", "echo hush-hush"]);
+    let mut running =
+        migration.migrate(&["--queue-max-bytes", "128MiB", "--source-password-command", "echo hush-hush"]);
     let ready = migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
     let verified = migration.with_directory("verify", &["--json"]).await;
     assert_eq!(verified.code, Some(0), "{}", verified.stderr);

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::SMALL_QUEUE;
 use crate::logged::{LogDirectory, fits, is_of_rows_or_the_session, statements};
 use crate::support::load::{self, Application};
 use crate::support::{Migration, Servers, until_true};
@@ -99,13 +100,13 @@ async fn every_statement_there_and_back_is_in_the_plan_and_in_the_record() {
     let mut application = Application::start(&migration.source_url, 1);
 
     // Killed in the middle of the preparation: what was done by then is in the record.
-    let running = migration.migrate(&[]);
+    let running = migration.migrate(&SMALL_QUEUE);
     until_true(&source, "SELECT count(*) = 2 FROM pg_publication").await;
     running.kill().await;
     let before = record(&migration.directory());
     assert!(recorded(&before, "source").iter().any(|text| text.starts_with("CREATE PUBLICATION")), "{before:#?}");
 
-    let mut running = migration.migrate(&[]);
+    let mut running = migration.migrate(&SMALL_QUEUE);
     migration
         .wait_for_status(&mut running, "ready with a way back", |status| {
             status["ready_to_cutover"] == true && status["way_back"] == "ready"
@@ -192,7 +193,7 @@ async fn every_statement_with_replicated_ddl_and_of_a_part_is_in_the_plan_and_in
         .await
         .unwrap();
     let options = ["--replicate-ddl", "--replica-identity-full", "--roles", "--no-reverse"];
-    let mut running = migration.migrate(&options);
+    let mut running = migration.migrate(&[&SMALL_QUEUE[..], &options].concat());
     migration.wait_for_phase(&mut running, "following").await;
     let ddl =
         ["CREATE TABLE fresh (id int PRIMARY KEY, word text DEFAULT 'hush-hush')", "ALTER TABLE t ADD COLUMN more int"];
@@ -208,7 +209,7 @@ async fn every_statement_with_replicated_ddl_and_of_a_part_is_in_the_plan_and_in
     let part = servers.migration("part").await;
     load::fill(&part.source().await, 50).await;
     part.source().await.batch_execute("CREATE TABLE public.stays (id int PRIMARY KEY)").await.unwrap();
-    let mut running = part.migrate(&["--include-schema", "app", "--no-reverse"]);
+    let mut running = part.migrate(&["--queue-max-bytes", "128MiB", "--include-schema", "app", "--no-reverse"]);
     part.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
     part.cut_over(running).await;
     let record_of_part = record(&part.directory());
