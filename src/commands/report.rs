@@ -18,6 +18,8 @@ pub(super) async fn report(options: cli::Report) -> Result<()> {
     };
     match &options.output {
         None => print(&text),
-        Some(path) => std::fs::write(path, text).context(|| format!("writing {}", path.display())),
+        Some(path) => std::fs::write(path, text)
+            .context(|| format!("writing {}", path.display()))
+            .map_err(|error| error.hint("Give --output a file in a directory that is there and may be written to.")),
     }
 }

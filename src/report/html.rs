@@ -78,7 +78,9 @@ fn section(page: &mut String, title: &str, class: &str, content: &str) {
 }
 
 fn server(server: &ServerSeen) -> String {
-    let version = server.version.as_ref().map_or(String::new(), |version| format!(" (PostgreSQL {})", escape(version)));
+    // `15.18 (Debian …)`
+    let version = server.version.as_ref().and_then(|version| version.split(' ').next());
+    let version = version.map_or(String::new(), |version| format!(" (PostgreSQL {})", escape(version)));
     format!("{}{version}", escape(&server.description))
 }
 
@@ -141,6 +143,7 @@ fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
                 "When" => "time",
                 "Statement" => "statement wide",
                 "Share" => "bar",
+                "Text" | "Command" => "text",
                 _ => "",
             };
             let _ = write!(text, "<td class=\"{class}\">{cell}</td>");
@@ -214,6 +217,7 @@ fn switched(switch: &Switch) -> String {
     let whole = outcome.steps.iter().map(|step| step.ms).fold(0.0, f64::max);
     let row = |step: &crate::cutover::Step| vec![escape(&step.name), format!("{:.1} ms", step.ms), bar(step.ms, whole)];
     text.push_str(&table(&["Step", "#Took", "Share"], &outcome.steps.iter().map(row).collect::<Vec<_>>()));
+    text.push_str("<p class=\"muted\">Writers waited from the fence on, until the release; what comes before it does not hold them.</p>\n");
     for warning in &outcome.warnings {
         let _ = writeln!(text, "<p class=\"warn\">{}</p>", escape(warning));
     }

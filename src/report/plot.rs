@@ -31,7 +31,8 @@ pub(super) fn plot(
         return String::new();
     }
     let most = known.iter().copied().fold(0.0, f64::max);
-    let top = nice(most);
+    // Bytes are shown by powers of two.
+    let top = if unit(1024.0).contains("KiB") { most.max(1.0).log2().ceil().exp2() } else { nice(most) };
     let span = (end - begin).max(1) as f64;
     let x = |time: i64| LEFT + (time - begin) as f64 / span * (WIDTH - LEFT - 8.0);
     let y = |value: f64| TOP + (1.0 - value / top) * (HEIGHT - TOP - BOTTOM);
@@ -67,7 +68,10 @@ pub(super) fn plot(
         let points: Vec<String> =
             line.iter().map(|(time, value)| format!("{:.1},{:.1}", x(*time), y(*value))).collect();
         let _ = match points.as_slice() {
-            [one] => write!(svg, "<polyline class=\"line\" points=\"{one} {one}\"/>"),
+            [one] => {
+                let (x, y) = one.split_once(',').unwrap_or((one, "0"));
+                write!(svg, "<circle class=\"dot\" r=\"2.5\" cx=\"{x}\" cy=\"{y}\"/>")
+            }
             _ => write!(svg, "<polyline class=\"line\" points=\"{}\"/>", points.join(" ")),
         };
     }
