@@ -405,6 +405,6 @@ fn statements(entries: &[Entry]) -> (Vec<Statement>, Vec<StatementCount>) {
             _ => {}
         }
     }
-    counted.sort_by(|a, b| (a.server, std::cmp::Reverse(a.count)).cmp(&(b.server, std::cmp::Reverse(b.count))));
+    counted.sort_by_key(|one| (one.server, std::cmp::Reverse(one.count)));
     (named, counted)
 }

@@ -75,10 +75,10 @@ pub(super) fn plot(
             _ => write!(svg, "<polyline class=\"line\" points=\"{}\"/>", points.join(" ")),
         };
     }
-    let _ = write!(
+    let _ = writeln!(
         svg,
         "<text class=\"tick\" x=\"{LEFT}\" y=\"{0}\">{1}</text><text class=\"tick\" x=\"{2}\" y=\"{0}\" text-anchor=\"end\">{3}</text>\
-         </svg></figure>\n",
+         </svg></figure>",
         HEIGHT - 6.0,
         escape(&time(*begin)),
         WIDTH - 2.0,
