@@ -12,8 +12,8 @@
 //! whoever dies; it may name what was then refused. Lines that nothing else would know of are on disk (fsync) before; those of the
 //! fence, which the ledger has in its own row already (`cutover/record.rs`), and of the schema's items are in the kernel's hands.
 //!
-//! **Bounded**: of each kind a process names the first [`NAMED_MAX`]; what comes after is counted, and that there is more of it
-//! is said before it is sent. A file past [`FILE_BYTES_MAX`] loses its middle when the next process begins.
+//! **Bounded**: of each kind a process names the first `NAMED_MAX`; what comes after is counted, and that there is more of it
+//! is said before it is sent. A file past `FILE_BYTES_MAX` loses its middle when the next process begins.
 //!
 //! The ledger's copy ([`ledger`]) needs no new format of the ledger: it is made when missing, and older versions ignore it.
 

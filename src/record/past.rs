@@ -1,6 +1,6 @@
 //! What happened and how fast it went, kept in the state directory for the report: it outlives the process, and is bounded.
 //!
-//! `history.jsonl` has a point for each second at first. When there are [`POINTS_MAX`], every other one goes, and from then on they
+//! `history.jsonl` has a point for each second at first. When there are `POINTS_MAX`, every other one goes, and from then on they
 //! are taken half as often; so a migration of weeks takes as much room as one of hours.
 
 use std::convert::Infallible;

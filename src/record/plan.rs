@@ -1,5 +1,5 @@
 //! Every statement that changes a server, beyond its rows: the one list that `check --plan` prints and that each statement of each
-//! session is held against before it is sent ([`super::wire`]). So what the list lacks does not stay unknown: it is recorded as
+//! session is held against before it is sent (`wire.rs`). So what the list lacks does not stay unknown: it is recorded as
 //! [`UNPLANNED`], and the tests that migrate look for that.
 //!
 //! Templates: `<…>` stands for a name, a number or a list, `…` for anything or nothing; words count in any case. A call of a

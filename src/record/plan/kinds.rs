@@ -24,7 +24,7 @@ pub static UNPLANNED: Kind = redacted(durable(kind(
     "",
 )));
 
-/// A statement out of `pg_dump`'s output; [`super::wire`] tells it by the settings that stand before it.
+/// A statement out of `pg_dump`'s output; `wire.rs` tells it by the settings that stand before it.
 pub static SCHEMA: Kind = redacted(kind(
     "schema item",
     Target,
@@ -220,6 +220,13 @@ pub static KINDS: &[Kind] = &[
         "CREATE_REPLICATION_SLOT <slot> LOGICAL pgoutput …",
         CLEAN,
     )),
+    kind(
+        "slot",
+        Source,
+        (PREPARING, Always, "on the primary, with --stream-from: what a slot on a standby waits for"),
+        "SELECT pg_log_standby_snapshot( )",
+        ITSELF,
+    ),
     // The schema stands here in time: SCHEMA.
     kind(
         "identity column",
