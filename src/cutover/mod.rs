@@ -441,7 +441,7 @@ impl Cutover<'_> {
     /// What of TimescaleDB is carried over and compared behind the fence; answers what wakes its jobs.
     async fn settle_hypertables(&self, sessions: &Sessions) -> Result<String> {
         let Sessions { inspector: source, target, .. } = sessions;
-        if timescale::source::extension(target).await?.is_none() {
+        if !timescale::prepare::is_of_timescaledb(target).await? {
             return Ok(String::new());
         }
         // A session of its own, since it holds transactions.

@@ -49,7 +49,7 @@ impl Running {
 
     /// Where rows are copied to and indexes built: in sessions to which hypertables are ordinary tables.
     pub(super) async fn target_of_copies(&self, target: &Client) -> Result<ConnectionSpec> {
-        let is_there = timescale::source::extension(target).await?.is_some();
+        let is_there = prepare::is_of_timescaledb(target).await?;
         Ok(if is_there { prepare::restoring(&self.config.target) } else { self.config.target.clone() })
     }
 
@@ -66,7 +66,7 @@ impl Running {
 
     /// Compares the source's chunks with the ledger, before anything is applied. Answers whether some have to be copied.
     pub(super) async fn take_up_all_chunks(&self, target: &mut Client) -> Result<bool> {
-        if self.direction == Direction::Back || timescale::source::extension(target).await?.is_none() {
+        if self.direction == Direction::Back || !prepare::is_of_timescaledb(target).await? {
             return Ok(false);
         }
         let source = self.config.source.connect(&self.application_name).await?;
@@ -83,7 +83,7 @@ impl Running {
 
     /// Whether the source's hypertables are moved.
     pub(super) async fn has_hypertables(&self) -> Result<bool> {
-        Ok(timescale::source::extension(&self.target().await?).await?.is_some())
+        prepare::is_of_timescaledb(&self.target().await?).await
     }
 
     /// The guard: looks for chunks that are in no publication.
@@ -91,7 +91,7 @@ impl Running {
     /// # Errors
     /// `Transient` when there are any: the phases begin again, and copy them.
     pub(super) async fn look_for_late_chunks(&self, source: &Client, target: &Client) -> Result<()> {
-        if self.direction == Direction::Back || timescale::source::extension(target).await?.is_none() {
+        if self.direction == Direction::Back || !prepare::is_of_timescaledb(target).await? {
             return Ok(());
         }
         match live::are_all_published(source, target, &self.load(target).await?).await? {

@@ -215,7 +215,7 @@ impl Running {
     pub(super) async fn layout(&self, target: &Client, migration: &Migration) -> Result<Arc<Layout>> {
         let (tables, snapshots) = tokio::try_join!(ledger::tables(target), ledger::snapshots(target))?;
         let mut layout = Layout::new(tables, &snapshots, migration.binary, migration.apply_workers)?;
-        layout.has_hypertables = timescale::source::extension(target).await?.is_some();
+        layout.has_hypertables = timescale::prepare::is_of_timescaledb(target).await?;
         if ddl::is_replicated(target).await? {
             let prefix = crate::source::ddl::prefix(&migration.id);
             layout.ddl = Some(Ddl { prefix, owners: self.config.owners.clone() });

@@ -43,6 +43,15 @@ pub fn restoring(target: &ConnectionSpec) -> ConnectionSpec {
     target.with_setting("timescaledb.restoring=on")
 }
 
+/// Whether the migration of this ledger moves a source that has the extension: it may also be made on the target only.
+///
+/// # Errors
+/// Whatever the target says.
+pub async fn is_of_timescaledb(target: &Client) -> Result<bool> {
+    let exists = "SELECT pg_catalog.to_regclass('walferry.timescaledb_setting') IS NOT NULL";
+    Ok(target.query_typed_one(exists, &[]).await.context(|| "looking at the ledger".into())?.get(0))
+}
+
 /// Sets on the source what the stream needs, and notes in the target's ledger what was there before. Answers what was set, in words;
 /// nothing without the extension.
 ///
