@@ -1,5 +1,6 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
+mod backfill;
 mod verify;
 
 use std::io::{IsTerminal, Write};
@@ -62,6 +63,7 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Tune(options) => tune(options).await,
         Command::Verify(options) => verify::verify(options, log_format, bars).await,
         Command::Repair(options) => verify::repair(options).await,
+        Command::Backfill(options) => backfill::backfill(options, log_format, bars).await,
         Command::Clean(options) => clean(options).await,
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;

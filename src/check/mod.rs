@@ -16,7 +16,7 @@ mod both;
 mod ddl;
 mod differing;
 mod estimate;
-mod existing;
+pub(crate) mod existing;
 mod local;
 mod objects;
 mod report;
