@@ -41,7 +41,7 @@ use crate::source::scope::Scope;
 use crate::sql;
 use crate::state_directory::{Identity, LockedDirectory, StateDirectory};
 use crate::target::role::ApplyRole;
-use crate::timescale::chunks::{self, Chunk, TimeType};
+use crate::timescale::chunks::{self, TimeType};
 use crate::timescale::{policies, target as to};
 
 use compare::There;
@@ -477,10 +477,8 @@ async fn compress_rest(seen: &Seen, work: &Work, there: &There, schema: &str) ->
     let mut compressed = 0;
     // Of equal ranges each chunk was compressed when its piece was there.
     let all = chunks::chunks(&seen.target, hypertable, None).await?;
-    for chunk in all.iter().filter(|chunk| is_uncompressed(chunk)) {
-        let (from, to) = chunk.range(hypertable);
-        let mut over = work.pieces.iter().filter(|piece| piece.range.0 < to && from < piece.range.1).peekable();
-        if over.peek().is_some() && over.all(|piece| piece.is_compressed && !piece.is_cut) {
+    for chunk in &all {
+        if chunk.compressed.is_none() && was_compressed(work, chunk.range(hypertable)) {
             to::compress(&seen.target, schema, &chunk.qualified()).await?;
             compressed += 1;
         }
@@ -488,12 +486,13 @@ async fn compress_rest(seen: &Seen, work: &Work, there: &There, schema: &str) ->
     Ok(compressed)
 }
 
-/// Whether some of it is not compressed.
-fn is_uncompressed(chunk: &Chunk) -> bool {
-    chunk.compressed.is_none()
+/// Whether all pieces that have rows of a range are compressed on the source.
+fn was_compressed(work: &Work, (from, to): (i64, i64)) -> bool {
+    let mut over = work.pieces.iter().filter(|piece| piece.range.0 < to && from < piece.range.1).peekable();
+    over.peek().is_some() && over.all(|piece| piece.is_compressed && !piece.is_cut)
 }
 
-/// An identifier such as `2026-01-01T00:00:00Z`, `2026-01-01` or a number, as the command line gives it.
+/// A bound such as `2026-01-01T00:00:00Z`, `2026-01-01` or a number, as the command line gives it.
 ///
 /// # Errors
 /// A sentence that says what it should be.
