@@ -29,9 +29,9 @@ pub mod apply;
 pub mod care;
 pub mod copy;
 pub mod target;
-pub mod timescale;
 
 pub mod cutover;
+pub mod timescale;
 pub mod unstreamed;
 pub mod verify;
 
@@ -45,6 +45,7 @@ pub mod state_directory;
 pub mod cli;
 pub mod commands;
 pub mod demo;
+pub mod settings;
 
 pub mod crashsafe;
 pub mod error;
