@@ -293,7 +293,7 @@ async fn begin(options: &Options, directory: &LockedDirectory, board: &StatusBoa
     drop((requests, finish));
     let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), senders)?;
     let _http = match options.http_address {
-        Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
+        Some(address) => Some(http::serve(address, board.clone(), metrics::install()?).await?),
         None => None,
     };
     let _ticker = board.start_ticker();
@@ -369,11 +369,10 @@ async fn ledger_of(options: &Options, name: &str) -> Result<Vec<Recorded>> {
 
 /// Compares, makes the ledger and notes the plan in it.
 async fn prepare(options: &Options, id: &str, name: &str) -> Result<(Seen, Vec<Recorded>)> {
-    let client = options.target.connect(name).await?;
     // Sessions of a walferry that died may be at work still: their piece would be in the way.
-    migrate::end_sessions(&client, name).await?;
-    migrate::end_sessions(&options.source.connect(name).await?, name).await?;
-    drop(client);
+    for server in [&options.source, &options.target] {
+        migrate::end_sessions(&server.connect("walferry").await?, name).await?;
+    }
     let mut seen = look(options, name, &ledger_of(options, name).await?).await?;
     ledger::begin(&mut seen.target, id, &options.wanted()).await?;
     let pieces: Vec<Recorded> = seen.work.iter().flat_map(Work::recorded).collect();

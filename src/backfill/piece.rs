@@ -182,6 +182,9 @@ async fn attempt_copy(
             "Somebody writes rows of this range on one side only. `walferry verify --tables` names them once both sides are quiet.",
         ));
     }
+    if let (How::AsItIs, Some(progress)) = (how, progress.as_mut()) {
+        progress.add(0, found.rows.max(0).cast_unsigned());
+    }
     ledger::copied(target, &name, &piece.place, how.name(), found.rows, Some(&found.hash)).await?;
     target.batch_execute("COMMIT").await?;
     source.batch_execute("COMMIT").await?;
@@ -283,10 +286,10 @@ async fn copy_batches(
     // COPY of the relation itself reads what is in its own file.
     let out = format!("COPY {} ({columns}) TO STDOUT (FORMAT {format})", chunk.qualified());
     let into = format!("COPY {} ({columns}) FROM STDIN (FORMAT {format})", table.qualified());
-    send(source, &out, target, &into, ways.pace, progress).await?;
+    send(source, &out, target, &into, (ways.pace, false), progress).await?;
     let out = format!("COPY {} ({}) TO STDOUT (FORMAT {})", batches.from, batches.columns, batches.format);
     let into = format!("COPY {} ({}) FROM STDIN (FORMAT {})", batches.into, batches.columns, batches.format);
-    send(source, &out, target, &into, ways.pace, progress).await
+    send(source, &out, target, &into, (ways.pace, false), progress).await
 }
 
 fn format_of(work: &Work) -> &'static str {
@@ -316,7 +319,7 @@ async fn by_rows(
     let out =
         format!("COPY (SELECT {columns} FROM {} AS t WHERE {condition}) TO STDOUT (FORMAT {format})", from.relation);
     let into = format!("COPY {into}{list} FROM STDIN (FORMAT {format})");
-    send(source, &out, target, &into, ways.pace, progress).await?;
+    send(source, &out, target, &into, (ways.pace, true), progress).await?;
     if !is_there {
         return Ok(How::Rows);
     }
@@ -324,13 +327,13 @@ async fn by_rows(
     Ok(How::Merged)
 }
 
-/// Sends what one COPY gives to another.
+/// Sends what one COPY gives to another; a compressed batch does not say how many rows it has.
 async fn send(
     source: &Client,
     out: &str,
     target: &Client,
     into: &str,
-    pace: &Pace,
+    (pace, counts_rows): (&Pace, bool),
     progress: &mut Option<PartProgress>,
 ) -> Result<()> {
     let mut rows = pin!(source.copy_out(out).await?);
@@ -341,7 +344,7 @@ async fn send(
         let row = rows.try_next().await.context(|| "reading from the source".into())?;
         if let Some(row) = &row {
             chunk.extend_from_slice(row);
-            waiting += 1;
+            waiting += u64::from(counts_rows);
         }
         if chunk.len() >= CHUNK_BYTES || (row.is_none() && !chunk.is_empty()) {
             pace.pass(chunk.len() as u64).await;

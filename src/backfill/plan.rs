@@ -233,7 +233,11 @@ async fn pieces(source: &Client, work: &Work, options: &Options, known: &[Record
     let oldest: Option<i64> = row.get(0);
     let cuts = cuts((from, until), oldest, work.table.bytes, time);
     let bytes = work.table.bytes / i64::try_from(cuts.len()).unwrap_or(i64::MAX).max(1);
-    Ok(cuts.into_iter().map(|cut| range(format!("{}..{}", cut.0, cut.1), cut, bytes)).collect())
+    let place = |cut: (i64, i64)| {
+        let from = if cut.0 == i64::MIN { String::new() } else { cut.0.to_string() };
+        format!("{from}..{}", cut.1)
+    };
+    Ok(cuts.into_iter().map(|cut| range(place(cut), cut, bytes)).collect())
 }
 
 fn piece_of_chunk(hypertable: &Hypertable, chunk: &Chunk, (from, until): (i64, i64)) -> Option<Piece> {
