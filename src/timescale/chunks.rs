@@ -18,7 +18,7 @@ const PARTIAL: i32 = 8;
 const COMPRESSED: i32 = 1;
 
 /// What a column holds that rows are divided by.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TimeType {
     /// `timestamp with time zone`.
     TimestampTz,
@@ -42,16 +42,13 @@ impl TimeType {
         })
     }
 
-    /// A value as SQL, exact to the microsecond, in a session whose time zone is UTC.
+    /// A value as SQL, exact to the microsecond, in a session whose time zone is UTC. It is a constant when the statement is planned: only
+    /// then are the chunks that it excludes not even opened.
     pub fn literal(&self, value: i64) -> String {
-        let since_1970 = |name: &str| {
-            let (seconds, microseconds) = (value.div_euclid(1_000_000), value.rem_euclid(1_000_000));
-            format!("('epoch'::{name} + '{seconds} seconds {microseconds} microseconds'::interval)")
-        };
         match self {
-            TimeType::TimestampTz => since_1970("timestamptz"),
-            TimeType::Timestamp => since_1970("timestamp"),
-            TimeType::Date => format!("('epoch'::date + {})", value.div_euclid(MICROSECONDS_PER_DAY)),
+            TimeType::TimestampTz => format!("'{}'::timestamptz", moment(value)),
+            TimeType::Timestamp => format!("'{}'::timestamp", moment(value)),
+            TimeType::Date => format!("'{}'::date", day(value.div_euclid(MICROSECONDS_PER_DAY), "")),
             TimeType::Integer(name) => format!("'{value}'::{name}"),
         }
     }
@@ -66,6 +63,28 @@ impl TimeType {
             ),
         }
     }
+}
+
+/// Microseconds since 1970 as PostgreSQL reads a moment in UTC.
+fn moment(value: i64) -> String {
+    let of_day = value.rem_euclid(MICROSECONDS_PER_DAY);
+    let (seconds, microseconds) = (of_day / 1_000_000, of_day % 1_000_000);
+    let time = format!(" {:02}:{:02}:{:02}.{microseconds:06}", seconds / 3600, seconds / 60 % 60, seconds % 60);
+    day(value.div_euclid(MICROSECONDS_PER_DAY), &time)
+}
+
+/// Days since 1970 in the proleptic Gregorian calendar, as PostgreSQL reads them, with the time of the day before the era.
+fn day(days: i64, time: &str) -> String {
+    // From 1 March of the year 0 on, in eras of 400 years (H. Hinnant, "chrono-Compatible Low-Level Date Algorithms").
+    let days = days + 719_468;
+    let (era, of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * of_year + 2) / 153;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (year, era) = if year > 0 { (year, "") } else { (1 - year, " BC") };
+    format!("{year:04}-{month:02}-{:02}{time}{era}", of_year - (153 * shifted + 2) / 5 + 1)
 }
 
 /// In a day.
@@ -253,6 +272,17 @@ pub async fn hypertables(client: &Client) -> Result<Vec<Hypertable>> {
     Ok(rows.iter().map(hypertable).collect())
 }
 
+/// The hypertable of a name, if it is one.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn hypertable(client: &Client, schema: &str, name: &str) -> Result<Option<Hypertable>> {
+    if extension(client).await?.is_none() {
+        return Ok(None);
+    }
+    Ok(hypertables(client).await?.into_iter().find(|one| (one.schema.as_str(), one.name.as_str()) == (schema, name)))
+}
+
 /// The chunks of a hypertable, or one of them by its schema and name.
 ///
 /// # Errors
@@ -318,10 +348,12 @@ mod tests {
     #[test]
     fn a_time_is_written_exactly_before_and_after_1970() {
         let after = TimeType::TimestampTz.literal(1_767_225_600_000_001);
-        assert_eq!(after, "('epoch'::timestamptz + '1767225600 seconds 1 microseconds'::interval)");
+        assert_eq!(after, "'2026-01-01 00:00:00.000001'::timestamptz");
         let before = TimeType::Timestamp.literal(-1);
-        assert_eq!(before, "('epoch'::timestamp + '-1 seconds 999999 microseconds'::interval)");
-        assert_eq!(TimeType::Date.literal(-1), "('epoch'::date + -1)");
+        assert_eq!(before, "'1969-12-31 23:59:59.999999'::timestamp");
+        assert_eq!(TimeType::Date.literal(-1), "'1969-12-31'::date");
+        assert_eq!(TimeType::Date.literal(951_782_400_000_000), "'2000-02-29'::date");
+        assert_eq!(TimeType::Timestamp.literal(-62_167_219_200_000_000), "'0001-01-01 00:00:00.000000 BC'::timestamp");
         assert_eq!(TimeType::Integer("bigint".into()).literal(-7), "'-7'::bigint");
     }
 

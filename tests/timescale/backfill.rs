@@ -195,7 +195,9 @@ async fn ten_chunks_with_a_failure_in_the_sixth_and_a_kill_come_over_as_they_are
 
     let cleaned = migration.with_directory("clean", &[]).await;
     assert_eq!(cleaned.code, Some(0), "{}", cleaned.stderr);
-    assert_eq!(migration.left_over().await, Vec::<String>::new());
+    let mut left = migration.left_over().await;
+    left.retain(|what| !what.starts_with("event trigger timescaledb_"));
+    assert_eq!(left, Vec::<String>::new());
 }
 
 /// The commands of the document's blocks for a shell.
