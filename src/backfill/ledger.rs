@@ -68,6 +68,15 @@ pub async fn exists(target: &Client) -> Result<bool> {
     Ok(row.context(|| "looking for a backfill's ledger on the target".into())?.get(0))
 }
 
+/// Whether the target's ledger is that of a backfill.
+pub(super) async fn is_of(target: &Client, id: &str) -> Result<bool> {
+    if !exists(target).await? {
+        return Ok(false);
+    }
+    let row = target.query_typed_one("SELECT id FROM walferry.backfill", &[]).await;
+    Ok(row.context(|| "asking whose ledger the target has".into())?.get::<_, &str>(0) == id)
+}
+
 /// Begins a backfill, or goes on with it; one that is complete makes way for another.
 ///
 /// # Errors

@@ -18,7 +18,7 @@ mod piece;
 pub mod plan;
 mod worker;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -267,7 +267,8 @@ async fn let_policies_go_on(options: &Options, directory: &LockedDirectory, boar
     let Some(identity) = directory.directory().identity()? else { return Ok(()) };
     let restored = async {
         let target = options.target.connect(&application_name(&identity.id)).await?;
-        if ledger::exists(&target).await? { ledger::restore_jobs(&target).await } else { Ok(Vec::new()) }
+        // Those of another backfill are its own business.
+        if ledger::is_of(&target, &identity.id).await? { ledger::restore_jobs(&target).await } else { Ok(Vec::new()) }
     };
     match restored.await {
         Ok(jobs) if jobs.is_empty() => Ok(()),
@@ -301,20 +302,28 @@ async fn begin(options: &Options, directory: &LockedDirectory, board: &StatusBoa
     let id = identify(options, directory).await?;
     let name = application_name(&id);
     let mut outcome = Outcome { version: 1, ..Outcome::default() };
-    let (seen, known) = prepare(options, &id, &name).await?;
-    let relids = seen.relids();
-    let resting = if let Some(schema) = &seen.extension {
-        let policies = policies::policies(&seen.target, &relids).await?;
+    let (mut seen, mut known) = prepare(options, &id, &name).await?;
+    if let Some(schema) = &seen.extension {
+        let policies = policies::policies(&seen.target, &seen.relids()).await?;
         for warning in seen.warnings(&policies).await? {
             board.event(Level::Warn, warning);
         }
-        let_policies_rest(&seen.target, schema, &policies, board).await?
-    } else {
-        Vec::new()
-    };
+        let_policies_rest(&seen.target, schema, &policies, board).await?;
+    }
     show(board, &seen.work, &known);
     board.set_phase(Phase::Copying);
-    let pieces = worker::Shared::new(options, &seen, &name, board, &pause, &tune, &known).run().await?;
+    let mut pieces = worker::Done::default();
+    loop {
+        let done = worker::Shared::new(options, &seen, &name, board, &pause, &tune, &known).run().await?;
+        pieces.how.extend(done.how);
+        pieces.compressed += done.compressed;
+        // The old sessions may have been idle for days. And rows that came late can have made chunks that no plan knew.
+        seen = look(options, &name, &ledger_of(options, &name).await?).await?;
+        known = noted(&seen).await?;
+        if !is_anything_left(&seen, &known) {
+            break;
+        }
+    }
     for how in [How::AsItIs, How::Rows, How::Merged, How::Found, How::Gone] {
         let count = pieces.how.iter().filter(|one| **one == how).count();
         if count > 0 {
@@ -323,15 +332,11 @@ async fn begin(options: &Options, directory: &LockedDirectory, board: &StatusBoa
     }
     outcome.pieces_now = pieces.how.len();
     outcome.compressed = pieces.compressed;
-    drop(seen);
-    // Its sessions may have been idle for days.
-    let seen = look(options, &name, &ledger_of(options, &name).await?).await?;
-    finish_up(options, &seen, &mut outcome, board).await?;
+    finish_up(options, &seen, &known, &mut outcome, board).await?;
     ledger::complete(&seen.target).await?;
     let all = ledger::pieces(&seen.target).await?;
     outcome.pieces = all.iter().filter(|piece| piece.copied).count();
     outcome.rows = all.iter().map(|piece| piece.rows).sum();
-    drop(resting);
     for work in &seen.work {
         if let Some(table) = board.table(work.table.relid) {
             table.set_state(TableState::Done);
@@ -375,10 +380,26 @@ async fn prepare(options: &Options, id: &str, name: &str) -> Result<(Seen, Vec<R
     }
     let mut seen = look(options, name, &ledger_of(options, name).await?).await?;
     ledger::begin(&mut seen.target, id, &options.wanted()).await?;
+    let known = noted(&seen).await?;
+    Ok((seen, known))
+}
+
+/// Notes the pieces that are new, and answers with all.
+async fn noted(seen: &Seen) -> Result<Vec<Recorded>> {
     let pieces: Vec<Recorded> = seen.work.iter().flat_map(Work::recorded).collect();
     ledger::plan(&seen.target, &pieces).await?;
-    let known = ledger::pieces(&seen.target).await?;
-    Ok((seen, known))
+    ledger::pieces(&seen.target).await
+}
+
+fn is_anything_left(seen: &Seen, known: &[Recorded]) -> bool {
+    let copied: HashSet<(&str, &str)> = known
+        .iter()
+        .filter(|piece| piece.copied)
+        .map(|piece| (piece.relation.as_str(), piece.place.as_str()))
+        .collect();
+    let left =
+        |work: &Work| work.recorded().any(|piece| !copied.contains(&(piece.relation.as_str(), piece.place.as_str())));
+    seen.work.iter().any(left)
 }
 
 /// Takes the policies that would be in the way off their schedule, and waits for those at work.
@@ -387,7 +408,7 @@ async fn let_policies_rest(
     schema: &str,
     policies: &[policies::Policy],
     board: &StatusBoard,
-) -> Result<Vec<i32>> {
+) -> Result<()> {
     let scheduled: Vec<i32> = policies.iter().filter(|policy| policy.scheduled).map(|policy| policy.id).collect();
     ledger::note_jobs(target, &scheduled).await?;
     for job in &scheduled {
@@ -400,7 +421,7 @@ async fn let_policies_rest(
     while !all.is_empty() && policies::are_running(target, &all).await? {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
-    Ok(scheduled)
+    Ok(())
 }
 
 fn show(board: &StatusBoard, work: &[Work], known: &[Recorded]) {
@@ -411,18 +432,25 @@ fn show(board: &StatusBoard, work: &[Work], known: &[Recorded]) {
         let done = known.iter().filter(|piece| piece.relation == name && piece.copied);
         let (bytes, rows) = done.fold((0, 0), |(bytes, rows), piece| (bytes + piece.bytes, rows + piece.rows));
         table.add_recorded(bytes.max(0).cast_unsigned(), rows.max(0).cast_unsigned());
-        if one
-            .pieces
+        let copied: HashSet<&str> = known
             .iter()
-            .all(|piece| known.iter().any(|known| known.copied && known.place == piece.place && known.relation == name))
-        {
+            .filter(|piece| piece.relation == name && piece.copied)
+            .map(|piece| piece.place.as_str())
+            .collect();
+        if one.pieces.iter().all(|piece| copied.contains(piece.place.as_str())) {
             table.set_state(TableState::Done);
         }
     }
 }
 
 /// All that is done once every piece is there.
-async fn finish_up(options: &Options, seen: &Seen, outcome: &mut Outcome, board: &StatusBoard) -> Result<()> {
+async fn finish_up(
+    options: &Options,
+    seen: &Seen,
+    known: &[Recorded],
+    outcome: &mut Outcome,
+    board: &StatusBoard,
+) -> Result<()> {
     let Some(schema) = &seen.extension else {
         return hold_foreign_keys(options, seen, outcome).await;
     };
@@ -436,7 +464,6 @@ async fn finish_up(options: &Options, seen: &Seen, outcome: &mut Outcome, board:
             .iter()
             .find(|work| (&work.table.schema, &work.table.name) == (&aggregate.hypertable.0, &aggregate.hypertable.1));
         let Some((work, (_, time))) = work.and_then(|work| Some((work, work.time.as_ref()?))) else { continue };
-        let known = ledger::pieces(&seen.target).await?;
         let ranges = || known.iter().filter(|piece| piece.relation == work.table.qualified() && piece.copied);
         let first = ranges().map(|piece| piece.range.0).filter(|from| *from != i64::MIN).min();
         let last = ranges().map(|piece| piece.range.1).filter(|to| *to != i64::MAX).max();

@@ -7,5 +7,6 @@
 mod support;
 
 mod backfill;
+mod many_chunks;
 mod source;
 mod verify;
