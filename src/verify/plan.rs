@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn every_time_is_in_exactly_one_range_and_no_chunk_is_cut() {
-        let chunks = vec![(i64::MIN, 5), (0, 600), (0, 600), (10, 50), (20, 900), (30, 1)];
+        let chunks = vec![(i64::MIN, 5), (0, 600), (0, 600), (10, 50), (20, 960), (30, 1)];
         let time = TimeType::Integer("bigint".into());
         let ranges = time_ranges(&Times { column: "t".into(), time, chunks }, 1000);
         assert_eq!(ranges.len(), 3, "{ranges:?}");
