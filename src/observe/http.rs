@@ -76,6 +76,11 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
     let history = History::default();
     let keeping = tokio::spawn(history.clone().keep(board.clone()));
     let app = router(Served { board: board.clone(), metrics }).merge(page::router(board, history));
+    Ok(Some(HttpServer { address, tasks: [accept(listener, app), keeping.abort_handle()] }))
+}
+
+/// Serves on a listener, with the bounds of this module, until it is aborted.
+pub(crate) fn accept(listener: TcpListener, app: Router) -> AbortHandle {
     let listener = Bounded { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
     let task = tokio::spawn(async move {
         // It accepts until it is dropped; an error of one connection does not end it.
@@ -83,7 +88,7 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
             tracing::warn!("the metrics' server ended: {error}");
         }
     });
-    Ok(Some(HttpServer { address, tasks: [task.abort_handle(), keeping.abort_handle()] }))
+    task.abort_handle()
 }
 
 #[derive(Clone)]
@@ -159,7 +164,7 @@ impl AsyncWrite for Limited {
     }
 }
 
-type Response = (StatusCode, [(HeaderName, &'static str); 3], String);
+pub(crate) type Response = (StatusCode, [(HeaderName, &'static str); 3], String);
 
 /// A method other than GET and HEAD on these paths is 405 by axum's own doing.
 fn router(served: Served) -> Router {
@@ -197,7 +202,8 @@ async fn not_found() -> Response {
     response(StatusCode::NOT_FOUND, "text/plain", "there are /, /metrics, /healthz and /status\n".to_string())
 }
 
-fn response(code: StatusCode, content_type: &'static str, body: String) -> Response {
+/// An answer that no cache keeps, on a connection of its own.
+pub(crate) fn response(code: StatusCode, content_type: &'static str, body: String) -> Response {
     let headers = [
         (header::CONTENT_TYPE, content_type),
         (header::CACHE_CONTROL, "no-store"),
