@@ -86,18 +86,18 @@ async fn beside(source: &Client, database: &Database, owners: &Owners) -> Result
         .query_typed(
             // The fence of a migration sets the one that is left out.
             "SELECT 'setting', coalesce(pg_catalog.pg_get_userbyid(nullif(s.setrole, 0))::text, ''), \
-                    split_part(c, '=', 1), substr(c, strpos(c, '=') + 1) \
-             FROM pg_catalog.pg_database d JOIN pg_catalog.pg_db_role_setting s ON s.setdatabase = d.oid, unnest(s.setconfig) c \
+                    split_part(c, '=', 1), substr(c, strpos(c, '=') + 1), at \
+             FROM pg_catalog.pg_database d JOIN pg_catalog.pg_db_role_setting s ON s.setdatabase = d.oid, unnest(s.setconfig) WITH ORDINALITY c(c, at) \
              WHERE d.datname = $1 AND NOT (s.setrole = 0 AND c LIKE 'default\\_transaction\\_read\\_only=%') \
              UNION ALL \
              SELECT 'grant', CASE WHEN a.grantee = 0 THEN '' ELSE pg_catalog.pg_get_userbyid(a.grantee)::text END, a.privilege_type, \
-                    CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END \
+                    CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END, 0 \
              FROM pg_catalog.pg_database d, pg_catalog.aclexplode(d.datacl) a WHERE d.datname = $1 AND a.grantee <> d.datdba \
              UNION ALL \
-             SELECT 'revoke', '', p, '' FROM pg_catalog.pg_database d, unnest(ARRAY['CONNECT', 'TEMPORARY']) p \
+             SELECT 'revoke', '', p, '', 0 FROM pg_catalog.pg_database d, unnest(ARRAY['CONNECT', 'TEMPORARY']) p \
              WHERE d.datname = $1 AND d.datacl IS NOT NULL \
                AND NOT EXISTS (SELECT FROM pg_catalog.aclexplode(d.datacl) a WHERE a.grantee = 0 AND a.privilege_type = p) \
-             ORDER BY 1, 2, 3",
+             ORDER BY 1, 2, 5, 3",
             &[(&database.name, Type::TEXT)],
         )
         .await

@@ -107,6 +107,7 @@ impl Several {
         if overview.members.is_empty() {
             return Err(Error::new(ErrorKind::Blocked, "there is no database to move on the source's server"));
         }
+        share::caps(&self.config, overview.members.len())?;
         let new: Vec<&Database> =
             databases.iter().filter(|database| begun.iter().all(|member| member.database != database.name)).collect();
         if new.is_empty() {
