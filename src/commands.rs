@@ -1,5 +1,6 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
+mod about;
 mod databases;
 mod verify;
 
@@ -43,6 +44,9 @@ use databases::All;
 pub async fn run(cli: Cli) -> Result<()> {
     let log_format = cli.log_format;
     let bars = logging::init(log_format)?;
+    for warning in &cli.warnings {
+        warn!("{warning}");
+    }
     match cli.command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
@@ -72,6 +76,9 @@ pub async fn run(cli: Cli) -> Result<()> {
         },
         Command::Repair(options) => verify::repair(options).await,
         Command::Clean(options) => clean(options).await,
+        Command::Config(options) => about::config(options),
+        Command::Completions(options) => about::completions(options.shell),
+        Command::Man(options) => about::man(&options),
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
             demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await

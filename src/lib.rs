@@ -30,6 +30,7 @@ pub mod copy;
 pub mod target;
 
 pub mod cutover;
+pub mod timescale;
 pub mod unstreamed;
 pub mod verify;
 
@@ -44,6 +45,7 @@ pub mod state_directory;
 pub mod cli;
 pub mod commands;
 pub mod demo;
+pub mod settings;
 
 pub mod crashsafe;
 pub mod error;

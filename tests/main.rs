@@ -17,6 +17,7 @@ mod heal;
 mod hooks;
 mod killed;
 mod large_transaction;
+mod occupied_port;
 mod online;
 mod pooler;
 mod refused;

@@ -238,7 +238,7 @@ impl Several {
             boards.boards.push((member.clone(), StatusBoard::of_database(&member.database)?));
         }
         let _http = match self.config.http_address {
-            Some(address) => served::serve(address, boards.clone()).await?,
+            Some(address) => Some(served::serve(address, boards.clone()).await?),
             None => None,
         };
         let mut running = JoinSet::new();

@@ -16,7 +16,7 @@ use super::overview::{Member, Overview};
 use super::summary::Summary;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
-use crate::observe::http::{Response, accept, response};
+use crate::observe::http::{Response, accept, bind_later, response};
 use crate::observe::metrics;
 use crate::observe::page::{self, History};
 use crate::observe::status::Phase;
@@ -52,23 +52,27 @@ impl Drop for Server {
     }
 }
 
-/// Serves them. An occupied port is a warning and `None`: the migrations are worth more than their metrics.
+/// Serves them. While the port is occupied it is tried again and again: the migrations are worth more than their metrics.
 ///
 /// # Errors
 /// `Usage` if the address cannot be listened on for any other reason.
-pub async fn serve(address: SocketAddr, boards: Boards) -> Result<Option<Server>> {
+pub async fn serve(address: SocketAddr, boards: Boards) -> Result<Server> {
+    let announce =
+        |address| tracing::info!("the page of all databases is http://{address}/, and metrics are at /metrics");
     let listener = match TcpListener::bind(address).await {
-        Ok(listener) => listener,
+        Ok(listener) => {
+            announce(listener.local_addr()?);
+            Some(listener)
+        }
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            tracing::warn!("no metrics: {address} is in use; --http-addr takes another address");
-            return Ok(None);
+            tracing::warn!("no metrics while {address} is in use; --http-addr takes another address");
+            None
         }
         Err(error) => {
             let message = format!("listening on {address} for metrics: {error}");
             return Err(Error::new(ErrorKind::Usage, message).hint("--http-addr takes an address of this machine"));
         }
     };
-    tracing::info!("the page of all databases is http://{}/, and metrics are at /metrics", listener.local_addr()?);
     let mut tasks = Vec::new();
     let mut app = Router::new()
         .route("/", get(index))
@@ -85,8 +89,19 @@ pub async fn serve(address: SocketAddr, boards: Boards) -> Result<Option<Server>
         // With a slash at its end: the page asks for what lies beside it.
         app = app.nest(&format!("/databases/{number}/"), one);
     }
-    tasks.push(accept(listener, app));
-    Ok(Some(Server(tasks)))
+    let serving = async move {
+        let listener = match listener {
+            Some(listener) => listener,
+            None => {
+                let listener = bind_later(address).await;
+                announce(address);
+                listener
+            }
+        };
+        accept(listener, app).await;
+    };
+    tasks.push(tokio::spawn(serving).abort_handle());
+    Ok(Server(tasks))
 }
 
 /// Where to find the page of each.
@@ -189,7 +204,7 @@ mod tests {
         let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = free.local_addr().unwrap();
         drop(free);
-        let server = serve(address, boards.clone()).await.unwrap().unwrap();
+        let server = serve(address, boards.clone()).await.unwrap();
 
         let (code, text) = get(address, "/metrics").await;
         assert_eq!(code, 200);
