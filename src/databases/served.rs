@@ -189,7 +189,7 @@ mod tests {
     async fn one_address_has_the_metrics_of_all_and_a_page_for_each() {
         let directory = tempfile::tempdir().unwrap();
         let mut overview = Overview::new(String::new(), String::new(), Vec::new(), Vec::new());
-        overview.add(["shop".to_owned(), "<a\"\\\n>".to_owned()]);
+        overview.add(["shop".to_owned(), "<a\"\\b\n>".to_owned()]);
         overview.write(directory.path()).unwrap();
         let with_board = |member: &Member| (member.clone(), StatusBoard::of_database(&member.database).unwrap());
         let boards = Boards {
@@ -211,7 +211,7 @@ mod tests {
         // Each metric is described once, and each sample is there once: `parse` sees to it.
         assert_every_metric_is_in(&parse(&text));
         assert!(text.contains("walferry_phase{database=\"shop\",phase=\"following\"} 1\n"), "{text}");
-        assert!(text.contains("walferry_phase{database=\"<a\\\"\\\\\\n>\",phase=\"preparing\"} 1\n"), "{text}");
+        assert!(text.contains("walferry_phase{database=\"<a\\\"\\\\b\\n>\",phase=\"preparing\"} 1\n"), "{text}");
         let (_, json) = get(address, "/status").await;
         let status: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!(status["databases"][1]["status"]["phase"], "following");
