@@ -1,6 +1,7 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
 mod cutover;
+mod databases;
 mod settings;
 mod standby;
 mod values;
@@ -19,6 +20,7 @@ use crate::pause::What;
 use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
+pub use databases::{AllDatabases, MigrateAll};
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
 pub use values::{HttpAddress, Time};
@@ -69,6 +71,7 @@ pub enum Command {
         after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
         With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 13 \
         --source-wal-max 200GiB\n\
+        Every database of a server: walferry migrate … --dir ./all --all-databases --roles --exclude-database 'test_*'\n\
         Ctrl-C stops it; the same command goes on. It ends with a switchback or `walferry finish`, or with a cutover without a way back.\n\
         Exit codes: 0 cut over or switched back, 3 blocked, 130 interrupted"
     )]
@@ -161,7 +164,7 @@ pub enum Command {
 }
 
 /// The two servers.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Servers {
     /// The server to move away from: a URL or key=value pairs as libpq has them
     #[arg(long, env = "WALFERRY_SOURCE", hide_env_values = true)]
@@ -178,7 +181,7 @@ pub struct Servers {
 }
 
 /// What of the database is moved. Patterns are those of pg_dump.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "A part of a database")]
 pub struct Filters {
     /// Only tables that this pattern names (schema.table, * and ?); may be given again
@@ -245,7 +248,7 @@ pub struct Parallelism {
 }
 
 /// How many connections there may be.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Connections {
     /// Open at most so many connections to the source; fewer jobs then do what there is to do
     #[arg(long, value_parser = at_least_one, value_name = "N")]
@@ -354,6 +357,9 @@ pub struct Check {
     /// Check also what `migrate --replicate-ddl` needs
     #[arg(long, conflicts_with_all = PART_OPTIONS)]
     pub replicate_ddl: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub all: AllDatabases,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
@@ -366,11 +372,14 @@ pub struct MigrateAgain {
     #[allow(missing_docs)]
     pub migrate: Migrate,
     /// Bring the schema with its keys and indexes, no rows, and end
-    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full"])]
+    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "all_databases"])]
     pub schema_only: bool,
     /// Compare these tables (schema.name) with the source again before going on, and copy what differs
-    #[arg(long, value_name = "TABLE", num_args = 1..)]
+    #[arg(long, value_name = "TABLE", num_args = 1.., conflicts_with = "all_databases")]
     pub recopy: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub all: MigrateAll,
 }
 
 /// `walferry migrate` and `walferry resync`.
@@ -493,7 +502,7 @@ pub struct TuneOptions {
 }
 
 /// `walferry verify`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Verify {
     #[command(flatten)]
     #[allow(missing_docs)]

@@ -1,6 +1,7 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
 mod about;
+mod databases;
 mod verify;
 
 use std::io::{IsTerminal, Write};
@@ -20,6 +21,7 @@ use crate::cli::{self, Cli, Command};
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, Conversation, Request};
 use crate::cutover;
+use crate::databases::overview;
 use crate::demo::{self, DemoOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::migrate::{self, Config, Heal};
@@ -34,6 +36,7 @@ use crate::queue;
 use crate::source::standby::Standbys;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
+use databases::All;
 
 /// Runs a command.
 ///
@@ -48,6 +51,9 @@ pub async fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
+            if options.all.which.all_databases {
+                return databases::migrate(&options).await;
+            }
             let heal = if options.recopy.is_empty() { Heal::Nothing } else { Heal::Tables(options.recopy) };
             if options.schema_only {
                 return schema_only(&options.migrate).await;
@@ -65,7 +71,10 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Pause(options) => pause(options, What::Apply, true).await,
         Command::Resume(options) => pause(options, What::All, false).await,
         Command::Tune(options) => tune(options).await,
-        Command::Verify(options) => verify::verify(options, log_format, bars).await,
+        Command::Verify(options) => match options.dir.as_deref().map(All::of).transpose()?.flatten() {
+            Some(all) => all.verify(options, log_format, bars).await,
+            None => verify::verify(options, log_format, bars).await,
+        },
         Command::Repair(options) => verify::repair(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Config(options) => about::config(options),
@@ -151,6 +160,9 @@ fn stands_in_the_arguments(text: &str) -> bool {
 }
 
 async fn check(options: cli::Check) -> Result<()> {
+    if options.all.all_databases {
+        return databases::check(options).await;
+    }
     let (source, target) = both(&options.servers)?;
     // What a migration of its own has left on both servers is in nobody's way.
     let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
@@ -204,13 +216,26 @@ fn default_quota(directory: &std::path::Path) -> u64 {
 }
 
 async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
+    overview::refuse(&options.directory.dir, if heal == Heal::Everything { "resync" } else { "migrate" })?;
+    let config = config(options, heal)?;
+    let board = StatusBoard::new();
+    let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
+    let shown = progress::start(board.clone(), mode);
+    let outcome = migrate::run(config, &board).await;
+    drop(shown);
+    outcome?;
+    migrated(options, &board)
+}
+
+/// How a migration is to be done, from the command line.
+fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
     let (source, target) = both(&options.servers)?;
     let scope = options.filters.scope(Some(&options.place));
     if !scope.map_schemas.is_empty() && !options.no_reverse {
         return Err(Error::new(ErrorKind::Usage, "there is no way back to schemas of other names")
             .hint("Give --no-reverse beside --map-schema: the cutover is for good then."));
     }
-    let config = Config {
+    Ok(Config {
         source,
         target,
         standbys: standbys(&options.standbys, &options.servers)?,
@@ -240,14 +265,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
             on_source_wal_max: options.care.on_source_wal_max,
             caps: options.connections.caps(),
         },
-    };
-    let board = StatusBoard::new();
-    let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
-    let shown = progress::start(board.clone(), mode);
-    let outcome = migrate::run(config, &board).await;
-    drop(shown);
-    outcome?;
-    migrated(options, &board)
+    })
 }
 
 /// `migrate --schema-only`.
@@ -289,6 +307,9 @@ fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
 }
 
 async fn status(options: cli::Status) -> Result<()> {
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.status(&options).await;
+    }
     let directory = StateDirectory::at(&options.directory.dir);
     loop {
         let status = read_status(&directory).await?;
@@ -348,6 +369,9 @@ enum Way {
 }
 
 async fn switch(options: cli::Switch, way: Way) -> Result<()> {
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.switch(&options, way).await;
+    }
     let directory = StateDirectory::at(&options.directory.dir);
     let status = read_status(&directory).await?;
     if !options.yes && !options.dry_run && std::io::stdin().is_terminal() {
@@ -383,21 +407,11 @@ async fn switch(options: cli::Switch, way: Way) -> Result<()> {
 }
 
 async fn finish(options: cli::Finish) -> Result<()> {
-    let directory = StateDirectory::at(&options.directory.dir);
-    let asked = async { Conversation::begin(&directory, &Request::Finish).await?.next().await };
-    match asked.await {
-        Ok(Answer::Finished) => {}
-        Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
-        Err(error) => {
-            // Where none runs, what it would do is done here.
-            let Ok(_locked) = directory.lock() else { return Err(error) };
-            let (source, target) = either_or_known(&options.servers, directory.path())?;
-            let Some(target) = target else { return Err(error) };
-            if let Some(left) = migrate::finish_without_process(&target, source.as_ref()).await? {
-                warn!("{left}");
-            }
-        }
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.finish(&options).await;
     }
+    let directory = StateDirectory::at(&options.directory.dir);
+    end_the_way_back(&directory, || either_or_known(&options.servers, directory.path())).await?;
     if options.json {
         return print_json(&json!({ "version": 1, "finished": true }));
     }
@@ -406,6 +420,28 @@ async fn finish(options: cli::Finish) -> Result<()> {
          When you need it no more: walferry clean --dir {}\n",
         directory.path().display()
     ))
+}
+
+/// Ends the way back of a migration, whether it runs or not.
+async fn end_the_way_back(
+    directory: &StateDirectory,
+    servers: impl FnOnce() -> Result<(Option<ConnectionSpec>, Option<ConnectionSpec>)>,
+) -> Result<()> {
+    let asked = async { Conversation::begin(directory, &Request::Finish).await?.next().await };
+    match asked.await {
+        Ok(Answer::Finished) => {}
+        Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
+        Err(error) => {
+            // Where none runs, what it would do is done here.
+            let Ok(_locked) = directory.lock() else { return Err(error) };
+            let (source, target) = servers()?;
+            let Some(target) = target else { return Err(error) };
+            if let Some(left) = migrate::finish_without_process(&target, source.as_ref()).await? {
+                warn!("{left}");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// How a cutover is to be done, from the command line.
@@ -479,29 +515,7 @@ fn rehearsed(rehearsal: &cutover::Rehearsal, json: bool) -> Result<()> {
     if json {
         print_json(rehearsal)?;
     } else {
-        let mut page = String::new();
-        for finding in &rehearsal.preconditions {
-            let sign = match finding.weight {
-                cutover::Weight::Ok => "ok",
-                cutover::Weight::Warning => "warning",
-                cutover::Weight::Blocks => "NOT READY",
-            };
-            page.push_str(&format!("  {sign:<10}{}: {}\n", finding.name, finding.text));
-            if let Some(hint) = &finding.hint {
-                page.push_str(&format!("  {:<10}next: {hint}\n", ""));
-            }
-        }
-        page.push_str(&format!(
-            "{} tables to lock, {} sequences to set.\n",
-            rehearsal.tables_to_lock, rehearsal.sequences
-        ));
-        if let Some(measured) = &rehearsal.estimate {
-            page.push_str(&format!(
-                "Writers would wait about {:.0} ms. Measured: {}.\n",
-                measured.downtime_ms, rehearsal.estimated_from
-            ));
-        }
-        print(&page)?;
+        print(&rehearsal_page(rehearsal))?;
     }
     if rehearsal.ready {
         return Ok(());
@@ -509,7 +523,34 @@ fn rehearsed(rehearsal: &cutover::Rehearsal, json: bool) -> Result<()> {
     Err(Error::new(ErrorKind::Aborted, "a cutover would not begin now; nothing was touched"))
 }
 
+/// What a rehearsal found, for people.
+fn rehearsal_page(rehearsal: &cutover::Rehearsal) -> String {
+    let mut page = String::new();
+    for finding in &rehearsal.preconditions {
+        let sign = match finding.weight {
+            cutover::Weight::Ok => "ok",
+            cutover::Weight::Warning => "warning",
+            cutover::Weight::Blocks => "NOT READY",
+        };
+        page.push_str(&format!("  {sign:<10}{}: {}\n", finding.name, finding.text));
+        if let Some(hint) = &finding.hint {
+            page.push_str(&format!("  {:<10}next: {hint}\n", ""));
+        }
+    }
+    page.push_str(&format!("{} tables to lock, {} sequences to set.\n", rehearsal.tables_to_lock, rehearsal.sequences));
+    if let Some(measured) = &rehearsal.estimate {
+        page.push_str(&format!(
+            "Writers would wait about {:.0} ms. Measured: {}.\n",
+            measured.downtime_ms, rehearsal.estimated_from
+        ));
+    }
+    page
+}
+
 async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Result<()> {
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.pause(&options, otherwise, rest).await;
+    }
     let directory = StateDirectory::at(&options.directory.dir);
     let request = Request::Pause { what: options.what.unwrap_or(otherwise), rest };
     let Answer::Paused(paused) = Conversation::begin(&directory, &request).await?.next().await? else {
@@ -523,6 +564,7 @@ async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Resul
 }
 
 async fn tune(options: cli::TuneOptions) -> Result<()> {
+    overview::refuse(&options.directory.dir, "tune")?;
     let directory = StateDirectory::at(&options.directory.dir);
     let cli::TuneOptions { copy_jobs, copy_rate, max_standby_lag, .. } = options;
     let request = Request::Tune(Change { copy_jobs, copy_rate, max_standby_lag });
@@ -552,7 +594,12 @@ fn ask(status: &Status) -> Result<()> {
     for blocker in &status.blockers {
         eprintln!("  but   {blocker}");
     }
-    eprint!("All other sessions of the source's database will be ended. Switch now? [y/N] ");
+    ask_on_terminal("All other sessions of the source's database will be ended. Switch now?")
+}
+
+/// Goes on only after a yes.
+fn ask_on_terminal(question: &str) -> Result<()> {
+    eprint!("{question} [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     if matches!(answer.trim(), "y" | "Y" | "yes") {
@@ -563,6 +610,9 @@ fn ask(status: &Status) -> Result<()> {
 }
 
 async fn clean(options: cli::Clean) -> Result<()> {
+    if let Some(all) = options.dir.as_deref().map(All::of).transpose()?.flatten() {
+        return all.clean(&options).await;
+    }
     let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
     let standby = options.stream_from.or(identity.and_then(|identity| identity.stream_from));
     let standby =

@@ -37,6 +37,7 @@ pub mod verify;
 pub mod check;
 pub mod clean;
 pub mod control;
+pub mod databases;
 pub mod observe;
 pub mod pause;
 pub mod state_directory;

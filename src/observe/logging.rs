@@ -8,7 +8,7 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -113,6 +113,12 @@ where
         }
         // A name of a database may hold line breaks: what looks like a line of the log must be one.
         let mut fields = String::new();
+        // Of several migrations of one process, which it is.
+        for span in context.event_scope().into_iter().flatten() {
+            if let Some(of_span) = span.extensions().get::<FormattedFields<N>>() {
+                fields.push_str(&format!("{of_span} "));
+            }
+        }
         context.format_fields(Writer::new(&mut fields), event)?;
         for letter in fields.chars() {
             if letter.is_control() {

@@ -23,5 +23,5 @@ pub mod table_progress;
 pub mod wall_clock;
 
 mod lag;
-mod page;
+pub(crate) mod page;
 mod rates;

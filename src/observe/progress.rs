@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::task::AbortHandle;
+use tracing::Instrument;
 
 use crate::observe::board::StatusBoard;
 use crate::observe::format::{duration, percent, size, size_rate};
@@ -72,7 +73,7 @@ pub fn start(board: StatusBoard, mode: ProgressMode) -> ProgressTask {
     match mode {
         ProgressMode::Off => ProgressTask { task: None, bars: Arc::default() },
         ProgressMode::Lines => {
-            let task = tokio::spawn(log_lines(board));
+            let task = tokio::spawn(log_lines(board).in_current_span());
             ProgressTask { task: Some(task.abort_handle()), bars: Arc::default() }
         }
         ProgressMode::Bars { bars, tables_max } => {
