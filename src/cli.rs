@@ -16,10 +16,10 @@ use crate::pause::What;
 use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
-pub use values::{HttpAddress, Time};
+pub use values::{HttpAddress, Hypertables, Time};
 use values::{
-    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate,
-    parse_role_map, parse_schemas,
+    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_hypertables, parse_lag, parse_percent,
+    parse_rate, parse_role_map, parse_schemas,
 };
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
@@ -168,8 +168,8 @@ pub struct Filters {
 }
 
 /// What DDL is not replicated with: a statement can speak of more than what is moved, and of names that the target does not have.
-const PART_OPTIONS: [&str; 6] =
-    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema"];
+const PART_OPTIONS: [&str; 7] =
+    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema", "hypertables"];
 
 /// What of the database is moved where.
 #[derive(Debug, Args)]
@@ -182,6 +182,10 @@ pub struct Place {
     /// --no-reverse only; may be given again
     #[arg(long, value_parser = parse_schemas, value_name = "OLD=NEW", conflicts_with = "data_only")]
     pub map_schema: Vec<(String, String)>,
+    /// A TOML file that says which tables are TimescaleDB hypertables on the target, with their chunks, compression and policies;
+    /// `walferry suggest-hypertables` writes one. There is no way back from that: with --no-reverse only
+    #[arg(long, value_parser = parse_hypertables, value_name = "FILE", conflicts_with_all = ["data_only", "map_schema"])]
+    pub hypertables: Option<Hypertables>,
 }
 
 impl Filters {
@@ -194,6 +198,7 @@ impl Filters {
             exclude_schemas: self.exclude_schema.clone(),
             data_only: place.is_some_and(|place| place.data_only),
             map_schemas: place.map_or_else(Vec::new, |place| place.map_schema.clone()),
+            hypertables: place.and_then(|place| place.hypertables.clone()).unwrap_or_default().0,
         }
     }
 }
@@ -335,7 +340,7 @@ pub struct MigrateAgain {
     #[allow(missing_docs)]
     pub migrate: Migrate,
     /// Bring the schema with its keys and indexes, no rows, and end
-    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full"])]
+    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "hypertables"])]
     pub schema_only: bool,
     /// Compare these tables (schema.name) with the source again before going on, and copy what differs
     #[arg(long, value_name = "TABLE", num_args = 1..)]

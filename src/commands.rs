@@ -189,6 +189,10 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         return Err(Error::new(ErrorKind::Usage, "there is no way back to schemas of other names")
             .hint("Give --no-reverse beside --map-schema: the cutover is for good then."));
     }
+    if !scope.hypertables.is_empty() && !options.no_reverse {
+        return Err(Error::new(ErrorKind::Usage, "there is no way back from hypertables to plain tables")
+            .hint("Give --no-reverse beside --hypertables: the cutover is for good then."));
+    }
     let config = Config {
         source,
         target,

@@ -28,6 +28,7 @@ pub mod apply;
 pub mod care;
 pub mod copy;
 pub mod target;
+pub mod timescale;
 
 pub mod cutover;
 pub mod unstreamed;

@@ -28,7 +28,8 @@ const FREEZE_FROM_BYTES: i64 = 8 << 20;
 
 /// Whether a part is worth arriving frozen.
 pub(super) fn may_freeze(table: &Table, part: &Part) -> bool {
-    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES
+    // The rows of a hypertable go to its chunks, which are not those that were emptied.
+    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES && table.hypertable.is_none()
 }
 
 /// Copies one part, frozen or not, and marks it in the ledger, as one transaction on the target.

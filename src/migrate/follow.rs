@@ -84,7 +84,7 @@ impl Running {
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
-        let is_mapped = !scope.map_schemas.is_empty();
+        let is_mapped = !scope.map_schemas.is_empty() || !scope.hypertables.is_empty();
         let way_back = if self.direction == Direction::There && self.config.reverse && !is_mapped {
             let way_back = self.way_back().await?;
             beside.spawn(way_back.clone().keep_ready(tell));
