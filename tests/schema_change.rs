@@ -8,12 +8,12 @@ use serde_json::Value;
 use crate::support::process::{Finished, Running};
 use crate::support::{Migration, Servers, hold_pg_dump, is_blocked, until_true};
 
-const SCHEMA: &str = "CREATE TABLE orders (id int PRIMARY KEY, a text, n int, gone text);
+const SCHEMA: &str = "CREATE TABLE orders (a text, gone text, n int, id int PRIMARY KEY);
     CREATE INDEX orders_a ON orders (a); CREATE TABLE quiet (id int PRIMARY KEY, a text);
     CREATE TABLE parts (id int, r text, PRIMARY KEY (id, r)) PARTITION BY LIST (r);
     CREATE TABLE parts_a PARTITION OF parts FOR VALUES IN ('a'); CREATE TABLE parts_b PARTITION OF parts FOR VALUES IN ('b');
     CREATE TABLE idle (id int PRIMARY KEY);
-    INSERT INTO orders SELECT g, 'a' || g, g, 'x' FROM generate_series(1, 2000) g;
+    INSERT INTO orders SELECT 'a' || g, 'x', g, g FROM generate_series(1, 2000) g;
     INSERT INTO quiet SELECT g, 'q' FROM generate_series(1, 2000) g; INSERT INTO parts VALUES (1, 'a'), (1, 'b')";
 
 /// Rows before the change and after it, in the changed table and in another; also in one transaction with both.

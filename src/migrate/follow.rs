@@ -78,6 +78,7 @@ impl Running {
                 turn: Arc::clone(&turn),
             };
             working.spawn(keeper.run());
+            working.spawn(self.compressor(scope.clone(), Arc::clone(&turn)).run());
         };
         keep_warm(&mut warming);
         keep_current(&mut warming);

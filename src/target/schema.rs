@@ -9,7 +9,9 @@
 //! the apply has passed every snapshot (H24). What would fire while rows are written in the origin role waits for the cutover
 //! ([`super::late`]).
 
+mod attribute_version;
 mod dump;
+pub(super) mod tokens;
 mod wanted;
 
 use std::collections::{BTreeMap, HashMap, HashSet};

@@ -15,6 +15,7 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, Result};
 use crate::source::catalog::USER_RELATION;
 use crate::source::version::Version;
+use crate::timescale::compress::COMPRESSING;
 
 /// How often it is looked whether there is something to do.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -47,7 +48,7 @@ pub async fn keep_warm(
     }
 }
 
-/// Ends what [`keep_warm`] was at, and refreshes of materialized views: a cutover's statements must not wait for them.
+/// Ends what [`keep_warm`] was at, compressing of chunks, and refreshes of materialized views: a cutover's statements must not wait for them.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -55,8 +56,9 @@ pub async fn stop(target: &Client, application_name: &str) -> Result<()> {
     target
         .query(
             "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
-             WHERE application_name = $1 AND query ~ '^(VACUUM|ANALYZE|REFRESH) ' AND pid <> pg_catalog.pg_backend_pid()",
-            &[&application_name],
+             WHERE application_name = $1 AND (query ~ '^(VACUUM|ANALYZE|REFRESH) ' OR pg_catalog.starts_with(query, $2)) \
+               AND pid <> pg_catalog.pg_backend_pid()",
+            &[&application_name, &COMPRESSING],
         )
         .await
         .context(|| "ending our maintenance on the target".into())?;
@@ -89,7 +91,7 @@ async fn look_after(target: &ConnectionSpec, application_name: &str) -> Result<(
 }
 
 /// Cancels the statement of a session as soon as anybody waits for it, as the server does with autovacuum. Returns when it cannot look.
-async fn make_way(watch: &Client, pid: i32) -> Error {
+pub(crate) async fn make_way(watch: &Client, pid: i32) -> Error {
     loop {
         tokio::time::sleep(MAKE_WAY_INTERVAL).await;
         let cancelled = watch

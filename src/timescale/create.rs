@@ -60,9 +60,9 @@ fn policies(hypertable: &Hypertable, extension: &str) -> Vec<String> {
         wanted.push(("add_retention_policy", "drop_after", &retention.after, &retention.schedule));
     }
     let asleep = |(policy, argument, after, schedule): (&str, &str, &Span, &Option<String>)| {
-        let schedule = schedule.as_ref().map_or(String::new(), |schedule| {
-            format!(", schedule_interval => {}::interval", sql::literal(schedule))
-        });
+        let schedule = schedule
+            .as_ref()
+            .map_or(String::new(), |schedule| format!(", schedule_interval => {}::interval", sql::literal(schedule)));
         format!(
             "SELECT {}({}({}, {argument} => {}{schedule}), scheduled => false)",
             sql::qualified(extension, "alter_job"),

@@ -342,7 +342,8 @@ impl RawHypertable {
         };
         let length = |key, text: Spanned<RawSpan>| {
             let span = text.span();
-            let hint = "Give a length of time such as \"7 days\", or a whole number greater than 0 where time is an integer.";
+            let hint =
+                "Give a length of time such as \"7 days\", or a whole number greater than 0 where time is an integer.";
             match text.into_inner() {
                 RawSpan::Integer(number) if number > 0 => Ok(Span::Integer(number)),
                 RawSpan::Interval(text) if text.bytes().any(|byte| byte.is_ascii_digit()) => Ok(Span::Interval(text)),
@@ -406,7 +407,8 @@ impl RawHypertable {
                 }
                 if compression.segment_by.contains(&time) {
                     let what = format!("the time column `{time}` cannot be in `segment_by`");
-                    let hint = "A segment holds the rows of one value: order by time, and segment by what the rows are of.";
+                    let hint =
+                        "A segment holds the rows of one value: order by time, and segment by what the rows are of.";
                     return Err(wrong("compression.segment_by", span, what, hint));
                 }
                 Some(compression)
@@ -434,7 +436,12 @@ impl RawHypertable {
         let integer = is_integer(&hypertable.chunk_interval);
         if let Some((_, key)) = hypertable.spans().into_iter().find(|(span, _)| is_integer(span) != integer) {
             let what = "it is a number and `chunk_interval` is an interval, or the other way round".to_owned();
-            return Err(wrong(key, interval_span, what, "Give numbers where time is an integer, and intervals elsewhere."));
+            return Err(wrong(
+                key,
+                interval_span,
+                what,
+                "Give numbers where time is an integer, and intervals elsewhere.",
+            ));
         }
         if integer && hypertable.has_policies() && hypertable.integer_now.is_none() {
             let what = "time is an integer, and nothing says what is now".to_owned();

@@ -13,6 +13,7 @@ use tokio_postgres::Client;
 
 use super::create;
 use super::declaration::Hypertable;
+use super::source;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::target::ledger::{self, SchemaItem, Section};
@@ -33,15 +34,7 @@ pub fn of<'a>(table: &Table, declared: &'a [Hypertable]) -> Option<&'a Hypertabl
 /// # Errors
 /// Whatever the server says.
 pub async fn extension(client: &Client) -> Result<Option<String>> {
-    let row = client
-        .query_typed_opt(
-            "SELECT n.nspname::text FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace \
-             WHERE e.extname = 'timescaledb'",
-            &[],
-        )
-        .await
-        .context(|| "looking for the extension timescaledb".into())?;
-    Ok(row.map(|row| row.get(0)))
+    Ok(source::extension(client).await?.map(|extension| extension.schema))
 }
 
 /// Makes the extension where it is not, and answers the schema of its functions. Not a part of what a migration takes back: the

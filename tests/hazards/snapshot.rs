@@ -26,6 +26,22 @@ async fn open_transaction(pair: &Pair) -> tokio_postgres::Client {
     client
 }
 
+/// Whether the slot waits for a commit that hangs, as the minor releases of November 2026 have it, or is made, and its table copied.
+async fn slot_waits_for_the_hanging_commit(pair: &Pair, copied: &Gate) -> bool {
+    let source = pair.source.connect("postgres").await.unwrap();
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_stat_activity h ON h.wait_event = 'SyncRep' AND h.backend_xid = l.transactionid \
+                 JOIN pg_stat_activity s ON s.pid = l.pid AND s.backend_type = 'walsender' WHERE NOT l.granted)";
+    loop {
+        if value(&source, waits).await == "t" {
+            return true;
+        }
+        if copied.is_reached(pair).await {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 #[tokio::test]
 async fn h01_a_new_snapshot_waits_for_commits_that_the_slot_takes_for_done_and_the_server_does_not() {
     let pair = Pair::start_with(&DEAD_STANDBY).await;
@@ -39,9 +55,17 @@ async fn h01_a_new_snapshot_waits_for_commits_that_the_slot_takes_for_done_and_t
     pair.waits_for(&second).await;
     let hanging = hanging_commit(&pair, "INSERT INTO t VALUES (2)").await;
     second.batch_execute("COMMIT").await.unwrap();
+    if slot_waits_for_the_hanging_commit(&pair, &copied).await {
+        println!("this server's slot waits for such a commit itself: nothing can be taken for done that is not");
+        pair.on_source(END_THE_WAIT).await;
+        hanging.await.unwrap();
+        copied.open().await;
+        pair.following().await;
+        assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["1", "2"]);
+        return;
+    }
 
     // The slot's snapshot dies before the table is copied.
-    copied.reached(&pair).await;
     walferry.kill();
     copied.open().await;
     let _walferry = pair.run(pair.migrate());

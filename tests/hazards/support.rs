@@ -238,11 +238,19 @@ impl Gate {
 
     /// Until somebody waits at it.
     pub async fn reached(&self, pair: &Pair) {
-        let waits = format!(
+        until(&self.waits(), &pair.target).await;
+    }
+
+    /// Whether somebody waits at it now.
+    pub async fn is_reached(&self, pair: &Pair) -> bool {
+        value(&pair.target.connect("postgres").await.unwrap(), &self.waits()).await == "t"
+    }
+
+    fn waits(&self) -> String {
+        format!(
             "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = {} AND NOT granted)",
             self.number
-        );
-        until(&waits, &pair.target).await;
+        )
     }
 
     /// Whoever comes from now on passes; whoever waits goes on waiting.

@@ -8,6 +8,8 @@ pub mod http;
 pub mod load;
 pub mod process;
 #[allow(dead_code)]
+pub mod timescale;
+#[allow(dead_code)]
 pub mod tools;
 
 use std::future::Future;

@@ -7,6 +7,7 @@ use std::process::Stdio;
 use futures_util::future::try_join;
 use tokio::process::Command;
 
+use super::attribute_version;
 use crate::check::tools::Tools;
 use crate::connection::{ConnectionSpec, without_secrets};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -86,6 +87,9 @@ impl Dump<'_> {
             "TRIGGER" => !item.name.contains(" !walferry_moved"),
             _ => true,
         });
+        for Dumped { item, .. } in &mut items {
+            item.statement = attribute_version::leave_out(&item.statement);
+        }
         if !owners.role_map.is_empty() {
             for Dumped { item, .. } in &mut items {
                 item.statement = role_map::rename(&item.statement, &item.kind, &owners.role_map);

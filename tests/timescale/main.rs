@@ -1,0 +1,10 @@
+//! TimescaleDB, on real servers with the extension. Where it is not installed, each test says so on standard error and is skipped.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[path = "../support/mod.rs"]
+#[allow(dead_code)]
+mod support;
+
+mod hypertables;
+mod source;
