@@ -4,6 +4,10 @@
 //! time. The last is told from the first pages of each such part, so it may be wrong for rows that came late: those are written into
 //! the compressed chunk then, which is slower and as right, and the chunk is compressed again. What is compressed is in TimescaleDB's
 //! own catalog, so whatever dies here, the next look goes on.
+//!
+//! **Compression is not MVCC-safe**: it empties the chunk by a truncation, and a snapshot from before it sees neither the rows there nor
+//! those that are compressed. So whoever reads the target under a snapshot holds a lock ([`HOLD_COMPRESSION`]), and nothing is
+//! compressed meanwhile.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -32,6 +36,11 @@ const TURN_MAX: Duration = Duration::from_secs(60);
 const REST: Duration = Duration::from_secs(60);
 /// How our statements begin, by which [`crate::target::warm::stop`] finds them.
 pub(crate) const COMPRESSING: &str = "/* compressing */";
+/// What is said by who reads hypertables of the target under a snapshot, before it is taken; it holds until the session ends. A
+/// compression that is under way makes way.
+pub(crate) const HOLD_COMPRESSION: &str = "SELECT pg_catalog.pg_advisory_lock_shared(8601870912342781808)";
+const TRY_TO_BEGIN: &str = "SELECT pg_catalog.pg_try_advisory_lock(8601870912342781808)";
+const END: &str = "SELECT pg_catalog.pg_advisory_unlock(8601870912342781808)";
 /// Nobody waits behind us for long, and what is said of the ratio of a small chunk is of no use.
 const SETTINGS: &str = "SET lock_timeout = '300ms'; SET client_min_messages = error";
 
@@ -86,8 +95,10 @@ impl Compressor {
                     Some(watch) => &*watch,
                     none => &*none.insert(self.target.connect(&self.application_name).await?),
                 };
-                if !compress(&session, watch, &extension, &chunk).await? {
-                    memory.rests.insert(chunk, Instant::now());
+                match compress(&session, watch, &extension, &chunk).await? {
+                    Compressed::Done | Compressed::Locked => {}
+                    Compressed::MadeWay => drop(memory.rests.insert(chunk, Instant::now())),
+                    Compressed::Held => return Ok(()),
                 }
             }
         }
@@ -179,6 +190,9 @@ pub async fn recompress(target: &Client, declared: &[Hypertable], limit: Duratio
     }
     let begun = Instant::now();
     let Some(extension) = restore::extension(target).await? else { return Ok(()) };
+    if !target.query_typed_one(TRY_TO_BEGIN, &[]).await?.get::<_, bool>(0) {
+        return Ok(());
+    }
     target.batch_execute(SETTINGS).await?;
     let mut outcome: Result<()> = Ok(());
     'all: for hypertable in declared.iter().filter(|hypertable| after(hypertable).is_some()) {
@@ -203,7 +217,7 @@ pub async fn recompress(target: &Client, declared: &[Hypertable], limit: Duratio
         }
     }
     outcome?;
-    target.batch_execute("RESET lock_timeout; RESET client_min_messages").await.map_err(Error::from)
+    target.batch_execute(&format!("{END}; RESET lock_timeout; RESET client_min_messages")).await.map_err(Error::from)
 }
 
 fn after(hypertable: &Hypertable) -> Option<&Span> {
@@ -262,22 +276,37 @@ fn statement(extension: &str, chunk: &str) -> String {
     format!("{COMPRESSING} SELECT {function}({}::regclass, if_not_compressed => true)", sql::literal(chunk))
 }
 
-/// Answers whether it is done: not where somebody holds it, or waits for it.
-async fn compress(session: &Client, watch: &Client, extension: &str, chunk: &str) -> Result<bool> {
+/// What became of a chunk.
+enum Compressed {
+    Done,
+    /// Somebody uses it.
+    Locked,
+    /// Somebody waited for it.
+    MadeWay,
+    /// Somebody reads the target under a snapshot.
+    Held,
+}
+
+async fn compress(session: &Client, watch: &Client, extension: &str, chunk: &str) -> Result<Compressed> {
     let pid: i32 = session.query_typed_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0);
     let statement = statement(extension, chunk);
+    if !session.query_typed_one(TRY_TO_BEGIN, &[]).await?.get::<_, bool>(0) {
+        return Ok(Compressed::Held);
+    }
     let outcome = tokio::select! {
         outcome = session.batch_execute(&statement) => outcome,
         error = make_way(watch, pid) => return Err(error),
     };
+    if !session.is_closed() {
+        session.batch_execute(END).await?;
+    }
     match outcome {
-        Ok(()) => Ok(true),
+        Ok(()) => Ok(Compressed::Done),
         Err(error) if session.is_closed() => Err(error.into()),
+        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(Compressed::Locked),
         Err(error) => {
-            if error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) {
-                tracing::debug!(%error, chunk, "not compressed now");
-            }
-            Ok(false)
+            tracing::debug!(%error, chunk, "not compressed now");
+            Ok(Compressed::MadeWay)
         }
     }
 }

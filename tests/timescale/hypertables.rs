@@ -132,7 +132,8 @@ async fn a_plain_database_becomes_compressed_hypertables_while_it_is_written_to(
     migration.wait_for_phase(&mut running, "following").await;
     let compressed = "SELECT count(*) > 20 AND count(DISTINCT hypertable_name) = 3 FROM timescaledb_information.chunks WHERE is_compressed";
     until_true(&target, compressed).await;
-    let asleep = "SELECT count(*) = 4 AND NOT bool_or(scheduled) FROM timescaledb_information.jobs WHERE job_id >= 1000";
+    let asleep =
+        "SELECT count(*) = 4 AND NOT bool_or(scheduled) FROM timescaledb_information.jobs WHERE job_id >= 1000";
     until_true(&target, asleep).await;
     for round in 20..60 {
         write(&source, round).await;
@@ -151,10 +152,10 @@ async fn a_plain_database_becomes_compressed_hypertables_while_it_is_written_to(
     assert_eq!(rows(&source).await, rows(&target).await, "rows of source and target (count, hash)");
     let state = target
         .query_one(
-            "SELECT (SELECT array_agg(hypertable_name || ' ' || num_dimensions || ' ' || compression_enabled ORDER BY 1)::text
+            "SELECT (SELECT array_agg(hypertable_name || ' ' || num_dimensions || ' ' || compression_enabled ORDER BY hypertable_name)::text
                      FROM timescaledb_information.hypertables),
                     (SELECT count(*) FROM timescaledb_information.jobs WHERE job_id >= 1000 AND scheduled),
-                    (SELECT array_agg(indexname ORDER BY 1)::text FROM pg_indexes WHERE schemaname IN ('public', 'Ticks')),
+                    (SELECT array_agg(indexname ORDER BY indexname)::text FROM pg_indexes WHERE schemaname IN ('public', 'Ticks')),
                     (SELECT count(*) FROM pg_constraint WHERE conrelid = 'reading'::regclass AND contype = 'f')",
             &[],
         )
