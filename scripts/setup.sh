@@ -44,6 +44,8 @@ install_missing() {
         have_pgbouncer || packages+=(pgbouncer)
         # The status page is looked at in a real browser.
         have chromium && have chromedriver || packages+=(chromium chromium-driver fonts-dejavu-core)
+        # It reads the manual pages.
+        have groff || packages+=(groff-base)
         # scripts/servers.sh gets servers of other versions by them.
         have npm || packages+=(npm)
         python3 -m pip --version >/dev/null 2>&1 || packages+=(python3-pip)

@@ -1,8 +1,11 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
 mod cutover;
+mod settings;
+mod suggest;
 mod values;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +19,8 @@ use crate::pause::What;
 use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
+pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
+pub use suggest::SuggestHypertables;
 pub use values::{HttpAddress, Hypertables, Time};
 use values::{
     at_least_one, parse_bytes, parse_duration, parse_http_address, parse_hypertables, parse_lag, parse_percent,
@@ -24,7 +29,7 @@ use values::{
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110, after_help = EXAMPLE, propagate_version = true)]
+#[command(version = env!("WALFERRY_VERSION"), about, max_term_width = 110, after_help = EXAMPLE, propagate_version = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -32,6 +37,12 @@ pub struct Cli {
     /// How log lines look; they go to standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "WALFERRY_LOG_FORMAT")]
     pub log_format: LogFormat,
+    /// A file with settings for all commands, in which each key is an option without its dashes: `walferry config example`
+    #[arg(long, global = true, value_name = "FILE", env = crate::settings::VARIABLE)]
+    pub config: Option<OsString>,
+    /// What is to be said about that file, once there is a log to say it in.
+    #[arg(skip)]
+    pub warnings: Vec<String>,
 }
 
 const EXAMPLE: &str = "A first migration:
@@ -127,6 +138,30 @@ pub enum Command {
     #[command(after_help = "Example: walferry clean --dir ./shop\n\
         Without --dir it looks on both servers: walferry clean --source … --target …")]
     Clean(Clean),
+    /// Look at a settings file, or print one to begin with
+    #[command(after_help = "Examples: walferry config example > walferry.toml\n          \
+        walferry config check walferry.toml\n          \
+        walferry migrate --config walferry.toml --copy-jobs 2\n\
+        The command line wins over the environment, and that over the file.")]
+    Config(ConfigOptions),
+    /// Print what makes a shell complete commands and options
+    #[command(
+        after_help = "Examples: walferry completions bash > ~/.local/share/bash-completion/completions/walferry\n          \
+        walferry completions zsh > /usr/local/share/zsh/site-functions/_walferry\n          \
+        walferry completions fish > ~/.config/fish/completions/walferry.fish"
+    )]
+    Completions(Completions),
+    /// Print the manual page of the program or of a command, or write all of them
+    #[command(after_help = "Examples: walferry man cutover | man -l -\n          \
+        walferry man --out /usr/local/share/man/man1")]
+    Man(ManOptions),
+    /// Propose a file for `migrate --hypertables` from the source's statistics
+    #[command(
+        after_help = "Examples: walferry suggest-hypertables --source postgres://app@old/shop --memory 4GiB > hypertables.toml\n          \
+        walferry suggest-hypertables --source postgres://app@old/shop --target postgres://app@new/shop --include-table 'metrics.*'\n\
+        Each choice is explained in a comment; tables that are left alone stand there with the reason. Changes nothing."
+    )]
+    SuggestHypertables(SuggestHypertables),
     /// Two throwaway servers, live writes, a whole migration, a report
     #[command(after_help = "Example: walferry demo --seconds 10")]
     Demo(Demo),

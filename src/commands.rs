@@ -1,5 +1,6 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
+mod about;
 mod verify;
 
 use std::io::{IsTerminal, Write};
@@ -32,6 +33,7 @@ use crate::pause::What;
 use crate::queue;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
+use crate::timescale::suggest;
 
 /// Runs a command.
 ///
@@ -40,6 +42,9 @@ use crate::target::index;
 pub async fn run(cli: Cli) -> Result<()> {
     let log_format = cli.log_format;
     let bars = logging::init(log_format)?;
+    for warning in &cli.warnings {
+        warn!("{warning}");
+    }
     match cli.command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
@@ -63,6 +68,10 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Verify(options) => verify::verify(options, log_format, bars).await,
         Command::Repair(options) => verify::repair(options).await,
         Command::Clean(options) => clean(options).await,
+        Command::Config(options) => about::config(options),
+        Command::Completions(options) => about::completions(options.shell),
+        Command::Man(options) => about::man(&options),
+        Command::SuggestHypertables(options) => suggest_hypertables(options).await,
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
             demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await
@@ -231,6 +240,24 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
     outcome?;
     migrated(options, &board)
 }
+
+async fn suggest_hypertables(options: cli::SuggestHypertables) -> Result<()> {
+    let (source, target) = either(&options.servers)?;
+    let missing = |what: &str, hint: &str| Error::new(ErrorKind::Usage, what).hint(hint);
+    let source = source.ok_or_else(|| missing("--source is missing", "Give --source or set WALFERRY_SOURCE."))?;
+    let memory = match (options.memory, target) {
+        (Some(memory), _) => memory,
+        (None, Some(target)) => suggest::shared_buffers(&target.connect(SUGGESTING).await?).await?,
+        (None, None) => {
+            let hint = "Give --target, whose shared_buffers say it, or --memory, such as --memory 4GiB.";
+            return Err(missing("how large a chunk may be is not known", hint));
+        }
+    };
+    print(&suggest::suggest(&source.connect(SUGGESTING).await?, &options.filters.scope(None), memory).await?)
+}
+
+/// What a session of `suggest-hypertables` calls itself.
+const SUGGESTING: &str = "walferry suggest-hypertables";
 
 /// `migrate --schema-only`.
 async fn schema_only(options: &cli::Migrate) -> Result<()> {

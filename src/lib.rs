@@ -44,6 +44,7 @@ pub mod state_directory;
 pub mod cli;
 pub mod commands;
 pub mod demo;
+pub mod settings;
 
 pub mod crashsafe;
 pub mod error;

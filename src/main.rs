@@ -3,38 +3,48 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use walferry::cli::Cli;
-use walferry::commands;
 use walferry::error::{Error, ErrorKind};
+use walferry::settings::Arguments;
+use walferry::{commands, settings};
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    let arguments = match settings::arguments(&Cli::command(), std::env::args_os().collect()) {
+        Ok(arguments) => arguments,
+        Err(error) => return failed(&error),
+    };
+    let mut cli = Cli::try_parse_from(&arguments.all).unwrap_or_else(|error| wrong_usage(&error, &arguments));
+    cli.warnings = arguments.warnings;
     // As a task, not in this thread: otherwise a worker hears of each message of a server, and has to wake this thread for it.
-    let command = tokio::spawn(commands::run(Cli::try_parse().unwrap_or_else(|error| wrong_usage(&error))));
+    let command = tokio::spawn(commands::run(cli));
     let outcome =
         command.await.unwrap_or_else(|error| Err(Error::new(ErrorKind::Other, format!("this is a bug: {error}"))));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", for_terminal(&error.to_string()));
-            if let Some(next) = error.next_step() {
-                eprintln!(" next: {}", for_terminal(next));
-            }
-            ExitCode::from(error.kind().exit_code())
-        }
+        Err(error) => failed(&error),
     }
 }
 
+/// Says what went wrong and what to do next.
+fn failed(error: &Error) -> ExitCode {
+    eprintln!("error: {}", for_terminal(&error.to_string()));
+    if let Some(next) = error.next_step() {
+        eprintln!(" next: {}", for_terminal(next));
+    }
+    ExitCode::from(error.kind().exit_code())
+}
+
 /// What clap says of a wrong command line, without the passwords that may stand in it: it repeats what it does not understand.
-fn wrong_usage(error: &clap::Error) -> ! {
+fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
     if !error.use_stderr() {
         // The help, and the version.
         error.exit();
     }
     let styled = error.render();
     let mut text = if std::io::stderr().is_terminal() { styled.ansi().to_string() } else { styled.to_string() };
-    for argument in std::env::args_os() {
+    for argument in &arguments.all {
         let argument = argument.to_string_lossy();
         let value = argument.split_once('=').map_or("", |(_, value)| value);
         for part in [&argument, value] {
@@ -43,7 +53,7 @@ fn wrong_usage(error: &clap::Error) -> ! {
             }
         }
     }
-    eprint!("{text}");
+    eprint!("{text}{}", arguments.origins(&styled.to_string()));
     std::process::exit(i32::from(ErrorKind::Usage.exit_code()))
 }
 

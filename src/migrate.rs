@@ -216,7 +216,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let tune = Tune::restore(directory.directory(), board, &config.care, copy_jobs_max)?;
     let _control = ControlServer::start(directory.directory(), board.clone(), pause.clone(), tune.clone(), senders)?;
     let _http = match config.http_address {
-        Some(address) => http::serve(address, board.clone(), metrics::install()?).await?,
+        Some(address) => Some(http::serve(address, board.clone(), metrics::install()?).await?),
         None => None,
     };
     let _ticker = board.start_ticker();

@@ -16,6 +16,7 @@ mod heal;
 mod hooks;
 mod killed;
 mod large_transaction;
+mod occupied_port;
 mod online;
 mod pooler;
 mod refused;

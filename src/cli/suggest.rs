@@ -14,8 +14,7 @@ pub struct SuggestHypertables {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub filters: Filters,
-    /// Memory of the target for its newest chunks: one is to be a quarter of it [default: shared_buffers of --target, or 8GiB where there
-    /// is none]
+    /// Memory of the target for its newest chunks: one is to be a quarter of it [default: shared_buffers of --target]
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
     pub memory: Option<u64>,
 }

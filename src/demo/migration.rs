@@ -276,7 +276,8 @@ fn prepare(program: &Path, outputs: &Path, name: &str) -> Result<Command> {
     };
     let mut command = Command::new(program);
     command.stdin(Stdio::null()).stdout(file("stdout")?).stderr(file("stderr")?).process_group(0);
-    for variable in ["WALFERRY_SOURCE", "WALFERRY_TARGET", "WALFERRY_DIR", "PGOPTIONS", "PGSERVICE", "PGSSLMODE"] {
+    let own = ["WALFERRY_SOURCE", "WALFERRY_TARGET", "WALFERRY_DIR", crate::settings::VARIABLE];
+    for variable in own.into_iter().chain(["PGOPTIONS", "PGSERVICE", "PGSSLMODE"]) {
         command.env_remove(variable);
     }
     Ok(command)

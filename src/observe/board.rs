@@ -118,6 +118,8 @@ struct Text {
     way_back_lacks: Option<String>,
     /// What a cutover that went through has left to be done.
     left_by_cutover: Option<String>,
+    /// Why metrics and page are not served.
+    not_served: Option<String>,
     blockers: Vec<String>,
     cutover: CutoverOutlook,
     source: Source,
@@ -153,6 +155,7 @@ impl StatusBoard {
             way_back: WayBack::None,
             way_back_lacks: None,
             left_by_cutover: None,
+            not_served: None,
             blockers: Vec::new(),
             cutover: CutoverOutlook::default(),
             source: Source::default(),
@@ -263,6 +266,11 @@ impl StatusBoard {
     /// What a cutover that went through has left to be done, where there is something.
     pub fn set_left_by_cutover(&self, left: Option<String>) {
         lock(&self.shared.text).left_by_cutover = left;
+    }
+
+    /// Why metrics and page are not served, while they are not.
+    pub fn set_not_served(&self, why: Option<String>) {
+        lock(&self.shared.text).not_served = why;
     }
 
     /// What besides the phase, a pause and a lost source stands in the way of a cutover.
@@ -673,7 +681,8 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
 fn attention(source: &Source, copy: &Copy, text: &Text) -> Vec<String> {
     let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
     let way_back = text.way_back_lacks.as_ref().map(|why| format!("a cutover has no way back: {why}"));
-    source.too_much_wal().into_iter().chain(waits).chain(way_back).chain(text.left_by_cutover.clone()).collect()
+    let texts = [waits, way_back, text.left_by_cutover.clone(), text.not_served.clone()];
+    source.too_much_wal().into_iter().chain(texts.into_iter().flatten()).collect()
 }
 
 /// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.

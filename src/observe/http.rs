@@ -33,16 +33,19 @@ use crate::observe::status::{Level, Phase};
 /// Where it listens unless told otherwise.
 pub const DEFAULT_ADDRESS: &str = "127.0.0.1:9617";
 
-/// A running server; it ends when this is dropped.
+/// How long after the port was found occupied it is tried again, each time.
+const AGAIN: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(5) };
+
+/// A server that runs, or waits for its port; it ends when this is dropped.
 #[derive(Debug)]
 pub struct HttpServer {
-    address: SocketAddr,
+    address: Option<SocketAddr>,
     tasks: [AbortHandle; 2],
 }
 
 impl HttpServer {
-    /// Where it listens; the port is the real one where 0 was asked for.
-    pub fn address(&self) -> SocketAddr {
+    /// Where it has listened from the start, with the real port where 0 was asked for; `None` when the port was occupied then.
+    pub fn address(&self) -> Option<SocketAddr> {
         self.address
     }
 }
@@ -53,37 +56,65 @@ impl Drop for HttpServer {
     }
 }
 
-/// Serves a board. An occupied port is an event and `None`: a migration is worth more than its metrics.
+/// Serves a board. An occupied port is an event, stands in the status for as long as it lasts, and is tried again: a migration is worth
+/// more than its metrics.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Usage`] if the address cannot be listened on for any other reason.
-pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusHandle) -> Result<Option<HttpServer>> {
+pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusHandle) -> Result<HttpServer> {
     let listener = match TcpListener::bind(address).await {
-        Ok(listener) => listener,
+        Ok(listener) => Some(listener),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            board.event(Level::Warn, format!("no metrics: {address} is in use; --http-addr takes another address"));
-            return Ok(None);
+            let text = format!("no metrics and no page: {address} is in use by another program");
+            let next = format!("tried again every {} s; --http-addr takes another address", AGAIN.as_secs());
+            board.event(Level::Warn, format!("{text}. It is {next}"));
+            board.set_not_served(Some(format!("{text} ({next})")));
+            None
         }
         Err(error) => {
             let message = format!("listening on {address} for metrics: {error}");
             return Err(Error::new(ErrorKind::Usage, message).hint("--http-addr takes an address of this machine"));
         }
     };
-    let address = listener.local_addr().context(|| format!("listening on {address} for metrics"))?;
-    // A port of 0 is chosen by the system: only this says which.
-    board.event(Level::Info, format!("its page is http://{address}/, and metrics are at /metrics"));
+    let listens_on = listener.as_ref().map(TcpListener::local_addr).transpose();
+    let listens_on = listens_on.context(|| format!("listening on {address} for metrics"))?;
     let history = History::default();
     let keeping = tokio::spawn(history.clone().keep(board.clone()));
-    let app = router(Served { board: board.clone(), metrics }).merge(page::router(board, history));
-    let listener = Bounded { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
-    let task = tokio::spawn(async move {
+    let app = router(Served { board: board.clone(), metrics }).merge(page::router(board.clone(), history));
+    // A port of 0 is chosen by the system: only this says which.
+    let announce = |address| format!("its page is http://{address}/, and metrics are at /metrics");
+    if let Some(address) = listens_on {
+        board.event(Level::Info, announce(address));
+    }
+    let serving = tokio::spawn(async move {
+        let listener = match listener {
+            Some(listener) => listener,
+            None => {
+                let listener = bind_later(address).await;
+                board.set_not_served(None);
+                board.event(Level::Info, announce(address));
+                listener
+            }
+        };
+        let listener = Bounded { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
         // It accepts until it is dropped; an error of one connection does not end it.
         if let Err(error) = axum::serve(listener, app).await {
             tracing::warn!("the metrics' server ended: {error}");
         }
     });
-    Ok(Some(HttpServer { address, tasks: [task.abort_handle(), keeping.abort_handle()] }))
+    Ok(HttpServer { address: listens_on, tasks: [serving.abort_handle(), keeping.abort_handle()] })
+}
+
+/// Waits until whoever has the port is gone.
+async fn bind_later(address: SocketAddr) -> TcpListener {
+    loop {
+        tokio::time::sleep(AGAIN).await;
+        match TcpListener::bind(address).await {
+            Ok(listener) => return listener,
+            Err(error) => tracing::debug!("listening on {address} for metrics: {error}"),
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -218,12 +249,12 @@ mod tests {
 
     async fn start(board: &StatusBoard) -> HttpServer {
         let any_port = "127.0.0.1:0".parse().unwrap();
-        serve(any_port, board.clone(), metrics::install().unwrap()).await.unwrap().unwrap()
+        serve(any_port, board.clone(), metrics::install().unwrap()).await.unwrap()
     }
 
     /// The status line's code, the head and the body.
     async fn request(server: &HttpServer, method: &str, path: &str) -> (u16, String, String) {
-        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let mut stream = TcpStream::connect(server.address().unwrap()).await.unwrap();
         let request = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
@@ -282,7 +313,7 @@ mod tests {
         let (code, _, history) = request(&server, "GET", "/history").await;
         assert!(code == 200 && serde_json::from_str::<serde_json::Value>(&history).unwrap().is_array(), "{history}");
         // Its time is up before it ends by itself here; one event is enough.
-        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let mut stream = TcpStream::connect(server.address().unwrap()).await.unwrap();
         stream.write_all(b"GET /events HTTP/1.0\r\nHost: localhost\r\n\r\n").await.unwrap();
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer).await;
@@ -311,7 +342,7 @@ mod tests {
         let mut slow = Vec::new();
         for begun in ["", "G", "GET /metrics HTTP/1.1\r\nHost: x\r\nX: "].into_iter().cycle().take(3 * CONNECTIONS_MAX)
         {
-            let mut stream = TcpStream::connect(server.address()).await.unwrap();
+            let mut stream = TcpStream::connect(server.address().unwrap()).await.unwrap();
             stream.write_all(begun.as_bytes()).await.unwrap();
             slow.push(stream);
         }
@@ -326,7 +357,7 @@ mod tests {
     #[tokio::test]
     async fn a_huge_request_is_cut_off_and_another_served() {
         let server = start(&StatusBoard::new()).await;
-        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let mut stream = TcpStream::connect(server.address().unwrap()).await.unwrap();
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: ").await.unwrap();
         let sent = async {
             let piece = [b'x'; 64 * 1024];
@@ -340,7 +371,7 @@ mod tests {
         assert!(bytes < 16 << 20, "{bytes} bytes of a header were read");
         assert_eq!(request(&server, "GET", "/healthz").await.0, 200);
         let body = "GET /status HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\nabc";
-        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let mut stream = TcpStream::connect(server.address().unwrap()).await.unwrap();
         stream.write_all(body.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -348,13 +379,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_occupied_port_is_a_warning_and_a_foreign_address_an_error() {
+    async fn an_occupied_port_is_a_warning_until_it_is_free_and_a_foreign_address_an_error() {
         let board = StatusBoard::new();
-        let server = start(&board).await;
+        let occupied = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = occupied.local_addr().unwrap();
         let handle = metrics::install().unwrap();
-        assert!(serve(server.address(), board.clone(), handle.clone()).await.unwrap().is_none());
+        let server = serve(address, board.clone(), handle.clone()).await.unwrap();
+        assert_eq!(server.address(), None);
         let status = board.snapshot();
         assert_eq!(status.events.last().map(|event| event.level), Some(Level::Warn));
+        assert!(status.attention.iter().any(|text| text.contains(&address.to_string())), "{:?}", status.attention);
+        drop(occupied);
+        while !board.snapshot().attention.is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let served = HttpServer { address: Some(address), tasks: server.tasks.clone() };
+        assert_eq!(request(&served, "GET", "/healthz").await.0, 200);
         // 192.0.2.0/24 is for documentation (RFC 5737) and no machine's own.
         let error = serve("192.0.2.1:0".parse().unwrap(), board, handle).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Usage);

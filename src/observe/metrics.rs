@@ -191,7 +191,7 @@ pub(super) fn record_apply_batch(elapsed: Duration) {
 /// Sets all metrics but the histograms from a status.
 pub fn publish(status: &Status) {
     let flag = |value: bool| if value { 1.0 } else { 0.0 };
-    gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    gauge!(BUILD_INFO, "version" => env!("WALFERRY_VERSION")).set(1.0);
     for phase in Phase::ALL {
         gauge!(PHASE, "phase" => phase.name()).set(flag(phase == status.phase));
     }

@@ -120,10 +120,7 @@ pub async fn suggest(source: &Client, scope: &Scope, memory_bytes: u64) -> Resul
 /// Whatever the server says.
 pub async fn shared_buffers(target: &Client) -> Result<u64> {
     let bytes: i64 = target
-        .query_typed_one(
-            "SELECT pg_catalog.pg_size_bytes(pg_catalog.current_setting('shared_buffers'))",
-            &[],
-        )
+        .query_typed_one("SELECT pg_catalog.pg_size_bytes(pg_catalog.current_setting('shared_buffers'))", &[])
         .await
         .context(|| "reading shared_buffers of the target".into())?
         .get(0);
@@ -228,7 +225,9 @@ fn choose(facts: &Facts) -> std::result::Result<&Candidate, String> {
         b.is_integer.cmp(&a.is_integer).then(order(a).total_cmp(&order(b)))
     };
     let Some(time) = fitting.max_by(best) else {
-        return Err("no column of a time or a bigint is in each of its unique keys, as a hypertable needs it.".to_owned());
+        return Err(
+            "no column of a time or a bigint is in each of its unique keys, as a hypertable needs it.".to_owned()
+        );
     };
     if !time.not_null {
         return Err(format!("its column {} may be NULL, and the time of a hypertable may not.", time.name));
@@ -324,7 +323,8 @@ fn section(table: &Table, facts: &Facts, time: &Candidate, range: f64, memory_by
 
 /// Some chunks long, and a week at least.
 fn older(interval: &str) -> String {
-    let days = INTERVALS.iter().find(|(_, text)| *text == interval).map_or(7.0, |(seconds, _)| seconds * 2.0 / 86_400.0);
+    let days =
+        INTERVALS.iter().find(|(_, text)| *text == interval).map_or(7.0, |(seconds, _)| seconds * 2.0 / 86_400.0);
     format!("{:.0} days", days.max(7.0).ceil())
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use tokio_postgres::Client;
 
+use crate::support::process::Running;
 use crate::support::timescale::{TIMESCALE, timescale_available};
 use crate::support::{Migration, Servers, until_true};
 
@@ -166,4 +167,133 @@ async fn a_plain_database_becomes_compressed_hypertables_while_it_is_written_to(
     let indexes: &str = state.get(2);
     assert_eq!(indexes, "{Tick_pkey,device_pkey,event_seen_idx,reading_device,reading_pkey}", "and no other by time");
     assert_eq!(state.get::<_, i64>(3), 1, "the foreign key to a plain table");
+}
+
+const SERIES: &str = "
+    CREATE TABLE sensor (at timestamptz NOT NULL, sensor_id int NOT NULL, value float8, PRIMARY KEY (sensor_id, at));
+    CREATE TABLE events (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, happened timestamptz NOT NULL, kind text);
+    CREATE TABLE account (id int PRIMARY KEY, at timestamptz NOT NULL, balance numeric);
+    CREATE TABLE referring (sensor_id int, at timestamptz, FOREIGN KEY (sensor_id, at) REFERENCES sensor (sensor_id, at));
+    CREATE TABLE parted (at timestamptz) PARTITION BY RANGE (at);
+    CREATE TABLE nullable (at timestamptz, EXCLUDE USING btree (at WITH =));
+    INSERT INTO sensor SELECT t, s, s / 7.0
+        FROM generate_series(now() - interval '100 days', now(), interval '1 hour') t, generate_series(1, 20) s;
+    INSERT INTO events (happened, kind) SELECT now() - n * interval '1 minute', 'kind ' || n % 7 FROM generate_series(1, 30000) n;
+    INSERT INTO account SELECT n, now(), 5 FROM generate_series(1, 100) n;
+    ANALYZE";
+
+const UNFIT: &str = r#"
+[[hypertable]]
+table = "public.account"
+time = "at"
+chunk_interval = 5
+
+[[hypertable]]
+table = "public.parted"
+time = "at"
+chunk_interval = "1 day"
+
+[[hypertable]]
+table = "public.nullable"
+time = "at"
+chunk_interval = "a while 5"
+
+[[hypertable.dimension]]
+column = "nowhere"
+partitions = 2
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_suggested_is_accepted_unchanged_and_survives_being_killed() {
+    if !timescale_available("suggested hypertables") {
+        return;
+    }
+    let servers = Servers::with(&[], &TIMESCALE).await;
+    let migration = servers.migration("series").await;
+    let source = migration.source().await;
+    source.batch_execute(SERIES).await.unwrap();
+
+    let unfit = declared(&migration, UNFIT);
+    let arguments = ["--hypertables", unfit.to_str().unwrap(), "--estimate-seconds", "0", "--json"];
+    let check = migration.with_servers("check", &arguments).await;
+    assert_eq!(check.code, Some(3), "{}", check.stderr);
+    let report = check.json();
+    let found: Vec<(&str, &str)> = report["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|finding| finding["severity"] == "blocker")
+        .map(|finding| (finding["code"].as_str().unwrap(), finding["object"].as_str().unwrap()))
+        .collect();
+    let expected = [
+        ("hypertable-key", "\"public\".\"account\": account_pkey"),
+        ("hypertable-time", "\"public\".\"account\" (at)"),
+        ("hypertable-table", "\"public\".\"parted\""),
+        ("hypertable-time", "\"public\".\"nullable\" (at)"),
+        ("hypertable-column", "\"public\".\"nullable\" (nowhere)"),
+        ("hypertable-key", "\"public\".\"nullable\": nullable_at_excl"),
+        ("hypertable-interval", "\"public\".\"nullable\""),
+    ];
+    for each in expected {
+        assert!(found.contains(&each), "{each:?} is not among {found:?}");
+    }
+    assert_eq!(found.len(), expected.len(), "{found:?}");
+
+    source.batch_execute("DROP TABLE referring, parted").await.unwrap();
+    let suggested = Running::start(
+        &["suggest-hypertables", "--source", &migration.source_url, "--memory", "8MiB"],
+        &migration.files(),
+        &[],
+    );
+    let suggested = suggested.wait().await;
+    assert_eq!(suggested.code, Some(0), "{}", suggested.stderr);
+    for text in [
+        "table = \"public.sensor\"\n",
+        "\nsegment_by = [\"sensor_id\"]\n",
+        "\ntable = \"public.events\"\n",
+        "\n# about 100 rows: too few to be worth chunks, or never analysed.\n# [[hypertable]]\n# table = \"public.account\"\n",
+    ] {
+        assert!(suggested.stdout.contains(text), "{text:?} is not in:\n{}", suggested.stdout);
+    }
+    let file = declared(&migration, &suggested.stdout);
+    let file = file.to_str().unwrap();
+    let check = migration.with_servers("check", &["--hypertables", file, "--estimate-seconds", "0"]).await;
+    assert_eq!(check.code, Some(0), "{}\n{}", check.stdout, check.stderr);
+
+    let options = ["--hypertables", file, "--no-reverse", "--split-above", "256KiB", "--copy-rate"];
+    let mut running = migration.migrate(&[&options[..], &["256KiB"]].concat());
+    migration.wait_for_phase(&mut running, "copying").await;
+    running.kill().await;
+    source.batch_execute("UPDATE sensor SET value = -1 WHERE at < now() - interval '99 days'").await.unwrap();
+
+    let mut running = migration.migrate(&[&options[..], &["off"]].concat());
+    migration.wait_for_phase(&mut running, "following").await;
+    let target = migration.target().await;
+    until_true(&target, "SELECT count(*) > 0 FROM timescaledb_information.chunks WHERE is_compressed").await;
+    running.kill().await;
+    source
+        .batch_execute(
+            "DELETE FROM sensor WHERE at < now() - interval '98 days' AND sensor_id < 10;
+             UPDATE sensor SET value = -2 WHERE at < now() - interval '97 days';
+             UPDATE sensor SET at = at - interval '50 days' WHERE sensor_id = 11 AND at > now() - interval '1 day';
+             INSERT INTO events (happened, kind) SELECT now(), 'new' FROM generate_series(1, 50);
+             UPDATE events SET kind = 'old' WHERE id < 100",
+        )
+        .await
+        .unwrap();
+    let running = migration.migrate(&[&options[..], &["off"]].concat());
+    migration.cut_over(running).await;
+
+    let source = migration.source().await;
+    let same = "SELECT 'sensor', count(*), sum(hashtextextended(s::text, 0)::numeric)::text FROM sensor s \
+                UNION ALL SELECT 'events', count(*), sum(hashtextextended(e::text, 0)::numeric)::text FROM events e";
+    let read = |client: Client| async move {
+        let rows = client.query(same, &[]).await.unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect::<Vec<(String, i64, String)>>()
+    };
+    assert_eq!(read(source).await, read(migration.target().await).await);
+    let made = "SELECT array_agg(hypertable_name ORDER BY hypertable_name)::text, (SELECT count(*) FROM timescaledb_information.jobs \
+                WHERE job_id >= 1000 AND scheduled) FROM timescaledb_information.hypertables WHERE compression_enabled";
+    let made = migration.target().await.query_one(made, &[]).await.unwrap();
+    assert_eq!((made.get::<_, &str>(0), made.get::<_, i64>(1)), ("{events,sensor}", 1));
 }

@@ -1,0 +1,19 @@
+//! How walferry comes to where it runs: its version, the image and the trial with Docker Compose, Kubernetes, the Debian package.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, dead_code)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod version;
+
+use std::path::{Path, PathBuf};
+
+/// A file of the repository.
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+fn read(name: &str) -> String {
+    std::fs::read_to_string(file(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
