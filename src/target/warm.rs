@@ -15,6 +15,7 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, Result};
 use crate::source::catalog::USER_RELATION;
 use crate::source::version::Version;
+use crate::timescale::HAS_CHUNKS;
 use crate::timescale::compress::COMPRESSING;
 
 /// How often it is looked whether there is something to do.
@@ -138,7 +139,22 @@ pub async fn wanted(client: &Client) -> Result<Vec<String>> {
         )
         .await
         .context(|| "looking for what to vacuum on the target".into())?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    let mut wanted: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    // The rows of a hypertable are in its chunks, which are among these; what the planner knows of all of them together is its own.
+    let hypertables = client
+        .query_typed(
+            &format!(
+                "SELECT 'ANALYZE ' || format('%I.%I', n.nspname, c.relname) \
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE c.relkind = 'r' AND {USER_RELATION} AND {HAS_CHUNKS} AND NOT EXISTS (SELECT FROM pg_catalog.pg_stats s \
+                   WHERE s.schemaname = n.nspname AND s.tablename = c.relname AND s.inherited)"
+            ),
+            &[],
+        )
+        .await
+        .context(|| "looking for hypertables to analyse on the target".into())?;
+    wanted.extend(hypertables.iter().map(|row| row.get::<_, String>(0)));
+    Ok(wanted)
 }
 
 #[cfg(test)]

@@ -27,25 +27,14 @@ const SCHEMA: &str = "
     INSERT INTO \"Ticks\".\"Tick\" SELECT t, s, t FROM generate_series(900000, 999990, 30) t, generate_series(1, 2) s;
     ANALYZE";
 
-const DECLARED: &str = r#"
-[[hypertable]]
-table = "public.reading"
-time = "at"
-chunk_interval = "1 day"
+/// The example of the README, which is about `reading`.
+fn example() -> &'static str {
+    let readme = include_str!("../../README.md");
+    let section = readme.split("### Plain tables to TimescaleDB").nth(1).unwrap();
+    section.split("```toml\n").nth(1).unwrap().split("```").next().unwrap()
+}
 
-[[hypertable.dimension]]
-column = "device"
-partitions = 2
-
-[hypertable.compression]
-segment_by = ["device"]
-order_by = ["at DESC"]
-after = "3 days"
-
-[hypertable.retention]
-after = "10 years"
-schedule = "1 day"
-
+const OTHERS: &str = r#"
 [[hypertable]]
 table = "public.event"
 time = "seen"
@@ -119,13 +108,23 @@ async fn a_plain_database_becomes_compressed_hypertables_while_it_is_written_to(
     let migration = servers.migration("plain").await;
     let (source, target) = (migration.source().await, migration.target().await);
     source.batch_execute(SCHEMA).await.unwrap();
-    let file = declared(&migration, DECLARED);
+    let file = declared(&migration, &format!("{}{OTHERS}", example()));
     let file = file.to_str().unwrap();
 
     let refused = migration.with_servers("migrate", &["--dir", "/nowhere", "--hypertables", file]).await;
     assert_eq!(refused.code, Some(2), "there would be no way back: {}", refused.stderr);
 
-    let options = ["--hypertables", file, "--no-reverse", "--split-above", "256KiB", "--copy-jobs", "2"];
+    let options = [
+        "--hypertables",
+        file,
+        "--no-reverse",
+        "--split-above",
+        "256KiB",
+        "--copy-jobs",
+        "2",
+        "--queue-max-bytes",
+        "256MiB",
+    ];
     let mut running = migration.migrate(&options);
     for round in 0..20 {
         write(&source, round).await;
@@ -138,6 +137,9 @@ async fn a_plain_database_becomes_compressed_hypertables_while_it_is_written_to(
     until_true(&target, asleep).await;
     for round in 20..60 {
         write(&source, round).await;
+        if round == 40 {
+            source.batch_execute("TRUNCATE \"Ticks\".\"Tick\"").await.unwrap();
+        }
     }
     let verified = migration.with_directory("verify", &["--json"]).await;
     assert_eq!(verified.code, Some(0), "{}\n{}\n{}", verified.stderr, verified.json(), running.log());
@@ -177,7 +179,7 @@ const SERIES: &str = "
     CREATE TABLE parted (at timestamptz) PARTITION BY RANGE (at);
     CREATE TABLE nullable (at timestamptz, EXCLUDE USING btree (at WITH =));
     INSERT INTO sensor SELECT t, s, s / 7.0
-        FROM generate_series(now() - interval '100 days', now(), interval '1 hour') t, generate_series(1, 20) s;
+        FROM generate_series(now() - interval '100 days', now(), interval '1 hour') t, generate_series(1, 20) s ORDER BY t, s;
     INSERT INTO events (happened, kind) SELECT now() - n * interval '1 minute', 'kind ' || n % 7 FROM generate_series(1, 30000) n;
     INSERT INTO account SELECT n, now(), 5 FROM generate_series(1, 100) n;
     ANALYZE";
@@ -260,7 +262,16 @@ async fn what_is_suggested_is_accepted_unchanged_and_survives_being_killed() {
     let check = migration.with_servers("check", &["--hypertables", file, "--estimate-seconds", "0"]).await;
     assert_eq!(check.code, Some(0), "{}\n{}", check.stdout, check.stderr);
 
-    let options = ["--hypertables", file, "--no-reverse", "--split-above", "256KiB", "--copy-rate"];
+    let options = [
+        "--hypertables",
+        file,
+        "--no-reverse",
+        "--split-above",
+        "256KiB",
+        "--queue-max-bytes",
+        "256MiB",
+        "--copy-rate",
+    ];
     let mut running = migration.migrate(&[&options[..], &["256KiB"]].concat());
     migration.wait_for_phase(&mut running, "copying").await;
     running.kill().await;
