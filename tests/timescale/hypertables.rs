@@ -286,7 +286,7 @@ async fn what_is_suggested_is_accepted_unchanged_and_survives_being_killed() {
         .batch_execute(
             "DELETE FROM sensor WHERE at < now() - interval '98 days' AND sensor_id < 10;
              UPDATE sensor SET value = -2 WHERE at < now() - interval '97 days';
-             UPDATE sensor SET at = at - interval '50 days' WHERE sensor_id = 11 AND at > now() - interval '1 day';
+             UPDATE sensor SET at = at - interval '50 days 1 minute' WHERE sensor_id = 11 AND at > now() - interval '1 day';
              INSERT INTO events (happened, kind) SELECT now(), 'new' FROM generate_series(1, 50);
              UPDATE events SET kind = 'old' WHERE id < 100",
         )
