@@ -257,8 +257,9 @@ fn alter_identity(table: &Table, column: &str, action: &str) -> String {
 
 fn identity_statements(action: &'static str) -> impl Fn(&Table) -> Vec<String> {
     move |table| {
-        // A partition's identity is its own up to PostgreSQL 16.
-        let always = table.columns.iter().filter(|column| column.identity_always);
+        // A partition's identity is its own up to PostgreSQL 16. TimescaleDB alters none where compression is enabled: rows of a
+        // hypertable are written past it.
+        let always = table.columns.iter().filter(|column| column.identity_always && table.hypertable.is_none());
         always.map(|column| alter_identity(table, &column.name, action)).collect()
     }
 }

@@ -70,6 +70,9 @@ pub(super) fn columns_to_set(table: &Table, new: Tuple<'_>, with_key: bool) -> V
 
 /// The statement that gives one row new values of these columns; its own values are those of [`update_values`].
 pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
+    if table.hypertable.is_some() && set.iter().any(|&at| table.columns[at].identity_always) {
+        return rows::move_text(table, set);
+    }
     let assign = |(number, &at): (usize, &usize)| {
         let column = &table.columns[at];
         format!("{} = {}", sql::identifier(&column.name), parameter(number, column))
@@ -104,14 +107,15 @@ pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Resul
         format!("INSERT INTO {} DEFAULT VALUES", table.qualified())
     } else {
         let (name, columns, placeholders) = (table.qualified(), table.column_list(), placeholders.join(", "));
+        let past = if table.hypertable.is_some() { rows::PAST_IDENTITY } else { "" };
         if table.key.is_empty() {
-            format!("INSERT INTO {name} ({columns}) VALUES ({placeholders})")
+            format!("INSERT INTO {name} ({columns}){past} VALUES ({placeholders})")
         } else {
             // Not ON CONFLICT, which is refused for a table with rules, whether they fire or not.
             let (there, only) = (condition(table, values.len()), table.only_on_target());
             found_by(table, new, &mut values);
             format!(
-                "INSERT INTO {name} ({columns}) SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM {only} WHERE {there})"
+                "INSERT INTO {name} ({columns}){past} SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM {only} WHERE {there})"
             )
         }
     };

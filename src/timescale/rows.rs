@@ -11,6 +11,10 @@ use crate::target::serial::parameter;
 pub(crate) const SETTINGS: &str = "SELECT pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true), \
      pg_catalog.set_config('timescaledb.max_tuples_decompressed_per_dml_transaction', '0', true)";
 
+/// In an INSERT: identity columns of a hypertable stay `GENERATED ALWAYS` during the migration, because TimescaleDB would not give that
+/// back where compression is enabled.
+pub(crate) const PAST_IDENTITY: &str = " OVERRIDING SYSTEM VALUE";
+
 /// The statement that removes one of the rows with exactly the values of all columns, whose parameters these are; `None` where a
 /// key names it, or the table is no hypertable. It answers a row if there was one.
 pub(crate) fn delete_one_of_equals(table: &Table) -> Option<String> {
@@ -39,7 +43,7 @@ pub(crate) fn move_text(table: &Table, set: &[usize]) -> String {
         }
     };
     format!(
-        "{gone} INSERT INTO {} ({}) SELECT {} FROM gone{one}",
+        "{gone} INSERT INTO {} ({}){PAST_IDENTITY} SELECT {} FROM gone{one}",
         table.qualified(),
         table.column_list(),
         values.join(", ")
@@ -61,7 +65,7 @@ fn without_one(table: &Table, time: &str, parameters_before: usize) -> String {
     let (name, columns) = (table.qualified(), table.column_list());
     format!(
         "WITH gone AS (DELETE FROM {name} WHERE {} RETURNING *), \
-         kept AS (INSERT INTO {name} ({columns}) SELECT {columns} FROM gone OFFSET 1)",
+         kept AS (INSERT INTO {name} ({columns}){PAST_IDENTITY} SELECT {columns} FROM gone OFFSET 1)",
         row.join(" AND ")
     )
 }
@@ -94,7 +98,7 @@ mod tests {
         assert_eq!(
             move_text(&table(vec![0]), &[0]),
             "WITH gone AS (DELETE FROM \"public\".\"m\" WHERE \"at\" OPERATOR(\"pg_catalog\".=) CAST($2 AS date) RETURNING *) \
-             INSERT INTO \"public\".\"m\" (\"at\", \"v\") SELECT CAST($1 AS date), gone.\"v\" FROM gone"
+             INSERT INTO \"public\".\"m\" (\"at\", \"v\") OVERRIDING SYSTEM VALUE SELECT CAST($1 AS date), gone.\"v\" FROM gone"
         );
     }
 
@@ -105,7 +109,7 @@ mod tests {
             delete_one_of_equals(&table(Vec::new())).unwrap(),
             "WITH gone AS (DELETE FROM \"public\".\"m\" WHERE \"at\" OPERATOR(pg_catalog.=) CAST($1 AS date) \
              AND \"v\"::text IS NOT DISTINCT FROM CAST($2 AS integer)::text RETURNING *), \
-             kept AS (INSERT INTO \"public\".\"m\" (\"at\", \"v\") SELECT \"at\", \"v\" FROM gone OFFSET 1) SELECT FROM gone LIMIT 1"
+             kept AS (INSERT INTO \"public\".\"m\" (\"at\", \"v\") OVERRIDING SYSTEM VALUE SELECT \"at\", \"v\" FROM gone OFFSET 1) SELECT FROM gone LIMIT 1"
         );
     }
 }

@@ -12,7 +12,7 @@ const SCHEMA: &str = "
     CREATE TABLE device (id int PRIMARY KEY, name text NOT NULL);
     CREATE TABLE reading (
         at timestamptz NOT NULL, device int NOT NULL REFERENCES device, value float8, note text,
-        PRIMARY KEY (at, device), CHECK (value < 1e9));
+        n bigint GENERATED ALWAYS AS IDENTITY, PRIMARY KEY (at, device), CHECK (value < 1e9));
     CREATE INDEX reading_device ON reading (device, at DESC);
     CREATE TABLE event (seen timestamptz NOT NULL, kind text, payload jsonb);
     ALTER TABLE event REPLICA IDENTITY FULL;
@@ -307,4 +307,6 @@ async fn what_is_suggested_is_accepted_unchanged_and_survives_being_killed() {
                 WHERE job_id >= 1000 AND scheduled) FROM timescaledb_information.hypertables WHERE compression_enabled";
     let made = migration.target().await.query_one(made, &[]).await.unwrap();
     assert_eq!((made.get::<_, &str>(0), made.get::<_, i64>(1)), ("{events,sensor}", 1));
+    let identity = "SELECT attidentity = 'a' FROM pg_attribute WHERE attrelid = 'events'::regclass AND attname = 'id'";
+    until_true(&migration.target().await, identity).await;
 }
