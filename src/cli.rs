@@ -4,6 +4,7 @@ mod cutover;
 mod databases;
 mod settings;
 mod standby;
+mod suggest;
 mod values;
 
 use std::ffi::OsString;
@@ -23,10 +24,11 @@ pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch
 pub use databases::{AllDatabases, MigrateAll};
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
-pub use values::{HttpAddress, Time};
+pub use suggest::SuggestHypertables;
+pub use values::{HttpAddress, Hypertables, Time};
 use values::{
-    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate,
-    parse_role_map, parse_schemas,
+    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_hypertables, parse_lag, parse_percent,
+    parse_rate, parse_role_map, parse_schemas,
 };
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
@@ -158,6 +160,13 @@ pub enum Command {
     #[command(after_help = "Examples: walferry man cutover | man -l -\n          \
         walferry man --out /usr/local/share/man/man1")]
     Man(ManOptions),
+    /// Propose a file for `migrate --hypertables` from the source's statistics
+    #[command(
+        after_help = "Examples: walferry suggest-hypertables --source postgres://app@old/shop --memory 4GiB > hypertables.toml\n          \
+        walferry suggest-hypertables --source postgres://app@old/shop --target postgres://app@new/shop --include-table 'metrics.*'\n\
+        Each choice is explained in a comment; tables that are left alone stand there with the reason. Changes nothing."
+    )]
+    SuggestHypertables(SuggestHypertables),
     /// Two throwaway servers, live writes, a whole migration, a report
     #[command(after_help = "Example: walferry demo --seconds 10")]
     Demo(Demo),
@@ -199,8 +208,8 @@ pub struct Filters {
 }
 
 /// What DDL is not replicated with: a statement can speak of more than what is moved, and of names that the target does not have.
-const PART_OPTIONS: [&str; 6] =
-    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema"];
+const PART_OPTIONS: [&str; 7] =
+    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema", "hypertables"];
 
 /// What of the database is moved where.
 #[derive(Debug, Args)]
@@ -213,6 +222,10 @@ pub struct Place {
     /// --no-reverse only; may be given again
     #[arg(long, value_parser = parse_schemas, value_name = "OLD=NEW", conflicts_with = "data_only")]
     pub map_schema: Vec<(String, String)>,
+    /// A TOML file that says which tables are TimescaleDB hypertables on the target, with their chunks, compression and policies;
+    /// `walferry suggest-hypertables` writes one. There is no way back from that: with --no-reverse only
+    #[arg(long, value_parser = parse_hypertables, value_name = "FILE", conflicts_with_all = ["data_only", "map_schema"])]
+    pub hypertables: Option<Hypertables>,
 }
 
 impl Filters {
@@ -225,6 +238,7 @@ impl Filters {
             exclude_schemas: self.exclude_schema.clone(),
             data_only: place.is_some_and(|place| place.data_only),
             map_schemas: place.map_or_else(Vec::new, |place| place.map_schema.clone()),
+            hypertables: place.and_then(|place| place.hypertables.clone()).unwrap_or_default().0,
         }
     }
 }
@@ -372,7 +386,7 @@ pub struct MigrateAgain {
     #[allow(missing_docs)]
     pub migrate: Migrate,
     /// Bring the schema with its keys and indexes, no rows, and end
-    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "all_databases"])]
+    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "hypertables", "all_databases"])]
     pub schema_only: bool,
     /// Compare these tables (schema.name) with the source again before going on, and copy what differs
     #[arg(long, value_name = "TABLE", num_args = 1.., conflicts_with = "all_databases")]

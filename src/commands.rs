@@ -36,6 +36,7 @@ use crate::queue;
 use crate::source::standby::Standbys;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
+use crate::timescale::suggest;
 use databases::All;
 
 /// Runs a command.
@@ -80,6 +81,7 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Config(options) => about::config(options),
         Command::Completions(options) => about::completions(options.shell),
         Command::Man(options) => about::man(&options),
+        Command::SuggestHypertables(options) => suggest_hypertables(options).await,
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
             demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await
@@ -235,6 +237,10 @@ fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
         return Err(Error::new(ErrorKind::Usage, "there is no way back to schemas of other names")
             .hint("Give --no-reverse beside --map-schema: the cutover is for good then."));
     }
+    if !scope.hypertables.is_empty() && !options.no_reverse {
+        return Err(Error::new(ErrorKind::Usage, "there is no way back from hypertables to plain tables")
+            .hint("Give --no-reverse beside --hypertables: the cutover is for good then."));
+    }
     Ok(Config {
         source,
         target,
@@ -267,6 +273,24 @@ fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
         },
     })
 }
+
+async fn suggest_hypertables(options: cli::SuggestHypertables) -> Result<()> {
+    let (source, target) = either(&options.servers)?;
+    let missing = |what: &str, hint: &str| Error::new(ErrorKind::Usage, what).hint(hint);
+    let source = source.ok_or_else(|| missing("--source is missing", "Give --source or set WALFERRY_SOURCE."))?;
+    let memory = match (options.memory, target) {
+        (Some(memory), _) => memory,
+        (None, Some(target)) => suggest::shared_buffers(&target.connect(SUGGESTING).await?).await?,
+        (None, None) => {
+            let hint = "Give --target, whose shared_buffers say it, or --memory, such as --memory 4GiB.";
+            return Err(missing("how large a chunk may be is not known", hint));
+        }
+    };
+    print(&suggest::suggest(&source.connect(SUGGESTING).await?, &options.filters.scope(None), memory).await?)
+}
+
+/// What a session of `suggest-hypertables` calls itself.
+const SUGGESTING: &str = "walferry suggest-hypertables";
 
 /// `migrate --schema-only`.
 async fn schema_only(options: &cli::Migrate) -> Result<()> {
@@ -609,14 +633,18 @@ fn ask_on_terminal(question: &str) -> Result<()> {
     }
 }
 
+/// The standby that a migration's slot may be on, as it is given or as its state directory knows it.
+fn standby_to_clean(options: &cli::Clean, directory: Option<&Path>) -> Result<Option<ConnectionSpec>> {
+    let identity = directory.map(|directory| StateDirectory::at(directory).identity()).transpose()?.flatten();
+    let standby = options.stream_from.clone().or(identity.and_then(|identity| identity.stream_from));
+    standby.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()
+}
+
 async fn clean(options: cli::Clean) -> Result<()> {
     if let Some(all) = options.dir.as_deref().map(All::of).transpose()?.flatten() {
         return all.clean(&options).await;
     }
-    let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
-    let standby = options.stream_from.or(identity.and_then(|identity| identity.stream_from));
-    let standby =
-        standby.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()?;
+    let standby = standby_to_clean(&options, options.dir.as_deref())?;
     let removed = match &options.dir {
         Some(directory) => {
             let (source, target) = either_or_known(&options.servers, directory)?;

@@ -28,9 +28,9 @@ pub mod apply;
 pub mod care;
 pub mod copy;
 pub mod target;
+pub mod timescale;
 
 pub mod cutover;
-pub mod timescale;
 pub mod unstreamed;
 pub mod verify;
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{
     Way, ask_on_terminal, both, cutover_options, either, end_the_way_back, parse, print, print_json, read_status,
-    verify,
+    standby_to_clean, standbys, verify,
 };
 use crate::care::connections::Jobs;
 use crate::care::tune::COPY_JOBS;
@@ -68,6 +68,7 @@ pub(super) async fn check(options: cli::Check) -> Result<()> {
     let inputs = check::Inputs {
         source: &source.with_connections_max(caps.source),
         target: &target.with_connections_max(caps.target),
+        standbys: &standbys(&options.standbys, &options.servers)?,
         state_directory: options.dir.as_deref(),
         jobs,
         queue_max_bytes: options.parallelism.queue_max_bytes,
@@ -379,12 +380,14 @@ impl All {
         let remove = |member: Member| {
             let path = overview::path_of(&self.directory, &member);
             let servers = self.servers(&options.servers, &member);
+            let standby = standby_to_clean(options, Some(&path))
+                .map(|spec| spec.map(|spec| spec.with_database(&member.database)));
             async move {
                 if !path.is_dir() {
                     return Ok(Vec::new());
                 }
                 let (source, target) = servers?;
-                clean::directory(&path, source, target).await
+                clean::directory(&path, source, target, standby?).await
             }
         };
         self.each(options.json, remove, |removed| {

@@ -11,6 +11,7 @@ use crate::error::{Context, Result};
 use crate::source::catalog::Table;
 use crate::source::version::Version;
 use crate::sql;
+use crate::timescale::HAS_CHUNKS;
 
 /// A table on one side.
 #[derive(Clone, Debug)]
@@ -93,7 +94,8 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
     let doing = || format!("reading the layout of table {} on the {side}", table.qualified());
     let found = client
         .query_opt(
-            "SELECT c.oid, c.relkind = 'r', \
+            &format!(
+                "SELECT c.oid, c.relkind = 'r' AND NOT {HAS_CHUNKS}, \
                     CASE WHEN c.relkind = 'r' THEN pg_catalog.pg_relation_size(c.oid) ELSE 0 END \
                       / pg_catalog.current_setting('block_size')::int8, \
                     CASE WHEN c.relkind = 'r' AND c.relpages > 0 \
@@ -102,7 +104,8 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
                          ELSE c.reltuples::float8 END, \
                     pg_catalog.current_setting('server_version_num')::int4 / 10000 \
              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
+             WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
+            ),
             &[&table.schema, &table.name],
         )
         .await
