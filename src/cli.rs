@@ -1,5 +1,6 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
+mod backfill;
 mod cutover;
 mod databases;
 mod settings;
@@ -20,6 +21,7 @@ use crate::observe::logging::LogFormat;
 use crate::pause::What;
 use crate::source::scope::Scope;
 
+pub use backfill::Backfill;
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use databases::{AllDatabases, MigrateAll};
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
@@ -139,6 +141,9 @@ pub enum Command {
         The tables that the last `walferry verify` found to differ, or --tables, are compared with a new snapshot of the source, and \
         what differs is copied again; the queue goes on receiving. Exit codes: 0 done, 3 not now")]
     Repair(Repair),
+    /// Fill a target with old rows by pieces, beside an application that writes the new ones to both databases
+    #[command(after_help = backfill::EXAMPLES)]
+    Backfill(Backfill),
     /// Remove what a migration left: slot, publications, ledger, fence, state directory
     #[command(after_help = "Example: walferry clean --dir ./shop\n\
         Without --dir it looks on both servers: walferry clean --source … --target …")]

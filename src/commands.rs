@@ -1,6 +1,7 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
 mod about;
+mod backfill;
 mod databases;
 mod verify;
 
@@ -77,6 +78,7 @@ pub async fn run(cli: Cli) -> Result<()> {
             None => verify::verify(options, log_format, bars).await,
         },
         Command::Repair(options) => verify::repair(options).await,
+        Command::Backfill(options) => backfill::backfill(options, log_format, bars).await,
         Command::Clean(options) => clean(options).await,
         Command::Config(options) => about::config(options),
         Command::Completions(options) => about::completions(options.shell),

@@ -14,6 +14,7 @@
 //! The modules below stand in the order of the data; [`migrate`] is the one place that knows all phases.
 //! ARCHITECTURE.md in the repository says which invariant each part keeps, and which test guards it.
 
+pub mod backfill;
 pub mod migrate;
 
 pub mod connection;

@@ -17,7 +17,7 @@ mod both;
 mod ddl;
 mod differing;
 mod estimate;
-mod existing;
+pub(crate) mod existing;
 mod hypertables;
 mod local;
 mod objects;

@@ -20,7 +20,7 @@
 mod exchange;
 mod part;
 mod plan;
-mod watchdog;
+pub(crate) mod watchdog;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
