@@ -442,7 +442,7 @@ pub struct Status {
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
-    /// Show it again every second until interrupted
+    /// Show it all the time: on a terminal as a view that fills it (q quits), elsewhere as lines every second
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
     /// Exit with 1 when the migration has failed or is not running

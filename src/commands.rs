@@ -2,6 +2,7 @@
 
 mod about;
 mod verify;
+mod watch;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -275,6 +276,10 @@ fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
 
 async fn status(options: cli::Status) -> Result<()> {
     let directory = StateDirectory::at(&options.directory.dir);
+    if options.watch && watch::is_possible() {
+        return healthy(&options, &watch::watch(&directory).await?);
+    }
+    let moves = std::io::stdout().is_terminal() && !watch::is_dumb();
     loop {
         let status = read_status(&directory).await?;
         if options.json {
@@ -282,23 +287,23 @@ async fn status(options: cli::Status) -> Result<()> {
         } else {
             let page = render::render(&status, terminal_width());
             // Home and clear, so that nothing of the last page stays.
-            print(&if options.watch && std::io::stdout().is_terminal() {
-                format!("\x1b[H\x1b[2J{page}")
-            } else {
-                page
-            })?;
+            print(&if options.watch && moves { format!("\x1b[H\x1b[2J{page}") } else { page })?;
         }
         if !options.watch {
-            let healthy = status.process_alive && status.phase != Phase::Failed;
-            let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
-            return if options.exit_code && !healthy && !over {
-                Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"))
-            } else {
-                Ok(())
-            };
+            return healthy(&options, &status);
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+/// With `--exit-code`, whether a migration runs or is over as it should be.
+fn healthy(options: &cli::Status, status: &Status) -> Result<()> {
+    let healthy = status.process_alive && status.phase != Phase::Failed;
+    let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
+    if options.exit_code && !healthy && !over {
+        return Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"));
+    }
+    Ok(())
 }
 
 /// From the running migration; where none runs, what it wrote down last.

@@ -3,6 +3,7 @@
 //! ```text
 //!  source, queue, copy, apply ──atomics──► StatusBoard ──snapshot()──► Status ─┬─► status --json, /status
 //!                                                                              ├─► render: walferry status
+//!                                                                              ├─► watch: walferry status --watch
 //!                                                                              ├─► metrics: /metrics
 //!                                                                              └─► progress: bars, or log lines
 //! ```
@@ -21,6 +22,7 @@ pub mod render;
 pub mod status;
 pub mod table_progress;
 pub mod wall_clock;
+pub mod watch;
 
 mod lag;
 mod page;
