@@ -1,6 +1,7 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
 mod about;
+mod next;
 mod verify;
 mod watch;
 
@@ -29,7 +30,7 @@ use crate::observe::format::{duration, size_rate};
 use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
-use crate::observe::{logging, progress, render};
+use crate::observe::{locale, logging, progress, render};
 use crate::pause::What;
 use crate::queue;
 use crate::state_directory::StateDirectory;
@@ -230,8 +231,9 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
     let board = StatusBoard::new();
     let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
     let shown = progress::start(board.clone(), mode);
+    let next = next::say(board.clone(), &options.directory.dir, options.when.cutover == cli::CutoverStart::Auto);
     let outcome = migrate::run(config, &board).await;
-    drop(shown);
+    drop((shown, next));
     outcome?;
     migrated(options, &board)
 }
@@ -574,11 +576,16 @@ async fn clean(options: cli::Clean) -> Result<()> {
 
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-    print(&format!("{text}\n"))
+    print_exactly(&format!("{text}\n"))
+}
+
+/// Writes to standard output what people read.
+fn print(text: &str) -> Result<()> {
+    print_exactly(&locale::shown(text))
 }
 
 /// Writes to standard output. A reader who has gone away (`| head`) is no error.
-fn print(text: &str) -> Result<()> {
+fn print_exactly(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),

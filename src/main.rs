@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use walferry::cli::Cli;
 use walferry::error::{Error, ErrorKind};
+use walferry::observe::locale;
+use walferry::observe::logging::wants_colour;
 use walferry::settings::Arguments;
 use walferry::{commands, settings};
 
@@ -43,7 +45,8 @@ fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
         error.exit();
     }
     let styled = error.render();
-    let mut text = if std::io::stderr().is_terminal() { styled.ansi().to_string() } else { styled.to_string() };
+    let mut text =
+        if std::io::stderr().is_terminal() && wants_colour() { styled.ansi().to_string() } else { styled.to_string() };
     for argument in &arguments.all {
         let argument = argument.to_string_lossy();
         let value = argument.split_once('=').map_or("", |(_, value)| value);
@@ -59,5 +62,6 @@ fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
 
 /// A name in an error may hold escape sequences; line breaks are ours too.
 fn for_terminal(text: &str) -> String {
-    text.split('\n').map(walferry::observe::format::printable).collect::<Vec<_>>().join("\n")
+    let lines = text.split('\n').map(walferry::observe::format::printable).collect::<Vec<_>>().join("\n");
+    locale::shown(&lines).into_owned()
 }

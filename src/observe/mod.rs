@@ -15,6 +15,7 @@
 pub mod board;
 pub mod format;
 pub mod http;
+pub mod locale;
 pub mod logging;
 pub mod metrics;
 pub mod progress;

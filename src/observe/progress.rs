@@ -10,6 +10,7 @@ use tokio::task::AbortHandle;
 
 use crate::observe::board::StatusBoard;
 use crate::observe::format::{duration, percent, size, size_rate};
+use crate::observe::locale::speaks_utf8;
 use crate::observe::logging::LogFormat;
 use crate::observe::render::{one_line, table_name};
 use crate::observe::status::{Phase, Status, TableState};
@@ -217,7 +218,9 @@ impl Bars {
 
 fn style(template: &str) -> ProgressStyle {
     // The templates are the constants above, and a test draws each of them; a wrong one falls back to a plain bar.
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸ ")
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars(if speaks_utf8() { "━╸ " } else { "=> " })
 }
 
 #[cfg(test)]

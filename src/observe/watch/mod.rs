@@ -23,7 +23,7 @@ use crate::observe::status::{Direction, Phase, Status, TableState};
 use history::History;
 
 pub use screen::{Screen, Signal};
-pub use text::{Look, speaks_utf8};
+pub use text::Look;
 
 /// Below this a view with panels shows less than plain lines do.
 const WIDTH_MIN: u16 = 50;

@@ -9,7 +9,7 @@ use ratatui::widgets::{Block, BorderType, Padding, Sparkline};
 use super::history::Measure;
 use super::text::{cut, cut_middle, filled, width, wrapped};
 use super::{Shown, TableState};
-use crate::observe::format::{count, duration, percent, size, size_rate};
+use crate::observe::format::{count, duration, percent, printable, size, size_rate};
 use crate::observe::render::{copy_text, table_name};
 use crate::observe::status::{Direction, Level, Phase, Status, Table, WayBack};
 
@@ -49,18 +49,26 @@ pub(super) fn header(frame: &mut Frame<'_>, area: Rect, shown: &Shown, status: &
         (None, false) => (format!("not running since {time} UTC"), bold(WARN)),
         (None, true) => (format!("{time} UTC"), muted()),
     };
-    let room = usize::from(area.width).saturating_sub(width(" walferry   →  ") + width(&right) + 2);
     let without_version = |text: &str| text.split(", ").next().unwrap_or_default().to_owned();
     let mut ends = [status.source.description.clone(), status.target.description.clone()];
-    if width(&ends[0]) + width(&ends[1]) > room {
+    let mut name = " walferry  ";
+    let room = |name: &str| usize::from(area.width).saturating_sub(width(name) + width(" → ") + width(&right) + 3);
+    let taken = |ends: &[String; 2]| width(&ends[0]) + width(&ends[1]);
+    if taken(&ends) > room(name) {
         ends = ends.map(|end| without_version(&end));
     }
-    let [source, target] = ends.map(|end| cut_middle(&end, room / 2));
+    if taken(&ends) > room(name) {
+        name = " ";
+    }
+    if taken(&ends) > room(name) {
+        ends = ends.map(|end| cut_middle(&end, room(name) / 2));
+    }
+    let [source, target] = ends;
     let line = Line::from(vec![
-        Span::styled(" walferry  ", bold(ACCENT)),
-        Span::raw(source),
+        Span::styled(name, bold(ACCENT)),
+        Span::raw(printable(&source)),
         Span::styled(" → ", muted()),
-        Span::raw(target),
+        Span::raw(printable(&target)),
     ]);
     frame.render_widget(line, area);
     frame.render_widget(Line::styled(format!("{right} "), style).alignment(Alignment::Right), area);
@@ -335,10 +343,9 @@ pub(super) fn draw_notice(frame: &mut Frame<'_>, area: Rect, notice: Notice) {
     if area.height == 0 {
         return;
     }
-    let style = bold(notice.colour);
-    let block = panel("").title_top("").border_style(Style::new().fg(notice.colour));
-    let block = block.title_top(Line::styled(format!("{} ", notice.title), style));
-    let block = if notice.title.is_empty() { panel("") } else { block };
+    let title = Line::styled(format!(" {} ", notice.title), bold(notice.colour));
+    let block = Block::bordered().border_type(BorderType::Rounded).border_style(Style::new().fg(notice.colour));
+    let block = block.title(title).padding(Padding::horizontal(1));
     frame.render_widget(Text::from(notice.lines), block.inner(area));
     frame.render_widget(block, area);
 }
@@ -467,7 +474,9 @@ fn plot(
     let columns = shown.history.columns(measure, usize::from(inner.width));
     // In thousandths of the highest, so that seconds and bytes have the same resolution; never a flat line at the top for next to nothing.
     let highest = shown.history.most(measure).unwrap_or_default().max(1e-3);
-    let scaled = |value: f64| (value / highest * 1000.0).ceil() as u64;
+    // More than nothing is more than no bar.
+    let least = 1000 / (u64::from(inner.height.max(1)) * 8) + 1;
+    let scaled = |value: f64| if value > 0.0 { ((value / highest * 1000.0) as u64).max(least) } else { 0 };
     let data: Vec<Option<u64>> = columns.into_iter().map(|column| column.map(scaled)).collect();
     // What is newest stands at the right.
     let taken = u16::try_from(data.len()).unwrap_or(inner.width).min(inner.width);

@@ -99,7 +99,7 @@ fn a_copy_shows_its_tables_and_when_it_will_be_done() {
             "public.orders",
             "50%",
             "1m 15s",
-            "db1.example.org:5432/shop",
+            "db1.exa",
             "of 20.0 GiB",
             "q quits",
         ] {
@@ -261,7 +261,7 @@ fn the_plots_grow_with_time() {
     let mut shown = shown(following());
     for second in 0..50 {
         let mut status = following();
-        status.lag.seconds = Some(if second == 25 { 8.0 } else { 1.0 });
+        status.lag.seconds = Some(if second == 25 { 8.0 } else { 0.1 });
         shown.take(status);
     }
     let text = text(&shown, 120, 40);

@@ -5,6 +5,7 @@ use ratatui::style::Color;
 use ratatui::text::Span;
 
 use crate::observe::format::printable;
+use crate::observe::locale::{ascii, speaks_utf8};
 
 /// What the terminal can show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,46 +30,10 @@ impl Look {
                 (cell.fg, cell.bg) = (Color::Reset, Color::Reset);
             }
             if !self.unicode && !cell.symbol().is_ascii() {
-                let letter = cell.symbol().chars().next().map_or(' ', ascii);
+                let letter = cell.symbol().chars().next().map_or(' ', |sign| ascii(sign).unwrap_or('?'));
                 cell.set_char(letter);
             }
         }
-    }
-}
-
-/// Whether what is written to the terminal is taken for UTF-8: unless the locale says otherwise by name.
-pub fn speaks_utf8() -> bool {
-    let set = |name: &&str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    is_utf8(["LC_ALL", "LC_CTYPE", "LANG"].iter().find_map(set).as_deref())
-}
-
-fn is_utf8(locale: Option<&str>) -> bool {
-    // Containers and services mostly have none set, and terminals that show UTF-8.
-    locale.is_none_or(|locale| {
-        let locale = locale.to_ascii_lowercase();
-        locale.contains("utf-8") || locale.contains("utf8")
-    })
-}
-
-/// What comes nearest in ASCII, in the same room.
-fn ascii(symbol: char) -> char {
-    match symbol {
-        '─' => '-',
-        '│' => '|',
-        '╭' | '╮' | '╰' | '╯' | '├' | '┤' => '+',
-        '━' | '█' | '▇' | '▆' | '▅' => '#',
-        '╸' => '>',
-        '▄' | '▃' => '=',
-        '▂' | '▁' => '_',
-        '→' => '>',
-        '…' => '~',
-        '·' => '.',
-        '✔' => 'x',
-        '●' => '*',
-        '○' => 'o',
-        '✘' => '!',
-        '•' => '-',
-        _ => '?',
     }
 }
 
@@ -155,20 +120,6 @@ pub(super) fn wrapped(text: &str, columns: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_locale_that_names_another_character_set_gets_ascii() {
-        for (locale, utf8) in [
-            (None, true),
-            (Some("en_US.UTF-8"), true),
-            (Some("C.utf8"), true),
-            (Some("C"), false),
-            (Some("POSIX"), false),
-            (Some("de_DE.ISO-8859-1"), false),
-        ] {
-            assert_eq!(is_utf8(locale), utf8, "{locale:?}");
-        }
-    }
 
     #[test]
     fn texts_fit_whatever_is_in_them() {
