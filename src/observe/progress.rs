@@ -218,9 +218,8 @@ impl Bars {
 
 fn style(template: &str) -> ProgressStyle {
     // The templates are the constants above, and a test draws each of them; a wrong one falls back to a plain bar.
-    ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars(if speaks_utf8() { "━╸ " } else { "=> " })
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    if speaks_utf8() { style.progress_chars("━╸ ") } else { style.progress_chars("=> ").tick_chars("|/-\\ ") }
 }
 
 #[cfg(test)]

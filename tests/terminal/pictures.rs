@@ -9,6 +9,7 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::buffer::Buffer;
 use ratatui::style::{Color, Modifier};
+use walferry::observe::status::{Direction, Status};
 use walferry::observe::watch::{Look, Shown, draw};
 
 use crate::support::Migration;
@@ -16,13 +17,27 @@ use crate::support::process::Running;
 
 const COLUMNS: u16 = 112;
 const ROWS: u16 = 34;
+/// Pixels of a row: as high as the font's blocks, so that they touch.
+const HEIGHT: u32 = 17;
+
+/// Whether somebody wants pictures: there is more to copy then.
+pub fn are_wanted() -> bool {
+    std::env::var_os("SCREENSHOTS").is_some()
+}
 
 /// A picture after so many seconds, so that there is something to see in the plots.
 pub async fn take(migration: &Migration, running: &mut Running, shown: &mut Shown, name: &str, seconds: u32) {
     let Some(directory) = std::env::var_os("SCREENSHOTS") else { return };
     for _ in 0..seconds {
         let status = migration.wait_for_status(running, "a status", |_| true).await;
-        shown.take(serde_json::from_value(status).unwrap());
+        let mut status: Status = serde_json::from_value(status).unwrap();
+        let servers = [&mut status.source.description, &mut status.target.description];
+        for (description, name) in
+            servers.into_iter().zip(if status.direction == Direction::Back { ["new", "old"] } else { ["old", "new"] })
+        {
+            *description = format!("{name}.example.org:5432/shop");
+        }
+        shown.take(status);
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     let mut terminal = Terminal::new(TestBackend::new(COLUMNS, ROWS)).unwrap();
@@ -31,7 +46,7 @@ pub async fn take(migration: &Migration, running: &mut Running, shown: &mut Show
     std::fs::write(&file, html(terminal.backend().buffer())).unwrap();
     let painted = Command::new("chromium")
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1"])
-        .arg(format!("--window-size={},{}", u32::from(COLUMNS) * 9 + 40, u32::from(ROWS) * 19 + 40))
+        .arg(format!("--window-size={},{}", u32::from(COLUMNS) * 9 + 40, u32::from(ROWS) * HEIGHT + 40))
         .arg(format!("--screenshot={}", Path::new(&directory).join(format!("{name}.png")).display()))
         .arg(format!("file://{}", file.display()))
         .output()
@@ -63,13 +78,13 @@ fn html(buffer: &Buffer) -> String {
             rows.push_str(&format!(
                 "<i style=\"left:{}px;top:{}px;color:{}{weight}\">{symbol}</i>",
                 u32::from(x) * 9,
-                u32::from(y) * 19,
+                u32::from(y) * HEIGHT,
                 colour(cell.fg, "#e6edf3")
             ));
         }
     }
     format!(
         "<!doctype html><meta charset=utf-8><style>body{{margin:0;background:#0d1117}}div{{position:absolute;left:20px;top:20px}}\
-         i{{position:absolute;width:9px;height:19px;font:15px/19px 'DejaVu Sans Mono',monospace;white-space:pre;text-align:left}}</style><div>{rows}</div>"
+         i{{position:absolute;width:9px;height:17px;font:15px/17px 'DejaVu Sans Mono',monospace;white-space:pre;text-align:left}}</style><div>{rows}</div>"
     )
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 pub const COLUMNS: usize = 110;
 pub const ROWS: usize = 34;
@@ -27,7 +28,8 @@ impl Drop for Terminal {
 impl Terminal {
     /// Starts a command line of the shell, with variables.
     pub fn start(command: &str, variables: &[(&str, &str)], files: &std::path::Path) -> Terminal {
-        let written = files.join("screen");
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let written = files.join(format!("screen-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
         let sized = format!("stty rows {ROWS} cols {COLUMNS}; {command}; echo \"ended with $?\"");
         let mut script = Command::new("script")
             .args(["-qfc", &sized])

@@ -48,7 +48,7 @@ fn valid(schema: &str, finished: &Finished, code: i32) -> Value {
 async fn a_migration_says_what_its_schemas_say_and_its_view_shows_it_in_every_phase() {
     let servers = Servers::start().await;
     let mut migration = servers.migration("shop").await;
-    load::fill(&migration.source().await, 20_000).await;
+    load::fill(&migration.source().await, if pictures::are_wanted() { 250_000 } else { 20_000 }).await;
     migration
         .source()
         .await
@@ -64,7 +64,16 @@ async fn a_migration_says_what_its_schemas_say_and_its_view_shows_it_in_every_ph
 
     // Before the copy.
     let dump = support::hold_pg_dump(&mut migration);
-    let slow = ["--copy-rate", "300KiB", "--copy-jobs", "3", "--split-above", "1MiB"];
+    let slow = [
+        "--queue-max-bytes",
+        "256MiB",
+        "--copy-rate",
+        if pictures::are_wanted() { "2MiB" } else { "300KiB" },
+        "--copy-jobs",
+        "3",
+        "--split-above",
+        "20MiB",
+    ];
     let mut running = migration.migrate(&slow);
     dump.is_reached().await;
     let status = migration.wait_for_phase(&mut running, "preparing").await;
@@ -129,7 +138,7 @@ async fn a_migration_says_what_its_schemas_say_and_its_view_shows_it_in_every_ph
     assert_eq!(ended.code, Some(130), "{}", ended.stderr);
     until("the terminal shows that nothing runs", || shows(&terminal, "No migration is running")).await;
     assert!(ended.stderr.contains("Run the same command again"), "{}", ended.stderr);
-    let mut running = migration.migrate(&[]);
+    let mut running = migration.migrate(&["--queue-max-bytes", "256MiB"]);
     until("the terminal shows that it follows again", || shows(&terminal, "Ready to cut over")).await;
     pictures::take(&migration, &mut running, &mut shown, "terminal-following", 45).await;
     terminal.press("q");
@@ -194,7 +203,7 @@ async fn a_migration_says_what_its_schemas_say_and_its_view_shows_it_in_every_ph
     valid("clean", &clean, 0);
     migration.state = "failed".into();
     let mut failed = Shown::new("./failed");
-    let blocked = migration.migrate(&[]).wait().await;
+    let blocked = migration.migrate(&["--queue-max-bytes", "256MiB"]).wait().await;
     assert_eq!(blocked.code, Some(3), "{}", blocked.stderr);
     let status = migration.with_directory("status", &["--json"]).await;
     if status.code == Some(0) {
@@ -205,7 +214,7 @@ async fn a_migration_says_what_its_schemas_say_and_its_view_shows_it_in_every_ph
     }
     servers.target.connect("postgres").await.unwrap().batch_execute("CREATE DATABASE empty").await.unwrap();
     migration.target_url = servers.target.url_for("empty");
-    let schema_only = migration.migrate(&["--schema-only", "--json"]).wait().await;
+    let schema_only = migration.migrate(&["--schema-only", "--json", "--queue-max-bytes", "256MiB"]).wait().await;
     valid("migrate-schema-only", &schema_only, 0);
 }
 

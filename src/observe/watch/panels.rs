@@ -33,7 +33,7 @@ fn bold(colour: Color) -> Style {
 }
 
 fn panel<'a>(title: impl Into<String>) -> Block<'a> {
-    let title = Line::styled(format!(" {} ", title.into()), Style::new().add_modifier(Modifier::BOLD));
+    let title = Line::styled(format!(" {} ", title.into()), bold(Color::Reset));
     Block::bordered()
         .border_type(BorderType::Rounded)
         .border_style(muted())
