@@ -382,6 +382,10 @@ async fn finish(options: cli::Finish) -> Result<()> {
         Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
         Err(error) => {
             // Where none runs, what it would do is done here.
+            // Only where there is one: to lock it would make it.
+            if !directory.path().is_dir() {
+                return Err(error);
+            }
             let Ok(_locked) = directory.lock() else { return Err(error) };
             let (source, target) = either_or_known(&options.servers, directory.path())?;
             let Some(target) = target else { return Err(error) };

@@ -57,6 +57,9 @@ fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
         }
     }
     eprint!("{text}{}", arguments.origins(&styled.to_string()));
+    if error.kind() == clap::error::ErrorKind::MissingRequiredArgument && text.contains("--dir") {
+        eprintln!(" next: Give --dir, or set WALFERRY_DIR; a settings file can hold it too (walferry config example).");
+    }
     std::process::exit(i32::from(ErrorKind::Usage.exit_code()))
 }
 
