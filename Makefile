@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes use cargo, which brings its own parallelism.
 .NOTPARALLEL:
-.PHONY: help setup setup-tests demo test torture fuzz bench bench-quick bench-micro fixtures lint
+.PHONY: help setup setup-tests demo test torture fuzz bench bench-quick bench-micro fixtures lint release deb
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
@@ -35,6 +35,13 @@ lint: ## Checks format, lints and documentation
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+release: ## Builds the program for other machines, in target/dist
+	@scripts/release.sh
+
+deb: ## Builds a package for Debian and Ubuntu, in target/debian (needs cargo-deb)
+	cargo build --release --locked --bin walferry
+	cargo deb --locked --no-build
 
 torture: setup-tests ## Migrates while everything breaks: SEED=1 MINUTES=10 (or ROUNDS=20)
 	SEED=$(SEED) MINUTES=$(MINUTES) ROUNDS=$(ROUNDS) cargo test --locked --test torture -- --ignored --exact hunt --nocapture

@@ -18,6 +18,7 @@ main() {
         install_missing
         if [ "$for_tests" = yes ]; then
             unpack_prometheus
+            unpack_docker
         fi
     fi
     check
@@ -49,6 +50,9 @@ install_missing() {
         # scripts/servers.sh gets servers of other versions by them.
         have npm || packages+=(npm)
         python3 -m pip --version >/dev/null 2>&1 || packages+=(python3-pip)
+        # The trial with Docker Compose is run on an engine of the tests' own (unpack_docker); this package brings none.
+        have docker-compose || packages+=(docker-compose)
+        have ip || packages+=(iproute2)
     fi
     if [ ${#packages[@]} -eq 0 ]; then
         return 0
@@ -66,22 +70,40 @@ install_missing() {
     esac
 }
 
-# The dashboard and the alert rules are asked of a real one. The package would start a service; it is only unpacked.
+# The dashboard and the alert rules are asked of a real one.
 unpack_prometheus() {
-    local made
     if have prometheus && have promtool || [ -x "$TOOLS/prometheus/usr/bin/promtool" ]; then
         return 0
     fi
-    echo "setup: unpacking prometheus below target/tools"
+    unpack prometheus prometheus || echo "setup: prometheus could not be had; the tests that need it will fail" >&2
+}
+
+# The trial in containers is run on an engine that the test starts and ends.
+unpack_docker() {
+    [ -x "$TOOLS/docker/usr/sbin/dockerd" ] || unpack docker docker.io containerd runc tini ||
+        echo "setup: a Docker engine could not be had; the trial with Docker Compose will not be run, only its files be checked" >&2
+}
+
+# Unpacks packages below target/tools under a name: installed, they would start services.
+unpack() {
+    local name=$1 made package
+    shift
+    echo "setup: unpacking $* below target/tools"
     mkdir -p "$TOOLS"
-    made=$(mktemp -d "$TOOLS/prometheus.XXXXXX")
-    if (cd "$made" && { apt-get download -qq prometheus || { as_root apt-get update -qq && apt-get download -qq prometheus; }; }) >/dev/null 2>&1 &&
-        dpkg-deb -x "$made"/prometheus_*.deb "$made/unpacked"; then
-        mv "$made/unpacked" "$TOOLS/prometheus"
+    made=$(mktemp -d "$TOOLS/$name.XXXXXX")
+    if (
+        cd "$made"
+        apt-get download -qq "$@" || { as_root apt-get update -qq && apt-get download -qq "$@"; } || exit 1
+        for package in *.deb; do
+            dpkg-deb -x "$package" unpacked || exit 1
+        done
+    ) >/dev/null 2>&1; then
+        mv "$made/unpacked" "$TOOLS/$name"
+        rm -rf "$made"
     else
-        echo "setup: prometheus could not be had; the tests that need it will fail" >&2
+        rm -rf "$made"
+        return 1
     fi
-    rm -rf "$made"
 }
 
 have_pgbouncer() {

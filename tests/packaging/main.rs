@@ -5,6 +5,12 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod compose_files;
+mod engine;
+mod kubernetes;
+mod schema;
+mod systemd;
+mod trial;
 mod version;
 
 use std::path::{Path, PathBuf};
@@ -16,4 +22,13 @@ fn file(name: &str) -> PathBuf {
 
 fn read(name: &str) -> String {
     std::fs::read_to_string(file(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// The documents of a YAML file.
+fn yaml(name: &str) -> Vec<serde_json::Value> {
+    let text = read(name);
+    let documents = serde_yaml_ng::Deserializer::from_str(&text);
+    let document =
+        |document| serde::Deserialize::deserialize(document).unwrap_or_else(|error| panic!("{name}: {error}"));
+    documents.map(document).collect()
 }
