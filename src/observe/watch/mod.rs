@@ -164,7 +164,7 @@ fn share_out(total: u16, notice: usize, copy: usize, events: usize) -> Heights {
 fn copy_lines(status: &Status) -> usize {
     let open = status.tables.iter().filter(|table| table.state != TableState::Done).count();
     let over = status.direction == Direction::Back || status.copy.tables_total == 0 || status.phase >= Phase::Following;
-    if over && open == 0 || status.direction == Direction::Back { 0 } else { 2 + open }
+    if over && open == 0 || status.direction == Direction::Back { 0 } else { 3 + open }
 }
 
 #[cfg(test)]

@@ -386,7 +386,9 @@ pub(super) fn copy(frame: &mut Frame<'_>, area: Rect, status: &Status) {
         format!(" {:>4}%", percent(copy.bytes_done, copy.bytes_total)),
         Style::new().add_modifier(Modifier::BOLD),
     ));
-    let mut lines = vec![Line::styled(cut(&text, room), style), Line::from(whole)];
+    let mut lines: Vec<Line<'_>> =
+        wrapped(&text, room).into_iter().take(2).map(|line| Line::styled(line, style)).collect();
+    lines.push(Line::from(whole));
 
     let mut open: Vec<&Table> = status.tables.iter().filter(|table| table.state != TableState::Done).collect();
     let rank = |table: &Table| match table.state {
