@@ -141,7 +141,7 @@ fn share_out(total: u16, notice: usize, copy: usize, events: usize) -> Heights {
     };
     let notice = take(rows(notice).min((total / 2).max(4)), 3);
     let copy_wanted = rows(copy);
-    let mut copy = if copy_wanted > 0 { take(copy_wanted.min(6), 3) } else { 0 };
+    let mut copy = if copy_wanted > 0 { take(copy_wanted.min(8), 3) } else { 0 };
     let mut plots = take(PLOTS_MIN, PLOTS_MIN + 3);
     let mut events_height = take(rows(events.max(1)).min(6), 3);
     copy += take(copy_wanted.saturating_sub(copy).min(14), 1);

@@ -197,7 +197,7 @@ fn figures_of(status: &Status) -> [Figure; 6] {
             } else {
                 Style::new().add_modifier(Modifier::BOLD)
             },
-            note: wal.1.map_or_else(|| "by the source".to_owned(), |most| format!("max {}", size(most))),
+            note: wal.1.map_or_else(|| "by source".to_owned(), |most| format!("max {}", size(most))),
         },
         Figure {
             title: "Compared",
