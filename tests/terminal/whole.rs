@@ -115,7 +115,11 @@ async fn a_migration_says_what_its_schemas_say_and_its_view_shows_it_in_every_ph
     shown.take(status);
     assert_shows(&shown, &["following", "Ready to cut over", "walferry cutover", "ready"]);
     valid("cutover-dry-run", &migration.with_directory("cutover", &["--dry-run", "--json"]).await, 0);
-    assert!(running.log().contains("walferry cutover --dir"), "what comes next is said:\n{}", running.log());
+    until("what comes next is said", || {
+        let said = running.log().contains("next: walferry verify --dir");
+        async move { said.then_some(()) }
+    })
+    .await;
 
     // A difference, and its repair.
     migration
@@ -201,10 +205,14 @@ async fn a_migration_says_what_its_schemas_say_and_its_view_shows_it_in_every_ph
     shown.take(valid_status(&status));
     assert_shows(&shown, &["cut over", "The target is the primary", "walferry switchback", "walferry finish"]);
     pictures::take(&migration, &mut running, &mut shown, "terminal-cut-over", 8).await;
+    until("what comes next is said", || {
+        let said = running.log().contains("walferry switchback --dir");
+        async move { said.then_some(()) }
+    })
+    .await;
     valid("finish", &migration.with_directory("finish", &["--json"]).await, 0);
     let ended = running.wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-    assert!(ended.stderr.contains("walferry switchback --dir"), "what comes next is said:\n{}", ended.stderr);
     let status = migration.with_directory("status", &["--json"]).await.json();
     shown.take(valid_status(&status));
     assert_shows(&shown, &["cut over", "done"]);
