@@ -478,7 +478,7 @@ pub struct Status {
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
-    /// Show it again every second until interrupted
+    /// Show it all the time: on a terminal as a view that fills it (q quits), elsewhere as lines every second
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
     /// Exit with 1 when the migration has failed or is not running
@@ -618,10 +618,26 @@ mod tests {
     }
 
     #[test]
-    fn every_command_has_an_example() {
-        for command in Cli::command().get_subcommands() {
+    fn every_command_has_an_example_and_every_example_is_a_command_line() {
+        let mut parsed = 0;
+        let program = Cli::command();
+        let all =
+            program.get_subcommands().flat_map(|command| std::iter::once(command).chain(command.get_subcommands()));
+        for command in all {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example"), "{} has none", command.get_name());
+            for line in help.lines() {
+                let line =
+                    line.trim_start().trim_start_matches("Examples:").trim_start_matches("Example:").trim_start();
+                // Up to what only a shell understands.
+                let words: Vec<&str> = line.split_whitespace().take_while(|word| !["|", ">"].contains(word)).collect();
+                if words.first() == Some(&"walferry") && !line.contains('…') {
+                    let read = Cli::try_parse_from(&words);
+                    assert!(read.is_ok(), "{line}: {}", read.unwrap_err());
+                    parsed += 1;
+                }
+            }
         }
+        assert!(parsed >= 20, "{parsed}");
     }
 }

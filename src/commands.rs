@@ -3,7 +3,9 @@
 mod about;
 mod backfill;
 mod databases;
+mod next;
 mod verify;
+mod watch;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -31,7 +33,7 @@ use crate::observe::format::{duration, size_rate};
 use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
-use crate::observe::{logging, progress, render};
+use crate::observe::{locale, logging, progress, render};
 use crate::pause::What;
 use crate::queue;
 use crate::source::standby::Standbys;
@@ -225,8 +227,9 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
     let board = StatusBoard::new();
     let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
     let shown = progress::start(board.clone(), mode);
+    let next = next::say(board.clone(), &options.directory.dir, options.when.cutover == cli::CutoverStart::Auto);
     let outcome = migrate::run(config, &board).await;
-    drop(shown);
+    drop((shown, next));
     outcome?;
     migrated(options, &board)
 }
@@ -337,6 +340,10 @@ async fn status(options: cli::Status) -> Result<()> {
         return all.status(&options).await;
     }
     let directory = StateDirectory::at(&options.directory.dir);
+    if options.watch && watch::is_possible() {
+        return healthy(&options, &watch::watch(&directory).await?);
+    }
+    let moves = std::io::stdout().is_terminal() && !watch::is_dumb();
     loop {
         let status = read_status(&directory).await?;
         if options.json {
@@ -344,23 +351,23 @@ async fn status(options: cli::Status) -> Result<()> {
         } else {
             let page = render::render(&status, terminal_width());
             // Home and clear, so that nothing of the last page stays.
-            print(&if options.watch && std::io::stdout().is_terminal() {
-                format!("\x1b[H\x1b[2J{page}")
-            } else {
-                page
-            })?;
+            print(&if options.watch && moves { format!("\x1b[H\x1b[2J{page}") } else { page })?;
         }
         if !options.watch {
-            let healthy = status.process_alive && status.phase != Phase::Failed;
-            let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
-            return if options.exit_code && !healthy && !over {
-                Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"))
-            } else {
-                Ok(())
-            };
+            return healthy(&options, &status);
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+/// With `--exit-code`, whether a migration runs or is over as it should be.
+fn healthy(options: &cli::Status, status: &Status) -> Result<()> {
+    let healthy = status.process_alive && status.phase != Phase::Failed;
+    let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
+    if options.exit_code && !healthy && !over {
+        return Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"));
+    }
+    Ok(())
 }
 
 /// From the running migration; where none runs, what it wrote down last.
@@ -458,7 +465,10 @@ async fn end_the_way_back(
         Ok(Answer::Finished) => {}
         Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
         Err(error) => {
-            // Where none runs, what it would do is done here.
+            // Where none runs, what it would do is done here; only where there is a directory: to lock it would make it.
+            if !directory.path().is_dir() {
+                return Err(error);
+            }
             let Ok(_locked) = directory.lock() else { return Err(error) };
             let (source, target) = servers()?;
             let Some(target) = target else { return Err(error) };
@@ -668,11 +678,16 @@ async fn clean(options: cli::Clean) -> Result<()> {
 
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-    print(&format!("{text}\n"))
+    print_exactly(&format!("{text}\n"))
+}
+
+/// Writes to standard output what people read.
+fn print(text: &str) -> Result<()> {
+    print_exactly(&locale::shown(text))
 }
 
 /// Writes to standard output. A reader who has gone away (`| head`) is no error.
-fn print(text: &str) -> Result<()> {
+fn print_exactly(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
