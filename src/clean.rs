@@ -52,9 +52,8 @@ pub async fn directory(
 
 fn lock(directory: &StateDirectory) -> Result<LockedDirectory> {
     directory.lock().map_err(|error| match error.kind() {
-        ErrorKind::Blocked => {
-            Error::new(ErrorKind::Blocked, "the migration is still running").hint("Stop it first (Ctrl-C or SIGTERM).")
-        }
+        ErrorKind::Blocked => Error::new(ErrorKind::Blocked, "the migration is still running")
+            .hint("Stop it first (Ctrl-C or SIGTERM); after a cutover `walferry finish` ends it."),
         _ => error,
     })
 }
