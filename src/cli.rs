@@ -2,6 +2,7 @@
 
 mod cutover;
 mod settings;
+mod standby;
 mod suggest;
 mod values;
 
@@ -20,6 +21,7 @@ use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
+pub use standby::StandbyOptions;
 pub use suggest::SuggestHypertables;
 pub use values::{HttpAddress, Hypertables, Time};
 use values::{
@@ -338,6 +340,9 @@ pub struct Check {
     pub servers: Servers,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub standbys: StandbyOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub parallelism: Parallelism,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -388,6 +393,9 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub servers: Servers,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub standbys: StandbyOptions,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub directory: Directory,
@@ -559,6 +567,9 @@ pub struct Clean {
     /// The state directory of the migration
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// The standby that the slot is on, where a migration had one and its state directory is lost
+    #[arg(long, env = "WALFERRY_STREAM_FROM", hide_env_values = true, value_name = "URL")]
+    pub stream_from: Option<String>,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
