@@ -643,7 +643,7 @@ mod tests {
         for command in all {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example"), "{} has none", command.get_name());
-            for line in help.lines() {
+            for line in help.replace("\\\n", " ").lines() {
                 let line =
                     line.trim_start().trim_start_matches("Examples:").trim_start_matches("Example:").trim_start();
                 // Up to what only a shell understands.

@@ -7,6 +7,7 @@ mod next;
 mod plan;
 mod record;
 mod report;
+mod suggest;
 mod verify;
 mod watch;
 
@@ -43,7 +44,6 @@ use crate::record::Server;
 use crate::source::standby::Standbys;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
-use crate::timescale::suggest;
 use databases::All;
 
 /// Runs a command.
@@ -103,7 +103,7 @@ async fn execute(command: Command, log_format: LogFormat, bars: MultiProgress) -
         Command::Config(options) => about::config(options),
         Command::Completions(options) => about::completions(options.shell),
         Command::Man(options) => about::man(&options),
-        Command::SuggestHypertables(options) => suggest_hypertables(options).await,
+        Command::SuggestHypertables(options) => suggest::suggest_hypertables(options).await,
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
             demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await
@@ -302,24 +302,6 @@ fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
         },
     })
 }
-
-async fn suggest_hypertables(options: cli::SuggestHypertables) -> Result<()> {
-    let (source, target) = either(&options.servers)?;
-    let missing = |what: &str, hint: &str| Error::new(ErrorKind::Usage, what).hint(hint);
-    let source = source.ok_or_else(|| missing("--source is missing", "Give --source or set WALFERRY_SOURCE."))?;
-    let memory = match (options.memory, target) {
-        (Some(memory), _) => memory,
-        (None, Some(target)) => suggest::shared_buffers(&target.connect(SUGGESTING).await?).await?,
-        (None, None) => {
-            let hint = "Give --target, whose shared_buffers say it, or --memory, such as --memory 4GiB.";
-            return Err(missing("how large a chunk may be is not known", hint));
-        }
-    };
-    print(&suggest::suggest(&source.connect(SUGGESTING).await?, &options.filters.scope(None), memory).await?)
-}
-
-/// What a session of `suggest-hypertables` calls itself.
-const SUGGESTING: &str = "walferry suggest-hypertables";
 
 /// `migrate --schema-only`.
 async fn schema_only(options: &cli::Migrate) -> Result<()> {

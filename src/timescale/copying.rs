@@ -139,9 +139,12 @@ fn starts_query(table: &Table, part: &Part, column: &Column, length: i64) -> Opt
     })
 }
 
+/// A column, and from where to where of its hash.
+type Slice<'a> = (&'a str, [i64; 2]);
+
 /// The slices of the partitions by hash, one choice of them for each chunk of a time; `None` where ranges of another column cut chunks,
 /// too.
-fn hash_partitions(hypertable: &Hypertable) -> Option<Vec<Option<(&str, [i64; 2])>>> {
+fn hash_partitions(hypertable: &Hypertable) -> Option<Vec<Option<Slice<'_>>>> {
     match hypertable.dimensions.as_slice() {
         [] => Some(vec![None]),
         [Dimension::Hash { column, partitions }] => {
