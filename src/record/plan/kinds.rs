@@ -221,6 +221,13 @@ pub static KINDS: &[Kind] = &[
         CLEAN,
     )),
     kind(
+        "publication",
+        Source,
+        (PREPARING, ReplicaIdentityFull, "which replica identities were changed, for a clean that finds no ledger"),
+        "COMMENT ON PUBLICATION <name> IS <text>",
+        CLEAN,
+    ),
+    kind(
         "slot",
         Source,
         (PREPARING, Always, "on the primary, with --stream-from: what a slot on a standby waits for"),
