@@ -29,15 +29,16 @@ pub mod apply;
 pub mod care;
 pub mod copy;
 pub mod target;
+pub mod timescale;
 
 pub mod cutover;
-pub mod timescale;
 pub mod unstreamed;
 pub mod verify;
 
 pub mod check;
 pub mod clean;
 pub mod control;
+pub mod databases;
 pub mod observe;
 pub mod pause;
 pub mod record;

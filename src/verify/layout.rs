@@ -11,6 +11,7 @@ use crate::error::{Context, Result};
 use crate::source::catalog::Table;
 use crate::source::version::Version;
 use crate::sql;
+use crate::timescale::HAS_CHUNKS;
 use crate::timescale::chunks::{self, Hypertable, TimeType};
 
 /// A table on one side.
@@ -106,7 +107,8 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
     let doing = || format!("reading the layout of table {} on the {side}", table.qualified());
     let found = client
         .query_opt(
-            "SELECT c.oid, c.relkind = 'r', \
+            &format!(
+                "SELECT c.oid, c.relkind = 'r' AND NOT {HAS_CHUNKS}, \
                     CASE WHEN c.relkind = 'r' THEN pg_catalog.pg_relation_size(c.oid) ELSE 0 END \
                       / pg_catalog.current_setting('block_size')::int8, \
                     CASE WHEN c.relkind = 'r' AND c.relpages > 0 \
@@ -116,7 +118,8 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
                     pg_catalog.current_setting('server_version_num')::int4 / 10000, \
                     c.relkind = 'r' AND c.relhassubclass \
              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')",
+             WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
+            ),
             &[&table.schema, &table.name],
         )
         .await

@@ -7,6 +7,7 @@
 mod support;
 
 mod backfill;
+mod hypertables;
 mod many_chunks;
 mod source;
 mod verify;
