@@ -26,7 +26,8 @@ mod stall;
 mod standby;
 mod way_back;
 
-pub(crate) use identify::application_name;
+pub(crate) use background::{keep_status, write_status};
+pub(crate) use identify::{application_name, new_id};
 pub(crate) use prepare::end_sessions;
 pub use schema_only::schema_only;
 pub(crate) use way_back::finish_without_process;
@@ -40,6 +41,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tracing::Instrument;
 
 use crate::apply::conflict::OnConflict;
 use crate::apply::gate::Gate;
@@ -265,7 +267,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let mut backoff = Backoff::new();
     let automatic = config.automatic.clone().map(|automatic| automatic.run(board.clone(), cutovers_by_itself));
     let mut automatically = JoinSet::new();
-    automatic.map(|automatic| automatically.spawn(automatic));
+    automatic.map(|automatic| automatically.spawn(automatic.in_current_span()));
     let application_name = loop {
         let identified = async {
             background::let_ourselves_in(&config, directory.directory(), board).await?;
@@ -338,11 +340,11 @@ impl Running {
         // Tasks of their own, so that receiving never waits for a phase; they end with this set.
         let mut beside = JoinSet::new();
         let (source, to_queue, board) = (self.config.stream_source().clone(), queue.clone(), self.board.clone());
-        beside.spawn(receive::run(source, subscription, to_queue, appender, board));
+        beside.spawn(receive::run(source, subscription, to_queue, appender, board).in_current_span());
         let background = Arc::new(self.background(&migration));
         let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
-        beside.spawn(async move { trimming.trim(to_trim).await });
-        beside.spawn(async move { watching.watch_source().await });
+        beside.spawn(async move { trimming.trim(to_trim).await }.in_current_span());
+        beside.spawn(async move { watching.watch_source().await }.in_current_span());
         self.watch_standby(&migration, &mut beside);
         let point_taker = self.point_taker(&migration, &queue);
         let Requests { cutovers, points, repairs } = requests;

@@ -77,6 +77,7 @@ fn table() -> Table {
         firing: Vec::new(),
         chunk: None,
         is_hypertable: false,
+        hypertable: None,
     }
 }
 

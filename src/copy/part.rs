@@ -30,7 +30,8 @@ const FREEZE_FROM_BYTES: i64 = 8 << 20;
 /// Whether a part is worth arriving frozen.
 pub(super) fn may_freeze(table: &Table, part: &Part) -> bool {
     let is_plain = table.chunk.as_ref().is_none_or(|chunk| !chunk.is_late && chunk.compressed.is_none());
-    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES && is_plain
+    // The rows of a hypertable go to its chunks, which are not those that were emptied.
+    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES && is_plain && table.hypertable.is_none()
 }
 
 /// Copies one part, frozen or not, and marks it in the ledger, as one transaction on the target.
@@ -94,13 +95,13 @@ async fn copy_rows(
     if let Some(chunk) = &table.chunk {
         timescale::copy::make_ready(transaction.client(), chunk, table, &how).await?;
     }
+    let sorted_by = copier.sorted.get(&table.relid).map(String::as_str);
+    let own = copy_out_statement(table, part, format_of(table), sorted_by);
     let statements = match how {
         How::Stale => return Ok(Outcome::Stale),
-        How::AsTable => vec![(copy_out_statement(table, part, format_of(table)), copy_in_statement(table, frozen))],
+        How::AsTable => vec![(own, copy_in_statement(table, frozen))],
         How::Rows(out) => vec![(out, timescale::copy::copy_in_statement(table, format_of(table)))],
-        How::Raw { out, into } => {
-            vec![(copy_out_statement(table, part, format_of(table)), copy_in_statement(table, false)), (out, into)]
-        }
+        How::Raw { out, into } => vec![(own, copy_in_statement(table, false)), (out, into)],
     };
     let mut rows = 0;
     for (out, into) in statements {
@@ -290,15 +291,16 @@ fn copy_in_statement(table: &Table, frozen: bool) -> String {
     format!("COPY {}{columns} FROM STDIN (FORMAT {}{freeze})", table.qualified(), format_of(table))
 }
 
-fn copy_out_statement(table: &Table, part: &Part, format: &str) -> String {
-    if part.is_whole() {
+fn copy_out_statement(table: &Table, part: &Part, format: &str, sorted_by: Option<&str>) -> String {
+    if part.is_whole() && sorted_by.is_none() {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
         return format!("COPY {}{columns} TO STDOUT (FORMAT {format})", table.qualified());
     }
     let from = format!("ctid >= '({},0)'::tid", part.first_page);
     let until = part.end_page.map(|page| format!(" AND ctid < '({page},0)'::tid")).unwrap_or_default();
+    let order = sorted_by.map(|column| format!(" ORDER BY {}", sql::identifier(column))).unwrap_or_default();
     format!(
-        "COPY (SELECT {} FROM ONLY {} WHERE {from}{until}) TO STDOUT (FORMAT {format})",
+        "COPY (SELECT {} FROM ONLY {} WHERE {from}{until}{order}) TO STDOUT (FORMAT {format})",
         table.column_list(),
         table.qualified()
     )

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_postgres::Client;
+use tracing::Instrument;
 
 use super::{Direction, Running};
 use crate::apply::Applied;
@@ -57,12 +58,8 @@ impl Running {
         let keep_warm = |warming: &mut JoinSet<Infallible>| {
             let board = self.board.clone();
             let is_close = move || board.snapshot().lag.seconds.is_some_and(|lag| lag <= READY_LAG_SECONDS);
-            warming.spawn(warm::keep_warm(
-                self.config.target.clone(),
-                self.application_name.clone(),
-                is_close,
-                Arc::clone(&turn),
-            ));
+            let (target, name) = (self.config.target.clone(), self.application_name.clone());
+            warming.spawn(warm::keep_warm(target, name, is_close, Arc::clone(&turn)).in_current_span());
         };
         let scope = self.load(&self.target().await?).await?.scope;
         let (tell_obstacles, obstacles) = watch::channel(Vec::new());
@@ -78,7 +75,8 @@ impl Running {
                 board: self.board.clone(),
                 turn: Arc::clone(&turn),
             };
-            working.spawn(keeper.run());
+            working.spawn(keeper.run().in_current_span());
+            working.spawn(self.compressor(scope.clone(), Arc::clone(&turn)).run().in_current_span());
         };
         keep_warm(&mut warming);
         keep_current(&mut warming);
@@ -86,10 +84,11 @@ impl Running {
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
         // `check` says so.
-        let is_one_way = !scope.map_schemas.is_empty() || self.has_hypertables().await?;
+        let is_one_way =
+            !scope.map_schemas.is_empty() || !scope.hypertables.is_empty() || self.has_hypertables().await?;
         let way_back = if self.direction == Direction::There && self.config.reverse && !is_one_way {
             let way_back = self.way_back().await?;
-            beside.spawn(way_back.clone().keep_ready(tell));
+            beside.spawn(way_back.clone().keep_ready(tell).in_current_span());
             Some((way_back, arming))
         } else {
             None

@@ -65,6 +65,10 @@ pub struct Table {
     /// It is a hypertable: its rows are in its chunks.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_hypertable: bool,
+    /// Set where the target has it as a hypertable, whose rows are in other relations: the time column. The ledger says so, not the
+    /// catalog, and so it is not kept with the rest.
+    #[serde(skip)]
+    pub hypertable: Option<String>,
 }
 
 /// A trigger or rule that is `ENABLE ALWAYS` or `ENABLE REPLICA`.
@@ -136,12 +140,16 @@ impl Table {
         sql::qualified(&self.schema, &self.name)
     }
 
+    /// Its name in a statement on the target that is to meet no table that inherits from it. The rows of a hypertable are in such
+    /// tables, and TimescaleDB refuses `ONLY`.
+    pub fn only_on_target(&self) -> String {
+        let only = if self.hypertable.is_some() { "" } else { "ONLY " };
+        format!("{only}{}", self.qualified())
+    }
+
     /// What its changes are applied to: itself without what inherits from it, or the hypertable with all of its chunks.
     pub fn applied_to(&self) -> String {
-        match &self.chunk {
-            None => format!("ONLY {}", self.qualified()),
-            Some(chunk) => chunk.qualified(),
-        }
+        self.chunk.as_ref().map_or_else(|| self.only_on_target(), ChunkOf::qualified)
     }
 
     /// What new rows are copied into: itself or the hypertable.
@@ -263,6 +271,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
             firing: firing.remove(&relid).unwrap_or_default(),
             chunk: None,
             is_hypertable: false,
+            hypertable: None,
         });
     }
     timescale::chunk::arrange(client, &mut tables).await?;
@@ -475,6 +484,7 @@ impl Table {
             firing: Vec::new(),
             chunk: None,
             is_hypertable: false,
+            hypertable: None,
         }
     }
 }

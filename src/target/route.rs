@@ -21,10 +21,10 @@ pub enum Routing {
 impl Routing {
     /// The class that is safe for a table.
     pub fn of(table: &Table) -> Routing {
-        let by_key = table.chunk.is_none()
-            && !table.key.is_empty()
-            && !table.has_other_unique
-            && table.key_columns().all(|column| column.byte_equal);
+        let by_key =
+            !table.key.is_empty() && !table.has_other_unique && table.key_columns().all(|column| column.byte_equal);
+        // Whoever makes a chunk, or decompresses a segment, holds what a sibling would wait for at the barrier.
+        let by_key = by_key && table.hypertable.is_none() && table.chunk.is_none();
         if by_key { Routing::ByKey } else { Routing::Whole }
     }
 
@@ -88,6 +88,7 @@ mod tests {
             firing: Vec::new(),
             chunk: None,
             is_hypertable: false,
+            hypertable: None,
         }
     }
 

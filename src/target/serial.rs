@@ -8,9 +8,10 @@ use crate::decode::{Datum, OldTuple, Tuple};
 use crate::error::{Context, Result};
 use crate::source::catalog::{Column, Table};
 use crate::sql;
+use crate::timescale::rows;
 
 /// A column's value as the parameter with this number, from 1 on, and as the column's type.
-fn parameter(number: usize, column: &Column) -> String {
+pub(crate) fn parameter(number: usize, column: &Column) -> String {
     format!("CAST(${number} AS {})", column.type_name)
 }
 
@@ -58,6 +59,9 @@ pub(super) fn delete_text(table: &Table) -> String {
     if table.key.is_empty() && table.chunk.is_some() {
         return exactly_one(table, 0, None);
     }
+    if let Some(text) = rows::delete_one_of_equals(table) {
+        return text;
+    }
     format!("DELETE FROM {} WHERE {}", table.applied_to(), condition(table, 0))
 }
 
@@ -102,6 +106,9 @@ pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
         };
         return exactly_one(table, set.len(), Some(table.columns.iter().enumerate().map(value).collect()));
     }
+    if table.hypertable.is_some() && set.iter().any(|&at| table.columns[at].identity_always) {
+        return rows::move_text(table, set);
+    }
     let assign = |(number, &at): (usize, &usize)| {
         let column = &table.columns[at];
         format!("{} = {}", sql::identifier(&column.name), parameter(number, column))
@@ -136,18 +143,19 @@ pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Resul
         format!("INSERT INTO {} DEFAULT VALUES", table.inserted_into())
     } else {
         let (name, columns, placeholders) = (table.inserted_into(), table.column_list(), placeholders.join(", "));
+        let past = if table.hypertable.is_some() { rows::PAST_IDENTITY } else { "" };
         if table.key.is_empty() {
-            format!("INSERT INTO {name} ({columns}) VALUES ({placeholders})")
+            format!("INSERT INTO {name} ({columns}){past} VALUES ({placeholders})")
         } else {
             // Not ON CONFLICT, which is refused for a table with rules, whether they fire or not.
-            let there = condition(table, values.len());
+            let (there, only) = (condition(table, values.len()), table.applied_to());
             found_by(table, new, &mut values);
             format!(
-                "INSERT INTO {name} ({columns}) SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM {} WHERE {there})",
-                table.applied_to()
+                "INSERT INTO {name} ({columns}){past} SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM {only} WHERE {there})"
             )
         }
     };
+    writer.plan_for(table).await?;
     let met = writer.execute(text, &values).await;
     Ok(met.context(|| format!("inserting {} into {}", name_row(table, new), table.qualified()))? == 1)
 }
@@ -165,6 +173,7 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
     let text = format!("SELECT FROM {} WHERE {there} AND NOT ({itself})", table.applied_to());
     let mut values = delete_values(table, new);
     found_by(table, old, &mut values);
+    writer.plan_for(table).await?;
     let found = writer.execute(text, &values).await;
     Ok(found.context(|| format!("looking for {} in {}", name_row(table, new), table.qualified()))? > 0)
 }
@@ -175,8 +184,11 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
 /// What the server says.
 pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<u64> {
     let before = old.map_or(new, |old| old.tuple());
-    let set = columns_to_set(table, new, true);
-    let met = writer.execute(update_text(table, &set), &update_values(table, &set, before, new)).await;
+    let moves = old.is_some() && table.hypertable.is_some();
+    let set = columns_to_set(table, new, moves || table.hypertable.is_none());
+    let text = if moves { rows::move_text(table, &set) } else { update_text(table, &set) };
+    writer.plan_for(table).await?;
+    let met = writer.execute(text, &update_values(table, &set, before, new)).await;
     met.context(|| format!("updating {} of {}", name_row(table, before), table.qualified()))
 }
 
@@ -185,6 +197,7 @@ pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>
 /// # Errors
 /// What the server says.
 pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Result<u64> {
+    writer.plan_for(table).await?;
     let met = writer.execute(delete_text(table), &delete_values(table, old.tuple())).await;
     met.context(|| format!("deleting {} of {}", name_row(table, old.tuple()), table.qualified()))
 }
@@ -194,7 +207,7 @@ pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Re
 /// # Errors
 /// Whatever the server says.
 pub async fn truncate(writer: &mut Writer, tables: &[&Table], restart_identity: bool) -> Result<()> {
-    let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
+    let names: Vec<String> = tables.iter().map(|table| table.only_on_target()).collect();
     let identity = if restart_identity { " RESTART IDENTITY" } else { "" };
     let statement = format!("TRUNCATE {}{identity}", names.join(", "));
     writer.execute(statement.clone(), &[]).await.map(drop).context(|| statement)
@@ -207,7 +220,7 @@ pub async fn truncate(writer: &mut Writer, tables: &[&Table], restart_identity: 
 /// Whatever the server says.
 pub async fn empty(writer: &mut Writer, tables: &[&Table]) -> Result<()> {
     for table in tables {
-        let statement = format!("DELETE FROM ONLY {}", table.qualified());
+        let statement = format!("DELETE FROM {}", table.only_on_target());
         writer.execute(statement.clone(), &[]).await.context(|| statement)?;
     }
     Ok(())

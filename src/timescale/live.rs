@@ -309,6 +309,7 @@ fn dropped_before_it_was_seen(announced: &Announced) -> Table {
             is_gone: true,
         }),
         is_hypertable: false,
+        hypertable: None,
     }
 }
 

@@ -6,5 +6,9 @@
 #[allow(dead_code)]
 mod support;
 
+mod backfill;
+mod hypertables;
 mod live;
+mod many_chunks;
 mod source;
+mod verify;
