@@ -29,6 +29,7 @@ pub async fn directory(
     path: &std::path::Path,
     source: Option<ConnectionSpec>,
     target: Option<ConnectionSpec>,
+    standby: Option<ConnectionSpec>,
 ) -> Result<Vec<Removed>> {
     let directory = StateDirectory::at(path);
     if !path.is_dir() {
@@ -42,7 +43,7 @@ pub async fn directory(
     };
     let given = |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);
     let (source, target) = (given(source, &identity.source)?, given(target, &identity.target)?);
-    let mut removed = servers(&source, &target, Some(&identity.id)).await?;
+    let mut removed = servers(&source, &target, standby.as_ref(), Some(&identity.id)).await?;
     locked.remove()?;
     removed.push(format!("state directory {}", path.display()));
     Ok(removed)
@@ -61,7 +62,12 @@ fn lock(directory: &StateDirectory) -> Result<LockedDirectory> {
 ///
 /// # Errors
 /// What a server says.
-pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Option<&str>) -> Result<Vec<Removed>> {
+pub async fn servers(
+    source: &ConnectionSpec,
+    target: &ConnectionSpec,
+    standby: Option<&ConnectionSpec>,
+    id: Option<&str>,
+) -> Result<Vec<Removed>> {
     let to = target.connect("walferry").await?;
     if ledger::load(&to).await?.is_some() && cutover::may_refuse_connections(&to).await? {
         // Behind the fence `connections` the source refuses us too.
@@ -79,6 +85,10 @@ pub async fn servers(source: &ConnectionSpec, target: &ConnectionSpec, id: Optio
         .hint("Run clean with that migration's --dir."));
     }
     let cut_over = migration.as_ref().is_some_and(|migration| migration.phase == Phase::CutOver);
+    if let Some(standby) = standby {
+        let id = id.or(migration.as_ref().map(|migration| migration.id.as_str()));
+        on_standby(standby, id, &mut removed).await?;
+    }
     let mut connected = source.connect("walferry").await;
     for _ in 0..SOURCE_ATTEMPTS {
         if !cut_over || !connected.as_ref().is_err_and(Error::is_transient) {
@@ -214,6 +224,34 @@ async fn without_source(
         crate::sql::identifier(source.database())
     );
     Ok(removed)
+}
+
+/// The slot on a standby, which may be gone like any server: what is on the others goes all the same.
+async fn on_standby(standby: &ConnectionSpec, id: Option<&str>, removed: &mut Vec<Removed>) -> Result<()> {
+    let place = standby.describe();
+    let session = match standby.connect("walferry").await {
+        Err(error) if error.is_transient() => {
+            tracing::warn!(
+                "the standby {place} cannot be reached ({error}). Should it come back, its slot keeps WAL: \
+                 SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name LIKE 'walferry\\_%'"
+            );
+            return Ok(());
+        }
+        session => session?,
+    };
+    let ids = match id {
+        Some(id) => vec![id.to_owned()],
+        None => orphans(&session, "").await?,
+    };
+    for id in ids {
+        let name = format!("walferry_{id}");
+        migrate::end_sessions(&session, &application_name(&id)).await?;
+        if slot::state(&session, &name).await?.is_some() {
+            slot::drop(&session, &name).await?;
+            removed.push(format!("slot {name} on the standby {place}"));
+        }
+    }
+    Ok(())
 }
 
 async fn source_of(source: &Client, id: &str, removed: &mut Vec<Removed>) -> Result<()> {

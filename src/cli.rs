@@ -3,6 +3,7 @@
 mod cutover;
 mod databases;
 mod settings;
+mod standby;
 mod values;
 
 use std::ffi::OsString;
@@ -21,6 +22,7 @@ use crate::source::scope::Scope;
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use databases::{AllDatabases, MigrateAll};
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
+pub use standby::StandbyOptions;
 pub use values::{HttpAddress, Time};
 use values::{
     at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate,
@@ -327,6 +329,9 @@ pub struct Check {
     pub servers: Servers,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub standbys: StandbyOptions,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub parallelism: Parallelism,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -383,6 +388,9 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub servers: Servers,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub standbys: StandbyOptions,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub directory: Directory,
@@ -554,6 +562,9 @@ pub struct Clean {
     /// The state directory of the migration
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// The standby that the slot is on, where a migration had one and its state directory is lost
+    #[arg(long, env = "WALFERRY_STREAM_FROM", hide_env_values = true, value_name = "URL")]
+    pub stream_from: Option<String>,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,

@@ -33,6 +33,7 @@ use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
 use crate::pause::What;
 use crate::queue;
+use crate::source::standby::Standbys;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
 use databases::All;
@@ -133,6 +134,18 @@ fn either_or_known(
     ))
 }
 
+/// Standbys of the source, whose passwords come from where the source's comes from.
+fn standbys(options: &cli::StandbyOptions, servers: &cli::Servers) -> Result<Standbys> {
+    let given = |name: &str, text: &Option<String>| -> Result<Option<ConnectionSpec>> {
+        text.as_ref().map(|text| parse(name, text, &servers.source_password_command)).transpose()
+    };
+    Ok(Standbys {
+        copy: given("copy-from", &options.copy_from)?,
+        stream: given("stream-from", &options.stream_from)?,
+        left: None,
+    })
+}
+
 fn parse(name: &str, text: &str, command: &Option<String>) -> Result<ConnectionSpec> {
     let spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
     Ok(match command {
@@ -170,6 +183,7 @@ async fn check(options: cli::Check) -> Result<()> {
     let report = check::run(&check::Inputs {
         source: &source,
         target: &target,
+        standbys: &standbys(&options.standbys, &options.servers)?,
         state_directory: options.dir.as_deref(),
         jobs: caps.fit(wanted)?,
         queue_max_bytes: options.parallelism.queue_max_bytes,
@@ -224,6 +238,7 @@ fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
     Ok(Config {
         source,
         target,
+        standbys: standbys(&options.standbys, &options.servers)?,
         directory: options.directory.dir.clone(),
         split_above_bytes: options.split_above,
         index: index::Options { jobs: options.parallelism.index_jobs, memory_bytes: options.index_memory },
@@ -598,14 +613,18 @@ async fn clean(options: cli::Clean) -> Result<()> {
     if let Some(all) = options.dir.as_deref().map(All::of).transpose()?.flatten() {
         return all.clean(&options).await;
     }
+    let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
+    let standby = options.stream_from.or(identity.and_then(|identity| identity.stream_from));
+    let standby =
+        standby.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()?;
     let removed = match &options.dir {
         Some(directory) => {
             let (source, target) = either_or_known(&options.servers, directory)?;
-            clean::directory(directory, source, target).await?
+            clean::directory(directory, source, target, standby).await?
         }
         None => {
             let (source, target) = both(&options.servers)?;
-            clean::servers(&source, &target, None).await?
+            clean::servers(&source, &target, standby.as_ref(), None).await?
         }
     };
     if options.json {

@@ -22,6 +22,7 @@ mod prepare;
 mod repair;
 mod schema_only;
 mod stall;
+mod standby;
 mod way_back;
 
 pub(crate) use identify::application_name;
@@ -57,6 +58,7 @@ use crate::pause::Pause;
 use crate::queue;
 use crate::source::receive;
 use crate::source::scope::Scope;
+use crate::source::standby::Standbys;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
@@ -75,6 +77,8 @@ pub struct Config {
     pub source: ConnectionSpec,
     /// The server that is moved to.
     pub target: ConnectionSpec,
+    /// Standbys of the source that do the reading.
+    pub standbys: Standbys,
     /// The state directory.
     pub directory: PathBuf,
     /// A table of more bytes is copied in ranges.
@@ -294,15 +298,17 @@ impl Running {
             source_system: migration.source_system.clone(),
             source_timeline: u32::try_from(migration.source_timeline).unwrap_or_default(),
             application_name: self.application_name.clone(),
+            on_standby: self.config.standbys.stream.is_some(),
         };
         // Tasks of their own, so that receiving never waits for a phase; they end with this set.
         let mut beside = JoinSet::new();
-        let (source, to_queue, board) = (self.config.source.clone(), queue.clone(), self.board.clone());
+        let (source, to_queue, board) = (self.config.stream_source().clone(), queue.clone(), self.board.clone());
         beside.spawn(receive::run(source, subscription, to_queue, appender, board).in_current_span());
         let background = Arc::new(self.background(&migration));
         let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
         beside.spawn(async move { trimming.trim(to_trim).await }.in_current_span());
         beside.spawn(async move { watching.watch_source().await }.in_current_span());
+        self.watch_standby(&migration, &mut beside);
         let point_taker = self.point_taker(&migration, &queue);
         let Requests { cutovers, points, repairs } = requests;
         let outcome = tokio::select! {
@@ -352,6 +358,7 @@ impl Running {
             return Ok(None);
         }
         self.end_sessions(&self.config.source).await?;
+        self.end_sessions_on_standbys().await;
         background::lift_fence(&self.config, &self.board).await?;
         self.config.care.caps.fit_apply_workers(migration.apply_workers)?;
         if *heal != Heal::Everything

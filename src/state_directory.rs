@@ -45,12 +45,22 @@ pub struct Identity {
     /// What of the database is moved.
     #[serde(default)]
     pub scope: Scope,
+    /// The standby of the source that the slot is on, likewise, where it is not on the source itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stream_from: Option<String>,
 }
 
 impl Identity {
     /// A migration between two databases.
     pub fn new(id: String, source: String, target: String, scope: Scope) -> Identity {
-        Identity { format: FORMAT, id, source, target, scope }
+        Identity { format: FORMAT, id, source, target, scope, stream_from: None }
+    }
+
+    /// With its slot on a standby of the source.
+    #[must_use]
+    pub fn streaming_from(mut self, standby: Option<String>) -> Identity {
+        self.stream_from = standby;
+        self
     }
 }
 

@@ -11,6 +11,8 @@ use walferry::connection::ConnectionSpec;
 use walferry::demo::server::{ServerPrograms, StopMode, ThrowawayServer};
 use walferry::unstreamed::large_object::Owners;
 
+static NO_STANDBYS: walferry::source::standby::Standbys =
+    walferry::source::standby::Standbys { copy: None, stream: None, left: None };
 static NO_OWNERS: Owners = Owners { create_roles: false, no_owner: false, no_privileges: false, role_map: Vec::new() };
 
 /// The settings of a source as it should be; autovacuum would change the catalogs on its own.
@@ -106,6 +108,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         owners: &NO_OWNERS,
         source,
         target,
+        standbys: &NO_STANDBYS,
         state_directory: None,
         jobs: Jobs { copy: 4, index: 2, apply: 4 },
         queue_max_bytes: None,

@@ -88,7 +88,8 @@ pub async fn all(
         let on_target = there.contains(&database.name);
         let of_source = inputs.source.with_database(&database.name);
         let of_target = if on_target { inputs.target.with_database(&database.name) } else { inputs.target.clone() };
-        let one = Inputs { source: &of_source, target: &of_target, ..*inputs };
+        let standbys = inputs.standbys.with_database(&database.name);
+        let one = Inputs { source: &of_source, target: &of_target, standbys: &standbys, ..*inputs };
         let mut report = super::run(&one).await.context(|| format!("checking the database {:?}", database.name))?;
         if !on_target {
             report.findings.retain(|finding| !OF_THE_STAND_IN.contains(&finding.code));

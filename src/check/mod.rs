@@ -25,6 +25,7 @@ mod scope;
 mod server;
 mod several;
 mod source;
+mod standby;
 mod target;
 pub mod tools;
 mod unstreamed;
@@ -47,6 +48,7 @@ use crate::connection::wire::RawSession;
 use crate::error::{Context, ErrorKind, Result};
 use crate::source::catalog;
 use crate::source::scope::{Scope, Selection};
+use crate::source::standby::Standbys;
 use crate::source::version::Version;
 use server::Server;
 pub(crate) use target::SERVICE_OWNERS;
@@ -63,6 +65,8 @@ pub struct Inputs<'a> {
     pub source: &'a ConnectionSpec,
     /// The server that is moved to.
     pub target: &'a ConnectionSpec,
+    /// Standbys of the source that are to do the reading.
+    pub standbys: &'a Standbys,
     /// Where the queue will be, if that is known already.
     pub state_directory: Option<&'a Path>,
     /// What is done at once.
@@ -116,6 +120,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         references = Some(both::references(client, selection.as_ref()).await.context(doing)?);
         let source = check_source(inputs, client, server, &tables, selection.as_ref());
         findings.extend(source.await.context(doing)?);
+        findings.extend(standby::findings(inputs, client, server).await.context(doing)?);
     }
     if let Some((client, server)) = &target
         && server::supported(Side::Target).contains(&server.major())
@@ -187,7 +192,7 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         let usable =
             target.as_ref().filter(|(_, target)| server::supported(Side::Target).contains(&target.major()) && !wrong);
         let trial = estimate::Trial {
-            source: inputs.source,
+            source: inputs.standbys.copy.as_ref().unwrap_or(inputs.source),
             target: usable.map(|_| inputs.target),
             tables: &tables,
             index_bytes: estimate::index_bytes(client, &tables).await,
@@ -246,6 +251,7 @@ pub async fn schema(
     let inputs = Inputs {
         source,
         target,
+        standbys: &Standbys::default(),
         state_directory: None,
         jobs: Jobs { copy: 0, index: 0, apply: 0 },
         queue_max_bytes: None,

@@ -218,10 +218,14 @@ pub(crate) fn findings(server: &Server, side: Side) -> Vec<Finding> {
     }
     if server.in_recovery {
         let why = match side {
-            Side::Source => {
-                "Slots on a standby and snapshots taken there do not show every transaction (H5); the migration reads from the primary."
-            }
+            Side::Source => "A migration writes to its source: publications, markers, the fence of the cutover.",
             _ => "Nothing can be written to it.",
+        };
+        let fix = match side {
+            Side::Source => {
+                "name its primary with --source, and this one with --copy-from (rows are read here), --stream-from (changes come from here), or both"
+            }
+            _ => "SELECT pg_promote();  -- only if it is meant to be a primary; otherwise name the primary",
         };
         findings.push(
             finding(
@@ -230,7 +234,7 @@ pub(crate) fn findings(server: &Server, side: Side) -> Vec<Finding> {
                 server.database.clone(),
                 format!("The server is a standby. {why}"),
             )
-            .fix("SELECT pg_promote();  -- only if it is meant to be a primary; otherwise name the primary"),
+            .fix(fix),
         );
     }
     findings

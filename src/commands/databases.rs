@@ -68,6 +68,7 @@ pub(super) async fn check(options: cli::Check) -> Result<()> {
     let inputs = check::Inputs {
         source: &source.with_connections_max(caps.source),
         target: &target.with_connections_max(caps.target),
+        standbys: &super::standbys(&options.standbys, &options.servers)?,
         state_directory: options.dir.as_deref(),
         jobs,
         queue_max_bytes: options.parallelism.queue_max_bytes,
@@ -379,12 +380,13 @@ impl All {
         let remove = |member: Member| {
             let path = overview::path_of(&self.directory, &member);
             let servers = self.servers(&options.servers, &member);
+            let standby = standby(options, &path, &member);
             async move {
                 if !path.is_dir() {
                     return Ok(Vec::new());
                 }
                 let (source, target) = servers?;
-                clean::directory(&path, source, target).await
+                clean::directory(&path, source, target, standby?).await
             }
         };
         self.each(options.json, remove, |removed| {
@@ -427,6 +429,14 @@ fn listed(names: &[&str]) -> String {
     } else {
         names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")
     }
+}
+
+/// Where the member's slot is, if that is on a standby.
+fn standby(options: &cli::Clean, path: &Path, member: &Member) -> Result<Option<ConnectionSpec>> {
+    let known = StateDirectory::at(path).identity()?.and_then(|identity| identity.stream_from);
+    let given = options.stream_from.clone().or(known);
+    let spec = given.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()?;
+    Ok(spec.map(|spec| spec.with_database(&member.database)))
 }
 
 fn waived(how: &cutover::Options, database: &str) -> bool {

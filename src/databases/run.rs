@@ -162,6 +162,7 @@ impl Several {
         let inputs = Inputs {
             source: &self.config.source,
             target: &self.config.target,
+            standbys: &self.config.standbys,
             state_directory: Some(self.directory()),
             jobs: share::jobs(&self.config, databases.len()),
             queue_max_bytes: Some(self.config.queue.max_bytes),
@@ -247,6 +248,7 @@ impl Several {
             let mut config = share::of_one(&self.config, members.len(), &state)?;
             config.source = config.source.with_database(&member.database);
             config.target = config.target.with_database(&member.database);
+            config.standbys = config.standbys.with_database(&member.database);
             // All of them are made by now, one database after another: two at once would collide.
             config.owners.create_roles = false;
             // An error's line has to say whose it is, whatever the level.

@@ -173,10 +173,23 @@ impl ThrowawayServer {
     /// # Errors
     /// What `pg_basebackup` or the standby's log said last.
     pub async fn start_standby(&self, name: &str, settings: &[(&str, &str)]) -> Result<ThrowawayServer> {
+        self.start_standby_by(&self.programs.bin("pg_basebackup"), name, settings).await
+    }
+
+    /// The same with a `pg_basebackup` from elsewhere, of this server's version or a newer one.
+    ///
+    /// # Errors
+    /// As [`ThrowawayServer::start_standby`].
+    pub async fn start_standby_by(
+        &self,
+        pg_basebackup: &Path,
+        name: &str,
+        settings: &[(&str, &str)],
+    ) -> Result<ThrowawayServer> {
         let directory = TemporaryDirectory::create(name, self.user)?;
         let data_directory = directory.path.join("data");
         let port = self.port.to_string();
-        let mut command = Command::new(self.programs.bin("pg_basebackup"));
+        let mut command = Command::new(pg_basebackup);
         command.args([
             "-h",
             "127.0.0.1",
@@ -206,7 +219,14 @@ impl ThrowawayServer {
             user: self.user,
             directory,
         };
-        standby.configure(settings)?;
+        // A newer pg_basebackup writes options that this server's own client does not know.
+        let written = standby.data_directory.join("postgresql.auto.conf");
+        let kept = fs::read_to_string(&written).context(|| format!("reading {}", written.display()))?;
+        let kept: String =
+            kept.lines().filter(|line| !line.starts_with("primary_conninfo")).map(|line| format!("{line}\n")).collect();
+        fs::write(&written, kept).context(|| format!("writing {}", written.display()))?;
+        let primary = format!("host=127.0.0.1 port={port} user=postgres");
+        standby.configure(&[&[("primary_conninfo", primary.as_str())], settings].concat())?;
         standby.launch().await?;
         Ok(standby)
     }

@@ -33,6 +33,7 @@ const TABLES_WRITTEN_DOWN: usize = 1000;
 /// The parts of a migration that the background needs.
 pub(super) struct Background {
     source: ConnectionSpec,
+    stream_source: ConnectionSpec,
     target: ConnectionSpec,
     application_name: String,
     slot: String,
@@ -49,6 +50,7 @@ impl Running {
     pub(super) fn background(&self, migration: &Migration) -> Background {
         Background {
             source: self.config.source.clone(),
+            stream_source: self.config.stream_source().clone(),
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             slot: migration.slot.clone(),
@@ -116,11 +118,15 @@ impl Background {
 
     async fn watch_source_while_connected(&self, watch: &mut wal::Watch) -> Result<()> {
         let source = self.source.connect(&self.application_name).await?;
+        let standby = match self.stream_source.describe() != self.source.describe() {
+            true => Some(self.stream_source.connect(&self.application_name).await?),
+            false => None,
+        };
         loop {
             let position: PgLsn =
                 answer(source.query_typed_one("SELECT pg_catalog.pg_current_wal_lsn()", &[])).await?.get(0);
             // A slot that was invalidated keeps nothing back, and that is no good news: the stream says what it is.
-            let state = answer(slot::state(&source, &self.slot)).await?;
+            let state = answer(slot::state(standby.as_ref().unwrap_or(&source), &self.slot)).await?;
             if let Some(retained) = state.and_then(|state| state.retained_bytes) {
                 let retained = retained.max(0).cast_unsigned();
                 self.board.source_position(position.into(), retained);
@@ -179,7 +185,7 @@ impl Running {
         let mut backoff = super::Backoff::new();
         loop {
             let dropped = async {
-                let source = self.config.source.connect(&self.application_name).await?;
+                let source = self.config.stream_source().connect(&self.application_name).await?;
                 slot::drop(&source, &given_up.slot).await
             };
             match dropped.await {

@@ -124,7 +124,7 @@ impl Running {
     /// What the queue no longer has of what the source has been told that it has.
     async fn look_for_a_loss(&self, migration: &Migration, source: &Client, target: &Client) -> Result<Option<Loss>> {
         let applied = ledger::apply_progress(target).await?.into_iter().min().unwrap_or(Lsn::ZERO);
-        let Some(state) = slot::state(source, &migration.slot).await? else {
+        let Some(state) = self.slot_state(source, &migration.slot).await? else {
             return Err(Error::new(ErrorKind::Gap, format!("the slot {} is gone from the source", migration.slot))
                 .hint(slot::RESYNC));
         };
@@ -205,7 +205,7 @@ impl Running {
         }
         let published: Vec<Table> = tables.iter().map(|table| table.table.clone()).collect();
         self.board.event(Level::Info, "a new slot is made, then every table is compared");
-        slot::drop(&source, &migration.slot).await?;
+        self.drop_slot(&source, &migration.slot).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
         let new = self.make_slot(&source, &migration.slot).await?;

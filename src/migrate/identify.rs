@@ -3,12 +3,14 @@
 use super::{Config, Heal};
 use crate::care::connections::Jobs;
 use crate::check::{self, Severity};
+use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::status::Level;
 use crate::source::identity;
 use crate::source::replication::ReplicationSession;
 use crate::source::scope::Scope;
+use crate::source::slot;
 use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ddl;
 use crate::target::ledger::{self, Migration, Phase};
@@ -89,6 +91,22 @@ pub(super) async fn identify(
             }
         }
     }
+    if let Some(identity) = &identity
+        && identity.stream_from != stream_from(config)
+    {
+        let (text, hint) = match &identity.stream_from {
+            Some(standby) => (
+                "this migration has its slot on a standby of the source, and another --stream-from or none was given",
+                format!("Give --stream-from {standby} again."),
+            ),
+            None => (
+                "this migration has its slot on the source itself: --stream-from is fixed when a migration begins",
+                "Leave it out.".to_owned(),
+            ),
+        };
+        return Err(Error::new(ErrorKind::Blocked, text)
+            .hint(format!("{hint} `walferry resync` makes a new slot wherever it is wanted.")));
+    }
     if let Some(migration) = recorded {
         // Its preconditions held when it began; what fails now is said by the step that fails, and can pass.
         board.event(Level::Info, format!("going on with migration {}", migration.id));
@@ -102,6 +120,7 @@ pub(super) async fn identify(
     let report = check::run(&check::Inputs {
         source: &config.source,
         target: &config.target,
+        standbys: &config.standbys,
         state_directory: Some(directory.directory().path()),
         jobs,
         queue_max_bytes: Some(config.queue.max_bytes),
@@ -136,6 +155,29 @@ pub(super) async fn identify(
     }
     let id = write_down(config, directory, identity).await?;
     Ok(application_name(&id))
+}
+
+/// The standby that the slot is on, as the state directory has it.
+fn stream_from(config: &Config) -> Option<String> {
+    config.standbys.stream.as_ref().map(ConnectionSpec::without_password)
+}
+
+/// A new slot is made elsewhere than the old one, which would keep WAL there.
+async fn drop_slot_elsewhere(config: &Config, identity: Option<&Identity>, name: &str) {
+    const ANSWER_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+    let Some(identity) = identity.filter(|identity| identity.stream_from != stream_from(config)) else { return };
+    let dropped = async {
+        match &identity.stream_from {
+            Some(standby) => slot::drop(&ConnectionSpec::parse(standby)?.connect("walferry").await?, name).await,
+            None => slot::drop(&config.source.connect("walferry").await?, name).await,
+        }
+    };
+    if !matches!(tokio::time::timeout(ANSWER_MAX, dropped).await, Ok(Ok(()))) {
+        let place = identity.stream_from.as_deref().unwrap_or(&identity.source);
+        tracing::warn!(
+            "the slot {name} could not be dropped from {place}, where it keeps WAL: SELECT pg_drop_replication_slot('{name}')"
+        );
+    }
 }
 
 async fn replicates_ddl(config: &Config) -> Result<bool> {
@@ -190,7 +232,9 @@ async fn adopt(
         wait_until_alone(config, &name).await?;
     }
     let (source, target) = (config.source.without_password(), config.target.without_password());
-    directory.identify(&Identity::new(migration.id, source, target, migration.scope))?;
+    drop_slot_elsewhere(config, identity.as_ref(), &migration.slot).await;
+    let identity = Identity::new(migration.id, source, target, migration.scope);
+    directory.identify(&identity.streaming_from(stream_from(config)))?;
     Ok(name)
 }
 
@@ -223,7 +267,8 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
     let scope = scope_of(config, identity.as_ref()).clone();
     let id = identity.map_or_else(new_id, |identity| identity.id);
     let (source, target) = (config.source.without_password(), config.target.without_password());
-    directory.identify(&Identity::new(id.clone(), source, target, scope.clone()))?;
+    let identity = Identity::new(id.clone(), source, target, scope.clone());
+    directory.identify(&identity.streaming_from(stream_from(config)))?;
     let mut source = ReplicationSession::connect(&config.source, &application_name(&id)).await?;
     let server = source.identify_system().await.context(|| "asking the source who it is".into())?;
     source.close().await;

@@ -139,7 +139,7 @@ impl Running {
         // Where every range would be a scan of the whole table, tables are copied whole (H11).
         let split_above_bytes = if version.scans_page_ranges() { self.config.split_above_bytes } else { u64::MAX };
         let copier = Arc::new(Copier {
-            source: self.config.source.clone(),
+            source: self.config.copy_source().clone(),
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             tables: tables.iter().map(|entry| (entry.table.relid, entry.table.clone())).collect::<HashMap<_, _>>(),
@@ -185,7 +185,9 @@ impl Running {
     /// The snapshot at hand if it can serve; otherwise a new one that misses nothing (H1).
     async fn living_snapshot<'a>(&self, target: &Client, held: &'a mut Option<Held>) -> Result<&'a mut Held> {
         let usable = match held {
-            Some(held) if !held.was_planned => held.snapshot.ping().await.is_ok(),
+            Some(held) if !held.was_planned && held.snapshot.is_of_standby() == self.config.standbys.copy.is_some() => {
+                held.snapshot.ping().await.is_ok()
+            }
             _ => false,
         };
         if !usable {
@@ -198,7 +200,7 @@ impl Running {
             let source = self.config.source.connect(&self.application_name).await?;
             self.waits_for_snapshot.store(true, Ordering::Relaxed);
             let snapshot = tokio::select! {
-                taken = HeldSnapshot::take(&self.config.source, &self.application_name, &server, floor) => taken,
+                taken = self.take_snapshot(&server, floor) => taken,
                 never = self.name_what_is_waited_for(&source, "the snapshot") => match never {},
             };
             self.waits_for_snapshot.store(false, Ordering::Relaxed);

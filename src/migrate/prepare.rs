@@ -69,7 +69,7 @@ impl Running {
     /// `None` when a table came, went or changed meanwhile.
     async fn try_to_prepare(&self, target: &mut Client, migration: &Migration) -> Result<Option<Held>> {
         let source = self.config.source.connect(&self.application_name).await?;
-        slot::drop(&source, &migration.slot).await?;
+        self.drop_slot(&source, &migration.slot).await?;
         let selection = migration.scope.select(&source).await?;
         if self.config.replica_identity_full {
             let moved = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
@@ -206,7 +206,7 @@ impl Running {
             let text = "making the slot; this waits for every transaction that is open on the source";
             self.board.event(Level::Info, text);
             let new = tokio::select! {
-                new = slot::create(&self.config.source, &self.application_name, name) => new?,
+                new = slot::create(&self.config.source, self.config.standbys.stream.as_ref(), &self.application_name, name) => new?,
                 never = self.name_what_is_waited_for(source, "the slot") => match never {},
             };
             snapshot::import(source, &new.snapshot.name).await?;
@@ -226,7 +226,7 @@ impl Running {
             self.board.event(Level::Warn, text);
             source.batch_execute("ROLLBACK").await?;
             drop(new);
-            slot::drop(source, name).await?;
+            self.drop_slot(source, name).await?;
             attempt += 1;
         }
     }

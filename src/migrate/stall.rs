@@ -58,9 +58,15 @@ impl Running {
     /// Whether no session of ours does anything, on either server. One that cannot be asked is for others to miss.
     async fn everybody_waits(&self) -> bool {
         let both = async {
-            tokio::try_join!(self.busy_sessions(&self.config.source), self.busy_sessions(&self.config.target))
+            let mut busy = 0;
+            for standby in self.config.standbys.all() {
+                busy += self.busy_sessions(standby).await?;
+            }
+            let (source, target) =
+                tokio::try_join!(self.busy_sessions(&self.config.source), self.busy_sessions(&self.config.target))?;
+            Result::<i64>::Ok(busy + source + target)
         };
-        matches!(timeout(ANSWER_MAX, both).await, Ok(Ok((0, 0))))
+        matches!(timeout(ANSWER_MAX, both).await, Ok(Ok(0)))
     }
 
     async fn busy_sessions(&self, server: &ConnectionSpec) -> Result<i64> {

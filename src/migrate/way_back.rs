@@ -44,6 +44,7 @@ impl Config {
         std::mem::swap(&mut self.source, &mut self.target);
         std::mem::swap(&mut self.care.caps.source, &mut self.care.caps.target);
         self.owners = self.owners.reversed();
+        self.standbys = self.standbys.reversed();
         self
     }
 }
@@ -155,7 +156,10 @@ impl Running {
             let dropped = async {
                 // Another name: what an earlier process left is being ended by its own.
                 let old = self.config.target.connect("walferry").await?;
-                slot::drop(&old, &forward.slot).await?;
+                match &self.config.standbys.left {
+                    Some(standby) => slot::drop(&standby.connect("walferry").await?, &forward.slot).await?,
+                    None => slot::drop(&old, &forward.slot).await?,
+                }
                 // What tells of DDL needs the publications.
                 ddl::remove(&old, &forward.id).await?;
                 slot::drop_publications(&old, &forward.publication, &forward.insert_only_publication).await

@@ -14,4 +14,5 @@ pub mod replication;
 pub mod scope;
 pub mod slot;
 pub mod snapshot;
+pub mod standby;
 pub mod version;

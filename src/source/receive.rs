@@ -27,6 +27,7 @@ use tokio_postgres::error::SqlState;
 use super::marker;
 use super::replication::{ReplicationSession, ReplicationStream, StreamEvent};
 use super::slot::{RESYNC, ServerIdentity};
+use super::standby;
 use crate::connection::ConnectionSpec;
 use crate::decode::{self, Message};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -72,6 +73,8 @@ pub struct Subscription {
     pub source_timeline: u32,
     /// What our sessions call themselves.
     pub application_name: String,
+    /// Whether the slot is on a standby of that server.
+    pub on_standby: bool,
 }
 
 /// Receives until it is dropped, or until something happens that no new attempt can mend.
@@ -235,14 +238,17 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
         ServerIdentity { system: subscription.source_system.clone(), timeline: subscription.source_timeline };
     expected.prove(&ServerIdentity { system: identity.system_id, timeline: identity.timeline })?;
     let statement = format!(
-        "SELECT confirmed_flush_lsn, pg_catalog.to_jsonb(s)->>'wal_status' FROM pg_catalog.pg_replication_slots s \
-         WHERE slot_name = {} AND slot_type = 'logical' AND NOT pg_catalog.pg_is_in_recovery()",
-        crate::sql::literal(&subscription.slot)
+        "SELECT confirmed_flush_lsn, pg_catalog.to_jsonb(s)->>'wal_status', {} FROM pg_catalog.pg_replication_slots s \
+         WHERE slot_name = {} AND slot_type = 'logical' AND pg_catalog.pg_is_in_recovery() = {}",
+        standby::INVALIDATED,
+        crate::sql::literal(&subscription.slot),
+        subscription.on_standby
     );
     let rows = session.simple_query(&statement).await?;
     let Some(row) = rows.first() else {
         let recovery = session.simple_query("SELECT pg_catalog.pg_is_in_recovery()").await?;
-        if recovery.first().and_then(|row| row.first()).and_then(Option::as_deref) == Some("t") {
+        let in_recovery = recovery.first().and_then(|row| row.first()).and_then(Option::as_deref) == Some("t");
+        if in_recovery && !subscription.on_standby {
             return Err(Error::new(ErrorKind::Transient, "the source is a standby, which has no slot to read from")
                 .hint("Walferry waits until --source leads to the primary again."));
         }
@@ -262,6 +268,20 @@ async fn prove_no_gap(session: &mut ReplicationSession, subscription: &Subscript
                 subscription.slot
             ),
             format!("Raise max_slot_wal_keep_size on the source. {RESYNC}"),
+        );
+    }
+    if subscription.on_standby
+        && let Some(reason) = field(2)
+    {
+        return gap(
+            format!(
+                "the standby has invalidated the slot {} ({reason}): changes after {from} can no longer be read",
+                subscription.slot
+            ),
+            format!(
+                "A standby does that when its primary removes rows of the catalog that the slot needs, or lowers wal_level: set \
+                 hot_standby_feedback = on there, and primary_slot_name. {RESYNC}"
+            ),
         );
     }
     let confirmed: Lsn = field(0).and_then(|text| text.parse().ok()).unwrap_or(Lsn::ZERO);

@@ -120,13 +120,22 @@ pub async fn drop_publications(client: &Client, publication: &str, insert_only: 
         .context(|| format!("dropping the publications {publication} and {insert_only} on the source"))
 }
 
-/// Makes the slot, and a snapshot for the tables.
+/// Makes the slot, on the source or on a standby of it, and a snapshot of the source for the tables.
 ///
 /// The call returns once every transaction that is open on the source's cluster has ended (H33).
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn create(source: &ConnectionSpec, application_name: &str, slot: &str) -> Result<NewSlot> {
+pub async fn create(
+    source: &ConnectionSpec,
+    standby: Option<&ConnectionSpec>,
+    application_name: &str,
+    slot: &str,
+) -> Result<NewSlot> {
+    if let Some(standby) = standby {
+        let consistent_point = super::standby::create_slot(source, standby, application_name, slot).await?;
+        return with_late_snapshot(source, application_name, consistent_point).await;
+    }
     for attempt in 1..=ATTEMPTS_WITH_SNAPSHOT {
         match create_with_snapshot(source, application_name, slot).await {
             Err(error) if error.to_string().contains("initial slot snapshot too large") => {
@@ -162,6 +171,12 @@ async fn create_without_snapshot(source: &ConnectionSpec, application_name: &str
     let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput {how}", sql::identifier(slot));
     let made = session.simple_query(&command).await.context(|| format!("creating the slot {slot} on the source"))?;
     let consistent_point = lsn_at(&made, 1)?;
+    session.close().await;
+    with_late_snapshot(source, application_name, consistent_point).await
+}
+
+async fn with_late_snapshot(source: &ConnectionSpec, application_name: &str, consistent_point: Lsn) -> Result<NewSlot> {
+    let mut session = ReplicationSession::connect(source, application_name).await?;
     // Whatever began before now has a smaller xid than this one. The xmax of a snapshot would not do: it is the xid after the
     // last that has ended, and the commit that hangs after its record is in the WAL can be newer.
     let assigned = session.simple_query("SELECT pg_catalog.txid_current()::text").await?;
@@ -272,7 +287,9 @@ pub async fn state(client: &Client, slot: &str) -> Result<Option<SlotState>> {
     let row = client
         .query_opt(
             "SELECT coalesce(confirmed_flush_lsn, '0/0'), pg_catalog.to_jsonb(s)->>'wal_status', active_pid, \
-                    pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn)::int8 \
+                    pg_catalog.pg_wal_lsn_diff(CASE WHEN pg_catalog.pg_is_in_recovery() \
+                        THEN greatest(pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn()) \
+                        ELSE pg_catalog.pg_current_wal_lsn() END, restart_lsn)::int8 \
              FROM pg_catalog.pg_replication_slots s WHERE slot_name = $1",
             &[&slot],
         )

@@ -78,6 +78,8 @@ pub struct HeldSnapshot {
     /// What it sees.
     pub data: SnapshotData,
     session: Session,
+    /// Whether it is one of a standby's, which the primary does not know.
+    of_standby: bool,
 }
 
 /// Who holds the snapshot open: an ordinary session, or the replication session that made the slot.
@@ -89,7 +91,7 @@ enum Session {
 impl HeldSnapshot {
     /// The slot's own snapshot, held by the replication session that made the slot.
     pub fn of_replication_session(name: String, data: SnapshotData, session: ReplicationSession) -> HeldSnapshot {
-        HeldSnapshot { name, data, session: Session::Replication(session) }
+        HeldSnapshot { name, data, session: Session::Replication(session), of_standby: false }
     }
 
     /// Takes a snapshot that may serve any table whose changes are all streamed since a snapshot with this xmax
@@ -125,11 +127,32 @@ impl HeldSnapshot {
         loop {
             let (name, data) = export(&client).await?;
             if data.xmin >= xmin_at_least {
-                return Ok(HeldSnapshot { name, data, session: Session::Ordinary(client) });
+                return Ok(HeldSnapshot { name, data, session: Session::Ordinary(client), of_standby: false });
             }
             client.batch_execute("ROLLBACK").await?;
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    /// The same on a standby of the source, for tables that are read there (H5).
+    ///
+    /// # Errors
+    /// `Gap` when it is no standby of this server; `Transient` when it does not replay what the source writes.
+    pub async fn take_on_standby(
+        source: &ConnectionSpec,
+        standby: &ConnectionSpec,
+        application_name: &str,
+        server: &ServerIdentity,
+        xmin_at_least: u64,
+    ) -> Result<HeldSnapshot> {
+        let taken = super::standby::take(source, standby, application_name, server, xmin_at_least).await?;
+        let session = Session::Ordinary(taken.session);
+        Ok(HeldSnapshot { name: taken.name, data: taken.data, session, of_standby: true })
+    }
+
+    /// Whether it can be imported on a standby, and nowhere else.
+    pub fn is_of_standby(&self) -> bool {
+        self.of_standby
     }
 
     /// Takes a newer one in its place, in the same session: the old one is gone then, for all who have not imported it.

@@ -43,6 +43,11 @@ impl Version {
         self.0 >= 12
     }
 
+    /// Whether a slot can be made on a standby (16), and the primary be asked to log what that waits for.
+    pub fn logs_standby_snapshots(self) -> bool {
+        self.0 >= 16
+    }
+
     /// How `CREATE_REPLICATION_SLOT … LOGICAL pgoutput` is told to have our transaction use the slot's snapshot (another grammar
     /// since 15: H7).
     pub fn use_snapshot(self) -> &'static str {

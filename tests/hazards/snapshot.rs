@@ -254,7 +254,7 @@ async fn h07_a_slot_whose_snapshot_is_too_large_is_made_without_one_and_still_mi
     .await;
     let spec = pair.source_spec();
     let mut open = open_transaction(&pair).await;
-    let making = tokio::spawn(async move { walferry::source::slot::create(&spec, "walferry/test", "s").await });
+    let making = tokio::spawn(async move { walferry::source::slot::create(&spec, None, "walferry/test", "s").await });
     // While the slot waits for the second transaction of its attempt, a third begins and hundreds of subtransactions abort:
     // all of them would have to be in the snapshot.
     let mut hanging = None;

@@ -6,5 +6,6 @@
 mod old;
 mod pair;
 mod servers;
+mod standby;
 #[path = "../support/mod.rs"]
 mod support;
