@@ -40,8 +40,7 @@ release: ## Builds the program for other machines, in target/dist
 	@scripts/release.sh
 
 deb: ## Builds a package for Debian and Ubuntu, in target/debian (needs cargo-deb)
-	cargo build --release --locked --bin walferry
-	cargo deb --locked --no-build
+	@scripts/deb.sh
 
 torture: setup-tests ## Migrates while everything breaks: SEED=1 MINUTES=10 (or ROUNDS=20)
 	SEED=$(SEED) MINUTES=$(MINUTES) ROUNDS=$(ROUNDS) cargo test --locked --test torture -- --ignored --exact hunt --nocapture

@@ -51,9 +51,8 @@ pub async fn directory(
 
 fn lock(directory: &StateDirectory) -> Result<LockedDirectory> {
     directory.lock().map_err(|error| match error.kind() {
-        ErrorKind::Blocked => {
-            Error::new(ErrorKind::Blocked, "the migration is still running").hint("Stop it first (Ctrl-C or SIGTERM).")
-        }
+        ErrorKind::Blocked => Error::new(ErrorKind::Blocked, "the migration is still running")
+            .hint("Stop it first (Ctrl-C or SIGTERM); after a cutover `walferry finish` ends it."),
         _ => error,
     })
 }
@@ -115,10 +114,17 @@ pub async fn servers(
     if let Some(id) = id.map(str::to_owned).or_else(|| migration.as_ref().map(|migration| migration.id.clone())) {
         // A statement of ours there may be at work still: a server looks for its client only after it.
         migrate::end_sessions(&to, &application_name(&id)).await?;
+        let noted = match migration {
+            Some(_) => Vec::new(),
+            None => identity::noted(&from, &format!("walferry_{id}")).await?,
+        };
         source_of(&from, &id, &mut removed).await?;
+        give_identities_back((&from, &to), &noted, &mut removed).await?;
     } else {
         for id in orphans(&from, "").await? {
+            let noted = identity::noted(&from, &format!("walferry_{id}")).await?;
             source_of(&from, &id, &mut removed).await?;
+            give_identities_back((&from, &to), &noted, &mut removed).await?;
         }
         for id in orphans(&to, "_back").await? {
             let names = cutover::arming::Names::of(&id);
@@ -162,14 +168,24 @@ pub async fn servers(
         give_back(&to, &ledger::tables(&to).await?).await;
     }
     let identities = ledger::replica_identities(&to).await?;
-    for (server, on, side) in [(&from, On::Source, "source"), (&to, On::Target, "target")] {
-        let restored = identity::restore(server, &identities, on).await?;
-        removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the {side}")));
-    }
+    give_identities_back((&from, &to), &identities, &mut removed).await?;
     say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
     Ok(removed)
+}
+
+/// What tables were identified by before the migration, on both servers.
+async fn give_identities_back(
+    (from, to): (&Client, &Client),
+    identities: &[identity::Before],
+    removed: &mut Vec<Removed>,
+) -> Result<()> {
+    for (server, on, side) in [(from, On::Source, "source"), (to, On::Target, "target")] {
+        let restored = identity::restore(server, identities, on).await?;
+        removed.extend(restored.into_iter().map(|table| format!("REPLICA IDENTITY FULL of {table} on the {side}")));
+    }
+    Ok(())
 }
 
 /// The ledger is all that knows of it (H23).

@@ -2,6 +2,7 @@
 
 mod cutover;
 mod databases;
+mod report;
 mod settings;
 mod standby;
 mod values;
@@ -21,6 +22,7 @@ use crate::source::scope::Scope;
 
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use databases::{AllDatabases, MigrateAll};
+pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
 pub use values::{HttpAddress, Time};
@@ -39,6 +41,9 @@ pub struct Cli {
     /// How log lines look; they go to standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "WALFERRY_LOG_FORMAT")]
     pub log_format: LogFormat,
+    /// Log the DETAIL of servers' errors too. It holds values of rows, which can be personal data: mind who reads the log
+    #[arg(long, global = true)]
+    pub log_detail: bool,
     /// A file with settings for all commands, in which each key is an option without its dashes: `walferry config example`
     #[arg(long, global = true, value_name = "FILE", env = crate::settings::VARIABLE)]
     pub config: Option<OsString>,
@@ -137,6 +142,11 @@ pub enum Command {
         The tables that the last `walferry verify` found to differ, or --tables, are compared with a new snapshot of the source, and \
         what differs is copied again; the queue goes on receiving. Exit codes: 0 done, 3 not now")]
     Repair(Repair),
+    /// Make the report of a migration for the change ticket: one HTML file
+    #[command(after_help = "Example: walferry report --dir ./shop > report.html\n\
+        What was moved, how long it took, the downtime by step, plots, incidents, operator commands and the statements that changed a \
+        server. It asks the target for the ledger, and does without where that does not answer. Make it before `walferry clean`.")]
+    Report(Report),
     /// Remove what a migration left: slot, publications, ledger, fence, state directory
     #[command(after_help = "Example: walferry clean --dir ./shop\n\
         Without --dir it looks on both servers: walferry clean --source … --target …")]
@@ -342,6 +352,9 @@ pub struct Check {
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// Check for a migration with --no-reverse (matters for --plan)
+    #[arg(long)]
+    pub no_reverse: bool,
     /// Check for a migration with --replica-identity-full
     #[arg(long)]
     pub replica_identity_full: bool,
@@ -354,6 +367,10 @@ pub struct Check {
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
+    /// Print every statement that a migration with these options may run on either server, in order, with its condition and what
+    /// takes it back; asks no server
+    #[arg(long)]
+    pub plan: bool,
     /// Check also what `migrate --replicate-ddl` needs
     #[arg(long, conflicts_with_all = PART_OPTIONS)]
     pub replicate_ddl: bool,

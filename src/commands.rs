@@ -2,6 +2,9 @@
 
 mod about;
 mod databases;
+mod plan;
+mod record;
+mod report;
 mod verify;
 
 use std::io::{IsTerminal, Write};
@@ -23,7 +26,7 @@ use crate::control::{Answer, Conversation, Request};
 use crate::cutover;
 use crate::databases::overview;
 use crate::demo::{self, DemoOptions};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{self, Error, ErrorKind, Result};
 use crate::migrate::{self, Config, Heal};
 use crate::observe::board::StatusBoard;
 use crate::observe::format::{duration, size_rate};
@@ -33,6 +36,7 @@ use crate::observe::status::{Phase, Status};
 use crate::observe::{logging, progress, render};
 use crate::pause::What;
 use crate::queue;
+use crate::record::Server;
 use crate::source::standby::Standbys;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
@@ -48,7 +52,20 @@ pub async fn run(cli: Cli) -> Result<()> {
     for warning in &cli.warnings {
         warn!("{warning}");
     }
-    match cli.command {
+    if cli.log_detail {
+        warn!("--log-detail: values of rows can be in this log");
+        error::log_detail();
+    }
+    let begun = record::begin(&cli.command);
+    let outcome = execute(cli.command, log_format, bars).await;
+    if let Some(begun) = begun {
+        begun.ended(outcome.as_ref().err());
+    }
+    outcome
+}
+
+async fn execute(command: Command, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
+    match command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
             if options.all.which.all_databases {
@@ -76,6 +93,7 @@ pub async fn run(cli: Cli) -> Result<()> {
             None => verify::verify(options, log_format, bars).await,
         },
         Command::Repair(options) => verify::repair(options).await,
+        Command::Report(options) => report::report(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Config(options) => about::config(options),
         Command::Completions(options) => about::completions(options.shell),
@@ -147,7 +165,10 @@ fn standbys(options: &cli::StandbyOptions, servers: &cli::Servers) -> Result<Sta
 }
 
 fn parse(name: &str, text: &str, command: &Option<String>) -> Result<ConnectionSpec> {
-    let spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
+    let mut spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
+    if let Some(record) = record::ours() {
+        spec = spec.recorded(record.of(if name == "target" { Server::Target } else { Server::Source }));
+    }
     Ok(match command {
         Some(command) => spec.with_password_command(command.clone()),
         None => spec,
@@ -160,6 +181,9 @@ fn stands_in_the_arguments(text: &str) -> bool {
 }
 
 async fn check(options: cli::Check) -> Result<()> {
+    if options.plan {
+        return plan::print_plan(&options);
+    }
     if options.all.all_databases {
         return databases::check(options).await;
     }

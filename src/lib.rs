@@ -40,6 +40,8 @@ pub mod control;
 pub mod databases;
 pub mod observe;
 pub mod pause;
+pub mod record;
+pub mod report;
 pub mod state_directory;
 
 pub mod cli;

@@ -30,6 +30,7 @@ pub(crate) use prepare::end_sessions;
 pub use schema_only::schema_only;
 pub(crate) use way_back::finish_without_process;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,6 +57,7 @@ use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::observe::{http, metrics};
 use crate::pause::Pause;
 use crate::queue;
+use crate::record::{self, Recorder, past};
 use crate::source::receive;
 use crate::source::scope::Scope;
 use crate::source::standby::Standbys;
@@ -193,9 +195,17 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
     let config = config.fitted(board)?;
     let directory = StateDirectory::at(&config.directory).lock()?;
     let shown = directory.directory().clone();
+    let record = config.source.record().map(|record| record.recorder().clone());
+    let mut past = None;
+    if let Some(record) = &record {
+        record::shorten(shown.path())?;
+        record.open();
+        past = Some(past::Keeper::new(shown.path(), record.clone(), board.clone()));
+    }
     let outcome = tokio::select! {
         outcome = begin(config.clone(), board, directory) => outcome,
         error = stop_signal() => Err(error),
+        never = async { tokio::join!(keep_past(&mut past), keep_record(&record, &config)).0 } => match never {},
     };
     if let Err(error) = &outcome {
         if error.kind() == ErrorKind::Interrupted {
@@ -206,7 +216,32 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         background::lift_fence_if_possible(&config, board).await;
     }
     background::write_status(&shown, board);
+    if let Some(past) = &mut past {
+        past.tick();
+    }
+    if let (Some(record), Ok(())) = (&record, &outcome) {
+        record.write_counts();
+        // The last of it; where the target does not answer, the state directory has it.
+        let carried = record::ledger::Mirror::default().carry(record, &config.target, "walferry").await;
+        carried.unwrap_or_else(|error| tracing::debug!(%error, "the record's copy in the ledger lacks its end"));
+    }
     outcome
+}
+
+/// Keeps what happens for the report.
+async fn keep_past(past: &mut Option<past::Keeper>) -> Infallible {
+    match past {
+        Some(past) => past.keep().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Keeps the record's copy in the ledger.
+async fn keep_record(record: &Option<Recorder>, config: &Config) -> Infallible {
+    match record {
+        Some(record) => record::ledger::keep(record.clone(), config.target.clone(), "walferry").await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) -> Result<()> {

@@ -145,6 +145,34 @@ async fn nothing_is_left_of_a_migration_that_was_abandoned_in_any_phase() {
     assert_eq!(migration.left_over().await, Vec::<String>::new());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replica_identities_are_put_back_also_where_the_ledger_is_lost() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    let (source, target) = (migration.source().await, migration.target().await);
+    let tables = "CREATE TABLE bare (a int); CREATE TABLE nothing (a int); ALTER TABLE nothing REPLICA IDENTITY NOTHING; \
+        CREATE TABLE own (a int); ALTER TABLE own REPLICA IDENTITY FULL; INSERT INTO bare VALUES (1)";
+    source.batch_execute(tables).await.unwrap();
+    let mut running = migration.migrate(&["--replica-identity-full"]);
+    ready(&migration, &mut running).await;
+    running.kill().await;
+    let identities = async |client: &tokio_postgres::Client| {
+        let query = "SELECT string_agg(relname || ' ' || relreplident::text, ', ' ORDER BY relname) FROM pg_class \
+            WHERE relname IN ('bare', 'nothing', 'own')";
+        client.query_one(query, &[]).await.unwrap().get::<_, String>(0)
+    };
+    assert_eq!(identities(&source).await, "bare f, nothing f, own f");
+    target.batch_execute("DROP SCHEMA walferry CASCADE").await.unwrap();
+    std::fs::remove_dir_all(migration.directory()).unwrap();
+    let clean = migration.with_servers("clean", &[]).await;
+    assert_eq!(clean.code, Some(0), "{}", clean.stderr);
+    assert!(clean.stdout.contains("REPLICA IDENTITY FULL of public.nothing on the source"), "{}", clean.stdout);
+    for server in [&source, &target] {
+        assert_eq!(identities(server).await, "bare d, nothing n, own f");
+    }
+    assert_eq!(migration.left_over().await, Vec::<String>::new());
+}
+
 /// An empty target again, for the next migration.
 async fn start_over(migration: &Migration) {
     migration.target().await.batch_execute("DROP SCHEMA app CASCADE").await.unwrap();

@@ -372,3 +372,24 @@ async fn a_resync_sets_tables_aside_that_the_source_dropped_and_the_cutover_stil
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     migration.assert_equal().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_mends_a_foreign_key_that_was_refused_arrives_when_it_goes_on() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    let source = migration.source().await;
+    source
+        .batch_execute(
+            "CREATE TABLE parent (id int PRIMARY KEY); CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent); \
+             SET session_replication_role = replica; INSERT INTO child VALUES (1, 5); RESET session_replication_role",
+        )
+        .await
+        .unwrap();
+    let refused = migration.migrate(&[]).wait().await;
+    assert_eq!(refused.code, Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains("child_parent_fkey"), "{}", refused.stderr);
+    source.batch_execute("INSERT INTO parent VALUES (5)").await.unwrap();
+    let running = migration.migrate(&[]);
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
+}

@@ -20,6 +20,7 @@ use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, Measured, SOURCE_BL
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
+use crate::record::What;
 use crate::source::catalog::{self, Table};
 use crate::source::scope::WHOLE_DATABASE;
 use crate::target::{ddl, ledger, warm};
@@ -195,6 +196,10 @@ impl Running {
             .await;
         let (answer, became) = match outcome {
             Ok(outcome) => {
+                if let Some(record) = self.config.source.record() {
+                    let back = self.direction == Direction::Back;
+                    record.recorder().write(What::Switched { back, outcome: outcome.clone() }, true);
+                }
                 self.board.set_phase(ShownPhase::CutOver);
                 self.board.event(
                     Level::Info,

@@ -23,6 +23,7 @@ use crate::lsn::Lsn;
 use crate::observe::status::Level;
 use crate::queue;
 use crate::source::catalog::{self, Table};
+use crate::source::identity;
 use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::state_directory::queue_name;
@@ -208,6 +209,7 @@ impl Running {
         self.drop_slot(&source, &migration.slot).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
+        identity::note(&source, &migration.publication, &ledger::replica_identities(target).await?).await?;
         let new = self.make_slot(&source, &migration.slot).await?;
         let (before, mut after) = (identities(&published), identities(&catalog::tables(&source).await?));
         after.retain(|relid, _| before.contains_key(relid));

@@ -222,14 +222,16 @@ impl Running {
         Ok(Arc::new(layout))
     }
 
-    /// Applies until every table is past what its copy saw (H24).
+    /// Applies until every table is past what its copy saw (H24), and past what was committed before now.
     pub(super) async fn catch_up(&self, queue: &Queue, layout: &Arc<Layout>) -> Result<()> {
         self.board.set_phase(ShownPhase::CatchingUp);
         let (applied, _) = watch::channel(Applied::default());
         // An idle source may have nothing behind the last snapshot; this is.
         let source = self.config.source.connect(&self.application_name).await?;
-        marker::send(&source, "catch up").await?;
-        self.apply(queue, layout, Some(layout.snapshots_end()), &applied).await
+        let marker = marker::send(&source, "catch up").await?;
+        // What the rest of the schema was refused for, after an earlier catch-up, may have been mended on the source since.
+        let until = layout.snapshots_end().max(marker.lsn);
+        self.apply(queue, layout, Some(until), &applied).await
     }
 
     /// Applies with sessions of its own, renewed now and then (H25), until `until` is reached.

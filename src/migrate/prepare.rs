@@ -78,6 +78,7 @@ impl Running {
         let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
             .await?;
+        identity::note(&source, &migration.publication, &ledger::replica_identities(target).await?).await?;
         // Before the slot: of every transaction that it sends, the DDL is told of.
         if is_replicated(&self.target().await?).await? {
             ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;

@@ -4,11 +4,14 @@
 //! row of every update and delete, by which it is found. What a table had before is noted durably before it is changed
 //! ([`ledger::note_replica_identities`](crate::target::ledger::note_replica_identities)), so `clean` puts back exactly what was changed.
 //!
+//! A target that is lost takes the ledger with it. So the note stands on the source too, in the comment of our publication.
+//!
 //! Changing it takes an ACCESS EXCLUSIVE lock for a moment, and whoever comes meanwhile waits behind it: so an attempt is short, and
 //! there are as many as it takes.
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
@@ -25,7 +28,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 const RESTORE_ATTEMPTS: usize = 60;
 
 /// What a table was told to be identified by, before it got `REPLICA IDENTITY FULL`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Before {
     /// Its OID on the source.
     pub relid: u32,
@@ -131,6 +134,45 @@ pub async fn restore(client: &Client, tables: &[Before], on: On) -> Result<Vec<S
         }
     }
     Ok(restored)
+}
+
+/// Writes what was noted into the comment of our publication, for a `clean` that finds no ledger.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn note(client: &Client, publication: &str, tables: &[Before]) -> Result<()> {
+    if tables.is_empty() {
+        return Ok(());
+    }
+    let note = Note { replica_identities: tables.to_vec() };
+    let text = serde_json::to_string(&note).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+    let statement = format!("COMMENT ON PUBLICATION {} IS {}", sql::identifier(publication), sql::literal(&text));
+    client
+        .batch_execute(&statement)
+        .await
+        .context(|| format!("noting replica identities at the publication {publication}"))
+}
+
+/// What [`note`] wrote; none where it wrote nothing, or somebody else did.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn noted(client: &Client, publication: &str) -> Result<Vec<Before>> {
+    let row = client
+        .query_typed_opt(
+            "SELECT pg_catalog.obj_description(oid, 'pg_publication') FROM pg_catalog.pg_publication WHERE pubname = $1",
+            &[(&publication, Type::TEXT)],
+        )
+        .await
+        .context(|| format!("reading the comment of the publication {publication}"))?;
+    let text = row.and_then(|row| row.get::<_, Option<String>>(0)).unwrap_or_default();
+    Ok(serde_json::from_str::<Note>(&text).map_or_else(|_| Vec::new(), |note| note.replica_identities))
+}
+
+/// What the comment is, as JSON.
+#[derive(Serialize, Deserialize)]
+struct Note {
+    replica_identities: Vec<Before>,
 }
 
 /// One attempt; false when somebody has the table.

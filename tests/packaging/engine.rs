@@ -1,5 +1,5 @@
 //! A Docker engine of a test's own. It and all that it starts live in namespaces of processes, mounts and network that end with one
-//! process; the network is a loopback interface and nothing else. What it keeps is in a temporary directory.
+//! process; the network is a loopback interface and nothing else. What it keeps is in memory, and ends with them too.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,8 @@ const START: &str = r#"
 set -e
 ip link set lo up
 for place in /run /opt; do mount -t tmpfs none $place; done
-mkdir -p "$0/etc-new" "$0/etc-work"
+mkdir -p "$0/etc-new" "$0/etc-work" "$0/data"
+mount -t tmpfs -o size=6g none "$0/data"
 mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/etc-new,workdir=$0/etc-work" /etc
 exec dockerd --data-root "$0/data" --exec-root "$0/run" --pidfile "$0/engine.pid" --host "unix://$0/socket" \
     --cgroup-parent "$1" --bridge none --iptables=false --ip6tables=false --ip-forward=false --ip-masq=false

@@ -6,6 +6,7 @@
 mod support;
 
 mod compose_files;
+mod deb;
 mod engine;
 mod kubernetes;
 mod schema;
