@@ -1,10 +1,12 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
+mod backfill;
 mod cutover;
 mod databases;
 mod report;
 mod settings;
 mod standby;
+mod suggest;
 mod values;
 
 use std::ffi::OsString;
@@ -20,15 +22,17 @@ use crate::observe::logging::LogFormat;
 use crate::pause::What;
 use crate::source::scope::Scope;
 
+pub use backfill::Backfill;
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use databases::{AllDatabases, MigrateAll};
 pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
-pub use values::{HttpAddress, Time};
+pub use suggest::SuggestHypertables;
+pub use values::{HttpAddress, Hypertables, Time};
 use values::{
-    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate,
-    parse_role_map, parse_schemas,
+    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_hypertables, parse_lag, parse_percent,
+    parse_rate, parse_role_map, parse_schemas,
 };
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
@@ -142,6 +146,9 @@ pub enum Command {
         The tables that the last `walferry verify` found to differ, or --tables, are compared with a new snapshot of the source, and \
         what differs is copied again; the queue goes on receiving. Exit codes: 0 done, 3 not now")]
     Repair(Repair),
+    /// Fill a target with old rows by pieces, beside an application that writes the new ones to both databases
+    #[command(after_help = backfill::EXAMPLES)]
+    Backfill(Backfill),
     /// Make the report of a migration for the change ticket: one HTML file
     #[command(after_help = "Example: walferry report --dir ./shop > report.html\n\
         What was moved, how long it took, the downtime by step, plots, incidents, operator commands and the statements that changed a \
@@ -168,6 +175,13 @@ pub enum Command {
     #[command(after_help = "Examples: walferry man cutover | man -l -\n          \
         walferry man --out /usr/local/share/man/man1")]
     Man(ManOptions),
+    /// Propose a file for `migrate --hypertables` from the source's statistics
+    #[command(
+        after_help = "Examples: walferry suggest-hypertables --source postgres://app@old/shop --memory 4GiB > hypertables.toml\n          \
+        walferry suggest-hypertables --source postgres://app@old/shop --target postgres://app@new/shop --include-table 'metrics.*'\n\
+        Each choice is explained in a comment; tables that are left alone stand there with the reason. Changes nothing."
+    )]
+    SuggestHypertables(SuggestHypertables),
     /// Two throwaway servers, live writes, a whole migration, a report
     #[command(after_help = "Example: walferry demo --seconds 10")]
     Demo(Demo),
@@ -209,8 +223,8 @@ pub struct Filters {
 }
 
 /// What DDL is not replicated with: a statement can speak of more than what is moved, and of names that the target does not have.
-const PART_OPTIONS: [&str; 6] =
-    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema"];
+const PART_OPTIONS: [&str; 7] =
+    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema", "hypertables"];
 
 /// What of the database is moved where.
 #[derive(Debug, Args)]
@@ -223,6 +237,10 @@ pub struct Place {
     /// --no-reverse only; may be given again
     #[arg(long, value_parser = parse_schemas, value_name = "OLD=NEW", conflicts_with = "data_only")]
     pub map_schema: Vec<(String, String)>,
+    /// A TOML file that says which tables are TimescaleDB hypertables on the target, with their chunks, compression and policies;
+    /// `walferry suggest-hypertables` writes one. There is no way back from that: with --no-reverse only
+    #[arg(long, value_parser = parse_hypertables, value_name = "FILE", conflicts_with_all = ["data_only", "map_schema"])]
+    pub hypertables: Option<Hypertables>,
 }
 
 impl Filters {
@@ -235,6 +253,7 @@ impl Filters {
             exclude_schemas: self.exclude_schema.clone(),
             data_only: place.is_some_and(|place| place.data_only),
             map_schemas: place.map_or_else(Vec::new, |place| place.map_schema.clone()),
+            hypertables: place.and_then(|place| place.hypertables.clone()).unwrap_or_default().0,
         }
     }
 }
@@ -389,7 +408,7 @@ pub struct MigrateAgain {
     #[allow(missing_docs)]
     pub migrate: Migrate,
     /// Bring the schema with its keys and indexes, no rows, and end
-    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "all_databases"])]
+    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "hypertables", "all_databases"])]
     pub schema_only: bool,
     /// Compare these tables (schema.name) with the source again before going on, and copy what differs
     #[arg(long, value_name = "TABLE", num_args = 1.., conflicts_with = "all_databases")]
@@ -476,7 +495,7 @@ pub struct Status {
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
-    /// Show it again every second until interrupted
+    /// Show it all the time: on a terminal as a view that fills it (q quits), elsewhere as lines every second
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
     /// Exit with 1 when the migration has failed or is not running
@@ -616,10 +635,26 @@ mod tests {
     }
 
     #[test]
-    fn every_command_has_an_example() {
-        for command in Cli::command().get_subcommands() {
+    fn every_command_has_an_example_and_every_example_is_a_command_line() {
+        let mut parsed = 0;
+        let program = Cli::command();
+        let all =
+            program.get_subcommands().flat_map(|command| std::iter::once(command).chain(command.get_subcommands()));
+        for command in all {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example"), "{} has none", command.get_name());
+            for line in help.replace("\\\n", " ").lines() {
+                let line =
+                    line.trim_start().trim_start_matches("Examples:").trim_start_matches("Example:").trim_start();
+                // Up to what only a shell understands.
+                let words: Vec<&str> = line.split_whitespace().take_while(|word| !["|", ">"].contains(word)).collect();
+                if words.first() == Some(&"walferry") && !line.contains('…') && !words.contains(&"--config") {
+                    let read = Cli::try_parse_from(&words);
+                    assert!(read.is_ok(), "{line}: {}", read.unwrap_err());
+                    parsed += 1;
+                }
+            }
         }
+        assert!(parsed >= 20, "{parsed}");
     }
 }

@@ -1,11 +1,15 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
 mod about;
+mod backfill;
 mod databases;
+mod next;
 mod plan;
 mod record;
 mod report;
+mod suggest;
 mod verify;
+mod watch;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -33,7 +37,7 @@ use crate::observe::format::{duration, size_rate};
 use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
-use crate::observe::{logging, progress, render};
+use crate::observe::{locale, logging, progress, render};
 use crate::pause::What;
 use crate::queue;
 use crate::record::Server;
@@ -93,11 +97,13 @@ async fn execute(command: Command, log_format: LogFormat, bars: MultiProgress) -
             None => verify::verify(options, log_format, bars).await,
         },
         Command::Repair(options) => verify::repair(options).await,
+        Command::Backfill(options) => backfill::backfill(options, log_format, bars).await,
         Command::Report(options) => report::report(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Config(options) => about::config(options),
         Command::Completions(options) => about::completions(options.shell),
         Command::Man(options) => about::man(&options),
+        Command::SuggestHypertables(options) => suggest::suggest_hypertables(options).await,
         Command::Demo(options) => {
             let cli::Demo { rows, writers, seconds, json } = options;
             demo::run(DemoOptions { rows, writers, seconds, json, program: None }).await
@@ -181,11 +187,11 @@ fn stands_in_the_arguments(text: &str) -> bool {
 }
 
 async fn check(options: cli::Check) -> Result<()> {
-    if options.plan {
-        return plan::print_plan(&options);
-    }
     if options.all.all_databases {
         return databases::check(options).await;
+    }
+    if options.plan {
+        return plan::print_plan(&options);
     }
     let (source, target) = both(&options.servers)?;
     // What a migration of its own has left on both servers is in nobody's way.
@@ -245,8 +251,9 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
     let board = StatusBoard::new();
     let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
     let shown = progress::start(board.clone(), mode);
+    let next = next::say(board.clone(), &options.directory.dir, options.when.cutover == cli::CutoverStart::Auto);
     let outcome = migrate::run(config, &board).await;
-    drop(shown);
+    drop((shown, next));
     outcome?;
     migrated(options, &board)
 }
@@ -258,6 +265,10 @@ fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
     if !scope.map_schemas.is_empty() && !options.no_reverse {
         return Err(Error::new(ErrorKind::Usage, "there is no way back to schemas of other names")
             .hint("Give --no-reverse beside --map-schema: the cutover is for good then."));
+    }
+    if !scope.hypertables.is_empty() && !options.no_reverse {
+        return Err(Error::new(ErrorKind::Usage, "there is no way back from hypertables to plain tables")
+            .hint("Give --no-reverse beside --hypertables: the cutover is for good then."));
     }
     Ok(Config {
         source,
@@ -335,6 +346,10 @@ async fn status(options: cli::Status) -> Result<()> {
         return all.status(&options).await;
     }
     let directory = StateDirectory::at(&options.directory.dir);
+    if options.watch && watch::is_possible() {
+        return healthy(&options, &watch::watch(&directory).await?);
+    }
+    let moves = std::io::stdout().is_terminal() && !watch::is_dumb();
     loop {
         let status = read_status(&directory).await?;
         if options.json {
@@ -342,23 +357,23 @@ async fn status(options: cli::Status) -> Result<()> {
         } else {
             let page = render::render(&status, terminal_width());
             // Home and clear, so that nothing of the last page stays.
-            print(&if options.watch && std::io::stdout().is_terminal() {
-                format!("\x1b[H\x1b[2J{page}")
-            } else {
-                page
-            })?;
+            print(&if options.watch && moves { format!("\x1b[H\x1b[2J{page}") } else { page })?;
         }
         if !options.watch {
-            let healthy = status.process_alive && status.phase != Phase::Failed;
-            let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
-            return if options.exit_code && !healthy && !over {
-                Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"))
-            } else {
-                Ok(())
-            };
+            return healthy(&options, &status);
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+/// With `--exit-code`, whether a migration runs or is over as it should be.
+fn healthy(options: &cli::Status, status: &Status) -> Result<()> {
+    let healthy = status.process_alive && status.phase != Phase::Failed;
+    let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
+    if options.exit_code && !healthy && !over {
+        return Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"));
+    }
+    Ok(())
 }
 
 /// From the running migration; where none runs, what it wrote down last.
@@ -456,7 +471,10 @@ async fn end_the_way_back(
         Ok(Answer::Finished) => {}
         Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
         Err(error) => {
-            // Where none runs, what it would do is done here.
+            // Where none runs, what it would do is done here; only where there is a directory: to lock it would make it.
+            if !directory.path().is_dir() {
+                return Err(error);
+            }
             let Ok(_locked) = directory.lock() else { return Err(error) };
             let (source, target) = servers()?;
             let Some(target) = target else { return Err(error) };
@@ -633,14 +651,18 @@ fn ask_on_terminal(question: &str) -> Result<()> {
     }
 }
 
+/// The standby that a migration's slot may be on, as it is given or as its state directory knows it.
+fn standby_to_clean(options: &cli::Clean, directory: Option<&Path>) -> Result<Option<ConnectionSpec>> {
+    let identity = directory.map(|directory| StateDirectory::at(directory).identity()).transpose()?.flatten();
+    let standby = options.stream_from.clone().or(identity.and_then(|identity| identity.stream_from));
+    standby.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()
+}
+
 async fn clean(options: cli::Clean) -> Result<()> {
     if let Some(all) = options.dir.as_deref().map(All::of).transpose()?.flatten() {
         return all.clean(&options).await;
     }
-    let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
-    let standby = options.stream_from.or(identity.and_then(|identity| identity.stream_from));
-    let standby =
-        standby.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()?;
+    let standby = standby_to_clean(&options, options.dir.as_deref())?;
     let removed = match &options.dir {
         Some(directory) => {
             let (source, target) = either_or_known(&options.servers, directory)?;
@@ -662,11 +684,16 @@ async fn clean(options: cli::Clean) -> Result<()> {
 
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-    print(&format!("{text}\n"))
+    print_exactly(&format!("{text}\n"))
+}
+
+/// Writes to standard output what people read.
+fn print(text: &str) -> Result<()> {
+    print_exactly(&locale::shown(text))
 }
 
 /// Writes to standard output. A reader who has gone away (`| head`) is no error.
-fn print(text: &str) -> Result<()> {
+fn print_exactly(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),

@@ -14,6 +14,7 @@
 //! The modules below stand in the order of the data; [`migrate`] is the one place that knows all phases.
 //! ARCHITECTURE.md in the repository says which invariant each part keeps, and which test guards it.
 
+pub mod backfill;
 pub mod migrate;
 
 pub mod connection;
@@ -28,9 +29,9 @@ pub mod apply;
 pub mod care;
 pub mod copy;
 pub mod target;
+pub mod timescale;
 
 pub mod cutover;
-pub mod timescale;
 pub mod unstreamed;
 pub mod verify;
 

@@ -25,7 +25,8 @@ mod stall;
 mod standby;
 mod way_back;
 
-pub(crate) use identify::application_name;
+pub(crate) use background::{keep_status, write_status};
+pub(crate) use identify::{application_name, new_id};
 pub(crate) use prepare::end_sessions;
 pub use schema_only::schema_only;
 pub(crate) use way_back::finish_without_process;

@@ -75,6 +75,7 @@ fn table() -> Table {
         updates_and_deletes: 0,
         relfilenode: None,
         firing: Vec::new(),
+        hypertable: None,
     }
 }
 

@@ -346,7 +346,8 @@ fn spread(layout: &Layout, place: usize, mut rows: Vec<Net>, chunk: &mut Chunk) 
             continue;
         }
         let worker = worker_of(&net);
-        let singly = changed[worker] <= layout.single_rows_max;
+        // Of a hypertable only a statement with the row's own values reaches just its chunk.
+        let singly = changed[worker] <= layout.single_rows_max || entry.table.hypertable.is_some();
         let writes = writes_to(&mut chunk.writes[worker], place, binary);
         match net.effect {
             Effect::Insert => writes.inserts.push(net.row.tuple().columns())?,

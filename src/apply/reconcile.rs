@@ -185,7 +185,8 @@ async fn redefinitions(
         plan.key(&table.columns, Some(table), on_target.as_ref());
         plan.finish("comparing again: ", "Nothing has been changed yet.")?;
         let fingerprint = catalogs.dealt_with(source, target, before, table, true).await?;
-        redefined.push(Redefinition { routing: Routing::of(table), table: table.clone(), fingerprint });
+        let table = Table { hypertable: before.hypertable.clone(), ..table.clone() };
+        redefined.push(Redefinition { routing: Routing::of(&table), table, fingerprint });
     }
     Ok(redefined)
 }

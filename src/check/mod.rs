@@ -17,7 +17,8 @@ mod both;
 mod ddl;
 mod differing;
 mod estimate;
-mod existing;
+pub(crate) mod existing;
+mod hypertables;
 mod local;
 mod objects;
 mod report;
@@ -154,6 +155,12 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
             findings.extend(tools::findings(&tools, source.major(), target.major()));
         }
         findings.push(target::disk(source.bytes));
+        let declared = &inputs.scope.hypertables;
+        if !declared.is_empty() && !inputs.resuming {
+            let (found, extension) = hypertables::target(on_target, declared).await?;
+            findings.extend(found);
+            findings.extend(hypertables::source(on_source, &tables, declared, extension).await?);
+        }
     }
     if let Some((client, server)) = &target
         && !server.superuser

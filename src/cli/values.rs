@@ -4,10 +4,22 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::care::tune::Limit;
+use crate::timescale::declaration::{self, Hypertable};
 
 /// Where HTTP is served, if at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HttpAddress(pub Option<SocketAddr>);
+
+/// What a file of `--hypertables` declares.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hypertables(pub Vec<Hypertable>);
+
+pub(super) fn parse_hypertables(path: &str) -> Result<Hypertables, String> {
+    declaration::read(std::path::Path::new(path)).map(Hypertables).map_err(|error| {
+        let next = error.next_step().map_or(String::new(), |next| format!("\n{next}"));
+        format!("{error}{next}")
+    })
+}
 
 pub(super) fn parse_http_address(text: &str) -> Result<HttpAddress, String> {
     if text == "off" {

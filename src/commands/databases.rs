@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{
     Way, ask_on_terminal, both, cutover_options, either, end_the_way_back, parse, print, print_json, read_status,
-    verify,
+    standby_to_clean, standbys, verify,
 };
 use crate::care::connections::Jobs;
 use crate::care::tune::COPY_JOBS;
@@ -68,7 +68,7 @@ pub(super) async fn check(options: cli::Check) -> Result<()> {
     let inputs = check::Inputs {
         source: &source.with_connections_max(caps.source),
         target: &target.with_connections_max(caps.target),
-        standbys: &super::standbys(&options.standbys, &options.servers)?,
+        standbys: &standbys(&options.standbys, &options.servers)?,
         state_directory: options.dir.as_deref(),
         jobs,
         queue_max_bytes: options.parallelism.queue_max_bytes,
@@ -380,7 +380,8 @@ impl All {
         let remove = |member: Member| {
             let path = overview::path_of(&self.directory, &member);
             let servers = self.servers(&options.servers, &member);
-            let standby = standby(options, &path, &member);
+            let standby = standby_to_clean(options, Some(&path))
+                .map(|spec| spec.map(|spec| spec.with_database(&member.database)));
             async move {
                 if !path.is_dir() {
                     return Ok(Vec::new());
@@ -429,14 +430,6 @@ fn listed(names: &[&str]) -> String {
     } else {
         names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")
     }
-}
-
-/// Where the member's slot is, if that is on a standby.
-fn standby(options: &cli::Clean, path: &Path, member: &Member) -> Result<Option<ConnectionSpec>> {
-    let known = StateDirectory::at(path).identity()?.and_then(|identity| identity.stream_from);
-    let given = options.stream_from.clone().or(known);
-    let spec = given.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()?;
-    Ok(spec.map(|spec| spec.with_database(&member.database)))
 }
 
 fn waived(how: &cutover::Options, database: &str) -> bool {

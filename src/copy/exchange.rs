@@ -23,6 +23,7 @@ use crate::observe::status::Level;
 use crate::source::catalog::Table;
 use crate::source::snapshot;
 use crate::target::ledger::{self, Part};
+use crate::timescale::rows;
 use crate::verify::{self, Mismatch, Sessions};
 
 /// A table of more bytes is read in ranges, by all sessions.
@@ -108,6 +109,9 @@ async fn exchange_rows(
     target
         .batch_execute(&format!("BEGIN; SET LOCAL synchronous_commit = off; {}", copier.role.begin_statement()))
         .await?;
+    if table.hypertable.is_some() {
+        target.batch_execute(rows::SETTINGS).await?;
+    }
     let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
     let mut deleted = 0;
     for condition in &mismatch.conditions {

@@ -20,7 +20,7 @@
 mod exchange;
 mod part;
 mod plan;
-mod watchdog;
+pub(crate) mod watchdog;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,6 +42,8 @@ use crate::pause::{self, Paused};
 use crate::source::catalog::Table;
 use crate::target::ledger::Part;
 use crate::target::role::ApplyRole;
+use crate::timescale::copying;
+use crate::timescale::declaration::Hypertable;
 
 pub use plan::plan;
 
@@ -79,6 +81,10 @@ pub struct Copier {
     pub tune: Tune,
     /// Whether a large table may get a new file, to arrive frozen. Not where foreign keys refer to it already: they forbid TRUNCATE.
     pub freezes: bool,
+    /// Tables whose rows are read in the order of a column, by their relid.
+    pub sorted: HashMap<u32, String>,
+    /// Tables that are hypertables on the target.
+    pub declared: Vec<Hypertable>,
 }
 
 /// What became of a part.
@@ -289,6 +295,9 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
+                if !next.is_whole() {
+                    copying::open_chunks(&mut source, &target, table, &next, &copier.declared).await?;
+                }
                 let frozen = copier.freezes && part::may_freeze(table, &next);
                 let what = (table, &next, frozen);
                 match part::copy(&mut source, &mut target, &self.snapshot, what, copier).await? {

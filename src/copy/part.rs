@@ -28,7 +28,8 @@ const FREEZE_FROM_BYTES: i64 = 8 << 20;
 
 /// Whether a part is worth arriving frozen.
 pub(super) fn may_freeze(table: &Table, part: &Part) -> bool {
-    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES
+    // The rows of a hypertable go to its chunks, which are not those that were emptied.
+    part.is_whole() && table.bytes >= FREEZE_FROM_BYTES && table.hypertable.is_none()
 }
 
 /// Copies one part, frozen or not, and marks it in the ledger, as one transaction on the target.
@@ -81,7 +82,8 @@ async fn copy_rows(
         return Ok(Outcome::Stale);
     }
     let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
-    source.copy_out(&copy_out_statement(table, part, format_of(table))).await?;
+    let sorted_by = copier.sorted.get(&table.relid).map(String::as_str);
+    source.copy_out(&copy_out_statement(table, part, format_of(table), sorted_by)).await?;
     let mut into = CopyIn::begin(transaction.client(), table, frozen, progress.as_mut(), copier.tune.pace()).await?;
     loop {
         let (rows, more) = source.copied(&mut into.chunk, CHUNK_BYTES).await?;
@@ -268,15 +270,16 @@ pub(super) fn is_same_file(answer: Result<Vec<Option<String>>>, table: &Table) -
     Ok(is_true(0))
 }
 
-fn copy_out_statement(table: &Table, part: &Part, format: &str) -> String {
-    if part.is_whole() {
+fn copy_out_statement(table: &Table, part: &Part, format: &str, sorted_by: Option<&str>) -> String {
+    if part.is_whole() && sorted_by.is_none() {
         let columns = if table.columns.is_empty() { String::new() } else { format!(" ({})", table.column_list()) };
         return format!("COPY {}{columns} TO STDOUT (FORMAT {format})", table.qualified());
     }
     let from = format!("ctid >= '({},0)'::tid", part.first_page);
     let until = part.end_page.map(|page| format!(" AND ctid < '({page},0)'::tid")).unwrap_or_default();
+    let order = sorted_by.map(|column| format!(" ORDER BY {}", sql::identifier(column))).unwrap_or_default();
     format!(
-        "COPY (SELECT {} FROM ONLY {} WHERE {from}{until}) TO STDOUT (FORMAT {format})",
+        "COPY (SELECT {} FROM ONLY {} WHERE {from}{until}{order}) TO STDOUT (FORMAT {format})",
         table.column_list(),
         table.qualified()
     )

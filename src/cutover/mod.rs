@@ -58,6 +58,7 @@ use crate::source::scope::Scope;
 use crate::target::late::AtCutover;
 use crate::target::ledger;
 use crate::target::schema;
+use crate::timescale::compress;
 use crate::unstreamed::large_object::Owners;
 use crate::unstreamed::materialized_view::View;
 use crate::{sql, unstreamed, verify};
@@ -194,6 +195,11 @@ impl Cutover<'_> {
                 error.context("bringing large objects and materialized views up to date, before the fence").hint(hint),
             )
         })?;
+        let left = timer.left() / 4;
+        timer
+            .within(Box::pin(compress::recompress(&sessions.checker, &self.unstreamed.hypertables, left)))
+            .await
+            .map_err(untouched)?;
         // Once without the fence: applications must not wait for a backlog. A target that is too far behind costs them nothing.
         self.drain(&sessions.source, &timer)
             .await

@@ -76,13 +76,14 @@ impl Running {
                 turn: Arc::clone(&turn),
             };
             working.spawn(keeper.run().in_current_span());
+            working.spawn(self.compressor(scope.clone(), Arc::clone(&turn)).run().in_current_span());
         };
         keep_warm(&mut warming);
         keep_current(&mut warming);
         let (tell, arming) = watch::channel(Arming::Preparing(None));
         // A task of its own: a cutover waits for it.
         let mut beside = JoinSet::new();
-        let is_mapped = !scope.map_schemas.is_empty();
+        let is_mapped = !scope.map_schemas.is_empty() || !scope.hypertables.is_empty();
         let way_back = if self.direction == Direction::There && self.config.reverse && !is_mapped {
             let way_back = self.way_back().await?;
             beside.spawn(way_back.clone().keep_ready(tell).in_current_span());

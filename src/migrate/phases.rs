@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio_postgres::Client;
 
 use super::Running;
@@ -23,13 +23,16 @@ use crate::observe::status::{Level, Phase as ShownPhase, TableState};
 use crate::queue::Queue;
 use crate::source::catalog::Table;
 use crate::source::marker;
+use crate::source::scope::Scope;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::HeldSnapshot;
 use crate::source::version::Version;
 use crate::target::ledger::{self, LedgerTable, Migration, Phase, Section};
 use crate::target::role::ApplyRole;
 use crate::target::writer::Writer;
-use crate::target::{ddl, index, late, roles, schema};
+use crate::target::{ddl, index, late, roles, schema, warm};
+use crate::timescale::compress::Compressor;
+use crate::timescale::copying;
 use crate::unstreamed;
 use crate::unstreamed::materialized_view;
 
@@ -87,8 +90,11 @@ impl Running {
         let pending = ledger::pending_items(target, Section::PostData).await?;
         let mut items = schema::items_by_table(pending, &relids);
         self.board.set_indexes(items.values().map(|items| items.len() as u64).sum(), 0);
-        // Partitioned tables have no rows to wait for, and their leaves' indexes hang on theirs.
-        for (position, item) in items.remove(&0).unwrap_or_default() {
+        // Partitioned tables have no rows to wait for, and their leaves' indexes hang on theirs. Those of hypertables cannot come behind
+        // the compression of their chunks.
+        let hypertables = tables.iter().filter(|entry| entry.table.hypertable.is_some());
+        let first: Vec<u32> = std::iter::once(0).chain(hypertables.map(|entry| entry.table.relid)).collect();
+        for (position, item) in first.iter().flat_map(|relid| items.remove(relid).unwrap_or_default()) {
             schema::run_post_data_item(target, position, &item).await?;
             self.board.index_done();
         }
@@ -118,7 +124,16 @@ impl Running {
             self.board.set_phase(ShownPhase::Indexing);
             Ok(())
         };
-        tokio::try_join!(copying, indexing)?;
+        let compressor = self.compressor(self.load(&self.target().await?).await?.scope, Arc::default());
+        let has_hypertables = !compressor.declared.is_empty();
+        tokio::select! {
+            outcome = async { tokio::try_join!(copying, indexing) } => outcome.map(drop)?,
+            never = compressor.run() => match never {},
+        }
+        if has_hypertables {
+            // Its statement is not to stand in the way of the apply.
+            warm::stop(target, &self.application_name).await?;
+        }
         let source = self.config.source.connect(&self.application_name).await?;
         unstreamed::copy(&source, target, &self.config.owners, &self.load(target).await?.scope).await?;
         // By the session that was open all the time: a target that crashed meanwhile has taken back the newest parts, which were
@@ -126,6 +141,17 @@ impl Running {
         // With a schema that is complete, tables were only compared again.
         let complete = self.load(target).await?.post_data_restored;
         ledger::enter_phase(target, if complete { Phase::Following } else { Phase::CatchingUp }).await
+    }
+
+    /// Who keeps chunks of the target compressed.
+    pub(super) fn compressor(&self, scope: Scope, turn: Arc<Mutex<()>>) -> Compressor {
+        Compressor {
+            source: self.config.source.clone(),
+            target: self.config.target.clone(),
+            application_name: self.application_name.clone(),
+            declared: scope.hypertables,
+            turn,
+        }
     }
 
     async fn copy(
@@ -148,6 +174,11 @@ impl Running {
             paused: self.pause.subscribe(),
             tune: self.tune.clone(),
             freezes: !self.load(target).await?.scope.data_only,
+            sorted: {
+                let source = self.config.source.connect(&self.application_name).await?;
+                copying::to_be_sorted(&source, &tables.iter().map(|entry| &entry.table).collect::<Vec<_>>()).await?
+            },
+            declared: self.load(target).await?.scope.hypertables,
         });
         loop {
             let unfinished: Vec<LedgerTable> =
@@ -328,7 +359,10 @@ impl Running {
             }
         }
         self.refresh_materialized_views(target).await?;
-        let late = late::prove(target).await?;
+        // Waking a policy is nothing that rows could stand against.
+        let policies =
+            self.load(target).await?.scope.hypertables.iter().filter(|declared| declared.has_policies()).count();
+        let late = late::prove(target).await?.saturating_sub(policies);
         if late > 0 {
             let text = format!(
                 "{late} foreign keys, triggers and rules were tried on the target and taken back: they are made at the cutover, \

@@ -20,8 +20,9 @@ use crate::source::snapshot::{self, HeldSnapshot};
 use crate::source::version::Version;
 use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
-use crate::target::ledger::{self, Migration, Prepared};
+use crate::target::ledger::{self, Migration, Prepared, SchemaItem};
 use crate::target::{existing, schema};
+use crate::timescale::restore;
 use crate::unstreamed::materialized_view;
 
 /// How often the preparation is made anew when the schema changes under it.
@@ -115,7 +116,8 @@ impl Running {
                 owners: &self.config.owners,
                 role: migration.apply_role,
             };
-            schema::wanted(dump.read().await?, selection.as_ref().zip(schemas.as_ref()))?
+            let items = schema::wanted(dump.read().await?, selection.as_ref().zip(schemas.as_ref()))?;
+            self.fit_to_hypertables(target, migration, &mut tables, items).await?
         };
         let binary = tables.iter().all(Table::binary_safe);
         let tables: Vec<(Table, bool)> = tables
@@ -144,6 +146,25 @@ impl Running {
 }
 
 impl Running {
+    /// The tables and the items of their schema as they are where some of them become hypertables.
+    async fn fit_to_hypertables(
+        &self,
+        target: &Client,
+        migration: &Migration,
+        tables: &mut [Table],
+        items: Vec<SchemaItem>,
+    ) -> Result<Vec<SchemaItem>> {
+        let declared = &migration.scope.hypertables;
+        if declared.is_empty() {
+            return Ok(items);
+        }
+        let extension = restore::ensure_extension(target).await?;
+        for table in tables.iter_mut() {
+            *table = restore::marked(table.clone(), declared);
+        }
+        Ok(restore::fit_items(items, tables, declared, &extension))
+    }
+
     /// Has the whole old row identify every table that nothing else does (H27): before the slot, so that everything of the stream says
     /// which row it is (H2). Noted in the ledger before it is done.
     async fn set_replica_identities(&self, source: &Client, target: &mut Client, tables: &[Table]) -> Result<()> {

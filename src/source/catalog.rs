@@ -58,6 +58,10 @@ pub struct Table {
     /// What would fire for every change that is applied, were it not made ordinary for the time of the migration.
     #[serde(default)]
     pub firing: Vec<Firing>,
+    /// Set where the target has it as a hypertable, whose rows are in other relations: the time column. The ledger says so, not the
+    /// catalog, and so it is not kept with the rest.
+    #[serde(skip)]
+    pub hypertable: Option<String>,
 }
 
 /// A trigger or rule that is `ENABLE ALWAYS` or `ENABLE REPLICA`.
@@ -127,6 +131,13 @@ impl Table {
     /// `"schema"."name"`.
     pub fn qualified(&self) -> String {
         sql::qualified(&self.schema, &self.name)
+    }
+
+    /// Its name in a statement on the target that is to meet no table that inherits from it. The rows of a hypertable are in such
+    /// tables, and TimescaleDB refuses `ONLY`.
+    pub fn only_on_target(&self) -> String {
+        let only = if self.hypertable.is_some() { "" } else { "ONLY " };
+        format!("{only}{}", self.qualified())
     }
 
     /// Whether the stream can carry updates and deletes of this table (H27).
@@ -235,6 +246,7 @@ pub async fn tables(client: &Client) -> Result<Vec<Table>> {
             updates_and_deletes: row.get(9),
             relfilenode: Some(row.get(10)),
             firing: firing.remove(&relid).unwrap_or_default(),
+            hypertable: None,
         });
     }
     Ok(tables)
@@ -444,6 +456,7 @@ impl Table {
             updates_and_deletes: 0,
             relfilenode: None,
             firing: Vec::new(),
+            hypertable: None,
         }
     }
 }

@@ -316,6 +316,7 @@ impl Told {
                 estimated_rows: -1.0,
                 updates_and_deletes: 0,
                 relfilenode: Some(told.relfilenode),
+                hypertable: None,
             };
             (table, told.is_new)
         };

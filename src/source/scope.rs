@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sql;
+use crate::timescale::declaration::Hypertable;
 
 pub use selection::{LeftOut, Selection};
 
@@ -37,6 +38,8 @@ pub struct Scope {
     pub data_only: bool,
     /// Schemas of the source, and what they are called on the target from the cutover on.
     pub map_schemas: Vec<(String, String)>,
+    /// Tables that are hypertables on the target.
+    pub hypertables: Vec<Hypertable>,
 }
 
 /// All of a database with its schema.
@@ -47,6 +50,7 @@ pub static WHOLE_DATABASE: Scope = Scope {
     exclude_schemas: Vec::new(),
     data_only: false,
     map_schemas: Vec::new(),
+    hypertables: Vec::new(),
 };
 
 impl Scope {
@@ -86,6 +90,10 @@ impl Scope {
         options.extend(
             self.map_schemas.iter().map(|(old, new)| format!("--map-schema {}", quoted(&format!("{old}={new}")))),
         );
+        if !self.hypertables.is_empty() {
+            let names: Vec<String> = self.hypertables.iter().map(Hypertable::qualified).collect();
+            options.push(format!("--hypertables with {}", names.join(", ")));
+        }
         options.join(" ")
     }
 

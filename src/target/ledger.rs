@@ -36,6 +36,8 @@ use crate::source::scope::Scope;
 use crate::source::snapshot::SnapshotData;
 use crate::target::role::ApplyRole;
 use crate::target::route::Routing;
+use crate::timescale;
+use crate::timescale::declaration::Hypertable;
 
 pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynced};
 pub use part::{Part, part_copied, plan_copy};
@@ -400,16 +402,19 @@ pub async fn record_prepared(client: &mut Client, migration: &Migration, prepare
 pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
     let rows = client
         .query_typed(
-            "SELECT definition::text, insert_only, snapshot, copied, rows_copied, routing, compared FROM walferry.source_table \
+            "SELECT definition::text, insert_only, snapshot, copied, rows_copied, routing, compared, \
+                    (SELECT (scope::jsonb->'hypertables')::text FROM walferry.migration) FROM walferry.source_table \
              ORDER BY (definition->>'bytes')::int8 DESC, relid",
             &[],
         )
         .await
         .context(|| "reading the ledger's tables".into())?;
+    let declared: Option<&str> = rows.first().and_then(|row| row.get(7));
+    let declared: Vec<Hypertable> = declared.map(from_json).transpose()?.unwrap_or_default();
     rows.iter()
         .map(|row| {
             Ok(LedgerTable {
-                table: from_json(row.get(0))?,
+                table: timescale::marked(from_json(row.get(0))?, &declared),
                 insert_only: row.get(1),
                 snapshot: row.get(2),
                 copied: row.get(3),

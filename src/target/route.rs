@@ -23,6 +23,8 @@ impl Routing {
     pub fn of(table: &Table) -> Routing {
         let by_key =
             !table.key.is_empty() && !table.has_other_unique && table.key_columns().all(|column| column.byte_equal);
+        // Whoever makes a chunk, or decompresses a segment, holds what a sibling would wait for at the barrier.
+        let by_key = by_key && table.hypertable.is_none();
         if by_key { Routing::ByKey } else { Routing::Whole }
     }
 
@@ -84,6 +86,7 @@ mod tests {
             updates_and_deletes: 0,
             relfilenode: None,
             firing: Vec::new(),
+            hypertable: None,
         }
     }
 

@@ -8,9 +8,10 @@ use crate::decode::{Datum, OldTuple, Tuple};
 use crate::error::{Context, Result};
 use crate::source::catalog::{Column, Table};
 use crate::sql;
+use crate::timescale::rows;
 
 /// A column's value as the parameter with this number, from 1 on, and as the column's type.
-fn parameter(number: usize, column: &Column) -> String {
+pub(crate) fn parameter(number: usize, column: &Column) -> String {
     format!("CAST(${number} AS {})", column.type_name)
 }
 
@@ -47,7 +48,10 @@ fn found_by<'a>(table: &Table, row: Tuple<'a>, values: &mut Vec<Datum<'a>>) {
 
 /// The statement that removes one row; its values are those of [`delete_values`].
 pub(super) fn delete_text(table: &Table) -> String {
-    format!("DELETE FROM ONLY {} WHERE {}", table.qualified(), condition(table, 0))
+    if let Some(text) = rows::delete_one_of_equals(table) {
+        return text;
+    }
+    format!("DELETE FROM {} WHERE {}", table.only_on_target(), condition(table, 0))
 }
 
 /// The values of [`delete_text`].
@@ -66,6 +70,9 @@ pub(super) fn columns_to_set(table: &Table, new: Tuple<'_>, with_key: bool) -> V
 
 /// The statement that gives one row new values of these columns; its own values are those of [`update_values`].
 pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
+    if table.hypertable.is_some() && set.iter().any(|&at| table.columns[at].identity_always) {
+        return rows::move_text(table, set);
+    }
     let assign = |(number, &at): (usize, &usize)| {
         let column = &table.columns[at];
         format!("{} = {}", sql::identifier(&column.name), parameter(number, column))
@@ -76,7 +83,7 @@ pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
         assignments.extend(table.columns.first().map(|column| format!("{0} = {0}", sql::identifier(&column.name))));
     }
     let row = condition(table, set.len());
-    format!("UPDATE ONLY {} SET {} WHERE {row}", table.qualified(), assignments.join(", "))
+    format!("UPDATE {} SET {} WHERE {row}", table.only_on_target(), assignments.join(", "))
 }
 
 /// The values of [`update_text`].
@@ -100,17 +107,19 @@ pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Resul
         format!("INSERT INTO {} DEFAULT VALUES", table.qualified())
     } else {
         let (name, columns, placeholders) = (table.qualified(), table.column_list(), placeholders.join(", "));
+        let past = if table.hypertable.is_some() { rows::PAST_IDENTITY } else { "" };
         if table.key.is_empty() {
-            format!("INSERT INTO {name} ({columns}) VALUES ({placeholders})")
+            format!("INSERT INTO {name} ({columns}){past} VALUES ({placeholders})")
         } else {
             // Not ON CONFLICT, which is refused for a table with rules, whether they fire or not.
-            let there = condition(table, values.len());
+            let (there, only) = (condition(table, values.len()), table.only_on_target());
             found_by(table, new, &mut values);
             format!(
-                "INSERT INTO {name} ({columns}) SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM ONLY {name} WHERE {there})"
+                "INSERT INTO {name} ({columns}){past} SELECT {placeholders} WHERE NOT EXISTS (SELECT FROM {only} WHERE {there})"
             )
         }
     };
+    writer.plan_for(table).await?;
     let met = writer.execute(text, &values).await;
     Ok(met.context(|| format!("inserting {} into {}", name_row(table, new), table.qualified()))? == 1)
 }
@@ -125,9 +134,10 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
     }
     // Keys can be equal in other bytes (H20).
     let (there, itself) = (condition(table, 0), condition(table, table.key.len()));
-    let text = format!("SELECT FROM ONLY {} WHERE {there} AND NOT ({itself})", table.qualified());
+    let text = format!("SELECT FROM {} WHERE {there} AND NOT ({itself})", table.only_on_target());
     let mut values = delete_values(table, new);
     found_by(table, old, &mut values);
+    writer.plan_for(table).await?;
     let found = writer.execute(text, &values).await;
     Ok(found.context(|| format!("looking for {} in {}", name_row(table, new), table.qualified()))? > 0)
 }
@@ -138,8 +148,11 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
 /// What the server says.
 pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<u64> {
     let before = old.map_or(new, |old| old.tuple());
-    let set = columns_to_set(table, new, true);
-    let met = writer.execute(update_text(table, &set), &update_values(table, &set, before, new)).await;
+    let moves = old.is_some() && table.hypertable.is_some();
+    let set = columns_to_set(table, new, moves || table.hypertable.is_none());
+    let text = if moves { rows::move_text(table, &set) } else { update_text(table, &set) };
+    writer.plan_for(table).await?;
+    let met = writer.execute(text, &update_values(table, &set, before, new)).await;
     met.context(|| format!("updating {} of {}", name_row(table, before), table.qualified()))
 }
 
@@ -148,6 +161,7 @@ pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>
 /// # Errors
 /// What the server says.
 pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Result<u64> {
+    writer.plan_for(table).await?;
     let met = writer.execute(delete_text(table), &delete_values(table, old.tuple())).await;
     met.context(|| format!("deleting {} of {}", name_row(table, old.tuple()), table.qualified()))
 }
@@ -157,7 +171,7 @@ pub async fn delete(writer: &mut Writer, table: &Table, old: OldTuple<'_>) -> Re
 /// # Errors
 /// Whatever the server says.
 pub async fn truncate(writer: &mut Writer, tables: &[&Table], restart_identity: bool) -> Result<()> {
-    let names: Vec<String> = tables.iter().map(|table| format!("ONLY {}", table.qualified())).collect();
+    let names: Vec<String> = tables.iter().map(|table| table.only_on_target()).collect();
     let identity = if restart_identity { " RESTART IDENTITY" } else { "" };
     let statement = format!("TRUNCATE {}{identity}", names.join(", "));
     writer.execute(statement.clone(), &[]).await.map(drop).context(|| statement)
@@ -170,7 +184,7 @@ pub async fn truncate(writer: &mut Writer, tables: &[&Table], restart_identity: 
 /// Whatever the server says.
 pub async fn empty(writer: &mut Writer, tables: &[&Table]) -> Result<()> {
     for table in tables {
-        let statement = format!("DELETE FROM ONLY {}", table.qualified());
+        let statement = format!("DELETE FROM {}", table.only_on_target());
         writer.execute(statement.clone(), &[]).await.context(|| statement)?;
     }
     Ok(())

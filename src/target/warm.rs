@@ -15,6 +15,8 @@ use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, Result};
 use crate::source::catalog::USER_RELATION;
 use crate::source::version::Version;
+use crate::timescale::HAS_CHUNKS;
+use crate::timescale::compress::COMPRESSING;
 
 /// How often it is looked whether there is something to do.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -47,7 +49,7 @@ pub async fn keep_warm(
     }
 }
 
-/// Ends what [`keep_warm`] was at, and refreshes of materialized views: a cutover's statements must not wait for them.
+/// Ends what [`keep_warm`] was at, compressing of chunks, and refreshes of materialized views: a cutover's statements must not wait for them.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -55,8 +57,9 @@ pub async fn stop(target: &Client, application_name: &str) -> Result<()> {
     target
         .query(
             "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
-             WHERE application_name = $1 AND query ~ '^(VACUUM|ANALYZE|REFRESH) ' AND pid <> pg_catalog.pg_backend_pid()",
-            &[&application_name],
+             WHERE application_name = $1 AND (query ~ '^(VACUUM|ANALYZE|REFRESH) ' OR pg_catalog.starts_with(query, $2)) \
+               AND pid <> pg_catalog.pg_backend_pid()",
+            &[&application_name, &COMPRESSING],
         )
         .await
         .context(|| "ending our maintenance on the target".into())?;
@@ -89,7 +92,7 @@ async fn look_after(target: &ConnectionSpec, application_name: &str) -> Result<(
 }
 
 /// Cancels the statement of a session as soon as anybody waits for it, as the server does with autovacuum. Returns when it cannot look.
-async fn make_way(watch: &Client, pid: i32) -> Error {
+pub(crate) async fn make_way(watch: &Client, pid: i32) -> Error {
     loop {
         tokio::time::sleep(MAKE_WAY_INTERVAL).await;
         let cancelled = watch
@@ -136,7 +139,22 @@ pub async fn wanted(client: &Client) -> Result<Vec<String>> {
         )
         .await
         .context(|| "looking for what to vacuum on the target".into())?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    let mut wanted: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    // The rows of a hypertable are in its chunks, which are among these; what the planner knows of all of them together is its own.
+    let hypertables = client
+        .query_typed(
+            &format!(
+                "SELECT 'ANALYZE ' || format('%I.%I', n.nspname, c.relname) \
+                 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE c.relkind = 'r' AND {USER_RELATION} AND {HAS_CHUNKS} AND NOT EXISTS (SELECT FROM pg_catalog.pg_stats s \
+                   WHERE s.schemaname = n.nspname AND s.tablename = c.relname AND s.inherited)"
+            ),
+            &[],
+        )
+        .await
+        .context(|| "looking for hypertables to analyse on the target".into())?;
+    wanted.extend(hypertables.iter().map(|row| row.get::<_, String>(0)));
+    Ok(wanted)
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ use crate::decode::{Datum, KeptTuple};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
+use crate::timescale::rows;
 
 /// What every apply session sets for itself, besides what all of our sessions pin.
 ///
@@ -124,6 +125,8 @@ pub struct Writer {
     /// Those of them that this transaction has filled.
     staged: HashSet<(usize, Staging)>,
     role: ApplyRole,
+    /// This transaction plans each statement for its values, as a hypertable needs it.
+    custom_plans: bool,
     opened: Instant,
 }
 
@@ -172,6 +175,7 @@ impl Writer {
             staging_made: Vec::new(),
             staged: HashSet::new(),
             role,
+            custom_plans: false,
             opened: Instant::now(),
         })
     }
@@ -248,6 +252,7 @@ impl Writer {
         pipeline.text("COMMIT")?;
         let committed = self.run_without_tables(pipeline).await;
         self.in_transaction = false;
+        self.custom_plans = false;
         self.staged.clear();
         if committed.is_err() {
             self.forget_what_was_made();
@@ -263,6 +268,7 @@ impl Writer {
     pub async fn roll_back(&mut self) -> Result<()> {
         if self.in_transaction {
             self.in_transaction = false;
+            self.custom_plans = false;
             self.staged.clear();
             self.forget_what_was_made();
             self.session.simple_query("ROLLBACK").await?;
@@ -317,6 +323,25 @@ impl Writer {
         self.session.simple_query("DEALLOCATE ALL").await.map(|_| ())
     }
 
+    /// Before statements that look for rows of a table: which chunks of a hypertable they are in, and what of a compressed one has to be
+    /// decompressed, TimescaleDB sees only in values that are known when it plans.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub(super) async fn plan_for(&mut self, table: &Table) -> Result<()> {
+        let mut pipeline = Pipeline::default();
+        self.add_plans(&mut pipeline, table)?;
+        self.run_without_tables(pipeline).await
+    }
+
+    fn add_plans(&mut self, pipeline: &mut Pipeline, table: &Table) -> Result<()> {
+        if table.hypertable.is_some() && self.in_transaction && !self.custom_plans {
+            self.custom_plans = true;
+            pipeline.text(rows::SETTINGS)?;
+        }
+        Ok(())
+    }
+
     async fn add_begin(&mut self, pipeline: &mut Pipeline) -> Result<()> {
         if self.in_transaction {
             return Ok(());
@@ -346,6 +371,9 @@ impl Writer {
     ) -> Result<()> {
         for writes in writes {
             let (place, table) = (writes.place, tables.table(writes.place));
+            if !writes.single_deletes.is_empty() || !writes.single_updates.is_empty() {
+                self.add_plans(pipeline, table)?;
+            }
             if !writes.deletes.is_empty() {
                 let staged = self.add_stage(pipeline, tables, place, Staging::Keys, &mut writes.deletes)?;
                 self.add(pipeline, tables, place, What::Delete, &[], ("deletes", staged))?;

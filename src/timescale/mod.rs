@@ -2,9 +2,33 @@
 //! ask here, and know nothing of it themselves.
 //!
 //! ```text
-//!  source.rs   what a server has: extension, hypertables with dimensions, chunks with their ranges, aggregates, jobs
+//!  source.rs        what a server has: extension, hypertables with dimensions, chunks with their ranges, aggregates, jobs
+//!  declaration.rs   what a plain table is to become, as a file says it; create.rs the SQL for that
+//!  copying.rs       the rows of a plain table into it, by several sessions at once; compress.rs its chunks, while that goes on
+//!  restore.rs       hypertables made on the target, between the schema and the rows
+//!  suggest.rs       such a file, proposed from the source's statistics
+//!  rows.rs          single rows of a hypertable on the target, whether compressed or not
+//!  chunks.rs        single chunks as a backfill copies them: ranges as conditions, how they are compressed now, their sizes
+//!  target.rs        chunks made on the target, and filled with compressed rows as they are
+//!  policies.rs      jobs that rest while a hypertable is filled, and aggregates that are refreshed behind it
 //! ```
 
+pub mod chunks;
+pub mod compress;
+pub mod copying;
+pub mod create;
+pub mod declaration;
+pub mod policies;
+pub mod restore;
+pub(crate) mod rows;
 pub mod source;
+pub mod suggest;
+pub mod target;
 
+/// A condition on `c`, a row of `pg_class`: its rows are in chunks, so that `ONLY` would read none of them.
+pub(crate) const HAS_CHUNKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class k ON k.oid = i.inhrelid \
+     JOIN pg_catalog.pg_namespace kn ON kn.oid = k.relnamespace \
+     WHERE i.inhparent = c.oid AND kn.nspname = '_timescaledb_internal')";
+
+pub use restore::marked;
 pub use source::{Chunk, ContinuousAggregate, Database, Dimension, Extension, Hypertable, Job, Slice};

@@ -40,6 +40,7 @@ use crate::pause::Paused;
 use crate::queue::Queue;
 use crate::source::slot::ServerIdentity;
 use crate::source::snapshot::{HeldSnapshot, SnapshotData};
+use crate::timescale::compress::HOLD_COMPRESSION;
 
 /// What our sessions call themselves here: not as the migration's others do, so that a cutover ends them like anybody's.
 pub const APPLICATION_NAME: &str = "walferry verify";
@@ -162,6 +163,8 @@ impl PointTaker {
         source.batch_execute("SET synchronous_commit = local").await?;
         let mut snapshot = HeldSnapshot::take(&self.source, APPLICATION_NAME, &self.server, 0).await?;
         let target = self.target.connect(APPLICATION_NAME).await?;
+        // For as long as this session is there.
+        target.batch_execute(HOLD_COMPRESSION).await.context(|| "holding the compression of chunks".into())?;
         // The second time there is little to catch up with, and so little in the history.
         self.catch_up(&source, tell).await?;
         let caught_up = self.catch_up(&source, tell).await?;

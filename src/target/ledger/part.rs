@@ -69,12 +69,12 @@ pub async fn plan_copy(client: &mut Client, snapshot: Option<&SnapshotData>, par
         .map(|row| row.get(0))
         .collect();
     for table in unfinished.iter().filter(|table| begun.contains(&i64::from(table.table.relid))) {
-        let name = table.table.qualified();
+        let (name, only) = (table.table.qualified(), table.table.only_on_target());
         let referred = "SELECT EXISTS (SELECT FROM pg_catalog.pg_constraint WHERE contype = 'f' AND confrelid = pg_catalog.to_regclass($1))";
         // A foreign key that was there before the copy forbids TRUNCATE.
         let statement = match transaction.query_typed_one(referred, &[(&name, Type::TEXT)]).await?.get(0) {
-            true => format!("SET LOCAL session_replication_role = replica; DELETE FROM ONLY {name}"),
-            false => format!("TRUNCATE ONLY {name}"),
+            true => format!("SET LOCAL session_replication_role = replica; DELETE FROM {only}"),
+            false => format!("TRUNCATE {only}"),
         };
         transaction.batch_execute(&statement).await.context(|| format!("emptying {}", table.table.qualified()))?;
     }
