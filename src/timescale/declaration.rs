@@ -399,17 +399,17 @@ impl RawHypertable {
                     after: raw.after.map(|after| length("compression.after", after)).transpose()?,
                     schedule: raw.schedule.map(Spanned::into_inner),
                 };
-                if let Some(both) =
-                    compression.order_by.iter().find(|order| compression.segment_by.contains(&order.column))
-                {
-                    let what = format!("column `{}` is in `segment_by` and in `order_by`", both.column);
-                    return Err(wrong("compression", span, what, "Leave it out of one of them."));
-                }
                 if compression.segment_by.contains(&time) {
                     let what = format!("the time column `{time}` cannot be in `segment_by`");
                     let hint =
                         "A segment holds the rows of one value: order by time, and segment by what the rows are of.";
                     return Err(wrong("compression.segment_by", span, what, hint));
+                }
+                if let Some(both) =
+                    compression.order_by.iter().find(|order| compression.segment_by.contains(&order.column))
+                {
+                    let what = format!("column `{}` is in `segment_by` and in `order_by`", both.column);
+                    return Err(wrong("compression", span, what, "Leave it out of one of them."));
                 }
                 Some(compression)
             }
