@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+use crate::backfill;
 use crate::connection::ConnectionSpec;
 use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -51,9 +52,8 @@ pub async fn directory(
 
 fn lock(directory: &StateDirectory) -> Result<LockedDirectory> {
     directory.lock().map_err(|error| match error.kind() {
-        ErrorKind::Blocked => {
-            Error::new(ErrorKind::Blocked, "the migration is still running").hint("Stop it first (Ctrl-C or SIGTERM).")
-        }
+        ErrorKind::Blocked => Error::new(ErrorKind::Blocked, "the migration is still running")
+            .hint("Stop it first (Ctrl-C or SIGTERM); after a cutover `walferry finish` ends it."),
         _ => error,
     })
 }
@@ -132,7 +132,10 @@ pub async fn servers(
             removed.extend(names.remove(&to).await?.into_iter().map(|what| format!("{what} on the target")));
         }
     }
-    let Some(migration) = migration else { return Ok(removed) };
+    let Some(migration) = migration else {
+        removed.extend(backfill::ledger::remove(&to).await?);
+        return Ok(removed);
+    };
     let of_the_way_back = cutover::arming::Names::of(&migration.id).remove(&to).await?;
     removed.extend(of_the_way_back.into_iter().map(|what| format!("{what} on the target")));
     if reversed {

@@ -1,6 +1,9 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
+mod backfill;
 mod cutover;
+mod databases;
+mod report;
 mod settings;
 mod standby;
 mod suggest;
@@ -19,7 +22,10 @@ use crate::observe::logging::LogFormat;
 use crate::pause::What;
 use crate::source::scope::Scope;
 
+pub use backfill::Backfill;
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
+pub use databases::{AllDatabases, MigrateAll};
+pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
 pub use suggest::SuggestHypertables;
@@ -39,6 +45,9 @@ pub struct Cli {
     /// How log lines look; they go to standard error.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "WALFERRY_LOG_FORMAT")]
     pub log_format: LogFormat,
+    /// Log the DETAIL of servers' errors too. It holds values of rows, which can be personal data: mind who reads the log
+    #[arg(long, global = true)]
+    pub log_detail: bool,
     /// A file with settings for all commands, in which each key is an option without its dashes: `walferry config example`
     #[arg(long, global = true, value_name = "FILE", env = crate::settings::VARIABLE)]
     pub config: Option<OsString>,
@@ -71,6 +80,7 @@ pub enum Command {
         after_help = "Example: walferry migrate --source postgres://app@old/shop --target postgres://app@new/shop --dir ./shop\n\
         With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 13 \
         --source-wal-max 200GiB\n\
+        Every database of a server: walferry migrate … --dir ./all --all-databases --roles --exclude-database 'test_*'\n\
         Ctrl-C stops it; the same command goes on. It ends with a switchback or `walferry finish`, or with a cutover without a way back.\n\
         Exit codes: 0 cut over or switched back, 3 blocked, 130 interrupted"
     )]
@@ -136,6 +146,14 @@ pub enum Command {
         The tables that the last `walferry verify` found to differ, or --tables, are compared with a new snapshot of the source, and \
         what differs is copied again; the queue goes on receiving. Exit codes: 0 done, 3 not now")]
     Repair(Repair),
+    /// Fill a target with old rows by pieces, beside an application that writes the new ones to both databases
+    #[command(after_help = backfill::EXAMPLES)]
+    Backfill(Backfill),
+    /// Make the report of a migration for the change ticket: one HTML file
+    #[command(after_help = "Example: walferry report --dir ./shop > report.html\n\
+        What was moved, how long it took, the downtime by step, plots, incidents, operator commands and the statements that changed a \
+        server. It asks the target for the ledger, and does without where that does not answer. Make it before `walferry clean`.")]
+    Report(Report),
     /// Remove what a migration left: slot, publications, ledger, fence, state directory
     #[command(after_help = "Example: walferry clean --dir ./shop\n\
         Without --dir it looks on both servers: walferry clean --source … --target …")]
@@ -170,7 +188,7 @@ pub enum Command {
 }
 
 /// The two servers.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Servers {
     /// The server to move away from: a URL or key=value pairs as libpq has them
     #[arg(long, env = "WALFERRY_SOURCE", hide_env_values = true)]
@@ -187,7 +205,7 @@ pub struct Servers {
 }
 
 /// What of the database is moved. Patterns are those of pg_dump.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "A part of a database")]
 pub struct Filters {
     /// Only tables that this pattern names (schema.table, * and ?); may be given again
@@ -259,7 +277,7 @@ pub struct Parallelism {
 }
 
 /// How many connections there may be.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Connections {
     /// Open at most so many connections to the source; fewer jobs then do what there is to do
     #[arg(long, value_parser = at_least_one, value_name = "N")]
@@ -353,6 +371,9 @@ pub struct Check {
     /// The state directory that the migration would have, to check its disk
     #[arg(long, env = "WALFERRY_DIR")]
     pub dir: Option<PathBuf>,
+    /// Check for a migration with --no-reverse (matters for --plan)
+    #[arg(long)]
+    pub no_reverse: bool,
     /// Check for a migration with --replica-identity-full
     #[arg(long)]
     pub replica_identity_full: bool,
@@ -365,9 +386,16 @@ pub struct Check {
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
+    /// Print every statement that a migration with these options may run on either server, in order, with its condition and what
+    /// takes it back; asks no server
+    #[arg(long)]
+    pub plan: bool,
     /// Check also what `migrate --replicate-ddl` needs
     #[arg(long, conflicts_with_all = PART_OPTIONS)]
     pub replicate_ddl: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub all: AllDatabases,
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
@@ -380,11 +408,14 @@ pub struct MigrateAgain {
     #[allow(missing_docs)]
     pub migrate: Migrate,
     /// Bring the schema with its keys and indexes, no rows, and end
-    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "hypertables"])]
+    #[arg(long, conflicts_with_all = ["recopy", "data_only", "replicate_ddl", "replica_identity_full", "hypertables", "all_databases"])]
     pub schema_only: bool,
     /// Compare these tables (schema.name) with the source again before going on, and copy what differs
-    #[arg(long, value_name = "TABLE", num_args = 1..)]
+    #[arg(long, value_name = "TABLE", num_args = 1.., conflicts_with = "all_databases")]
     pub recopy: Vec<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub all: MigrateAll,
 }
 
 /// `walferry migrate` and `walferry resync`.
@@ -464,7 +495,7 @@ pub struct Status {
     /// One JSON object on standard output
     #[arg(long)]
     pub json: bool,
-    /// Show it again every second until interrupted
+    /// Show it all the time: on a terminal as a view that fills it (q quits), elsewhere as lines every second
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
     /// Exit with 1 when the migration has failed or is not running
@@ -507,7 +538,7 @@ pub struct TuneOptions {
 }
 
 /// `walferry verify`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Verify {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -604,10 +635,26 @@ mod tests {
     }
 
     #[test]
-    fn every_command_has_an_example() {
-        for command in Cli::command().get_subcommands() {
+    fn every_command_has_an_example_and_every_example_is_a_command_line() {
+        let mut parsed = 0;
+        let program = Cli::command();
+        let all =
+            program.get_subcommands().flat_map(|command| std::iter::once(command).chain(command.get_subcommands()));
+        for command in all {
             let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
             assert!(help.contains("Example"), "{} has none", command.get_name());
+            for line in help.replace("\\\n", " ").lines() {
+                let line =
+                    line.trim_start().trim_start_matches("Examples:").trim_start_matches("Example:").trim_start();
+                // Up to what only a shell understands.
+                let words: Vec<&str> = line.split_whitespace().take_while(|word| !["|", ">"].contains(word)).collect();
+                if words.first() == Some(&"walferry") && !line.contains('…') && !words.contains(&"--config") {
+                    let read = Cli::try_parse_from(&words);
+                    assert!(read.is_ok(), "{line}: {}", read.unwrap_err());
+                    parsed += 1;
+                }
+            }
         }
+        assert!(parsed >= 20, "{parsed}");
     }
 }

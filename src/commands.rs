@@ -1,8 +1,15 @@
 //! What each command does: from the raw command line to the parts of the library, and back to a person or a script.
 
 mod about;
+mod backfill;
+mod databases;
+mod next;
+mod plan;
+mod record;
+mod report;
 mod suggest;
 mod verify;
+mod watch;
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -21,20 +28,23 @@ use crate::cli::{self, Cli, Command};
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, Conversation, Request};
 use crate::cutover;
+use crate::databases::overview;
 use crate::demo::{self, DemoOptions};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{self, Error, ErrorKind, Result};
 use crate::migrate::{self, Config, Heal};
 use crate::observe::board::StatusBoard;
 use crate::observe::format::{duration, size_rate};
 use crate::observe::logging::LogFormat;
 use crate::observe::progress::ProgressMode;
 use crate::observe::status::{Phase, Status};
-use crate::observe::{logging, progress, render};
+use crate::observe::{locale, logging, progress, render};
 use crate::pause::What;
 use crate::queue;
+use crate::record::Server;
 use crate::source::standby::Standbys;
 use crate::state_directory::StateDirectory;
 use crate::target::index;
+use databases::All;
 
 /// Runs a command.
 ///
@@ -46,9 +56,25 @@ pub async fn run(cli: Cli) -> Result<()> {
     for warning in &cli.warnings {
         warn!("{warning}");
     }
-    match cli.command {
+    if cli.log_detail {
+        warn!("--log-detail: values of rows can be in this log");
+        error::log_detail();
+    }
+    let begun = record::begin(&cli.command);
+    let outcome = execute(cli.command, log_format, bars).await;
+    if let Some(begun) = begun {
+        begun.ended(outcome.as_ref().err());
+    }
+    outcome
+}
+
+async fn execute(command: Command, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
+    match command {
         Command::Check(options) => check(options).await,
         Command::Migrate(options) => {
+            if options.all.which.all_databases {
+                return databases::migrate(&options).await;
+            }
             let heal = if options.recopy.is_empty() { Heal::Nothing } else { Heal::Tables(options.recopy) };
             if options.schema_only {
                 return schema_only(&options.migrate).await;
@@ -66,8 +92,13 @@ pub async fn run(cli: Cli) -> Result<()> {
         Command::Pause(options) => pause(options, What::Apply, true).await,
         Command::Resume(options) => pause(options, What::All, false).await,
         Command::Tune(options) => tune(options).await,
-        Command::Verify(options) => verify::verify(options, log_format, bars).await,
+        Command::Verify(options) => match options.dir.as_deref().map(All::of).transpose()?.flatten() {
+            Some(all) => all.verify(options, log_format, bars).await,
+            None => verify::verify(options, log_format, bars).await,
+        },
         Command::Repair(options) => verify::repair(options).await,
+        Command::Backfill(options) => backfill::backfill(options, log_format, bars).await,
+        Command::Report(options) => report::report(options).await,
         Command::Clean(options) => clean(options).await,
         Command::Config(options) => about::config(options),
         Command::Completions(options) => about::completions(options.shell),
@@ -140,7 +171,10 @@ fn standbys(options: &cli::StandbyOptions, servers: &cli::Servers) -> Result<Sta
 }
 
 fn parse(name: &str, text: &str, command: &Option<String>) -> Result<ConnectionSpec> {
-    let spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
+    let mut spec = ConnectionSpec::parse(text).map_err(|error| error.context(format!("--{name}")))?;
+    if let Some(record) = record::ours() {
+        spec = spec.recorded(record.of(if name == "target" { Server::Target } else { Server::Source }));
+    }
     Ok(match command {
         Some(command) => spec.with_password_command(command.clone()),
         None => spec,
@@ -153,6 +187,12 @@ fn stands_in_the_arguments(text: &str) -> bool {
 }
 
 async fn check(options: cli::Check) -> Result<()> {
+    if options.all.all_databases {
+        return databases::check(options).await;
+    }
+    if options.plan {
+        return plan::print_plan(&options);
+    }
     let (source, target) = both(&options.servers)?;
     // What a migration of its own has left on both servers is in nobody's way.
     let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
@@ -206,6 +246,20 @@ fn default_quota(directory: &std::path::Path) -> u64 {
 }
 
 async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
+    overview::refuse(&options.directory.dir, if heal == Heal::Everything { "resync" } else { "migrate" })?;
+    let config = config(options, heal)?;
+    let board = StatusBoard::new();
+    let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
+    let shown = progress::start(board.clone(), mode);
+    let next = next::say(board.clone(), &options.directory.dir, options.when.cutover == cli::CutoverStart::Auto);
+    let outcome = migrate::run(config, &board).await;
+    drop((shown, next));
+    outcome?;
+    migrated(options, &board)
+}
+
+/// How a migration is to be done, from the command line.
+fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
     let (source, target) = both(&options.servers)?;
     let scope = options.filters.scope(Some(&options.place));
     if !scope.map_schemas.is_empty() && !options.no_reverse {
@@ -216,7 +270,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
         return Err(Error::new(ErrorKind::Usage, "there is no way back from hypertables to plain tables")
             .hint("Give --no-reverse beside --hypertables: the cutover is for good then."));
     }
-    let config = Config {
+    Ok(Config {
         source,
         target,
         standbys: standbys(&options.standbys, &options.servers)?,
@@ -246,14 +300,7 @@ async fn migrate(options: &cli::Migrate, heal: Heal, log_format: LogFormat, bars
             on_source_wal_max: options.care.on_source_wal_max,
             caps: options.connections.caps(),
         },
-    };
-    let board = StatusBoard::new();
-    let mode = ProgressMode::detect(log_format, bars, config.care.copy_jobs.unwrap_or(COPY_JOBS));
-    let shown = progress::start(board.clone(), mode);
-    let outcome = migrate::run(config, &board).await;
-    drop(shown);
-    outcome?;
-    migrated(options, &board)
+    })
 }
 
 /// `migrate --schema-only`.
@@ -295,7 +342,14 @@ fn migrated(options: &cli::Migrate, board: &StatusBoard) -> Result<()> {
 }
 
 async fn status(options: cli::Status) -> Result<()> {
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.status(&options).await;
+    }
     let directory = StateDirectory::at(&options.directory.dir);
+    if options.watch && watch::is_possible() {
+        return healthy(&options, &watch::watch(&directory).await?);
+    }
+    let moves = std::io::stdout().is_terminal() && !watch::is_dumb();
     loop {
         let status = read_status(&directory).await?;
         if options.json {
@@ -303,23 +357,23 @@ async fn status(options: cli::Status) -> Result<()> {
         } else {
             let page = render::render(&status, terminal_width());
             // Home and clear, so that nothing of the last page stays.
-            print(&if options.watch && std::io::stdout().is_terminal() {
-                format!("\x1b[H\x1b[2J{page}")
-            } else {
-                page
-            })?;
+            print(&if options.watch && moves { format!("\x1b[H\x1b[2J{page}") } else { page })?;
         }
         if !options.watch {
-            let healthy = status.process_alive && status.phase != Phase::Failed;
-            let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
-            return if options.exit_code && !healthy && !over {
-                Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"))
-            } else {
-                Ok(())
-            };
+            return healthy(&options, &status);
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+/// With `--exit-code`, whether a migration runs or is over as it should be.
+fn healthy(options: &cli::Status, status: &Status) -> Result<()> {
+    let healthy = status.process_alive && status.phase != Phase::Failed;
+    let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
+    if options.exit_code && !healthy && !over {
+        return Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"));
+    }
+    Ok(())
 }
 
 /// From the running migration; where none runs, what it wrote down last.
@@ -354,6 +408,9 @@ enum Way {
 }
 
 async fn switch(options: cli::Switch, way: Way) -> Result<()> {
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.switch(&options, way).await;
+    }
     let directory = StateDirectory::at(&options.directory.dir);
     let status = read_status(&directory).await?;
     if !options.yes && !options.dry_run && std::io::stdin().is_terminal() {
@@ -389,21 +446,11 @@ async fn switch(options: cli::Switch, way: Way) -> Result<()> {
 }
 
 async fn finish(options: cli::Finish) -> Result<()> {
-    let directory = StateDirectory::at(&options.directory.dir);
-    let asked = async { Conversation::begin(&directory, &Request::Finish).await?.next().await };
-    match asked.await {
-        Ok(Answer::Finished) => {}
-        Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
-        Err(error) => {
-            // Where none runs, what it would do is done here.
-            let Ok(_locked) = directory.lock() else { return Err(error) };
-            let (source, target) = either_or_known(&options.servers, directory.path())?;
-            let Some(target) = target else { return Err(error) };
-            if let Some(left) = migrate::finish_without_process(&target, source.as_ref()).await? {
-                warn!("{left}");
-            }
-        }
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.finish(&options).await;
     }
+    let directory = StateDirectory::at(&options.directory.dir);
+    end_the_way_back(&directory, || either_or_known(&options.servers, directory.path())).await?;
     if options.json {
         return print_json(&json!({ "version": 1, "finished": true }));
     }
@@ -412,6 +459,31 @@ async fn finish(options: cli::Finish) -> Result<()> {
          When you need it no more: walferry clean --dir {}\n",
         directory.path().display()
     ))
+}
+
+/// Ends the way back of a migration, whether it runs or not.
+async fn end_the_way_back(
+    directory: &StateDirectory,
+    servers: impl FnOnce() -> Result<(Option<ConnectionSpec>, Option<ConnectionSpec>)>,
+) -> Result<()> {
+    let asked = async { Conversation::begin(directory, &Request::Finish).await?.next().await };
+    match asked.await {
+        Ok(Answer::Finished) => {}
+        Ok(_) => return Err(Error::new(ErrorKind::Other, "the migration answered something else")),
+        Err(error) => {
+            // Where none runs, what it would do is done here; only where there is a directory: to lock it would make it.
+            if !directory.path().is_dir() {
+                return Err(error);
+            }
+            let Ok(_locked) = directory.lock() else { return Err(error) };
+            let (source, target) = servers()?;
+            let Some(target) = target else { return Err(error) };
+            if let Some(left) = migrate::finish_without_process(&target, source.as_ref()).await? {
+                warn!("{left}");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// How a cutover is to be done, from the command line.
@@ -485,29 +557,7 @@ fn rehearsed(rehearsal: &cutover::Rehearsal, json: bool) -> Result<()> {
     if json {
         print_json(rehearsal)?;
     } else {
-        let mut page = String::new();
-        for finding in &rehearsal.preconditions {
-            let sign = match finding.weight {
-                cutover::Weight::Ok => "ok",
-                cutover::Weight::Warning => "warning",
-                cutover::Weight::Blocks => "NOT READY",
-            };
-            page.push_str(&format!("  {sign:<10}{}: {}\n", finding.name, finding.text));
-            if let Some(hint) = &finding.hint {
-                page.push_str(&format!("  {:<10}next: {hint}\n", ""));
-            }
-        }
-        page.push_str(&format!(
-            "{} tables to lock, {} sequences to set.\n",
-            rehearsal.tables_to_lock, rehearsal.sequences
-        ));
-        if let Some(measured) = &rehearsal.estimate {
-            page.push_str(&format!(
-                "Writers would wait about {:.0} ms. Measured: {}.\n",
-                measured.downtime_ms, rehearsal.estimated_from
-            ));
-        }
-        print(&page)?;
+        print(&rehearsal_page(rehearsal))?;
     }
     if rehearsal.ready {
         return Ok(());
@@ -515,7 +565,34 @@ fn rehearsed(rehearsal: &cutover::Rehearsal, json: bool) -> Result<()> {
     Err(Error::new(ErrorKind::Aborted, "a cutover would not begin now; nothing was touched"))
 }
 
+/// What a rehearsal found, for people.
+fn rehearsal_page(rehearsal: &cutover::Rehearsal) -> String {
+    let mut page = String::new();
+    for finding in &rehearsal.preconditions {
+        let sign = match finding.weight {
+            cutover::Weight::Ok => "ok",
+            cutover::Weight::Warning => "warning",
+            cutover::Weight::Blocks => "NOT READY",
+        };
+        page.push_str(&format!("  {sign:<10}{}: {}\n", finding.name, finding.text));
+        if let Some(hint) = &finding.hint {
+            page.push_str(&format!("  {:<10}next: {hint}\n", ""));
+        }
+    }
+    page.push_str(&format!("{} tables to lock, {} sequences to set.\n", rehearsal.tables_to_lock, rehearsal.sequences));
+    if let Some(measured) = &rehearsal.estimate {
+        page.push_str(&format!(
+            "Writers would wait about {:.0} ms. Measured: {}.\n",
+            measured.downtime_ms, rehearsal.estimated_from
+        ));
+    }
+    page
+}
+
 async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Result<()> {
+    if let Some(all) = All::of(&options.directory.dir)? {
+        return all.pause(&options, otherwise, rest).await;
+    }
     let directory = StateDirectory::at(&options.directory.dir);
     let request = Request::Pause { what: options.what.unwrap_or(otherwise), rest };
     let Answer::Paused(paused) = Conversation::begin(&directory, &request).await?.next().await? else {
@@ -529,6 +606,7 @@ async fn pause(options: cli::PauseOptions, otherwise: What, rest: bool) -> Resul
 }
 
 async fn tune(options: cli::TuneOptions) -> Result<()> {
+    overview::refuse(&options.directory.dir, "tune")?;
     let directory = StateDirectory::at(&options.directory.dir);
     let cli::TuneOptions { copy_jobs, copy_rate, max_standby_lag, .. } = options;
     let request = Request::Tune(Change { copy_jobs, copy_rate, max_standby_lag });
@@ -558,7 +636,12 @@ fn ask(status: &Status) -> Result<()> {
     for blocker in &status.blockers {
         eprintln!("  but   {blocker}");
     }
-    eprint!("All other sessions of the source's database will be ended. Switch now? [y/N] ");
+    ask_on_terminal("All other sessions of the source's database will be ended. Switch now?")
+}
+
+/// Goes on only after a yes.
+fn ask_on_terminal(question: &str) -> Result<()> {
+    eprint!("{question} [y/N] ");
     let mut answer = String::new();
     std::io::stdin().read_line(&mut answer)?;
     if matches!(answer.trim(), "y" | "Y" | "yes") {
@@ -568,11 +651,18 @@ fn ask(status: &Status) -> Result<()> {
     }
 }
 
+/// The standby that a migration's slot may be on, as it is given or as its state directory knows it.
+fn standby_to_clean(options: &cli::Clean, directory: Option<&Path>) -> Result<Option<ConnectionSpec>> {
+    let identity = directory.map(|directory| StateDirectory::at(directory).identity()).transpose()?.flatten();
+    let standby = options.stream_from.clone().or(identity.and_then(|identity| identity.stream_from));
+    standby.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()
+}
+
 async fn clean(options: cli::Clean) -> Result<()> {
-    let identity = options.dir.as_deref().map(|dir| StateDirectory::at(dir).identity()).transpose()?.flatten();
-    let standby = options.stream_from.or(identity.and_then(|identity| identity.stream_from));
-    let standby =
-        standby.map(|text| parse("stream-from", &text, &options.servers.source_password_command)).transpose()?;
+    if let Some(all) = options.dir.as_deref().map(All::of).transpose()?.flatten() {
+        return all.clean(&options).await;
+    }
+    let standby = standby_to_clean(&options, options.dir.as_deref())?;
     let removed = match &options.dir {
         Some(directory) => {
             let (source, target) = either_or_known(&options.servers, directory)?;
@@ -594,11 +684,16 @@ async fn clean(options: cli::Clean) -> Result<()> {
 
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-    print(&format!("{text}\n"))
+    print_exactly(&format!("{text}\n"))
+}
+
+/// Writes to standard output what people read.
+fn print(text: &str) -> Result<()> {
+    print_exactly(&locale::shown(text))
 }
 
 /// Writes to standard output. A reader who has gone away (`| head`) is no error.
-fn print(text: &str) -> Result<()> {
+fn print_exactly(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),

@@ -357,7 +357,7 @@ impl Conversation {
         });
         let mut stream = stream.map_err(|_| {
             Error::new(ErrorKind::Other, format!("no migration is running in {}", directory.path().display()))
-                .hint(format!("Start it, or go on with it: walferry migrate --dir {} …", directory.path().display()))
+                .hint(how_to_start(directory))
         })?;
         let mut line = serde_json::to_vec(request).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
         line.push(b'\n');
@@ -394,6 +394,18 @@ impl Conversation {
             }
             answer => Ok(answer),
         }
+    }
+}
+
+fn how_to_start(directory: &StateDirectory) -> String {
+    let path = directory.path().display();
+    match directory.identity() {
+        Ok(None) => format!(
+            "There is no migration in that directory: is --dir right? To begin one: walferry migrate --source … --target … --dir {path}"
+        ),
+        _ => format!(
+            "Go on with it, with the options that it was begun with: walferry migrate --source … --target … --dir {path}"
+        ),
     }
 }
 

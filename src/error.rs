@@ -2,9 +2,10 @@
 //!
 //! An error says what was being done and with which object, what the server said (with its SQLSTATE), and what to
 //! do next. Its [`ErrorKind`] decides between trying again and giving up, and which code the process exits with.
-//! The DETAIL of a server's error is left out: it holds row values.
+//! The DETAIL of a server's error is left out: it holds row values ([`log_detail`] has it logged).
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio_postgres::error::SqlState;
 
@@ -143,8 +144,27 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {}
 
+/// Whether the DETAIL of servers' errors is logged.
+static LOG_DETAIL: AtomicBool = AtomicBool::new(false);
+
+/// Has the DETAIL of servers' errors logged from now on (`--log-detail`). It holds values of rows; errors themselves never have it, so it
+/// comes into no status, no ledger and no report.
+pub fn log_detail() {
+    LOG_DETAIL.store(true, Ordering::Relaxed);
+}
+
+/// Logs what a server said beside its message, where that was asked for.
+pub(crate) fn say_detail(message: &str, detail: Option<&str>) {
+    if let (true, Some(detail)) = (LOG_DETAIL.load(Ordering::Relaxed), detail) {
+        tracing::warn!("DETAIL of \"{message}\": {detail}");
+    }
+}
+
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Error {
+        if let Some(server) = error.as_db_error() {
+            say_detail(server.message(), server.detail());
+        }
         let (message, sqlstate) = match error.as_db_error() {
             Some(server) => {
                 (format!("{} (SQLSTATE {})", server.message(), server.code().code()), Some(server.code().clone()))

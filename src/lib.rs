@@ -14,6 +14,7 @@
 //! The modules below stand in the order of the data; [`migrate`] is the one place that knows all phases.
 //! ARCHITECTURE.md in the repository says which invariant each part keeps, and which test guards it.
 
+pub mod backfill;
 pub mod migrate;
 
 pub mod connection;
@@ -37,8 +38,11 @@ pub mod verify;
 pub mod check;
 pub mod clean;
 pub mod control;
+pub mod databases;
 pub mod observe;
 pub mod pause;
+pub mod record;
+pub mod report;
 pub mod state_directory;
 
 pub mod cli;

@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use walferry::cli::Cli;
 use walferry::error::{Error, ErrorKind};
+use walferry::observe::locale;
+use walferry::observe::logging::wants_colour;
 use walferry::settings::Arguments;
 use walferry::{commands, settings};
 
@@ -43,7 +45,8 @@ fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
         error.exit();
     }
     let styled = error.render();
-    let mut text = if std::io::stderr().is_terminal() { styled.ansi().to_string() } else { styled.to_string() };
+    let mut text =
+        if std::io::stderr().is_terminal() && wants_colour() { styled.ansi().to_string() } else { styled.to_string() };
     for argument in &arguments.all {
         let argument = argument.to_string_lossy();
         let value = argument.split_once('=').map_or("", |(_, value)| value);
@@ -54,10 +57,14 @@ fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
         }
     }
     eprint!("{text}{}", arguments.origins(&styled.to_string()));
+    if error.kind() == clap::error::ErrorKind::MissingRequiredArgument && text.contains("--dir") {
+        eprintln!(" next: Give --dir, or set WALFERRY_DIR; a settings file can hold it too (walferry config example).");
+    }
     std::process::exit(i32::from(ErrorKind::Usage.exit_code()))
 }
 
 /// A name in an error may hold escape sequences; line breaks are ours too.
 fn for_terminal(text: &str) -> String {
-    text.split('\n').map(walferry::observe::format::printable).collect::<Vec<_>>().join("\n")
+    let lines = text.split('\n').map(walferry::observe::format::printable).collect::<Vec<_>>().join("\n");
+    locale::shown(&lines).into_owned()
 }

@@ -25,11 +25,13 @@ mod stall;
 mod standby;
 mod way_back;
 
-pub(crate) use identify::application_name;
+pub(crate) use background::{keep_status, write_status};
+pub(crate) use identify::{application_name, new_id};
 pub(crate) use prepare::end_sessions;
 pub use schema_only::schema_only;
 pub(crate) use way_back::finish_without_process;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,6 +40,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tracing::Instrument;
 
 use crate::apply::conflict::OnConflict;
 use crate::apply::gate::Gate;
@@ -55,6 +58,7 @@ use crate::observe::status::{Level, Phase as ShownPhase};
 use crate::observe::{http, metrics};
 use crate::pause::Pause;
 use crate::queue;
+use crate::record::{self, Recorder, past};
 use crate::source::receive;
 use crate::source::scope::Scope;
 use crate::source::standby::Standbys;
@@ -192,9 +196,17 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
     let config = config.fitted(board)?;
     let directory = StateDirectory::at(&config.directory).lock()?;
     let shown = directory.directory().clone();
+    let record = config.source.record().map(|record| record.recorder().clone());
+    let mut past = None;
+    if let Some(record) = &record {
+        record::shorten(shown.path())?;
+        record.open();
+        past = Some(past::Keeper::new(shown.path(), record.clone(), board.clone()));
+    }
     let outcome = tokio::select! {
         outcome = begin(config.clone(), board, directory) => outcome,
         error = stop_signal() => Err(error),
+        never = async { tokio::join!(keep_past(&mut past), keep_record(&record, &config)).0 } => match never {},
     };
     if let Err(error) = &outcome {
         if error.kind() == ErrorKind::Interrupted {
@@ -205,7 +217,32 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         background::lift_fence_if_possible(&config, board).await;
     }
     background::write_status(&shown, board);
+    if let Some(past) = &mut past {
+        past.tick();
+    }
+    if let (Some(record), Ok(())) = (&record, &outcome) {
+        record.write_counts();
+        // The last of it; where the target does not answer, the state directory has it.
+        let carried = record::ledger::Mirror::default().carry(record, &config.target, "walferry").await;
+        carried.unwrap_or_else(|error| tracing::debug!(%error, "the record's copy in the ledger lacks its end"));
+    }
     outcome
+}
+
+/// Keeps what happens for the report.
+async fn keep_past(past: &mut Option<past::Keeper>) -> Infallible {
+    match past {
+        Some(past) => past.keep().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Keeps the record's copy in the ledger.
+async fn keep_record(record: &Option<Recorder>, config: &Config) -> Infallible {
+    match record {
+        Some(record) => record::ledger::keep(record.clone(), config.target.clone(), "walferry").await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) -> Result<()> {
@@ -229,7 +266,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
     let mut backoff = Backoff::new();
     let automatic = config.automatic.clone().map(|automatic| automatic.run(board.clone(), cutovers_by_itself));
     let mut automatically = JoinSet::new();
-    automatic.map(|automatic| automatically.spawn(automatic));
+    automatic.map(|automatic| automatically.spawn(automatic.in_current_span()));
     let application_name = loop {
         let identified = async {
             background::let_ourselves_in(&config, directory.directory(), board).await?;
@@ -302,11 +339,11 @@ impl Running {
         // Tasks of their own, so that receiving never waits for a phase; they end with this set.
         let mut beside = JoinSet::new();
         let (source, to_queue, board) = (self.config.stream_source().clone(), queue.clone(), self.board.clone());
-        beside.spawn(receive::run(source, subscription, to_queue, appender, board));
+        beside.spawn(receive::run(source, subscription, to_queue, appender, board).in_current_span());
         let background = Arc::new(self.background(&migration));
         let (watching, trimming, to_trim) = (Arc::clone(&background), Arc::clone(&background), queue.clone());
-        beside.spawn(async move { trimming.trim(to_trim).await });
-        beside.spawn(async move { watching.watch_source().await });
+        beside.spawn(async move { trimming.trim(to_trim).await }.in_current_span());
+        beside.spawn(async move { watching.watch_source().await }.in_current_span());
         self.watch_standby(&migration, &mut beside);
         let point_taker = self.point_taker(&migration, &queue);
         let Requests { cutovers, points, repairs } = requests;

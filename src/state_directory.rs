@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::crashsafe;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
+use crate::record;
 use crate::source::scope::Scope;
 
 /// The version of `migration.json` (H18).
@@ -295,6 +296,10 @@ impl LockedDirectory {
             "migration.json",
             "migration.new",
             "schema.dump",
+            record::FILE,
+            "record.new",
+            record::past::FILE,
+            "history.new",
             "lock",
         ] {
             match std::fs::remove_file(path.join(file)) {

@@ -4,6 +4,7 @@
 
 mod support;
 
+mod all_databases;
 mod care;
 mod clean;
 mod conflict;

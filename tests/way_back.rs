@@ -191,7 +191,10 @@ async fn finish_ends_the_way_back_with_or_without_a_process_and_with_the_old_pri
     servers.source.stop(walferry::demo::server::StopMode::Immediate).await.unwrap();
     // By a process that has only just begun, too.
     let running = migration.migrate(&[]);
-    until("it answers", || async { migration.status().await.filter(|status| status["direction"] == "back") }).await;
+    until("it answers", || async {
+        migration.status().await.filter(|status| status["direction"] == "back" && status["process_alive"] == true)
+    })
+    .await;
     let finished = migration.with_directory("finish", &[]).await;
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
     assert_eq!(running.wait().await.code, Some(0));

@@ -6,7 +6,7 @@
 //! taken on trust. What cannot be run, or cannot be proven, stops the apply at its place; a target that has been brought there by
 //! hand is gone on with.
 
-mod statement;
+pub(crate) mod statement;
 
 use std::collections::BTreeMap;
 

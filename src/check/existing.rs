@@ -60,6 +60,19 @@ pub(crate) async fn compare(
     Ok(findings)
 }
 
+/// What stands against rows of these tables coming to the target's tables of the same name, by whatever way they come.
+///
+/// # Errors
+/// Whatever the server says.
+pub(crate) async fn differences_of(target: &Client, tables: &[Table], role: ApplyRole) -> Result<Vec<Finding>> {
+    let mut findings = differences(tables, &read(target).await?);
+    findings.extend(always_fires(target, tables).await?);
+    if role == ApplyRole::Origin {
+        findings.extend(fires_in_origin_role(target, tables).await?);
+    }
+    Ok(findings)
+}
+
 fn name(table: &Table) -> Name {
     (table.schema.clone(), table.name.clone())
 }
@@ -249,7 +262,7 @@ async fn fires_in_origin_role(target: &Client, tables: &[Table]) -> Result<Optio
              FROM pg_catalog.pg_trigger t \
              JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              LEFT JOIN pg_catalog.pg_constraint k ON k.oid = t.tgconstraint \
-             WHERE t.tgenabled <> 'D' AND coalesce(k.contype, 't') NOT IN ('p', 'u', 'x') \
+             WHERE t.tgenabled <> 'D' AND coalesce(k.contype, 't') NOT IN ('p', 'u', 'x') AND t.tgname <> 'ts_insert_blocker' \
              UNION \
              SELECT n.nspname, c.relname, 'rule ' || pg_catalog.quote_ident(w.rulename) FROM pg_catalog.pg_rewrite w \
              JOIN pg_catalog.pg_class c ON c.oid = w.ev_class JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \

@@ -12,17 +12,19 @@
 //! Everything is read in sessions whose transactions are read-only, with a few queries over whole catalogs and none per
 //! table; only the trial of a copy (`estimate`) writes, in a transaction that it rolls back. A finding says what was found on which object, why it matters, and the SQL that mends it.
 
+mod all;
 mod both;
 mod ddl;
 mod differing;
 mod estimate;
-mod existing;
+pub(crate) mod existing;
 mod hypertables;
 mod local;
 mod objects;
 mod report;
 mod scope;
 mod server;
+mod several;
 mod source;
 mod standby;
 mod target;
@@ -36,6 +38,7 @@ use std::time::Duration;
 use futures_util::future::{join, try_join};
 use tokio_postgres::Client;
 
+pub use all::{AllChecked, Checked, all};
 pub use estimate::{Estimate, TriedTable};
 pub(crate) use report::that_stand;
 pub use report::{Finding, Report, ServerSummary, Severity, Side};

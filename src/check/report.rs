@@ -223,7 +223,7 @@ impl fmt::Display for Report {
     }
 }
 
-fn write_finding(f: &mut fmt::Formatter<'_>, finding: &Finding) -> fmt::Result {
+pub(super) fn write_finding(f: &mut fmt::Formatter<'_>, finding: &Finding) -> fmt::Result {
     let side = match finding.side {
         Side::Source => "source",
         Side::Target => "target",

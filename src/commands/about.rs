@@ -6,7 +6,7 @@ use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::{print, print_json};
+use super::{print, print_exactly, print_json};
 use crate::cli::{self, Cli};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::settings;
@@ -14,7 +14,7 @@ use crate::settings;
 /// `walferry config`.
 pub(super) fn config(options: cli::ConfigOptions) -> Result<()> {
     let (file, json) = match options.what {
-        cli::ConfigCommand::Example => return print(&settings::example(&Cli::command())),
+        cli::ConfigCommand::Example => return print_exactly(&settings::example(&Cli::command())),
         cli::ConfigCommand::Check { file, json } => (file, json),
     };
     let report = settings::check(&Cli::command(), &file)?;
@@ -34,7 +34,7 @@ pub(super) fn config(options: cli::ConfigOptions) -> Result<()> {
 pub(super) fn completions(shell: Shell) -> Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "walferry", &mut script);
-    print(&String::from_utf8_lossy(&script))
+    print_exactly(&String::from_utf8_lossy(&script))
 }
 
 /// `walferry man`: one page on standard output, or all of them as files.
@@ -52,7 +52,7 @@ pub(super) fn man(options: &cli::ManOptions) -> Result<()> {
                 page(command, &format!("walferry-{name}"))?
             }
         };
-        return print(&page);
+        return print_exactly(&page);
     };
     std::fs::create_dir_all(directory).context(|| format!("making {}", directory.display()))?;
     write_page(directory, &program, "walferry")?;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 use tracing::{info, warn};
@@ -15,6 +15,7 @@ use super::{both, either_or_known, print, print_json, read_status};
 use crate::cli;
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, Conversation, Request};
+use crate::databases::overview;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::format::{count, duration};
 use crate::observe::logging::LogFormat;
@@ -33,10 +34,52 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(200);
 
 pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: MultiProgress) -> Result<()> {
+    let as_json = options.json;
+    let compared = compare(options, log_format, bars).await?;
+    if as_json {
+        print_json(&compared.value)?
+    } else {
+        print(&compared.text)?
+    }
+    compared.verdict
+}
+
+/// What a comparison came to.
+pub(super) struct Compared {
+    /// As `--json` prints it.
+    pub(super) value: Value,
+    /// For people.
+    pub(super) text: String,
+    /// Whether all is equal.
+    pub(super) verdict: Result<()>,
+}
+
+/// Compares, and keeps in the ledger what it came to.
+async fn compare(options: cli::Verify, log_format: LogFormat, bars: MultiProgress) -> Result<Compared> {
     let (source, target) = match &options.dir {
         None => both(&options.servers)?,
-        Some(directory) => known(&options.servers, directory).await?,
+        Some(directory) => known(either_or_known(&options.servers, directory)?, directory).await?,
     };
+    compare_servers(options, (source, target), log_format, bars).await
+}
+
+/// The same for one of several databases, whose state directory `options.dir` is.
+pub(super) async fn compare_member(
+    options: cli::Verify,
+    servers: Result<(Option<ConnectionSpec>, Option<ConnectionSpec>)>,
+    log_format: LogFormat,
+    bars: MultiProgress,
+) -> Result<Compared> {
+    let servers = known(servers?, options.dir.as_deref().unwrap_or(Path::new("."))).await?;
+    compare_servers(options, servers, log_format, bars).await
+}
+
+async fn compare_servers(
+    options: cli::Verify,
+    (source, target): (ConnectionSpec, ConnectionSpec),
+    log_format: LogFormat,
+    bars: MultiProgress,
+) -> Result<Compared> {
     let caps = options.connections.caps();
     let jobs = caps.fit_comparison(options.jobs)?;
     let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
@@ -100,7 +143,11 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
     if directory.is_some() && recorded.is_some() {
         keep(&target, &report, point.as_ref(), options.tables.is_none() && !filters.is_part(), began.elapsed()).await?;
     }
-    show(&report, point.as_ref(), held, began.elapsed(), options.json)?;
+    let (value, text) = shown_as(&report, point.as_ref(), held, began.elapsed())?;
+    Ok(Compared { value, text, verdict: verdict(&report, point.is_some()) })
+}
+
+fn verdict(report: &Report, online: bool) -> Result<()> {
     let differs = report.tables.iter().any(|table| !table.equal);
     if !differs {
         if !report.stale.is_empty() {
@@ -115,7 +162,7 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
     let different = report.tables.iter().filter(|table| !table.equal).count();
     let text = if different == 1 { "1 table differs".to_owned() } else { format!("{different} tables differ") };
     let error = Error::new(ErrorKind::Different, text);
-    Err(if point.is_some() {
+    Err(if online {
         error.hint("Find out who writes to the target. `walferry repair` then copies again what differs.")
     } else {
         error
@@ -124,10 +171,13 @@ pub(super) async fn verify(options: cli::Verify, log_format: LogFormat, bars: Mu
 
 /// The servers of the migration in a state directory: the one that is followed, and the one that follows. On the way back they have each
 /// other's place.
-async fn known(servers: &cli::Servers, directory: &Path) -> Result<(ConnectionSpec, ConnectionSpec)> {
+async fn known(
+    servers: (Option<ConnectionSpec>, Option<ConnectionSpec>),
+    directory: &Path,
+) -> Result<(ConnectionSpec, ConnectionSpec)> {
     let status = read_status(&StateDirectory::at(directory)).await;
     let is_way_back = status.is_ok_and(|status| status.direction == Direction::Back);
-    match either_or_known(servers, directory)? {
+    match servers {
         (Some(source), Some(target)) if is_way_back => Ok((target, source)),
         (Some(source), Some(target)) => Ok((source, target)),
         _ => Err(Error::new(
@@ -162,23 +212,18 @@ async fn keep(
     record::record(&client, &verification).await
 }
 
-fn show(
+fn shown_as(
     report: &Report,
     point: Option<&CommonPoint>,
     held: Option<Duration>,
     took: Duration,
-    as_json: bool,
-) -> Result<()> {
-    if as_json {
-        let mut value =
-            serde_json::to_value(report).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-        value["seconds"] = json!(took.as_secs_f64());
-        value["online"] = json!(point.is_some());
-        value["source_lsn"] = json!(point.map(|point| point.source_lsn));
-        value["apply_rested_ms"] = json!(point.map(|point| point.rested_ms));
-        value["snapshots_held_seconds"] = json!(held.map(|held| held.as_secs_f64()));
-        return print_json(&value);
-    }
+) -> Result<(Value, String)> {
+    let mut value = serde_json::to_value(report).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+    value["seconds"] = json!(took.as_secs_f64());
+    value["online"] = json!(point.is_some());
+    value["source_lsn"] = json!(point.map(|point| point.source_lsn));
+    value["apply_rested_ms"] = json!(point.map(|point| point.rested_ms));
+    value["snapshots_held_seconds"] = json!(held.map(|held| held.as_secs_f64()));
     let took = duration(took.as_secs_f64());
     let at = match (point, held) {
         (Some(point), Some(held)) => format!(
@@ -189,7 +234,7 @@ fn show(
         ),
         _ => format!("Compared in {took}."),
     };
-    print(&format!("{report}\n{at}\n"))
+    Ok((value, format!("{report}\n{at}\n")))
 }
 
 /// About how many rows there are to compare.
@@ -262,9 +307,10 @@ impl Drop for Shown {
 }
 
 pub(super) async fn repair(options: cli::Repair) -> Result<()> {
+    overview::refuse(&options.directory.dir, "repair")?;
     let path = &options.directory.dir;
     let directory = StateDirectory::at(path);
-    let (_, target) = known(&options.servers, path).await?;
+    let (_, target) = known(either_or_known(&options.servers, path)?, path).await?;
     let client = target.connect(APPLICATION_NAME).await?;
     let recorded: Vec<Table> = ledger::tables(&client).await?.into_iter().map(|entry| entry.table).collect();
     let Some(names) = what_to_repair(&client, options.tables).await? else {

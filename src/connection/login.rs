@@ -16,6 +16,7 @@ use super::spec::{ConnectionSpec, Host, Wanted};
 use super::stream::{Address, Negotiated, Stream};
 use super::tls::{SslMode, TlsFailure};
 use crate::error::{Error, ErrorKind, Result, with_causes};
+use crate::record::Recorded;
 
 /// Who logs in, and how.
 pub(crate) struct Login {
@@ -33,6 +34,8 @@ pub(crate) struct Login {
     pub(crate) channel_binding: ChannelBindingPolicy,
     /// Counts the session for as long as it is open.
     pub(super) counted: Counted,
+    /// Where the server's version is written down.
+    pub(super) recorded: Option<Recorded>,
 }
 
 /// `channel_binding`.
@@ -96,15 +99,23 @@ pub(crate) async fn client(stream: Stream, login: &Login, with_settings: bool) -
         // "Direct" means that the client sends no SSLRequest of its own: the session below it is already there.
         config.ssl_mode(ClientSslMode::Require).ssl_negotiation(SslNegotiation::Direct);
         let (client, connection) = config.connect_raw(stream, Negotiated).await.map_err(|e| refusal(e, login))?;
+        note_version(login, connection.parameter("server_version"));
         tokio::spawn(drive(connection));
         client
     } else {
         config.ssl_mode(ClientSslMode::Disable);
         let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(|e| refusal(e, login))?;
+        note_version(login, connection.parameter("server_version"));
         tokio::spawn(drive(connection));
         client
     };
     Ok(client)
+}
+
+fn note_version(login: &Login, version: Option<&str>) {
+    if let (Some(recorded), Some(version)) = (&login.recorded, version) {
+        recorded.server_version(version);
+    }
 }
 
 /// The first row that statements answer, as text.
@@ -196,6 +207,7 @@ async fn open_with<S: Session>(
                 application_name: application_name.to_owned(),
                 channel_binding: spec.channel_binding,
                 counted: counted.clone(),
+                recorded: spec.recorded.clone(),
             };
             match at_host(spec, host, &login, wanted).await {
                 Ok(session) => return Ok(session),
@@ -319,6 +331,11 @@ async fn attempt<S: Session>(
         })?;
     }
     stream.count(login.counted.clone());
+    if S::IS_A_SERVER
+        && let Some(recorded) = &spec.recorded
+    {
+        stream.record(recorded.clone());
+    }
     S::log_in(stream, login).await.map_err(|error| Failure::from(explain(error)))
 }
 

@@ -17,6 +17,7 @@ use super::stream::Keepalive;
 use super::tls::TlsSettings;
 use super::{parse, password_command, settings};
 use crate::error::{Error, ErrorKind, Result};
+use crate::record::Recorded;
 
 const DEFAULT_PORT: u16 = 5432;
 
@@ -47,6 +48,8 @@ pub struct ConnectionSpec {
     pub(super) wanted: Wanted,
     /// What is open by this and its clones.
     pub(super) connections: ConnectionCount,
+    /// Where what changes the server is written down.
+    pub(super) recorded: Option<Recorded>,
 }
 
 /// One of the servers to try.
@@ -128,6 +131,18 @@ impl ConnectionSpec {
     pub fn with_connections_max(mut self, max: Option<usize>) -> ConnectionSpec {
         self.connections = ConnectionCount::new(max);
         self
+    }
+
+    /// Has every statement that changes the server written down before it is sent, from now on.
+    #[must_use]
+    pub fn recorded(mut self, recorded: Recorded) -> ConnectionSpec {
+        self.recorded = Some(recorded);
+        self
+    }
+
+    /// Where what changes the server is written down, if anywhere.
+    pub fn record(&self) -> Option<&Recorded> {
+        self.recorded.as_ref()
     }
 
     /// How many connections are open by this and its clones.
@@ -251,6 +266,7 @@ impl ConnectionSpec {
             keepalive: keepalive(&parameters)?,
             wanted: wanted(&parameters)?,
             connections: ConnectionCount::new(None),
+            recorded: None,
             password,
             password_is_inline,
             password_command: None,

@@ -14,6 +14,8 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 
 use super::count::Counted;
+use crate::record::Recorded;
+use crate::record::wire::Scanner;
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +62,8 @@ pub(crate) struct Stream {
     pub(super) end_point: Option<Vec<u8>>,
     /// Counts it until it is closed.
     _counted: Option<Counted>,
+    /// Finds the statements that change the server.
+    scanner: Option<Box<Scanner>>,
 }
 
 enum Transport {
@@ -79,7 +83,7 @@ impl Stream {
                 Transport::Tcp(stream)
             }
         };
-        Ok(Stream { transport, end_point: None, _counted: None })
+        Ok(Stream { transport, end_point: None, _counted: None, scanner: None })
     }
 
     /// The bare TCP stream, before TLS.
@@ -92,12 +96,17 @@ impl Stream {
 
     /// A stream over a TLS session.
     pub(super) fn secured(stream: tokio_rustls::client::TlsStream<TcpStream>, end_point: Option<Vec<u8>>) -> Stream {
-        Stream { transport: Transport::Tls(Box::new(stream)), end_point, _counted: None }
+        Stream { transport: Transport::Tls(Box::new(stream)), end_point, _counted: None, scanner: None }
     }
 
     /// Has it counted until it is closed.
     pub(super) fn count(&mut self, counted: Counted) {
         self._counted = Some(counted);
+    }
+
+    /// Has what changes the server written down before it is sent, from the start-up message on.
+    pub(super) fn record(&mut self, recorded: Recorded) {
+        self.scanner = Some(Box::new(Scanner::new(recorded)));
     }
 
     /// Whether what goes through it is encrypted.
@@ -139,11 +148,19 @@ impl AsyncRead for Stream {
 
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().transport {
+        let this = self.get_mut();
+        if let Some(scanner) = &mut this.scanner {
+            scanner.before(buffer);
+        }
+        let written = match &mut this.transport {
             Transport::Tcp(stream) => Pin::new(stream).poll_write(cx, buffer),
             Transport::Unix(stream) => Pin::new(stream).poll_write(cx, buffer),
             Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buffer),
+        };
+        if let (Some(scanner), Poll::Ready(Ok(bytes))) = (&mut this.scanner, &written) {
+            scanner.sent(*bytes);
         }
+        written
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

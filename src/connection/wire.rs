@@ -18,7 +18,7 @@ use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, SCR
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use super::{ChannelBindingPolicy, ConnectionSpec, Login, Session, Stream, no_password, open};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, say_detail};
 
 /// Protocol version 3.0.
 const PROTOCOL_VERSION: i32 = 3 << 16;
@@ -445,7 +445,14 @@ fn zero_terminated(text: &str) -> Vec<u8> {
 /// The server's error without its DETAIL, which can hold row values.
 pub(crate) fn server_error(payload: &[u8]) -> Error {
     let fields = ErrorFields::parse(payload);
+    say_detail(fields.message.as_deref().unwrap_or_default(), detail(payload));
     Error::from_server(fields.code.as_deref().unwrap_or("XX000"), fields.message.as_deref().unwrap_or("no message"))
+}
+
+/// The field `D` of an error: each is a byte that says which, and a text that ends with a zero.
+fn detail(payload: &[u8]) -> Option<&str> {
+    let field = payload.split(|&byte| byte == 0).find(|field| field.first() == Some(&b'D'))?;
+    std::str::from_utf8(&field[1..]).ok()
 }
 
 /// An error of the line or of the framing.

@@ -20,7 +20,7 @@
 mod exchange;
 mod part;
 mod plan;
-mod watchdog;
+pub(crate) mod watchdog;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +29,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
+use tracing::Instrument;
 
 use crate::care::pace::Pace;
 use crate::care::tune::Tune;
@@ -126,7 +127,7 @@ impl Copier {
                         stale: Arc::clone(&stale),
                         completed: completed.clone(),
                     };
-                    running.spawn(job.run());
+                    running.spawn(job.run().in_current_span());
                 }
                 self.board.set_copy_jobs(lock(&work).jobs);
                 tokio::select! {

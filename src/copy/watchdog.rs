@@ -18,7 +18,7 @@ use crate::observe::status::Level;
 const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Watches until it is dropped; a lost connection is made again.
-pub(super) async fn run(source: &ConnectionSpec, application_name: &str, board: &StatusBoard) -> Infallible {
+pub(crate) async fn run(source: &ConnectionSpec, application_name: &str, board: &StatusBoard) -> Infallible {
     loop {
         if let Err(error) = watch(source, application_name, board).await {
             tracing::debug!(%error, "the watchdog of the copy's locks lost its connection");

@@ -303,7 +303,7 @@ pub(super) async fn lift_fence_if_possible(config: &Config, board: &StatusBoard)
 
 /// Writes the status into the state directory every few seconds, so that `walferry status` has something to show when no
 /// process answers. Ends when the handle is dropped.
-pub(super) fn keep_status(directory: StateDirectory, board: StatusBoard) -> StatusWriter {
+pub(crate) fn keep_status(directory: StateDirectory, board: StatusBoard) -> StatusWriter {
     StatusWriter(tokio::spawn(async move {
         loop {
             write_status(&directory, &board);
@@ -313,7 +313,7 @@ pub(super) fn keep_status(directory: StateDirectory, board: StatusBoard) -> Stat
 }
 
 /// See [`keep_status`].
-pub(super) struct StatusWriter(JoinHandle<()>);
+pub(crate) struct StatusWriter(JoinHandle<()>);
 
 impl Drop for StatusWriter {
     fn drop(&mut self) {
@@ -322,7 +322,7 @@ impl Drop for StatusWriter {
 }
 
 /// Writes the status down once.
-pub(super) fn write_status(directory: &StateDirectory, board: &StatusBoard) {
+pub(crate) fn write_status(directory: &StateDirectory, board: &StatusBoard) {
     let mut status = board.snapshot();
     // Those that are not complete first; the totals stand beside them.
     status.tables.sort_by_key(|table| table.state == TableState::Done);

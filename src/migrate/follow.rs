@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_postgres::Client;
+use tracing::Instrument;
 
 use super::{Direction, Running};
 use crate::apply::Applied;
@@ -19,6 +20,7 @@ use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, Measured, SOURCE_BL
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
+use crate::record::What;
 use crate::source::catalog::{self, Table};
 use crate::source::scope::WHOLE_DATABASE;
 use crate::target::{ddl, ledger, warm};
@@ -56,12 +58,8 @@ impl Running {
         let keep_warm = |warming: &mut JoinSet<Infallible>| {
             let board = self.board.clone();
             let is_close = move || board.snapshot().lag.seconds.is_some_and(|lag| lag <= READY_LAG_SECONDS);
-            warming.spawn(warm::keep_warm(
-                self.config.target.clone(),
-                self.application_name.clone(),
-                is_close,
-                Arc::clone(&turn),
-            ));
+            let (target, name) = (self.config.target.clone(), self.application_name.clone());
+            warming.spawn(warm::keep_warm(target, name, is_close, Arc::clone(&turn)).in_current_span());
         };
         let scope = self.load(&self.target().await?).await?.scope;
         let (tell_obstacles, obstacles) = watch::channel(Vec::new());
@@ -77,8 +75,8 @@ impl Running {
                 board: self.board.clone(),
                 turn: Arc::clone(&turn),
             };
-            working.spawn(keeper.run());
-            working.spawn(self.compressor(scope.clone(), Arc::clone(&turn)).run());
+            working.spawn(keeper.run().in_current_span());
+            working.spawn(self.compressor(scope.clone(), Arc::clone(&turn)).run().in_current_span());
         };
         keep_warm(&mut warming);
         keep_current(&mut warming);
@@ -88,7 +86,7 @@ impl Running {
         let is_mapped = !scope.map_schemas.is_empty() || !scope.hypertables.is_empty();
         let way_back = if self.direction == Direction::There && self.config.reverse && !is_mapped {
             let way_back = self.way_back().await?;
-            beside.spawn(way_back.clone().keep_ready(tell));
+            beside.spawn(way_back.clone().keep_ready(tell).in_current_span());
             Some((way_back, arming))
         } else {
             None
@@ -199,6 +197,10 @@ impl Running {
             .await;
         let (answer, became) = match outcome {
             Ok(outcome) => {
+                if let Some(record) = self.config.source.record() {
+                    let back = self.direction == Direction::Back;
+                    record.recorder().write(What::Switched { back, outcome: outcome.clone() }, true);
+                }
                 self.board.set_phase(ShownPhase::CutOver);
                 self.board.event(
                     Level::Info,

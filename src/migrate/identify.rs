@@ -325,7 +325,7 @@ pub(crate) fn application_name(id: &str) -> String {
 }
 
 /// Eight hexadecimal digits that no other migration has.
-fn new_id() -> String {
+pub(crate) fn new_id() -> String {
     use std::hash::{BuildHasher, Hasher};
     // The standard library's random keys are the operating system's randomness.
     let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();

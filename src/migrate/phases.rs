@@ -71,7 +71,7 @@ impl Running {
         let tables: Vec<Table> = tables.iter().map(|entry| entry.table.clone()).collect();
         if self.config.owners.create_roles {
             let source = self.config.source.connect(&self.application_name).await?;
-            for said in roles::create_missing(&source, target, &self.config.owners).await? {
+            for said in roles::create_missing(&source, target, &self.config.owners, true).await? {
                 self.board.event(Level::Info, said);
             }
         }

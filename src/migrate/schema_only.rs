@@ -83,7 +83,7 @@ pub async fn schema_only(
     from.batch_execute("COMMIT").await?;
     let mut said = Vec::new();
     if owners.create_roles {
-        said.extend(roles::create_missing(&from, &mut to, owners).await?);
+        said.extend(roles::create_missing(&from, &mut to, owners, true).await?);
     }
     silence_event_triggers(&to).await;
     let extensions = extension_versions(&from, &to).await?;

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
+use tracing::Instrument;
 
 use super::{Config, Running};
+
 use crate::connection::ConnectionSpec;
 use crate::error::Result;
 use crate::observe::status::Level;
@@ -79,6 +81,6 @@ impl Running {
         let timeline = u32::try_from(migration.source_timeline).unwrap_or_default();
         let server = ServerIdentity { system: migration.source_system.clone(), timeline };
         let name = self.application_name.clone();
-        beside.spawn(async move { standby::watch(&standby, &name, &server).await });
+        beside.spawn(async move { standby::watch(&standby, &name, &server).await }.in_current_span());
     }
 }

@@ -17,6 +17,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
+use tracing::Instrument;
 
 use super::after_cutover::AfterCutover;
 use super::prepare::end_sessions;
@@ -76,7 +77,7 @@ impl Running {
             old_primary: is_armed.then(|| self.config.source.clone()),
             board: self.board.clone(),
         };
-        validating.spawn(after.run());
+        validating.spawn(after.run().in_current_span());
         if !is_armed {
             // It may have been made ready, and would keep the new primary's WAL.
             self.remove_slot_of_the_way_back(&self.config.target, &forward).await;

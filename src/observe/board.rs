@@ -9,7 +9,7 @@ use tokio::task::AbortHandle;
 
 use crate::connection::ConnectionCount;
 use crate::cutover::GivenUpTry;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::lsn::Lsn;
 use crate::observe::lag::Pending;
 use crate::observe::metrics;
@@ -60,6 +60,8 @@ pub enum Side {
 #[derive(Debug)]
 struct Shared {
     started: Instant,
+    /// Where this is one of several migrations of the process: its own. Otherwise the process's.
+    metrics: Option<metrics::OfDatabase>,
     received_bytes: AtomicU64,
     received_transactions: AtomicU64,
     received_changes: AtomicU64,
@@ -149,6 +151,18 @@ impl Default for StatusBoard {
 impl StatusBoard {
     /// A board of a migration that prepares.
     pub fn new() -> StatusBoard {
+        StatusBoard::with_metrics(None)
+    }
+
+    /// The same for one of several migrations of this process.
+    ///
+    /// # Errors
+    /// As [`metrics::OfDatabase::new`].
+    pub fn of_database(database: &str) -> Result<StatusBoard> {
+        Ok(StatusBoard::with_metrics(Some(metrics::OfDatabase::new(database)?)))
+    }
+
+    fn with_metrics(metrics: Option<metrics::OfDatabase>) -> StatusBoard {
         let text = Text {
             phase: Phase::Preparing,
             turned_back: false,
@@ -166,6 +180,7 @@ impl StatusBoard {
         };
         let shared = Shared {
             started: Instant::now(),
+            metrics,
             received_bytes: AtomicU64::new(0),
             received_transactions: AtomicU64::new(0),
             received_changes: AtomicU64::new(0),
@@ -400,7 +415,10 @@ impl StatusBoard {
         self.shared.applied_changes.fetch_add(batch.changes, Relaxed);
         self.shared.applied_batches.fetch_add(1, Relaxed);
         lock(&self.shared.pending).applied(batch.end_lsn, batch.commit_time);
-        metrics::record_apply_batch(batch.elapsed);
+        match &self.shared.metrics {
+            Some(own) => own.record_apply_batch(batch.elapsed),
+            None => metrics::record_apply_batch(batch.elapsed),
+        }
     }
 
     /// The target refused a batch, and it was replayed row by row.
@@ -468,11 +486,21 @@ impl StatusBoard {
             loop {
                 interval.tick().await;
                 board.tick(Instant::now());
-                metrics::publish(&board.snapshot());
-                metrics::fold_observations();
+                match &board.shared.metrics {
+                    Some(own) => own.fold_observations(),
+                    None => {
+                        metrics::publish(&board.snapshot());
+                        metrics::fold_observations();
+                    }
+                }
             }
         });
         Ticker { task: task.abort_handle() }
+    }
+
+    /// The metrics of this one of several migrations, as they are now; nothing for the only one.
+    pub fn scrape(&self) -> String {
+        self.shared.metrics.as_ref().map_or_else(String::new, |own| own.render(&self.snapshot()))
     }
 
     /// Takes a sample for the rates.

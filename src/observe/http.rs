@@ -97,17 +97,22 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
                 listener
             }
         };
-        let listener = Bounded { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
-        // It accepts until it is dropped; an error of one connection does not end it.
-        if let Err(error) = axum::serve(listener, app).await {
-            tracing::warn!("the metrics' server ended: {error}");
-        }
+        accept(listener, app).await;
     });
     Ok(HttpServer { address: listens_on, tasks: [serving.abort_handle(), keeping.abort_handle()] })
 }
 
+/// Serves on a listener, with the bounds of this module, until it is dropped.
+pub(crate) async fn accept(listener: TcpListener, app: Router) {
+    let listener = Bounded { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
+    // An error of one connection does not end it.
+    if let Err(error) = axum::serve(listener, app).await {
+        tracing::warn!("the metrics' server ended: {error}");
+    }
+}
+
 /// Waits until whoever has the port is gone.
-async fn bind_later(address: SocketAddr) -> TcpListener {
+pub(crate) async fn bind_later(address: SocketAddr) -> TcpListener {
     loop {
         tokio::time::sleep(AGAIN).await;
         match TcpListener::bind(address).await {
@@ -190,7 +195,7 @@ impl AsyncWrite for Limited {
     }
 }
 
-type Response = (StatusCode, [(HeaderName, &'static str); 3], String);
+pub(crate) type Response = (StatusCode, [(HeaderName, &'static str); 3], String);
 
 /// A method other than GET and HEAD on these paths is 405 by axum's own doing.
 fn router(served: Served) -> Router {
@@ -228,7 +233,8 @@ async fn not_found() -> Response {
     response(StatusCode::NOT_FOUND, "text/plain", "there are /, /metrics, /healthz and /status\n".to_string())
 }
 
-fn response(code: StatusCode, content_type: &'static str, body: String) -> Response {
+/// An answer that no cache keeps, on a connection of its own.
+pub(crate) fn response(code: StatusCode, content_type: &'static str, body: String) -> Response {
     let headers = [
         (header::CONTENT_TYPE, content_type),
         (header::CACHE_CONTROL, "no-store"),

@@ -8,11 +8,11 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, FormattedFields, MakeWriter};
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::observe::wall_clock;
+use crate::observe::{locale, wall_clock};
 
 /// The environment variable with the level (`debug`), or with directives (`walferry::apply=trace,tokio_postgres=info`).
 pub const LEVEL_VARIABLE: &str = "WALFERRY_LOG";
@@ -35,11 +35,17 @@ pub enum LogFormat {
 pub fn init(format: LogFormat) -> Result<MultiProgress> {
     let filter = filter(std::env::var(LEVEL_VARIABLE).ok().as_deref())?;
     let bars = MultiProgress::new();
-    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let colour = io::stderr().is_terminal() && wants_colour();
     let writer = AboveBars { bars: bars.clone(), output: io::stderr };
     tracing::subscriber::set_global_default(subscriber(format, colour, filter, writer))
         .map_err(|error| Error::new(ErrorKind::Other, format!("setting up the log: {error}")))?;
     Ok(bars)
+}
+
+/// Whether colours are wanted where there is a terminal: `NO_COLOR` and a terminal that knows only lines say no.
+pub fn wants_colour() -> bool {
+    let unset = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
+    unset("NO_COLOR") && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
 }
 
 /// Our own lines at a level, and warnings of the libraries; directives are taken as they are.
@@ -113,8 +119,14 @@ where
         }
         // A name of a database may hold line breaks: what looks like a line of the log must be one.
         let mut fields = String::new();
+        // Of several migrations of one process, which it is.
+        for span in context.event_scope().into_iter().flatten() {
+            if let Some(of_span) = span.extensions().get::<FormattedFields<N>>() {
+                fields.push_str(&format!("{of_span} "));
+            }
+        }
         context.format_fields(Writer::new(&mut fields), event)?;
-        for letter in fields.chars() {
+        for letter in locale::shown(&fields).chars() {
             if letter.is_control() {
                 write!(writer, "{}", letter.escape_default())?
             } else {

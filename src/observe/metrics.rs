@@ -161,15 +161,88 @@ pub(super) fn fold_observations() {
     }
 }
 
+/// The metrics of one of several migrations of this process; each sample has the label `database`.
+pub struct OfDatabase {
+    recorder: PrometheusRecorder,
+}
+
+impl std::fmt::Debug for OfDatabase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OfDatabase")
+    }
+}
+
+impl OfDatabase {
+    /// Those of a database, described.
+    ///
+    /// # Errors
+    /// `Other` when the buckets cannot be set.
+    pub fn new(database: &str) -> Result<OfDatabase> {
+        let recorder = builder()?.add_global_label("database", database).build_recorder();
+        metrics::with_local_recorder(&recorder, describe);
+        Ok(OfDatabase { recorder })
+    }
+
+    /// All of them, as they follow from a status now, in the text exposition format.
+    pub fn render(&self, status: &Status) -> String {
+        metrics::with_local_recorder(&self.recorder, || publish(status));
+        self.recorder.handle().render()
+    }
+
+    /// Observes the time of a batch.
+    pub(super) fn record_apply_batch(&self, elapsed: Duration) {
+        metrics::with_local_recorder(&self.recorder, || record_apply_batch(elapsed));
+    }
+
+    /// As [`fold_observations`].
+    pub(super) fn fold_observations(&self) {
+        self.recorder.handle().run_upkeep();
+    }
+}
+
+/// Several scrapes as one: each metric once, with the samples of all.
+pub fn merge(scrapes: &[String]) -> String {
+    let mut metrics: Vec<(&str, Vec<&str>, Vec<&str>)> = Vec::new();
+    for scrape in scrapes {
+        let (mut described, mut at) = (Vec::new(), None);
+        for line in scrape.lines().filter(|line| !line.is_empty()) {
+            if line.starts_with("# HELP ") {
+                described.push(line);
+            } else if let Some(name) = line.strip_prefix("# TYPE ") {
+                described.push(line);
+                let described = std::mem::take(&mut described);
+                at = metrics.iter().position(|(known, ..)| *known == name).or_else(|| {
+                    metrics.push((name, described, Vec::new()));
+                    Some(metrics.len() - 1)
+                });
+            } else if let Some((_, _, samples)) = at.and_then(|at: usize| metrics.get_mut(at)) {
+                samples.push(line);
+            }
+        }
+    }
+    let mut text = String::new();
+    for (_, described, samples) in &metrics {
+        for line in described.iter().chain(samples) {
+            text.push_str(line);
+            text.push('\n');
+        }
+        text.push('\n');
+    }
+    text
+}
+
 fn recorder() -> Result<PrometheusRecorder> {
+    Ok(builder()?.build_recorder())
+}
+
+fn builder() -> Result<PrometheusBuilder> {
     // Buckets only for what is listed here would leave any other distribution a summary, which cannot be aggregated.
-    let builder = PrometheusBuilder::new()
+    PrometheusBuilder::new()
         .set_buckets(&BATCH_SECONDS_BUCKETS)
         .and_then(|builder| {
             builder.set_buckets_for_metric(Matcher::Full(APPLY_BATCH_SECONDS.to_string()), &BATCH_SECONDS_BUCKETS)
         })
-        .map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-    Ok(builder.build_recorder())
+        .map_err(|error| Error::new(ErrorKind::Other, error.to_string()))
 }
 
 fn describe() {
@@ -268,7 +341,7 @@ fn publish_copy(status: &Status) {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::observe::board::{Side, StatusBoard, tests::batch};
     use crate::observe::status::ConflictKind;

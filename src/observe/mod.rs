@@ -3,6 +3,7 @@
 //! ```text
 //!  source, queue, copy, apply ──atomics──► StatusBoard ──snapshot()──► Status ─┬─► status --json, /status
 //!                                                                              ├─► render: walferry status
+//!                                                                              ├─► watch: walferry status --watch
 //!                                                                              ├─► metrics: /metrics
 //!                                                                              └─► progress: bars, or log lines
 //! ```
@@ -14,6 +15,7 @@
 pub mod board;
 pub mod format;
 pub mod http;
+pub mod locale;
 pub mod logging;
 pub mod metrics;
 pub mod progress;
@@ -21,7 +23,8 @@ pub mod render;
 pub mod status;
 pub mod table_progress;
 pub mod wall_clock;
+pub mod watch;
 
 mod lag;
-mod page;
+pub(crate) mod page;
 mod rates;

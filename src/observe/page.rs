@@ -72,11 +72,11 @@ impl Point {
 
 /// The last hour, a point every other second.
 #[derive(Clone, Default)]
-pub(super) struct History(Arc<Mutex<VecDeque<Point>>>);
+pub(crate) struct History(Arc<Mutex<VecDeque<Point>>>);
 
 impl History {
     /// Takes points for as long as it is polled.
-    pub(super) async fn keep(self, board: StatusBoard) -> Infallible {
+    pub(crate) async fn keep(self, board: StatusBoard) -> Infallible {
         loop {
             self.add(Point::of(&board.snapshot()));
             tokio::time::sleep(HISTORY_INTERVAL).await;
@@ -104,7 +104,7 @@ struct Served {
 }
 
 /// The page and what it asks for.
-pub(super) fn router(board: StatusBoard, history: History) -> Router {
+pub(crate) fn router(board: StatusBoard, history: History) -> Router {
     let text = |content_type: &'static str, body: &'static str| get(move || async move { asset(content_type, body) });
     Router::new()
         .route("/", text("text/html; charset=utf-8", PAGE))

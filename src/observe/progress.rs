@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use tokio::task::AbortHandle;
+use tracing::Instrument;
 
 use crate::observe::board::StatusBoard;
 use crate::observe::format::{duration, percent, size, size_rate};
+use crate::observe::locale::speaks_utf8;
 use crate::observe::logging::LogFormat;
 use crate::observe::render::{one_line, table_name};
 use crate::observe::status::{Phase, Status, TableState};
@@ -72,7 +74,7 @@ pub fn start(board: StatusBoard, mode: ProgressMode) -> ProgressTask {
     match mode {
         ProgressMode::Off => ProgressTask { task: None, bars: Arc::default() },
         ProgressMode::Lines => {
-            let task = tokio::spawn(log_lines(board));
+            let task = tokio::spawn(log_lines(board).in_current_span());
             ProgressTask { task: Some(task.abort_handle()), bars: Arc::default() }
         }
         ProgressMode::Bars { bars, tables_max } => {
@@ -217,7 +219,8 @@ impl Bars {
 
 fn style(template: &str) -> ProgressStyle {
     // The templates are the constants above, and a test draws each of them; a wrong one falls back to a plain bar.
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸ ")
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    if speaks_utf8() { style.progress_chars("━╸ ") } else { style.progress_chars("=> ").tick_chars("|/-\\ ") }
 }
 
 #[cfg(test)]

@@ -179,7 +179,7 @@ fn lag_text(status: &Status) -> String {
     }
 }
 
-fn copy_text(status: &Status) -> String {
+pub(super) fn copy_text(status: &Status) -> String {
     let copy = &status.copy;
     if copy.tables_total == 0 {
         return String::new();

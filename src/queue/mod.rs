@@ -178,9 +178,10 @@ fn open_on(
     // Unbounded in messages, bounded in bytes: the appender waits in `ready`.
     let (messages, receiver) = crossbeam_channel::unbounded();
     let writer = Writer::new(Arc::clone(&shared), receiver, recovered.file, recovered.outdated, end_place, end)?;
+    let span = tracing::Span::current();
     let thread = std::thread::Builder::new()
         .name("queue-writer".into())
-        .spawn(move || writer.run())
+        .spawn(move || span.in_scope(|| writer.run()))
         .context(|| "starting the queue's writer".into())?;
     let appender = Appender::new(Arc::clone(&shared), messages, thread, end);
     Ok((Queue { shared }, appender))

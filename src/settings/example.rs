@@ -90,6 +90,10 @@ fn sample(option: &Arg) -> String {
     let value_name =
         option.get_value_names().and_then(|names| names.first()).map(|name| name.to_string()).unwrap_or_default();
     let by_name = SAMPLES.iter().filter(|(name, _)| *name == value_name);
+    if option.get_id() == "hypertables" {
+        // Read when it is given, so none can be tried here.
+        return "hypertables.toml".to_owned();
+    }
     let candidates = by_name.chain(&SAMPLES).map(|(_, sample)| (*sample).to_owned());
     let possible = option.get_possible_values().first().map(|value| value.get_name().to_owned());
     possible.into_iter().chain(candidates).find(|candidate| parse(option, candidate).is_ok()).unwrap_or_default()

@@ -96,7 +96,9 @@ pub async fn run(
     let runtime = runtime.context(|| "making what receives the stream".into())?;
     let (stop, stopped) = oneshot::channel::<()>();
     let (said, outcome) = oneshot::channel();
+    let span = tracing::Span::current();
     let thread = std::thread::Builder::new().name("receive".into()).spawn(move || {
+        let _entered = span.enter();
         runtime.block_on(async {
             tokio::select! {
                 ended = attempts(&source, &subscription, &queue, &mut appender, &board) => {

@@ -167,6 +167,18 @@ impl Pattern {
     }
 }
 
+/// A pattern for databases, as `pg_dumpall --exclude-database` has them: a regular expression for the server.
+///
+/// # Errors
+/// `Usage` for a pattern with a dot that is not in double quotes.
+pub(crate) fn database_pattern(text: &str) -> Result<String> {
+    match parts(text).as_slice() {
+        [name] => Ok(anchored(&name.regex)),
+        _ => Err(Error::new(ErrorKind::Usage, format!("{text} is no pattern for a database"))
+            .hint("A dot in a name stands in double quotes: '\"a.b\"'.")),
+    }
+}
+
 fn too_many_names(text: &str) -> Error {
     Error::new(ErrorKind::Usage, format!("improper qualified name (too many dotted names): {text}"))
         .hint("A pattern is schema.table, or either of them. A dot in a name stands in double quotes.")

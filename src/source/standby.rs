@@ -52,6 +52,13 @@ pub struct Standbys {
 }
 
 impl Standbys {
+    /// The same servers, by another database.
+    #[must_use]
+    pub fn with_database(&self, database: &str) -> Standbys {
+        let of = |spec: &Option<ConnectionSpec>| spec.as_ref().map(|spec| spec.with_database(database));
+        Standbys { copy: of(&self.copy), stream: of(&self.stream), left: of(&self.left) }
+    }
+
     /// On the way back, whose source has no standby that we know of.
     #[must_use]
     pub fn reversed(self) -> Standbys {

@@ -13,6 +13,7 @@ use super::schema;
 use super::writer::Writer;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
+use crate::record::wire::REPLICATED_MARK;
 use crate::source::catalog::{self, Firing, Hash, Objects, Table};
 use crate::source::ddl::{Caller, Told, ToldColumn};
 use crate::source::version::Version;
@@ -86,7 +87,7 @@ pub async fn run(writer: &mut Writer, caller: &Caller, role: Option<&str>, state
         before.push_str(&format!("; SET LOCAL ROLE {}", sql::identifier(role)));
     }
     writer.query(&before).await?;
-    writer.execute(statement.to_owned(), &[]).await?;
+    writer.execute(format!("{REPLICATED_MARK}{statement}"), &[]).await?;
     let reset = |name: &String| {
         let value = if PLANNER.contains(&name.as_str()) { "off" } else { "DEFAULT" };
         format!("SET LOCAL {} TO {value}", sql::identifier(name))

@@ -68,15 +68,24 @@ struct Role {
     comment: Option<String>,
 }
 
-/// Makes those that are missing. Answers what is to be said, a sentence each.
+/// Makes those that are missing. Answers what is to be said, a sentence each. `with_settings_here` is false where the target's session is
+/// in another database: then what a role has set in this one only is left out.
 ///
 /// # Errors
 /// Whatever the servers say; no role is made then.
-pub async fn create_missing(source: &Client, target: &mut Client, owners: &Owners) -> Result<Vec<String>> {
+pub async fn create_missing(
+    source: &Client,
+    target: &mut Client,
+    owners: &Owners,
+    with_settings_here: bool,
+) -> Result<Vec<String>> {
     let rows = target.query_typed("SELECT rolname::text FROM pg_catalog.pg_roles", &[]).await?;
     let there: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     let (mut roles, may_read_passwords) = read(source, owners).await?;
     roles.retain(|_, role| !there.contains(&role.name));
+    if !with_settings_here {
+        roles.values_mut().for_each(|role| role.settings_here.clear());
+    }
     if roles.is_empty() {
         return Ok(Vec::new());
     }
@@ -191,7 +200,8 @@ async fn read(source: &Client, owners: &Owners) -> Result<(BTreeMap<u32, Role>, 
                 "WITH RECURSIVE referred(oid) AS ( \
                    SELECT d.refobjid FROM pg_catalog.pg_shdepend d \
                    WHERE d.refclassid = 'pg_catalog.pg_authid'::regclass AND d.deptype IN ('o', 'a', 'r') \
-                     AND d.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()) \
+                     AND (SELECT b.oid FROM pg_catalog.pg_database b WHERE b.datname = pg_catalog.current_database()) \
+                         IN (d.dbid, CASE WHEN d.classid = 'pg_catalog.pg_database'::regclass THEN d.objid END) \
                    UNION SELECT m.member FROM referred JOIN pg_catalog.pg_auth_members m ON m.roleid = referred.oid \
                          WHERE m.roleid >= 16384), \
                  wanted(oid) AS ( \

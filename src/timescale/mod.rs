@@ -8,16 +8,22 @@
 //!  restore.rs       hypertables made on the target, between the schema and the rows
 //!  suggest.rs       such a file, proposed from the source's statistics
 //!  rows.rs          single rows of a hypertable on the target, whether compressed or not
+//!  chunks.rs        single chunks as a backfill copies them: ranges as conditions, how they are compressed now, their sizes
+//!  target.rs        chunks made on the target, and filled with compressed rows as they are
+//!  policies.rs      jobs that rest while a hypertable is filled, and aggregates that are refreshed behind it
 //! ```
 
+pub mod chunks;
 pub mod compress;
 pub mod copying;
 pub mod create;
 pub mod declaration;
+pub mod policies;
 pub mod restore;
 pub(crate) mod rows;
 pub mod source;
 pub mod suggest;
+pub mod target;
 
 /// A condition on `c`, a row of `pg_class`: its rows are in chunks, so that `ONLY` would read none of them.
 pub(crate) const HAS_CHUNKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class k ON k.oid = i.inhrelid \

@@ -236,7 +236,8 @@ async fn in_parallel<'a>(jobs: usize, count: usize, work: &(dyn Fn(usize) -> Wor
 /// # Errors
 /// `Usage` for a name that is not among them.
 pub fn choose<'a>(tables: &'a [Table], wanted: Option<&[String]>) -> Result<Vec<&'a Table>> {
-    let Some(wanted) = wanted else { return Ok(tables.iter().collect()) };
+    // The extension's own tables are chunks, which are compared with their hypertable.
+    let Some(wanted) = wanted else { return Ok(tables.iter().filter(|table| !is_chunk(table)).collect()) };
     let mut chosen: Vec<&Table> = Vec::new();
     for name in wanted {
         let is_it = |table: &&Table| *name == table.qualified() || *name == format!("{}.{}", table.schema, table.name);
@@ -249,6 +250,10 @@ pub fn choose<'a>(tables: &'a [Table], wanted: Option<&[String]>) -> Result<Vec<
         }
     }
     Ok(chosen)
+}
+
+fn is_chunk(table: &Table) -> bool {
+    table.schema.starts_with("_timescaledb_")
 }
 
 /// Compares one table on sessions that are already open.

@@ -12,6 +12,7 @@ use crate::source::catalog::Table;
 use crate::source::version::Version;
 use crate::sql;
 use crate::timescale::HAS_CHUNKS;
+use crate::timescale::chunks::{self, Hypertable, TimeType};
 
 /// A table on one side.
 #[derive(Clone, Debug)]
@@ -26,7 +27,19 @@ pub(super) struct Layout {
     pub(super) reads_page_ranges: bool,
     /// Whether floats print as they do since PostgreSQL 12.
     prints_floats_shortest: bool,
+    /// Of a hypertable, how its chunks divide time.
+    pub(super) times: Option<Times>,
     columns: Vec<LayoutColumn>,
+}
+
+/// How the chunks of a hypertable divide time.
+#[derive(Clone, Debug)]
+pub(super) struct Times {
+    /// Unquoted.
+    pub(super) column: String,
+    pub(super) time: TimeType,
+    /// Where each begins, in order, and about how many rows it has.
+    pub(super) chunks: Vec<(i64, i64)>,
 }
 
 #[derive(Clone, Debug)]
@@ -102,7 +115,8 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
                          THEN c.reltuples::float8 / c.relpages * pg_catalog.pg_relation_size(c.oid) \
                               / pg_catalog.current_setting('block_size')::int8 \
                          ELSE c.reltuples::float8 END, \
-                    pg_catalog.current_setting('server_version_num')::int4 / 10000 \
+                    pg_catalog.current_setting('server_version_num')::int4 / 10000, \
+                    c.relkind = 'r' AND c.relhassubclass \
              FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
              WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f')"
             ),
@@ -129,12 +143,20 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
         )
         .await
         .context(doing)?;
-    let only = if found.get(1) { "ONLY " } else { "" };
+    // A hypertable without chunks has no row, and needs no other look than any table.
+    let hypertable = if found.get(5) { chunks::hypertable(client, &table.schema, &table.name).await? } else { None };
+    let times = match &hypertable {
+        Some(hypertable) => times(client, hypertable).await?,
+        None => None,
+    };
+    // The rows of a hypertable are in its chunks, which need not be the same on both sides.
+    let only = if found.get(1) && hypertable.is_none() { "ONLY " } else { "" };
     Ok(Some(Layout {
         from: format!("{only}{}", sql::qualified(&table.schema, &table.name)),
         pages: found.get(2),
         estimated_rows: found.get(3),
-        reads_page_ranges: version.scans_page_ranges(),
+        reads_page_ranges: version.scans_page_ranges() && hypertable.is_none(),
+        times,
         prints_floats_shortest: version.prints_floats_shortest(),
         columns: columns
             .into_iter()
@@ -146,6 +168,20 @@ pub(super) async fn read(client: &Client, table: &Table, side: &str) -> Result<O
             })
             .collect(),
     }))
+}
+
+/// About how many bytes a row takes, and one that is compressed.
+const ROW_BYTES: i64 = 80;
+const COMPRESSED_ROW_BYTES: i64 = 8;
+
+async fn times(client: &Client, hypertable: &Hypertable) -> Result<Option<Times>> {
+    let Some(first) = hypertable.dimensions.first() else { return Ok(None) };
+    let Some(time) = first.time_type.clone() else { return Ok(None) };
+    let all = chunks::chunks(client, hypertable, None).await?;
+    let rows =
+        |chunk: &chunks::Chunk| chunk.bytes / if chunk.compressed.is_some() { COMPRESSED_ROW_BYTES } else { ROW_BYTES };
+    let chunks = all.iter().map(|chunk| (chunk.range(hypertable).0, rows(chunk))).collect();
+    Ok(Some(Times { column: first.column.clone(), time, chunks }))
 }
 
 impl Layout {
@@ -212,6 +248,7 @@ mod tests {
             estimated_rows: -1.0,
             reads_page_ranges: true,
             prints_floats_shortest: true,
+            times: None,
             columns,
         }
     }

@@ -32,6 +32,7 @@ pub mod online;
 mod plan;
 pub mod point;
 mod prefix;
+mod range;
 pub mod record;
 pub mod report;
 mod sample;
@@ -39,6 +40,7 @@ pub mod sequences;
 mod snapshots;
 
 pub use compare::{Lent, Mismatch, Sessions, choose, compare, compare_table, mismatch};
+pub use range::{RangeDigest, RangeHash};
 pub use record::{Verification, last, require};
 pub use report::{Difference, DifferenceKind, Report, TableReport};
 pub use snapshots::Snapshots;

@@ -5,9 +5,10 @@
 
 use tokio_postgres::Client;
 
-use super::layout::{Layout, Shared};
+use super::layout::{Layout, Shared, Times};
 use crate::error::{Context, Result};
 use crate::sql;
+use crate::timescale::chunks::TimeType;
 
 /// A range of one side's table, as a condition on the alias `t`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,6 +19,14 @@ pub(super) enum Range {
     Keys {
         /// Unquoted.
         column: String,
+        from: Option<i64>,
+        to: Option<i64>,
+    },
+    /// From a time up to, not including, another, of a hypertable on either side.
+    Times {
+        /// Unquoted.
+        column: String,
+        time: TimeType,
         from: Option<i64>,
         to: Option<i64>,
     },
@@ -32,6 +41,12 @@ impl Range {
             Range::Keys { column, from, to } => {
                 let column = format!("t.{}", sql::identifier(column));
                 let constant = |value: &i64| format!("'{value}'::int8");
+                let or_null = if from.is_none() { format!(" OR {column} IS NULL") } else { String::new() };
+                (column, from.as_ref().map(constant), to.as_ref().map(constant), or_null)
+            }
+            Range::Times { column, time, from, to } => {
+                let column = format!("t.{}", sql::identifier(column));
+                let constant = |value: &i64| time.literal(*value);
                 let or_null = if from.is_none() { format!(" OR {column} IS NULL") } else { String::new() };
                 (column, from.as_ref().map(constant), to.as_ref().map(constant), or_null)
             }
@@ -78,6 +93,12 @@ pub(super) async fn plan(
     shared: &Shared,
     range_rows: i64,
 ) -> Result<Plan> {
+    // The chunks' own ranges: of every other, no server opens more than it has to.
+    if let Some(times) = source.times.as_ref().or(target.times.as_ref())
+        && shared.columns.iter().any(|column| column.name == times.column)
+    {
+        return Ok(Plan::Keys(time_ranges(times, range_rows)));
+    }
     let rows = source.rows();
     let ranges = usize::try_from(rows / range_rows.max(1)).unwrap_or(0) + 1;
     if ranges > 1 && shared.splits_by_key {
@@ -125,6 +146,23 @@ fn key_ranges(column: &str, boundaries: &[i64]) -> Vec<Range> {
     from.zip(to).map(|(from, to)| Range::Keys { column: column.to_owned(), from, to }).collect()
 }
 
+/// Ranges of whole chunks of about so many rows together, which hold every time.
+fn time_ranges(times: &Times, range_rows: i64) -> Vec<Range> {
+    let mut boundaries = Vec::new();
+    let mut rows = 0;
+    for (start, more) in &times.chunks {
+        if rows >= range_rows && *start != i64::MIN && boundaries.last() != Some(start) {
+            boundaries.push(*start);
+            rows = 0;
+        }
+        rows += more;
+    }
+    let from = std::iter::once(None).chain(boundaries.iter().copied().map(Some));
+    let to = boundaries.iter().copied().map(Some).chain(std::iter::once(None));
+    let range = |(from, to)| Range::Times { column: times.column.clone(), time: times.time.clone(), from, to };
+    from.zip(to).map(range).collect()
+}
+
 fn page_ranges(pages: i64, ranges: usize) -> Vec<Range> {
     let ranges = i64::try_from(ranges).unwrap_or(i64::MAX).min(pages);
     if ranges <= 1 {
@@ -147,7 +185,9 @@ mod tests {
     fn contains(range: &Range, value: i64) -> bool {
         match range {
             Range::All => true,
-            Range::Keys { from, to, .. } => from.is_none_or(|from| value >= from) && to.is_none_or(|to| value < to),
+            Range::Keys { from, to, .. } | Range::Times { from, to, .. } => {
+                from.is_none_or(|from| value >= from) && to.is_none_or(|to| value < to)
+            }
             Range::Pages { from, to } => value >= *from && to.is_none_or(|to| value < to),
         }
     }
@@ -175,6 +215,19 @@ mod tests {
         assert_eq!(boundaries(vec![5; 100], 4), [5]);
         assert_eq!(boundaries(vec![], 4), Vec::<i64>::new());
         assert_eq!(boundaries(vec![1, 1, 1, 1, 2, 2, 2, 2], 4), [1, 2]);
+    }
+
+    #[test]
+    fn every_time_is_in_exactly_one_range_and_no_chunk_is_cut() {
+        let chunks = vec![(i64::MIN, 5), (0, 600), (0, 600), (10, 50), (20, 960), (30, 1)];
+        let time = TimeType::Integer("bigint".into());
+        let ranges = time_ranges(&Times { column: "t".into(), time, chunks }, 1000);
+        assert_eq!(ranges.len(), 3, "{ranges:?}");
+        for value in [i64::MIN, -1, 0, 9, 10, 29, 30, i64::MAX] {
+            assert_eq!(ranges.iter().filter(|range| contains(range, value)).count(), 1, "{value}");
+        }
+        assert_eq!(ranges[0].condition(), "(t.\"t\" < '10'::bigint OR t.\"t\" IS NULL)");
+        assert_eq!(ranges[2].condition(), "(t.\"t\" >= '30'::bigint)");
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! What the tests of whole migrations share: two servers, a migration between two databases of them, the program as a child
 //! process, an application that writes all the time, and a comparison by plain SQL that shares no code with walferry's own.
 
+// Not every test program looks at pages.
+#[allow(dead_code)]
+pub mod browser;
 pub mod compare;
 // Not every test program asks.
 #[allow(dead_code)]

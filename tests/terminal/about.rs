@@ -71,6 +71,37 @@ fn a_password_of_the_file_reaches_no_output() {
 }
 
 #[test]
+fn wrong_input_leads_on() {
+    let files = tempfile::tempdir().unwrap();
+    let nowhere = files.path().join("nowhere");
+    let path = nowhere.to_str().unwrap();
+    for (arguments, code, said) in [
+        (&["status"][..], 2, "WALFERRY_DIR"),
+        (&["status", "--dir", path], 1, "is --dir right?"),
+        (&["cutover", "--dir", path, "--yes"], 1, "is --dir right?"),
+        (&["finish", "--dir", path], 1, "is --dir right?"),
+        (&["clean", "--dir", path], 1, "walferry clean --source"),
+        (&["verify", "--dir", path], 1, "Give the --dir of the migration"),
+        (&["check"], 2, "WALFERRY_SOURCE"),
+    ] {
+        let output = walferry(arguments, &[]);
+        let text = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {text}");
+        assert!(text.contains(" next: ") && text.contains(said), "{arguments:?}: {text}");
+        assert!(!nowhere.exists(), "{arguments:?} has made the directory that it looked for");
+    }
+}
+
+#[test]
+fn a_locale_without_utf8_gets_ascii() {
+    let files = tempfile::tempdir().unwrap();
+    let path = files.path().join("nowhere");
+    let arguments = ["status", "--dir", path.to_str().unwrap()];
+    assert!(text(&walferry(&arguments, &[("LC_ALL", "C.UTF-8")]).stderr).contains('…'));
+    assert!(walferry(&arguments, &[("LC_ALL", "C")]).stderr.is_ascii());
+}
+
+#[test]
 fn the_printed_example_is_a_settings_file() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("walferry.toml");

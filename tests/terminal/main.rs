@@ -6,3 +6,7 @@
 mod support;
 
 mod about;
+mod pictures;
+mod schema;
+mod screen;
+mod whole;

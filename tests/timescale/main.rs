@@ -6,5 +6,8 @@
 #[allow(dead_code)]
 mod support;
 
+mod backfill;
 mod hypertables;
+mod many_chunks;
 mod source;
+mod verify;

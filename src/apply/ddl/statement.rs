@@ -6,10 +6,10 @@ use crate::source::ddl::Told;
 
 /// A statement of what a client sent, or a function ran.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Statement<'a> {
-    text: &'a str,
+pub(crate) struct Statement<'a> {
+    pub(crate) text: &'a str,
     /// Words, and single characters of what is neither a word nor in quotes; quoted names and strings count as one, in their quotes.
-    tokens: Vec<(Range<usize>, String)>,
+    pub(crate) tokens: Vec<(Range<usize>, String)>,
 }
 
 /// The statement to run on the target: exactly what was run on the source, but for CONCURRENTLY, which no transaction can hold.
@@ -116,7 +116,7 @@ impl Statement<'_> {
 }
 
 /// Splits at the semicolons that end statements; `None` where a quote or a comment does not end.
-fn split(source: &str) -> Option<Vec<Statement<'_>>> {
+pub(crate) fn split(source: &str) -> Option<Vec<Statement<'_>>> {
     let mut statements = Vec::new();
     let (mut begin, mut tokens, mut at) = (0, Vec::new(), 0);
     // Within parentheses, and within BEGIN ATOMIC … END, a semicolon ends no statement.
