@@ -476,10 +476,10 @@ impl Running {
         }
         let tables = self.show_tables(&target).await?;
         if !migration.pre_data_restored {
-            self.restore_pre_data(&mut target, &tables).await?;
+            Box::pin(self.restore_pre_data(&mut target, &tables)).await?;
         }
         if migration.phase <= Phase::Copying {
-            self.copy_and_index(&mut target, held).await?;
+            Box::pin(self.copy_and_index(&mut target, held)).await?;
         }
         *held = None;
         let mut layout = self.layout(&target, &migration).await?;
