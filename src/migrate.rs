@@ -483,10 +483,10 @@ impl Running {
             self.make_timescaledb(&target).await?;
         }
         if !migration.pre_data_restored {
-            self.restore_pre_data(&mut target, &tables).await?;
+            Box::pin(self.restore_pre_data(&mut target, &tables)).await?;
         }
         if migration.phase <= Phase::Copying {
-            self.copy_and_index(&mut target, held).await?;
+            Box::pin(self.copy_and_index(&mut target, held)).await?;
         }
         *held = None;
         self.restoring(&target, false).await?;

@@ -42,7 +42,16 @@ async fn properties(client: &Client, database: &str) -> Vec<String> {
 }
 
 fn start(migration: &Migration, more: &[&str]) -> Running {
-    let usual = ["--all-databases", "--roles", "--exclude-database", "postgres", "--http-addr", "127.0.0.1:0"];
+    let usual = [
+        "--all-databases",
+        "--roles",
+        "--exclude-database",
+        "postgres",
+        "--http-addr",
+        "127.0.0.1:0",
+        "--queue-max-bytes",
+        "256MiB",
+    ];
     migration.migrate(&[&usual[..], more].concat())
 }
 

@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use crate::cli::{self, Command};
+use crate::databases::overview::Overview;
 use crate::record::Recorder;
 use crate::record::command::Begun;
 use crate::state_directory::StateDirectory;
@@ -28,7 +29,8 @@ pub(super) fn begin(command: &Command) -> Option<Begun> {
     };
     let begins = matches!(name, "migrate" | "resync");
     // The command itself says what is wrong with it.
-    let is_ours = StateDirectory::at(directory).identity().is_ok_and(|identity| identity.is_some());
+    let is_ours = StateDirectory::at(directory).identity().is_ok_and(|identity| identity.is_some())
+        || Overview::of(directory).is_ok_and(|overview| overview.is_some());
     if !is_ours && !begins {
         return None;
     }

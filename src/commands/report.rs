@@ -8,6 +8,7 @@ use crate::report;
 /// Makes it, on standard output or in a file.
 pub(super) async fn report(options: cli::Report) -> Result<()> {
     let directory = &options.directory.dir;
+    crate::databases::overview::refuse(directory, "report")?;
     let (source, target) = either_or_known(&options.servers, directory)?;
     let report = report::gather(directory, source.as_ref(), target.as_ref()).await?;
     let text = if options.json {

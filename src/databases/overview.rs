@@ -141,7 +141,7 @@ pub fn refuse(directory: &Path, command: &str) -> Result<()> {
 /// # Errors
 /// When the disk refuses.
 pub fn remove(directory: &Path) -> Result<()> {
-    for file in [FILE, "databases.new", "lock"] {
+    for file in [FILE, "databases.new", "lock", "record.jsonl"] {
         match std::fs::remove_file(directory.join(file)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).context(|| format!("removing {file} from {}", directory.display()));

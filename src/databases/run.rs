@@ -19,6 +19,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::migrate::{self, Config};
 use crate::observe::board::StatusBoard;
 use crate::observe::progress::{self, ProgressMode};
+use crate::record::{Recorder, Server};
 use crate::state_directory::LockedDirectory;
 use crate::target::roles;
 
@@ -56,6 +57,9 @@ pub async fn run(config: Config, options: &Options) -> Result<Summary> {
         locked = async { overview::lock(&config.directory) } => locked?,
         error = &mut stopped => return Err(error),
     };
+    if let Some(record) = config.source.record() {
+        record.recorder().open();
+    }
     let all = Several { config, locked };
     let members = tokio::select! {
         members = all.prepare(options) => members?,
@@ -249,6 +253,12 @@ impl Several {
             config.source = config.source.with_database(&member.database);
             config.target = config.target.with_database(&member.database);
             config.standbys = config.standbys.with_database(&member.database);
+            if config.source.record().is_some() {
+                // Each has its own record; that of all is of what was done before.
+                let recorder = Recorder::at(state.path());
+                config.source = config.source.recorded(recorder.of(Server::Source));
+                config.target = config.target.recorded(recorder.of(Server::Target));
+            }
             // All of them are made by now, one database after another: two at once would collide.
             config.owners.create_roles = false;
             // An error's line has to say whose it is, whatever the level.

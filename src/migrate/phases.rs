@@ -127,8 +127,9 @@ impl Running {
         let compressor = self.compressor(self.load(&self.target().await?).await?.scope, Arc::default());
         let has_hypertables = !compressor.declared.is_empty();
         tokio::select! {
-            outcome = async { tokio::try_join!(copying, indexing) } => outcome.map(drop)?,
-            never = compressor.run() => match never {},
+            // Boxed: the states of the copy are more than a thread's stack should hold.
+            outcome = Box::pin(async { tokio::try_join!(copying, indexing) }) => outcome.map(drop)?,
+            never = Box::pin(compressor.run()) => match never {},
         }
         if has_hypertables {
             // Its statement is not to stand in the way of the apply.

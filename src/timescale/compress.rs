@@ -6,7 +6,7 @@
 //! own catalog, so whatever dies here, the next look goes on.
 //!
 //! **Compression is not MVCC-safe**: it empties the chunk by a truncation, and a snapshot from before it sees neither the rows there nor
-//! those that are compressed. So whoever reads the target under a snapshot holds a lock ([`HOLD_COMPRESSION`]), and nothing is
+//! those that are compressed. So whoever reads the target under a snapshot holds a lock (`HOLD_COMPRESSION`), and nothing is
 //! compressed meanwhile.
 
 use std::collections::HashMap;
