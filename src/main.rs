@@ -11,8 +11,19 @@ use walferry::observe::logging::wants_colour;
 use walferry::settings::Arguments;
 use walferry::{commands, settings};
 
-#[tokio::main]
-async fn main() -> ExitCode {
+/// What a thread that runs tasks has for its calls. The states of a migration lie in each other, and a build without optimisation keeps
+/// several copies of each on its way there: the usual 2 MiB were too few for it. Only what is used takes memory.
+const STACK_BYTES: usize = 16 << 20;
+
+fn main() -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK_BYTES).build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(run()),
+        Err(error) => failed(&Error::new(ErrorKind::Other, format!("the threads of this process: {error}"))),
+    }
+}
+
+async fn run() -> ExitCode {
     let arguments = match settings::arguments(&Cli::command(), std::env::args_os().collect()) {
         Ok(arguments) => arguments,
         Err(error) => return failed(&error),

@@ -302,7 +302,11 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     own.batch_execute("UPDATE metrics SET value = 2 WHERE time = '2025-02-01 01:00Z'; COMMIT").await.unwrap();
     own.batch_execute("UPDATE metrics SET value = 3 WHERE time >= '2025-02-01 01:00Z'").await.unwrap();
     let copied = "SELECT count(*) = 3 FROM public.metrics WHERE time >= '2025-02-01 00:00Z'";
-    until_true(&migration.target().await, copied).await;
+    let target = migration.target().await;
+    while !target.query_one(copied, &[]).await.unwrap().get::<_, bool>(0) {
+        assert!(running.is_alive(), "{}", running.log());
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
     migration.wait_for_phase(&mut running, "following").await;
     let mut running = killed_and_begun_again(&migration, running, &arguments).await;
     // A whole segment, by a session that nobody could reach.
