@@ -25,6 +25,10 @@ async fn the_report_tells_what_happened_and_its_page_is_good_to_read() {
     // A first process that is killed: its time is its own.
     let mut first = migration.migrate(&SMALL_QUEUE);
     migration.wait_for_phase(&mut first, "following").await;
+    // Events are written down every second; a kill takes what is newer.
+    while !migration.with_directory("report", &["--json"]).await.stdout.contains("\"phase\": \"following\"") {
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
     first.kill().await;
     let early = migration.with_directory("report", &["--json"]).await;
     assert_eq!(early.code, Some(0), "{}", early.stderr);

@@ -153,7 +153,7 @@ pub static KINDS: &[Kind] = &[
             ReplicaIdentityFull,
             "for each table whose updates and deletes would name no row; a moment of ACCESS EXCLUSIVE; clean puts back what was, on both servers",
         ),
-        "ALTER TABLE ONLY <table> REPLICA IDENTITY <identity>",
+        "ALTER TABLE <table> REPLICA IDENTITY <identity>",
         CLEAN,
     )),
     kind(
