@@ -53,6 +53,8 @@ install_missing() {
         # The trial with Docker Compose is run on an engine of the tests' own (unpack_docker); this package brings none.
         have docker-compose || packages+=(docker-compose)
         have ip || packages+=(iproute2)
+        # Its types are moved as values and keys.
+        compgen -G '/usr/share/postgresql/*/extension/postgis.control' >/dev/null || packages+=(postgresql-postgis)
     fi
     if [ ${#packages[@]} -eq 0 ]; then
         return 0
