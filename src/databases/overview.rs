@@ -67,7 +67,10 @@ impl Overview {
         let path = directory.join(FILE);
         let content = match std::fs::read(&path) {
             Ok(content) => content,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            // What is no directory is said by whoever wants one there.
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+                return Ok(None);
+            }
             Err(error) => return Err(error).context(|| format!("reading {}", path.display())),
         };
         let overview: Overview = serde_json::from_slice(&content).map_err(|error| {

@@ -21,7 +21,9 @@ const TOGETHER: usize = 500;
 /// Lines that the ledger keeps.
 const KEPT: i64 = 20_000;
 
-const TABLE: &str =
+/// Made with the ledger, so that the users' event triggers, which come later, do not fire for it; a ledger of before gets it when it is
+/// first written.
+pub(crate) const TABLE: &str =
     "CREATE TABLE IF NOT EXISTS walferry.record (id text PRIMARY KEY, at timestamptz NOT NULL, entry jsonb NOT NULL)";
 
 /// What of a file is in the ledger.

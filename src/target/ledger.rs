@@ -31,6 +31,7 @@ use tokio_postgres::types::{PgLsn, Type};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
+use crate::record;
 use crate::source::catalog::Table;
 use crate::source::scope::Scope;
 use crate::source::snapshot::SnapshotData;
@@ -53,6 +54,11 @@ pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft
 /// - 4: `migration.apply_role`, and items of the schema that wait for the cutover or come after it.
 /// - 5: `migration.scope`.
 pub const FORMAT: i32 = 5;
+
+/// The statements that make a ledger.
+fn new_ledger() -> String {
+    format!("{TABLES}{}", record::ledger::TABLE)
+}
 
 const TABLES: &str = "
 CREATE SCHEMA walferry;
@@ -228,7 +234,10 @@ pub struct LedgerTable {
 /// `Blocked` when the target holds a ledger already; else what the server says.
 pub async fn create(client: &mut Client, migration: &Migration) -> Result<()> {
     let transaction = client.transaction().await?;
-    transaction.batch_execute(TABLES).await.context(|| "creating the ledger (schema walferry) on the target".into())?;
+    transaction
+        .batch_execute(&new_ledger())
+        .await
+        .context(|| "creating the ledger (schema walferry) on the target".into())?;
     transaction
         .execute(
             "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \

@@ -58,7 +58,7 @@ after = 20000
 const ROWS: &str = "SELECT 'reading', count(*), sum(hashtextextended(r::text, 0)::numeric)::text FROM reading r \
      UNION ALL SELECT 'event', count(*), sum(hashtextextended(e::text, 0)::numeric)::text FROM event e \
      UNION ALL SELECT 'tick', count(*), sum(hashtextextended(t::text, 0)::numeric)::text FROM \"Ticks\".\"Tick\" t \
-     UNION ALL SELECT 'device', count(*), sum(hashtextextended(d::text, 0)::numeric)::text FROM device d";
+     UNION ALL SELECT 'device', count(*), sum(hashtextextended(d::text, 0)::numeric)::text FROM device d ORDER BY 1";
 
 async fn rows(client: &Client) -> Vec<(String, i64, String)> {
     client.query(ROWS, &[]).await.unwrap().iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect()

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use super::{FORMAT, Migration, TABLES, count, insert_snapshot, to_json};
+use super::{FORMAT, Migration, count, insert_snapshot, new_ledger, to_json};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
@@ -102,7 +102,7 @@ pub async fn draft(client: &mut Client, draft: &Draft<'_>) -> Result<()> {
         }
     }
     transaction.batch_execute("DROP SCHEMA IF EXISTS walferry CASCADE").await?;
-    transaction.batch_execute(TABLES).await.context(|| "writing the ledger of the way back".into())?;
+    transaction.batch_execute(&new_ledger()).await.context(|| "writing the ledger of the way back".into())?;
     transaction
         .execute(
             "INSERT INTO walferry.migration (format, id, source_system, source_timeline, source_database, slot, publication, \
