@@ -57,7 +57,7 @@ pub async fn stop(target: &Client, application_name: &str) -> Result<()> {
     target
         .query(
             "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity \
-             WHERE application_name = $1 AND (query ~ '^(VACUUM|ANALYZE|REFRESH) ' OR pg_catalog.starts_with(query, $2)) \
+             WHERE application_name = $1 AND (query ~ '^(VACUUM|ANALYZE|REFRESH) ' OR pg_catalog.strpos(query, $2) = 1) \
                AND pid <> pg_catalog.pg_backend_pid()",
             &[&application_name, &COMPRESSING],
         )
