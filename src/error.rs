@@ -74,7 +74,7 @@ impl Error {
     /// What a server said, where the client is not tokio-postgres: its SQLSTATE decides the kind.
     pub fn from_server(sqlstate: &str, message: &str) -> Error {
         let state = SqlState::from_code(sqlstate);
-        let kind = if is_transient(&state) { ErrorKind::Transient } else { ErrorKind::Server };
+        let kind = if is_transient(&state, message) { ErrorKind::Transient } else { ErrorKind::Server };
         Error { kind, context: vec![format!("{message} (SQLSTATE {sqlstate})")], hint: None, sqlstate: Some(state) }
     }
 
@@ -171,8 +171,8 @@ impl From<tokio_postgres::Error> for Error {
             }
             None => (with_causes(&error), None),
         };
-        let transient = match &sqlstate {
-            Some(state) => is_transient(state),
+        let transient = match error.as_db_error() {
+            Some(server) => is_transient(server.code(), server.message()),
             None => error.is_closed() || has_io_cause(&error),
         };
         let kind = if transient { ErrorKind::Transient } else { ErrorKind::Server };
@@ -213,7 +213,7 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 /// Whether the same statement can succeed later without anybody's doing (appendix A of the manual, "Error Codes").
-fn is_transient(state: &SqlState) -> bool {
+fn is_transient(state: &SqlState, message: &str) -> bool {
     match state.code().get(..2).unwrap_or_default() {
         // Connection exceptions, insufficient resources (disk full, too many connections), operator intervention
         // (shutdown, terminated), system errors, and serialization failures and deadlocks.
@@ -222,6 +222,9 @@ fn is_transient(state: &SqlState) -> bool {
         // A target that is a standby for the moment, or fenced by somebody else.
         "25" => *state == SqlState::READ_ONLY_SQL_TRANSACTION,
         "55" => *state == SqlState::LOCK_NOT_AVAILABLE || *state == SqlState::OBJECT_IN_USE,
+        // A writer looks up a table's publications without a lock, so one that is dropped meanwhile (ours of the way back, when it is
+        // made anew) fails an UPDATE. It is an internal error of the server's, which has no translations.
+        "XX" => message.starts_with("cache lookup failed for publication "),
         _ => false,
     }
 }
@@ -251,6 +254,12 @@ mod tests {
     }
 
     #[test]
+    fn a_publication_dropped_under_a_writer_is_tried_again_and_no_other_internal_error() {
+        assert!(Error::from_server("XX000", "cache lookup failed for publication 20460").is_transient());
+        assert!(!Error::from_server("XX000", "cache lookup failed for relation 20460").is_transient());
+    }
+
+    #[test]
     fn exit_codes_are_the_documented_ones() {
         let codes = [ErrorKind::Other, ErrorKind::Usage, ErrorKind::Blocked, ErrorKind::Different];
         assert_eq!(codes.map(ErrorKind::exit_code), [1, 2, 3, 4]);
@@ -260,10 +269,10 @@ mod tests {
 
     #[test]
     fn only_what_can_pass_is_tried_again() {
-        assert!(is_transient(&SqlState::ADMIN_SHUTDOWN));
-        assert!(is_transient(&SqlState::DISK_FULL));
-        assert!(!is_transient(&SqlState::QUERY_CANCELED));
-        assert!(!is_transient(&SqlState::UNIQUE_VIOLATION));
-        assert!(!is_transient(&SqlState::INVALID_PASSWORD));
+        assert!(is_transient(&SqlState::ADMIN_SHUTDOWN, ""));
+        assert!(is_transient(&SqlState::DISK_FULL, ""));
+        assert!(!is_transient(&SqlState::QUERY_CANCELED, ""));
+        assert!(!is_transient(&SqlState::UNIQUE_VIOLATION, ""));
+        assert!(!is_transient(&SqlState::INVALID_PASSWORD, ""));
     }
 }
