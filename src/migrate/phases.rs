@@ -360,10 +360,16 @@ impl Running {
         );
         // Event triggers are among the last of them.
         unstreamed::silence_event_triggers(target).await;
-        let chunks = hypertables::chunks(&ledger::tables(target).await?);
+        let entries = ledger::tables(target).await?;
+        let chunks = hypertables::chunks(&entries);
+        let tables: Vec<Table> = entries.into_iter().map(|entry| entry.table).collect();
         for (position, item) in &items {
             if item.relid.is_some_and(|relid| chunks.contains(&relid)) && hypertables::comes_with_hypertable(item) {
                 target.batch_execute(&ledger::mark_done(*position)).await?;
+                continue;
+            }
+            if schema::would_fire(item) {
+                schema::run_quieted_item(target, *position, item, &tables).await?;
                 continue;
             }
             if let Some(left_out) = schema::run_post_data_item(target, *position, item).await? {
@@ -383,7 +389,6 @@ impl Running {
             self.board.event(Level::Info, text);
         }
         // Before anything is applied with them in place.
-        let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
         let migration = self.load(target).await?;
         let relaxed = match migration.apply_role {
             // What the target had before is as it was, and `check` has found nothing there that fires.

@@ -200,6 +200,11 @@ pub(crate) const USER_RELATION: &str = "n.nspname NOT IN ('pg_catalog', 'informa
      AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::regclass \
                      AND d.objid = c.oid AND d.deptype = 'e')";
 
+/// A trigger (`t`) that somebody made, and none behind a constraint. What PostgreSQL makes of it for each partition is internal in
+/// 11 to 14.
+pub(crate) const USER_TRIGGER: &str = "(NOT t.tgisinternal OR t.tgconstraint = 0 \
+     OR EXISTS (SELECT FROM pg_catalog.pg_constraint k WHERE k.oid = t.tgconstraint AND k.contype = 't'))";
+
 /// Types whose binary form is the same on every server and version: no OID of anything, no locale (H13).
 ///
 /// bool bytea "char" name int8 int2 int4 text json point lseg path box polygon line cidr float4 float8 circle
@@ -383,10 +388,12 @@ pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32
 async fn firing(client: &Client) -> Result<BTreeMap<u32, Vec<Firing>>> {
     let rows = client
         .query_typed(
-            "SELECT tgrelid, tgname::text, false, tgenabled = 'A' FROM pg_catalog.pg_trigger \
-             WHERE NOT tgisinternal AND tgenabled IN ('A', 'R') \
-             UNION ALL SELECT ev_class, rulename::text, true, ev_enabled = 'A' FROM pg_catalog.pg_rewrite \
-             WHERE ev_enabled IN ('A', 'R') ORDER BY 1, 3, 2",
+            &format!(
+                "SELECT tgrelid, tgname::text, false, tgenabled = 'A' FROM pg_catalog.pg_trigger t \
+                 WHERE {USER_TRIGGER} AND tgenabled IN ('A', 'R') \
+                 UNION ALL SELECT ev_class, rulename::text, true, ev_enabled = 'A' FROM pg_catalog.pg_rewrite \
+                 WHERE ev_enabled IN ('A', 'R') ORDER BY 1, 3, 2"
+            ),
             &[],
         )
         .await

@@ -18,6 +18,24 @@ async fn h23_foreign_keys_come_with_the_cutover_are_looked_at_before_and_validat
     let target = superuser(&servers.target).await;
     assert_eq!(shop::what_fires(&target).await, [""; 0]);
 
+    // What the decision is to make no longer fits once a column has another name on both sides: found before the fence, with what mends it.
+    let rename = "ALTER TABLE shop.rental RENAME room TO chamber";
+    target.batch_execute(rename).await.unwrap();
+    superuser(&servers.source).await.batch_execute(&format!("{rename}; INSERT INTO shop.rental VALUES (3, 2)")).await.unwrap();
+    until_true(&target, "SELECT count(*) = 3 FROM shop.rental").await;
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    for refused in ["rental_room_fkey", "rented"] {
+        let waive = "constraint rental_room_fkey of table shop.rental";
+        let rehearsed = migration.with_directory("cutover", &["--dry-run", "--no-reverse", "--waive", waive]).await;
+        rehearsed.assert_refused(5, &[refused]);
+        let given_up = migration.with_directory("cutover", &["--yes", "--no-reverse", "--waive", waive]).await;
+        given_up.assert_refused(5, &[refused, "before the fence", "Nothing was touched"]);
+        let (_, mend) = given_up.stderr.split_once("on the target: ").unwrap();
+        let (mend, _) = mend.split_once("; -- to leave it out").unwrap();
+        assert!(mend.contains("chamber"), "{mend}");
+        target.batch_execute(mend).await.unwrap();
+    }
+
     target.batch_execute(ORPHAN).await.unwrap();
     let refused = migration.with_directory("cutover", &["--yes", "--no-reverse"]).await;
     refused.assert_refused(5, &["shop.item", "item_owner_fkey", "no parent"]);

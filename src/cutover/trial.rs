@@ -1,0 +1,154 @@
+//! What the decision makes is tried before the fence, in a transaction that is rolled back.
+//!
+//! Triggers, foreign keys and rules that wait for the cutover (H23) are those of the preparation, and identity columns and what fires
+//! become again what they were then. Where somebody has changed source and target alike since, a statement may no longer fit: behind
+//! the fence that would cost applications a stall at every attempt.
+//!
+//! The apply is at work meanwhile. So the trial waits for no lock longer than [`LOCK_TIMEOUT`], well below what the apply or a deadlock
+//! takes, and sends its statements without waiting for each answer. Where it does not get its locks, it is left out: behind the fence
+//! nothing is applied, and the decision gets them.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::{Cutover, Sessions};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::source::catalog::Table;
+use crate::sql;
+use crate::target::late::{AtCutover, Waiting};
+use crate::target::ledger::SchemaItem;
+use crate::target::schema;
+
+/// How long one statement waits for its lock.
+const LOCK_TIMEOUT: &str = "100ms";
+/// How often it is tried, and the rest in between.
+const ATTEMPTS: u32 = 5;
+const REST: Duration = Duration::from_millis(200);
+/// As many as `join_all` polls in their order, in which they are sent.
+const IN_FLIGHT: usize = 30;
+
+impl Cutover<'_> {
+    /// Reads what the decision is to make, and tables with what it gives back to them; tries both.
+    ///
+    /// # Errors
+    /// As [`hold`].
+    pub(super) async fn try_decision(
+        &self,
+        sessions: &Sessions,
+        tables: &[&Table],
+    ) -> Result<(AtCutover, Vec<Table>)> {
+        let late = AtCutover::plan(&sessions.target).await?;
+        let mut restorable = schema::restorable(&sessions.target, tables).await?;
+        if self.scope.data_only {
+            // Its triggers and rules were made there, and are as they were.
+            restorable.iter_mut().for_each(|table| table.firing.clear());
+        }
+        // In the order of the deciding transaction.
+        let mut others = schema::restore_identity(&restorable);
+        others.extend(Some(self.scope.rename_schemas()).filter(|rename| !rename.is_empty()));
+        hold(&sessions.source, &sessions.target, &late, &others).await?;
+        Ok((late, restorable))
+    }
+}
+
+/// Tries them: what waits for the cutover, then those that give columns, triggers and rules back what they were, then others.
+///
+/// # Errors
+/// `Aborted` with the statement that the target refuses, and what to do; else what a server says.
+async fn hold(source: &Client, target: &Client, late: &AtCutover, others: &[String]) -> Result<()> {
+    let waiting = late.each().count();
+    let statements: Vec<&str> = late.each().chain(others.iter().map(String::as_str)).collect();
+    if statements.is_empty() {
+        return Ok(());
+    }
+    for attempt in 1..=ATTEMPTS {
+        let tried = attempt_all(target, &statements).await;
+        target.batch_execute("ROLLBACK").await.context(|| "taking back what the decision was tried with".into())?;
+        let Err((place, error)) = tried else { return Ok(()) };
+        if matches!(error.sqlstate(), Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::T_R_DEADLOCK_DETECTED)) {
+            tracing::debug!(attempt, %error, "the decision was not tried to its end");
+            tokio::time::sleep(REST * attempt).await;
+            continue;
+        }
+        let waiting = if place < waiting { late.item_at(place) } else { None };
+        return Err(refused(source, waiting, statements[place], error).await);
+    }
+    tracing::info!("the decision was not tried before the fence: others hold locks on the target");
+    Ok(())
+}
+
+/// All of them in a transaction that stays open; the place of the one that failed.
+async fn attempt_all(target: &Client, statements: &[&str]) -> Result<(), (usize, Error)> {
+    let begin = format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'");
+    target.batch_execute(&begin).await.map_err(|error| (0, error.into()))?;
+    for (chunk, statements) in statements.chunks(IN_FLIGHT).enumerate() {
+        let answers = join_all(statements.iter().map(|statement| target.batch_execute(statement))).await;
+        // Behind the first that fails, the server refuses all others.
+        if let Some((place, error)) =
+            answers.into_iter().enumerate().find_map(|(place, answer)| Some((place, answer.err()?)))
+        {
+            return Err((chunk * IN_FLIGHT + place, error.into()));
+        }
+    }
+    Ok(())
+}
+
+async fn refused(source: &Client, waiting: Option<&Waiting>, statement: &str, error: Error) -> Error {
+    let Some(Waiting { position, item }) = waiting else {
+        return error
+            .with_kind(ErrorKind::Aborted)
+            .context(format!("trying what the decision is to do, before the fence: {statement}"))
+            .hint("Nothing was touched. Make the target fit this statement, then cut over again.");
+    };
+    let row = format!("WHERE position = {position}");
+    let leave_out = format!("UPDATE walferry.schema_item SET done = true {row}");
+    let hint = match now(source, item).await {
+        Ok(Some(now)) => format!(
+            "Nothing was touched. It is what the source had when the migration began. What the source has now is taken by, on the \
+             target: UPDATE walferry.schema_item SET statement = {} {row}; -- to leave it out: {leave_out};",
+            sql::literal(&now).trim_start()
+        ),
+        _ => format!(
+            "Nothing was touched. It is what the source had when the migration began, and the source does not have it any more. To \
+             leave it out, on the target: {leave_out};"
+        ),
+    };
+    error
+        .with_kind(ErrorKind::Aborted)
+        .context(format!("trying {} {}, which the decision is to make, before the fence", item.kind, item.name))
+        .hint(hint)
+}
+
+/// The statement that makes an item as the source has it now; `None` where it does not.
+async fn now(source: &Client, item: &SchemaItem) -> Result<Option<String>> {
+    let Some(relid) = item.relid else { return Ok(None) };
+    let row = source
+        .query_opt(
+            // `pg_dump` names them by their table, which may have another name now, and themselves.
+            "WITH made(name, statement) AS ( \
+                 SELECT k.conname, format(E'ALTER TABLE %s%s\n    ADD CONSTRAINT %I %s;', CASE WHEN c.relkind = 'p' THEN '' ELSE 'ONLY ' END, \
+                        format('%I.%I', n.nspname, c.relname), k.conname, pg_catalog.pg_get_constraintdef(k.oid)) \
+                 FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE k.conrelid = $1 AND k.contype = 'f' AND $3 = 'FK CONSTRAINT' \
+                 UNION ALL \
+                 SELECT t.tgname, pg_catalog.pg_get_triggerdef(t.oid) || ';' || CASE t.tgenabled WHEN 'O' THEN '' ELSE \
+                        format(E'\nALTER TABLE %I.%I %s TRIGGER %I;', n.nspname, c.relname, CASE t.tgenabled WHEN 'A' THEN 'ENABLE ALWAYS' \
+                               WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'DISABLE' END, t.tgname) END \
+                 FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE t.tgrelid = $1 AND NOT t.tgisinternal AND $3 = 'TRIGGER' \
+                 UNION ALL \
+                 SELECT w.rulename, pg_catalog.pg_get_ruledef(w.oid) || CASE w.ev_enabled WHEN 'O' THEN '' ELSE \
+                        format(E'\nALTER TABLE %I.%I %s RULE %I;', n.nspname, c.relname, CASE w.ev_enabled WHEN 'A' THEN 'ENABLE ALWAYS' \
+                               WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'DISABLE' END, w.rulename) END \
+                 FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_class c ON c.oid = w.ev_class \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE w.ev_class = $1 AND $3 = 'RULE') \
+             SELECT statement FROM made WHERE pg_catalog.right($2, length(name) + 1) = ' ' || name ORDER BY length(name) DESC LIMIT 1",
+            &[&relid, &item.name, &item.kind],
+        )
+        .await
+        .context(|| format!("asking the source for {} {}", item.kind, item.name))?;
+    Ok(row.map(|row| row.get(0)))
+}
