@@ -35,11 +35,7 @@ impl Cutover<'_> {
     ///
     /// # Errors
     /// As [`hold`].
-    pub(super) async fn try_decision(
-        &self,
-        sessions: &Sessions,
-        tables: &[&Table],
-    ) -> Result<(AtCutover, Vec<Table>)> {
+    pub(super) async fn try_decision(&self, sessions: &Sessions, tables: &[&Table]) -> Result<(AtCutover, Vec<Table>)> {
         let late = AtCutover::plan(&sessions.target).await?;
         let mut restorable = schema::restorable(&sessions.target, tables).await?;
         if self.scope.data_only {

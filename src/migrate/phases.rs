@@ -250,7 +250,9 @@ impl Running {
         layout.has_hypertables = timescale::prepare::is_of_timescaledb(target).await?;
         if ddl::is_replicated(target).await? {
             let prefix = crate::source::ddl::prefix(&migration.id);
-            layout.ddl = Some(Ddl { prefix, owners: self.config.owners.clone() });
+            let source = self.config.source.connect(&self.application_name).await?;
+            let key = crate::source::ddl::Key::read(&source, &migration.id).await?;
+            layout.ddl = Some(Ddl { prefix, key, owners: self.config.owners.clone() });
         }
         Ok(Arc::new(layout))
     }

@@ -196,7 +196,7 @@ impl Table {
 
 /// A relation that is not one of ours to migrate: a system schema, an extension's, or walferry's own.
 pub(crate) const USER_RELATION: &str = "n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') \
-     AND n.nspname NOT LIKE 'pg\\_toast%' AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
+     AND n.nspname NOT LIKE 'pg\\_toast%' AND n.nspname NOT LIKE 'pg\\_temp\\_%' AND n.nspname NOT LIKE 'walferry\\_ddl\\_%' \
      AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::regclass \
                      AND d.objid = c.oid AND d.deptype = 'e')";
 
