@@ -192,8 +192,8 @@ async fn forge(migration: &Migration) {
     assert_eq!(key.code().map(|code| code.code()), Some("42501"));
     // Within a statement of which event triggers could tell, under a stack that ends as theirs does.
     let by_hand = format!(
-        "CREATE TEMP TABLE by_hand AS SELECT walferry_ddl_{id}.emit('ddl_command_end', 'CREATE TABLE', '{caller}', '') --\n\
-         PL/pgSQL function walferry_ddl_{id}.capture() line 13 at assignment"
+        "CREATE TEMP TABLE by_hand AS SELECT walferry_ddl_{id}.emit('ddl_command_end', 'CREATE TABLE', '{caller}', '') /*\n\
+         PL/pgSQL function walferry_ddl_{id}.capture() line 13 at assignment */"
     );
     for by_hand in [by_hand.clone(), format!("DO $$ BEGIN EXECUTE '{}'; END $$", by_hand.replace('\'', "''"))] {
         let refused = source.batch_execute(&by_hand).await.unwrap_err();

@@ -120,29 +120,33 @@ async fn refused(source: &Client, waiting: Option<&Waiting>, statement: &str, er
 
 /// The statement that makes an item as the source has it now; `None` where it does not.
 async fn now(source: &Client, item: &SchemaItem) -> Result<Option<String>> {
-    let Some(relid) = item.relid else { return Ok(None) };
+    // `pg_dump` names them by table and name. The table may be called otherwise now; of a foreign key the ledger may know the other one.
     let row = source
         .query_opt(
-            // `pg_dump` names them by their table, which may have another name now, and themselves.
-            "WITH made(name, statement) AS ( \
-                 SELECT k.conname, format(E'ALTER TABLE %s%s\n    ADD CONSTRAINT %I %s;', CASE WHEN c.relkind = 'p' THEN '' ELSE 'ONLY ' END, \
-                        format('%I.%I', n.nspname, c.relname), k.conname, pg_catalog.pg_get_constraintdef(k.oid)) \
+            "WITH made(relid, place, name, statement) AS ( \
+                 SELECT c.oid, format('%I.%I', n.nspname, c.relname), k.conname, \
+                        format(E'ALTER TABLE %s%I.%I\n    ADD CONSTRAINT %I %s;', CASE WHEN c.relkind = 'p' THEN '' ELSE 'ONLY ' END, \
+                               n.nspname, c.relname, k.conname, pg_catalog.pg_get_constraintdef(k.oid)) \
                  FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_class c ON c.oid = k.conrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE k.conrelid = $1 AND k.contype = 'f' AND $3 = 'FK CONSTRAINT' \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE k.contype = 'f' AND $3 = 'FK CONSTRAINT' \
                  UNION ALL \
-                 SELECT t.tgname, pg_catalog.pg_get_triggerdef(t.oid) || ';' || CASE t.tgenabled WHEN 'O' THEN '' ELSE \
+                 SELECT c.oid, format('%I.%I', n.nspname, c.relname), t.tgname, \
+                        pg_catalog.pg_get_triggerdef(t.oid) || ';' || CASE t.tgenabled WHEN 'O' THEN '' ELSE \
                         format(E'\nALTER TABLE %I.%I %s TRIGGER %I;', n.nspname, c.relname, CASE t.tgenabled WHEN 'A' THEN 'ENABLE ALWAYS' \
                                WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'DISABLE' END, t.tgname) END \
                  FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE t.tgrelid = $1 AND NOT t.tgisinternal AND $3 = 'TRIGGER' \
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE NOT t.tgisinternal AND $3 = 'TRIGGER' \
                  UNION ALL \
-                 SELECT w.rulename, pg_catalog.pg_get_ruledef(w.oid) || CASE w.ev_enabled WHEN 'O' THEN '' ELSE \
+                 SELECT c.oid, format('%I.%I', n.nspname, c.relname), w.rulename, \
+                        pg_catalog.pg_get_ruledef(w.oid) || CASE w.ev_enabled WHEN 'O' THEN '' ELSE \
                         format(E'\nALTER TABLE %I.%I %s RULE %I;', n.nspname, c.relname, CASE w.ev_enabled WHEN 'A' THEN 'ENABLE ALWAYS' \
                                WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'DISABLE' END, w.rulename) END \
                  FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_class c ON c.oid = w.ev_class \
-                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE w.ev_class = $1 AND $3 = 'RULE') \
-             SELECT statement FROM made WHERE pg_catalog.right($2, length(name) + 1) = ' ' || name ORDER BY length(name) DESC LIMIT 1",
-            &[&relid, &item.name, &item.kind],
+                 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE w.rulename <> '_RETURN' AND $3 = 'RULE') \
+             SELECT statement FROM made WHERE pg_catalog.right($2, length(name) + 1) = ' ' || name \
+               AND (relid = $1 OR pg_catalog.strpos($4, place) > 0) \
+             ORDER BY pg_catalog.strpos($4, place) > 0 DESC, relid = $1 DESC, length(name) DESC LIMIT 1",
+            &[&item.relid, &item.name, &item.kind, &item.statement],
         )
         .await
         .context(|| format!("asking the source for {} {}", item.kind, item.name))?;

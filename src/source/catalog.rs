@@ -5,6 +5,7 @@
 //! `attnum` ("Logical Replication Message Formats" in the manual), which is exactly [`Table::columns`].
 
 mod fingerprint;
+mod older;
 mod schemas;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use crate::timescale::{self, ChunkOf};
 
 pub(crate) use fingerprint::{Hash, Objects, Others, THERE, file_of_table, fingerprint_query};
 pub use fingerprint::{changed_objects, fingerprint, fingerprint_of};
+pub use older::fingerprint_of_format_3;
 pub use schemas::{Schemas, schemas_of_objects};
 
 /// A table that holds rows of its own: an ordinary table or a leaf of a partitioned one.

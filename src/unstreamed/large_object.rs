@@ -329,15 +329,18 @@ async fn describe(target: &Client, owners: &Owners, objects: &[&Object]) -> Resu
     let doing = || format!("giving the large objects {oids:?} their comments, privileges and owners");
     let granted = target
         .query_typed(
-            "SELECT m.oid, pg_catalog.array_agg(DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' \
-                 ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END) \
-             FROM pg_catalog.pg_largeobject_metadata m, pg_catalog.aclexplode(m.lomacl) a WHERE m.oid = ANY ($1) GROUP BY 1",
+            "SELECT m.oid, pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(m.lomowner)), \
+                    (SELECT pg_catalog.array_agg(DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' \
+                         ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END) \
+                     FROM pg_catalog.aclexplode(m.lomacl) a) \
+             FROM pg_catalog.pg_largeobject_metadata m WHERE m.oid = ANY ($1)",
             &[(&oids, Type::OID_ARRAY)],
         )
         .await
         .context(doing)?;
-    let granted: BTreeMap<u32, Vec<String>> = granted.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let statements = |object: &&Object| metadata_statements(object, owners, granted.get(&object.oid));
+    let there: BTreeMap<u32, There> =
+        granted.iter().map(|row| (row.get(0), There { owner: row.get(1), granted: row.get(2) })).collect();
+    let statements = |object: &&Object| metadata_statements(object, owners, there.get(&object.oid));
     let statements: Vec<String> = objects.iter().flat_map(statements).collect();
     target.batch_execute(&statements.join("; ")).await.context(doing)?;
     let markers: Vec<&str> = objects.iter().map(|object| object.marker.as_str()).collect();
@@ -388,8 +391,15 @@ async fn put(target: &Client, oid: u32, at: i64, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Comment, owner and privileges. `granted` has the roles, ready for SQL, that have been granted something on the target.
-fn metadata_statements(object: &Object, owners: &Owners, granted: Option<&Vec<String>>) -> Vec<String> {
+/// Whose an object is on the target, and who has been granted something there (`None` for the built-in privileges): ready for SQL.
+struct There {
+    owner: String,
+    granted: Option<Vec<String>>,
+}
+
+/// Comment, owner and privileges.
+fn metadata_statements(object: &Object, owners: &Owners, there: Option<&There>) -> Vec<String> {
+    let granted = there.and_then(|there| there.granted.as_ref());
     let this = format!("LARGE OBJECT {}", object.oid);
     let comment = object.comment.as_deref().map_or("NULL".to_owned(), sql::literal);
     let mut statements = vec![format!("COMMENT ON {this} IS {comment}")];
@@ -400,7 +410,12 @@ fn metadata_statements(object: &Object, owners: &Owners, granted: Option<&Vec<St
     if owners.no_privileges || object.privileges.is_none() && granted.is_none() {
         return statements;
     }
-    let own = if owners.no_owner { "CURRENT_USER" } else { &owner };
+    // Without owners it stays whose it is there: on the way back the old server's own.
+    let own = match there {
+        Some(there) if owners.no_owner => &there.owner,
+        _ if owners.no_owner => "CURRENT_USER",
+        _ => &owner,
+    };
     for role in granted.into_iter().flatten() {
         statements.push(format!("REVOKE ALL ON {this} FROM {role}"));
     }
@@ -419,4 +434,35 @@ fn metadata_statements(object: &Object, owners: &Owners, granted: Option<&Vec<St
         statements.push(format!("GRANT {privilege} ON {this} TO {grantee}{passing_on}"));
     }
     statements
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_owners_what_the_owner_may_is_granted_to_whose_it_is_there() {
+        let object = Object {
+            oid: 7,
+            owner: "migrator".into(),
+            privileges: Some(vec![
+                (Some("migrator".into()), "SELECT".into(), false),
+                (Some("reader".into()), "SELECT".into(), false),
+            ]),
+            comment: None,
+            marker: String::new(),
+        };
+        let owners = Owners { no_owner: true, ..Owners::default() };
+        let there = There { owner: "app".into(), granted: Some(vec!["app".into(), "reader".into()]) };
+        let statements = metadata_statements(&object, &owners, Some(&there));
+        let expected = [
+            "COMMENT ON LARGE OBJECT 7 IS NULL",
+            "REVOKE ALL ON LARGE OBJECT 7 FROM app",
+            "REVOKE ALL ON LARGE OBJECT 7 FROM reader",
+            "REVOKE ALL ON LARGE OBJECT 7 FROM app",
+            "GRANT SELECT ON LARGE OBJECT 7 TO app",
+            "GRANT SELECT ON LARGE OBJECT 7 TO \"reader\"",
+        ];
+        assert_eq!(statements, expected);
+    }
 }
