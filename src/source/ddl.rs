@@ -441,9 +441,29 @@ mod tests {
 
     #[test]
     fn a_message_without_anything_but_its_failure_is_understood() {
-        let told = Told::parse(br#"{"tag": "ALTER TABLE", "query": "ALTER TABLE a", "failed": "no"}"#).unwrap();
-        assert_eq!(told.failed.as_deref(), Some("no"));
-        assert!(told.tables().is_empty());
-        assert!(Told::parse(b"{}").is_err());
+        let content = br#"{"tag": "ALTER TABLE", "query": "ALTER TABLE a", "failed": "no"}"#;
+        for key in [None, Some(&Key(vec![7; 32]))] {
+            let told = Told::parse(key, 5, content).unwrap().unwrap();
+            assert_eq!(told.failed.as_deref(), Some("no"));
+            assert!(told.tables().is_empty());
+        }
+        assert!(Told::parse(None, 5, b"{}").is_err());
+    }
+
+    #[test]
+    fn only_what_the_event_triggers_said_in_this_very_transaction_is_believed() {
+        let said = r#"{"tag": "DROP TABLE", "query": "DROP TABLE a"}"#;
+        // SELECT encode(sha256(k || sha256(k || convert_to('5/' || said, 'UTF8'))), 'hex') FROM (VALUES (decode(repeat('07', 32), 'hex'))) v(k)
+        let proof = "6b3cb433c048dc6ace3340eb47cb788256c464e5b495df77013c3513e59b452e";
+        let content = format!("{proof}{said}");
+        let key = Key(vec![7; 32]);
+        let parse =
+            |xid, content: &str| Told::parse(Some(&key), xid, content.as_bytes()).unwrap().map(|told| told.query);
+        assert_eq!(parse(5, &content).as_deref(), Some("DROP TABLE a"));
+        assert_eq!(parse(6, &content), None, "said once, and said again in another transaction");
+        assert_eq!(parse(5, &content.replace("TABLE a", "TABLE b")), None);
+        assert_eq!(parse(5, said), None);
+        assert_eq!(parse(5, ""), None);
+        assert_eq!(format!("{key:?}"), "Key(…)");
     }
 }
