@@ -72,7 +72,7 @@ pub async fn sync(source: &Client, target: &Client, owners: &Owners) -> Result<S
     loop {
         let page = page(source, &marker, after).await?;
         // Behind the last of the source, everything is too much.
-        let last = page.last().filter(|_| page.len() as i64 == PAGE).map_or(u32::MAX, |object| object.oid);
+        let last = last_of(&page);
         let page_synced = sync_page(source, target, owners, &page, after, last).await;
         if page_synced.is_err() {
             let _ = tokio::join!(source.batch_execute("ROLLBACK"), target.batch_execute("ROLLBACK"));
@@ -120,18 +120,18 @@ impl Owners {
 }
 
 /// A large object of the source, with what tells whether it has changed.
-struct Object {
-    oid: u32,
+pub(super) struct Object {
+    pub(super) oid: u32,
     owner: String,
     /// Grantee (none for everybody), privilege, whether it may be passed on; `None` for the built-in ones.
     privileges: Option<Vec<(Option<String>, String, bool)>>,
     comment: Option<String>,
-    marker: String,
+    pub(super) marker: String,
 }
 
 /// The part of a marker that speaks of the content. A page's visible row is another whenever anything of it has changed, and so is its
 /// `xmin`; transaction ids come again after four billion, and then only on the same page by chance.
-async fn marker_query(source: &Client) -> Result<String> {
+pub(super) async fn marker_query(source: &Client) -> Result<String> {
     let may_read: bool = source
         .query_typed_one("SELECT pg_catalog.has_table_privilege('pg_catalog.pg_largeobject', 'SELECT')", &[])
         .await
@@ -170,7 +170,7 @@ fn content_hash() -> String {
 }
 
 /// The next objects behind an OID. The source's session is in a transaction afterwards, whose snapshot also shows their content.
-async fn page(source: &Client, query: &str, after: u32) -> Result<Vec<Object>> {
+pub(super) async fn page(source: &Client, query: &str, after: u32) -> Result<Vec<Object>> {
     let doing = || "reading the source's large objects".to_owned();
     source.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await.context(doing)?;
     let rows = match source.query_typed(query, &[(&after, Type::OID)]).await {
@@ -215,25 +215,13 @@ async fn sync_page(
     // Another session of ours, whose connection broke, may still have a commit on its way.
     let known = "BEGIN; LOCK TABLE walferry.large_object IN SHARE ROW EXCLUSIVE MODE";
     target.batch_execute(known).await.context(doing)?;
-    // What a managed service has of its own is not the migration's.
-    let rows = target
-        .query_typed(
-            &format!(
-                "SELECT coalesce(m.oid, l.loid), m.oid IS NOT NULL, l.marker \
-                 FROM (SELECT oid FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2 \
-                         AND (pg_catalog.pg_get_userbyid(lomowner) NOT IN ({SERVICE_OWNERS}) \
-                              OR pg_catalog.pg_get_userbyid(lomowner) = current_user)) m \
-                 FULL JOIN (SELECT loid, marker FROM walferry.large_object WHERE loid > $1 AND loid <= $2) l ON l.loid = m.oid"
-            ),
-            &[(&after, Type::OID), (&last, Type::OID)],
-        )
-        .await
-        .context(doing)?;
-    let there: BTreeMap<u32, (bool, Option<&str>)> =
-        rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect();
+    let there = there(target, true, after, last).await?;
     let of_source: BTreeSet<u32> = page.iter().map(|object| object.oid).collect();
     let gone: Vec<u32> = there.keys().copied().filter(|oid| !of_source.contains(oid)).collect();
-    let changed = |object: &&Object| there.get(&object.oid) != Some(&(true, Some(object.marker.as_str())));
+    let is_known = |object: &Object| {
+        there.get(&object.oid).is_some_and(|(is_there, known)| *is_there && known.as_ref() == Some(&object.marker))
+    };
+    let changed = |object: &&Object| !is_known(object);
     let changed: Vec<&Object> = page.iter().filter(changed).collect();
     if !gone.is_empty() {
         remove(target, &gone).await.context(|| "removing large objects that the source has no more".into())?;
@@ -259,6 +247,41 @@ async fn sync_page(
     Ok(Synced { copied, removed: gone.len() as u64 })
 }
 
+/// Where the page ends that these objects are: behind the last of the source, everything is too much.
+pub(super) fn last_of(page: &[Object]) -> u32 {
+    page.last().filter(|_| page.len() as i64 == PAGE).map_or(u32::MAX, |object| object.oid)
+}
+
+/// What the target has with OIDs behind `after` and up to `last`: whether it is there, and what the ledger knows of it, where there is one.
+/// What a managed service has of its own is not the migration's.
+pub(super) async fn there(
+    target: &Client,
+    is_kept: bool,
+    after: u32,
+    last: u32,
+) -> Result<BTreeMap<u32, (bool, Option<String>)>> {
+    let doing = || "comparing large objects".to_owned();
+    let table = "SELECT pg_catalog.to_regclass('walferry.large_object') IS NOT NULL";
+    let known = match is_kept && target.query_typed_one(table, &[]).await.context(doing)?.get::<_, bool>(0) {
+        true => "SELECT loid, marker FROM walferry.large_object WHERE loid > $1 AND loid <= $2",
+        false => "SELECT NULL::oid AS loid, NULL::text AS marker WHERE false",
+    };
+    let rows = target
+        .query_typed(
+            &format!(
+                "SELECT coalesce(m.oid, l.loid), m.oid IS NOT NULL, l.marker \
+                 FROM (SELECT oid FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2 \
+                         AND (pg_catalog.pg_get_userbyid(lomowner) NOT IN ({SERVICE_OWNERS}) \
+                              OR pg_catalog.pg_get_userbyid(lomowner) = current_user)) m \
+                 FULL JOIN ({known}) l ON l.loid = m.oid"
+            ),
+            &[(&after, Type::OID), (&last, Type::OID)],
+        )
+        .await
+        .context(doing)?;
+    Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+}
+
 async fn remove(target: &Client, oids: &[u32]) -> Result<()> {
     let parameter = [(&oids as &(dyn ToSql + Sync), Type::OID_ARRAY)];
     tokio::try_join!(
@@ -272,7 +295,7 @@ async fn remove(target: &Client, oids: &[u32]) -> Result<()> {
 }
 
 /// Those of some objects that both sides have with the same content.
-async fn equal_content(source: &Client, target: &Client, oids: &[u32]) -> Result<BTreeSet<u32>> {
+pub(super) async fn equal_content(source: &Client, target: &Client, oids: &[u32]) -> Result<BTreeSet<u32>> {
     if oids.is_empty() {
         return Ok(BTreeSet::new());
     }
