@@ -18,7 +18,7 @@ use crate::setting::Setting;
 pub const PATIENCE: Duration = Duration::from_secs(900);
 
 /// Ticks in a second of the times in /proc, on every architecture that PostgreSQL is built for.
-const USER_HZ: f64 = 100.0;
+pub const USER_HZ: f64 = 100.0;
 
 /// The child process of one migration; started again, it goes on.
 pub struct Engine {

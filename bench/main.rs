@@ -9,6 +9,7 @@
 //!     ├──► switching  cutovers and switchbacks under load
 //!     ├──► far        B8      the same with the target behind a delaying proxy
 //!     ├──► alone      B11 B12 the queue and the decoder without servers
+//!     ├──► ingesting  T1      a hypertable under sustained load, with a cutover (where the servers have TimescaleDB)
 //!     │
 //!     └──► results (Markdown) and plot (SVG)         B9 and B10 are read off walferry's process in all of them
 //! ```
@@ -26,6 +27,7 @@ mod draining;
 mod engine;
 mod far;
 mod following;
+mod ingesting;
 mod native;
 mod plot;
 mod results;
@@ -141,6 +143,16 @@ async fn cases(setting: &Setting, results: &mut Results) -> Result<()> {
     }
     if wanted("B12") {
         alone::decoder(setting, results)?;
+    }
+    if wanted("T1") {
+        if ingesting::is_available(setting) {
+            ingesting::ingest(setting, results).await?;
+        } else {
+            results.note(
+                "==== NOT MEASURED: hypertables: the extension timescaledb is not installed for this PostgreSQL ===="
+                    .into(),
+            );
+        }
     }
     // A table of 5 GB: not in a quick run, unless it is asked for.
     if wanted("B2") && (!setting.options.quick || !setting.options.only.is_empty()) {

@@ -6,6 +6,7 @@
 //! | few changed or gone rows | a prepared statement each, by the key |
 //! | many changed rows | COPY into a temporary table of this session, then `UPDATE … FROM` it |
 //! | many gone rows | COPY of their keys into another, then `DELETE … USING` it |
+//! | many gone rows of a chunk that have no key | COPY of the rows into another, then `DELETE … USING` it; too many equal ones come back |
 //!
 //! What a session writes of a chunk, over all its tables, goes to the server as one pipeline without waiting for an answer in
 //! between, `BEGIN`, the preparing of statements and (with a unit's last chunk) its rows of the ledger included; the commit is
@@ -39,6 +40,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
 use crate::timescale::rows;
+use crate::timescale::sets::{self, TimeRange};
 
 /// What every apply session sets for itself, besides what all of our sessions pin.
 ///
@@ -92,6 +94,10 @@ pub struct TableWrites {
     pub updates: BTreeMap<Vec<u16>, CopyRows>,
     /// The same, each by a statement of its own; unchanged columns have no value in them.
     pub single_updates: Vec<KeptTuple>,
+    /// Whole rows that go and that nothing else names, with how many equal ones go, by the columns that are NULL in them.
+    pub equal_deletes: BTreeMap<Vec<u16>, CopyRows>,
+    /// Of a chunk, the times of the rows that are deleted or updated as sets.
+    pub range: Option<TimeRange>,
     /// Whole rows.
     pub inserts: CopyRows,
 }
@@ -378,9 +384,17 @@ impl Writer {
             if !writes.single_deletes.is_empty() || !writes.single_updates.is_empty() {
                 self.add_plans(pipeline, table)?;
             }
+            let range: Vec<Value<'_>> =
+                writes.range.iter().flat_map(TimeRange::values).map(|datum| value(&datum)).collect();
             if !writes.deletes.is_empty() {
                 let staged = self.add_stage(pipeline, tables, place, Staging::Keys, &mut writes.deletes)?;
-                self.add(pipeline, tables, place, What::Delete, &[], ("deletes", staged))?;
+                self.add(pipeline, tables, place, What::Delete, &range, ("deletes", staged))?;
+            }
+            for (nulls, rows) in &mut writes.equal_deletes {
+                let staged = self.add_stage(pipeline, tables, place, Staging::Equal(nulls.clone()), rows)?;
+                pipeline.text(sets::PLAN_FREELY)?;
+                self.add(pipeline, tables, place, What::DeleteEqual(nulls.clone()), &range, ("deletes", staged))?;
+                pipeline.text(sets::PLAN_BY_KEY)?;
             }
             for row in writes.single_deletes.drain(..) {
                 let values: Vec<Value<'_>> = serial::delete_values(table, row.tuple()).iter().map(value).collect();
@@ -389,7 +403,7 @@ impl Writer {
             for (unchanged, rows) in &mut writes.updates {
                 let staging = Staging::Rows(unchanged.clone());
                 let staged = self.add_stage(pipeline, tables, place, staging.clone(), rows)?;
-                self.add(pipeline, tables, place, What::Update(staging), &[], ("updates", staged))?;
+                self.add(pipeline, tables, place, What::Update(staging), &range, ("updates", staged))?;
             }
             for row in writes.single_updates.drain(..) {
                 let set = serial::columns_to_set(table, row.tuple(), false);
