@@ -71,6 +71,18 @@ impl Engine {
         Engine { way_back: true, ..self }
     }
 
+    /// Runs `walferry check`, whatever it finds.
+    pub async fn check_servers(&self) -> Result<()> {
+        let mut command = Command::new(&self.program);
+        command.args(["check", "--json", "--source", &self.source, "--target", &self.target]);
+        let output = command.stdin(Stdio::null()).output().await?;
+        if output.status.code().is_some_and(|code| code == 0 || code == 3) {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(Error::new(ErrorKind::Other, format!("walferry check ended with {}: {said}", output.status)))
+    }
+
     /// Starts the process.
     pub fn start(&mut self) -> Result<()> {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&self.log)?;

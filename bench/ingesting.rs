@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   loader ── COPY, a batch each tenth of a second ──► readings ── walferry ──► readings
-//!             (rows as tsbs has them)                     │ every 20 s: refresh of the aggregate, compression of old chunks
+//!             (rows as tsbs has them, one of 100 late)    │ every 20 s: refresh of the aggregate, compression of old chunks
 //!                                                         └─ their changes are in the stream too
 //!   sampler ── each second: lag of the newest row, lag in bytes, processor time of each server's processes
 //!   at the end, the loader still at it: cutover, and a comparison of all rows by plain SQL
@@ -42,6 +42,9 @@ const DATABASE: &str = "plant";
 const DEVICES: i32 = 10_000;
 /// A batch comes so often: 100,000 rows in a second, and some more, so that a late one does not count.
 const BATCH_INTERVAL: Duration = Duration::from_micros(98_000);
+/// One of so many rows is late by [`LATE`]: what the aggregate has of that time already is computed anew then.
+const LATE_ROWS: u64 = 100;
+const LATE: i64 = 45_000_000;
 /// Sessions that load.
 const LOADERS: u64 = 2;
 /// 2000-01-01 in microseconds since 1970.
@@ -323,14 +326,16 @@ fn now() -> i64 {
     i64::try_from(since.as_micros()).unwrap_or_default()
 }
 
-/// A batch as binary COPY has it: a row of each device.
+/// A batch as binary COPY has it: a row of each device, a few of them late.
 fn rows_of(time: i64, batch: u64) -> Bytes {
     let mut bytes = BytesMut::with_capacity(DEVICES as usize * 72);
     bytes.put_slice(b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0");
     for device in 0..DEVICES {
         bytes.put_i16(6);
         bytes.put_i32(8);
-        bytes.put_i64(time - POSTGRES_EPOCH);
+        let late = (device as u64 + batch) % LATE_ROWS == 0;
+        // A millisecond beside the rows of that time.
+        bytes.put_i64(time - POSTGRES_EPOCH - if late { LATE - 1000 } else { 0 });
         bytes.put_i32(4);
         bytes.put_i32(device);
         let scattered = (batch << 20 | device as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -345,17 +350,17 @@ fn rows_of(time: i64, batch: u64) -> Bytes {
 
 /// The processor time of a server's processes, by what their titles say they are. Those that have ended count with what was seen last.
 #[derive(Clone)]
-struct Processes {
+pub struct Processes {
     postmaster: i32,
     seen: BTreeMap<u32, (String, f64)>,
 }
 
 impl Processes {
-    fn of(server: &ThrowawayServer) -> Processes {
+    pub fn of(server: &ThrowawayServer) -> Processes {
         Processes { postmaster: server.pid(), seen: BTreeMap::new() }
     }
 
-    fn look(&mut self) {
+    pub fn look(&mut self) {
         let path = format!("/proc/{0}/task/{0}/children", self.postmaster);
         let children = std::fs::read_to_string(path).unwrap_or_default();
         for pid in children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()) {
@@ -368,7 +373,7 @@ impl Processes {
         }
     }
 
-    fn since(&self, before: &Processes, million: f64) -> String {
+    pub fn since(&self, before: &Processes, million: f64) -> String {
         let mut kinds: BTreeMap<&str, f64> = BTreeMap::new();
         for (pid, (kind, seconds)) in &self.seen {
             let earlier = before.seen.get(pid).map_or(0.0, |(_, seconds)| *seconds);
