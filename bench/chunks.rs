@@ -128,6 +128,8 @@ async fn measure(
         steps.push((format!("cutover, {}", name.unwrap_or("?")), ms.unwrap_or_default() / 1000.0));
     }
     steps.push(("cutover, writers wait".into(), downtime / 1000.0));
+    // The cutover has ended the session of before.
+    let client = source.connect(&database).await?;
     let rows = "SELECT count(*), sum(value) FROM readings";
     let (here, there) = (client.query_one(rows, &[]).await?, there.query_one(rows, &[]).await?);
     if (here.get::<_, i64>(0), here.get::<_, f64>(1)) != (there.get(0), there.get(1)) {

@@ -68,15 +68,16 @@ pub(super) fn delete_text(table: &Table) -> String {
 /// Of the rows of a hypertable that are the same, one is removed, or gets other values (H26). The rows of compressed chunks have no
 /// `ctid` to name one of them by, so all are taken out, and all but one put back. Answers as many rows as it met: one, or none.
 fn exactly_one(table: &Table, parameters_before: usize, new_values: Option<Vec<String>>) -> String {
-    let (name, columns) = (table.applied_to(), table.column_list());
+    // What comes back may be in another chunk.
+    let (name, into, columns) = (table.applied_to(), table.inserted_into(), table.column_list());
     let gone = format!("gone AS (DELETE FROM {name} WHERE {} RETURNING *)", condition(table, parameters_before));
-    let back = format!("back AS (INSERT INTO {name} ({columns}) SELECT {columns} FROM gone OFFSET 1)");
+    let back = format!("back AS (INSERT INTO {into} ({columns}) SELECT {columns} FROM gone OFFSET 1)");
     match new_values {
         None => format!("WITH {gone}, {back} SELECT FROM gone LIMIT 1"),
         Some(values) => {
             let values = values.join(", ");
             format!(
-                "WITH {gone}, {back}, changed AS (INSERT INTO {name} ({columns}) SELECT {values} FROM gone LIMIT 1 RETURNING 1) \
+                "WITH {gone}, {back}, changed AS (INSERT INTO {into} ({columns}) SELECT {values} FROM gone LIMIT 1 RETURNING 1) \
                  SELECT FROM changed"
             )
         }

@@ -39,6 +39,7 @@ use crate::decode::{Datum, KeptTuple};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
+use crate::timescale::place::Places;
 use crate::timescale::rows;
 use crate::timescale::sets::{self, TimeRange};
 
@@ -102,6 +103,16 @@ pub struct TableWrites {
     pub inserts: CopyRows,
 }
 
+impl TableWrites {
+    /// Whether rows that were there are changed or go.
+    fn has_changes(&self) -> bool {
+        let (deletes, updates) = (&self.deletes, &self.updates);
+        !self.single_deletes.is_empty()
+            || !self.single_updates.is_empty()
+            || !(deletes.is_empty() && updates.is_empty() && self.equal_deletes.is_empty())
+    }
+}
+
 /// Why a unit could not be written as a set.
 #[derive(Debug)]
 pub enum WriteError {
@@ -134,6 +145,8 @@ pub struct Writer {
     staging_made: Vec<(usize, Staging)>,
     /// Those of them that this transaction has filled.
     staged: HashSet<(usize, Staging)>,
+    /// The target's chunks.
+    places: Places,
     role: ApplyRole,
     /// This transaction plans each statement for its values, as a hypertable needs it.
     custom_plans: bool,
@@ -184,6 +197,7 @@ impl Writer {
             staging: HashSet::new(),
             staging_made: Vec::new(),
             staged: HashSet::new(),
+            places: Places::default(),
             role,
             custom_plans: false,
             opened: Instant::now(),
@@ -205,6 +219,7 @@ impl Writer {
     /// # Errors
     /// [`WriteError`]; the transaction is then to be rolled back.
     pub async fn write(&mut self, tables: &(impl Tables + Sync), writes: &mut [TableWrites]) -> Result<(), WriteError> {
+        self.find_chunks(tables, writes).await?;
         let mut pipeline = Pipeline::default();
         self.add_begin(&mut pipeline).await?;
         self.add_writes(&mut pipeline, tables, writes)?;
@@ -222,6 +237,7 @@ impl Writer {
         sessions: &[(i32, Lsn)],
         applied: Lsn,
     ) -> Result<(), WriteError> {
+        self.find_chunks(tables, writes).await?;
         let mut pipeline = Pipeline::default();
         self.add_begin(&mut pipeline).await?;
         self.add_writes(&mut pipeline, tables, writes)?;
@@ -373,6 +389,16 @@ impl Writer {
         Ok(())
     }
 
+    /// Before rows of chunks are changed that this session has not changed yet.
+    async fn find_chunks(&mut self, tables: &(impl Tables + Sync), writes: &[TableWrites]) -> Result<()> {
+        let unknown = |writes: &&TableWrites| {
+            writes.has_changes() && self.places.is_unknown(writes.place, tables.table(writes.place))
+        };
+        let wanted: Vec<(usize, &Table)> =
+            writes.iter().filter(unknown).map(|writes| (writes.place, tables.table(writes.place))).collect();
+        if wanted.is_empty() { Ok(()) } else { self.places.find(&mut self.session, &wanted).await }
+    }
+
     fn add_writes(
         &mut self,
         pipeline: &mut Pipeline,
@@ -476,8 +502,9 @@ impl Writer {
         place: usize,
         what: What,
     ) -> Result<Arc<str>> {
+        let table = self.places.get(place).unwrap_or_else(|| tables.table(place));
         self.statements.name(Key::Table(place, what), &mut pipeline.requests, |key| match key {
-            Key::Table(place, what) => text(tables.table(*place), what, tables.is_binary()),
+            Key::Table(_, what) => text(table, what, tables.is_binary()),
             Key::Text(text) => text.clone(),
         })
     }

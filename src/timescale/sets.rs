@@ -123,14 +123,14 @@ pub(crate) fn delete_equal_text(table: &Table, nulls: &[u16], staging: &str) -> 
         }
     };
     let same: Vec<String> = (0u16..).zip(&table.columns).map(same).collect();
-    let (name, columns) = (table.applied_to(), table.column_list());
+    let (name, into, columns) = (table.applied_to(), table.inserted_into(), table.column_list());
     let of_table: Vec<String> =
         table.columns.iter().map(|column| format!("t.{}", sql::identifier(&column.name))).collect();
     format!(
         "WITH gone AS (DELETE FROM {name} t USING {staging} s WHERE {}{} \
          RETURNING s.ctid AS \"walferry row\", s.{TIMES} AS {TIMES}, {}), \
          numbered AS (SELECT *, pg_catalog.row_number() OVER (PARTITION BY \"walferry row\") AS \"walferry number\" FROM gone), \
-         back AS (INSERT INTO {name} ({columns}) SELECT {columns} FROM numbered WHERE \"walferry number\" > {TIMES}) \
+         back AS (INSERT INTO {into} ({columns}) SELECT {columns} FROM numbered WHERE \"walferry number\" > {TIMES}) \
          SELECT FROM numbered WHERE \"walferry number\" = {TIMES}",
         same.join(" AND "),
         condition(table),
@@ -165,6 +165,8 @@ mod tests {
             hypertable: 1,
             chunk: 1,
             dimensions: vec!["at".into()],
+            ranges: Vec::new(),
+            on_target: None,
             compressed: None,
             status: 0,
             is_late: false,
