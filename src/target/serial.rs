@@ -185,12 +185,24 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
 /// What the server says.
 pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<u64> {
     let before = old.map_or(new, |old| old.tuple());
-    let moves = old.is_some() && table.hypertable.is_some();
-    let set = columns_to_set(table, new, moves || table.hypertable.is_none());
+    // The rows of a compressed chunk take no new key, and not even the one that they have.
+    let moves = match &table.chunk {
+        Some(_) => old.is_some_and(|old| !has_same_key(table, old.tuple(), new)),
+        None => old.is_some() && table.hypertable.is_some(),
+    };
+    let set = columns_to_set(table, new, moves || table.hypertable.is_none() && table.chunk.is_none());
     let text = if moves { rows::move_text(table, &set) } else { update_text(table, &set) };
     writer.plan_for(table).await?;
     let met = writer.execute(text, &update_values(table, &set, before, new)).await;
     met.context(|| format!("updating {} of {}", name_row(table, before), table.qualified()))
+}
+
+/// Whether a row keeps what names it. One that nothing but its values names does.
+fn has_same_key(table: &Table, old: Tuple<'_>, new: Tuple<'_>) -> bool {
+    let is_same = |(at, (old, new)): (usize, (Datum<'_>, Datum<'_>))| {
+        !table.key.contains(&at) || new == Datum::Unchanged || new == old
+    };
+    old.columns().zip(new.columns()).enumerate().all(is_same)
 }
 
 /// Removes a row; answers how many there were.
