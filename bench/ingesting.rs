@@ -333,7 +333,7 @@ fn rows_of(time: i64, batch: u64) -> Bytes {
     for device in 0..DEVICES {
         bytes.put_i16(6);
         bytes.put_i32(8);
-        let late = (device as u64 + batch) % LATE_ROWS == 0;
+        let late = (device as u64 + batch).is_multiple_of(LATE_ROWS);
         // A millisecond beside the rows of that time.
         bytes.put_i64(time - POSTGRES_EPOCH - if late { LATE - 1000 } else { 0 });
         bytes.put_i32(4);

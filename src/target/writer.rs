@@ -106,10 +106,9 @@ pub struct TableWrites {
 impl TableWrites {
     /// Whether rows that were there are changed or go.
     fn has_changes(&self) -> bool {
-        let (deletes, updates) = (&self.deletes, &self.updates);
-        !self.single_deletes.is_empty()
-            || !self.single_updates.is_empty()
-            || !(deletes.is_empty() && updates.is_empty() && self.equal_deletes.is_empty())
+        let sets = [self.deletes.is_empty(), self.updates.is_empty(), self.equal_deletes.is_empty()];
+        let singly = [self.single_deletes.is_empty(), self.single_updates.is_empty()];
+        sets.into_iter().chain(singly).any(|none| !none)
     }
 }
 
