@@ -114,7 +114,7 @@ fn milliseconds(duration: Duration) -> f64 {
 }
 
 impl Cutover<'_> {
-    /// Looks at everything that a cutover would, and touches nothing but the WAL, in which markers are sent.
+    /// Looks at everything that a cutover would, and touches nothing but the WAL, in which markers are sent, and our ledger.
     ///
     /// # Errors
     /// `Aborted` when a server cannot be asked, or it takes longer than the options' timeout.

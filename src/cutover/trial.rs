@@ -8,6 +8,7 @@
 //! takes, and sends its statements without waiting for each answer. Where it does not get its locks, it is left out: behind the fence
 //! nothing is applied, and the decision gets them.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -17,7 +18,6 @@ use tokio_postgres::error::SqlState;
 use super::{Cutover, Sessions};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
-use crate::sql;
 use crate::target::late::{AtCutover, Waiting};
 use crate::target::ledger::SchemaItem;
 use crate::target::schema;
@@ -31,49 +31,91 @@ const REST: Duration = Duration::from_millis(200);
 const IN_FLIGHT: usize = 30;
 
 impl Cutover<'_> {
-    /// Reads what the decision is to make, and tables with what it gives back to them; tries both.
+    /// Reads what the decision is to make, and tables with what it gives back to them; tries both. What the ledger has otherwise than
+    /// the source has it now, and the target refuses, is taken from there.
     ///
     /// # Errors
-    /// As [`hold`].
+    /// `Aborted` with what the target refuses, and what to do; else what a server says.
     pub(super) async fn try_decision(&self, sessions: &Sessions, tables: &[&Table]) -> Result<(AtCutover, Vec<Table>)> {
-        let late = AtCutover::plan(&sessions.target).await?;
-        let mut restorable = schema::restorable(&sessions.target, tables).await?;
-        if self.scope.data_only {
-            // Its triggers and rules were made there, and are as they were.
-            restorable.iter_mut().for_each(|table| table.firing.clear());
+        let mut renewed = BTreeSet::new();
+        loop {
+            let late = AtCutover::plan(&sessions.target).await?;
+            let mut restorable = schema::restorable(&sessions.target, tables).await?;
+            if self.scope.data_only {
+                // Its triggers and rules were made there, and are as they were.
+                restorable.iter_mut().for_each(|table| table.firing.clear());
+            }
+            // In the order of the deciding transaction.
+            let mut others = schema::restore_identity(&restorable);
+            others.extend(Some(self.scope.rename_schemas()).filter(|rename| !rename.is_empty()));
+            let Some(refused) = hold(&sessions.target, &late, &others).await? else { return Ok((late, restorable)) };
+            let Some(waiting) = refused.waiting.clone().filter(|waiting| renewed.insert(waiting.position)) else {
+                return Err(refused.into_error(true));
+            };
+            let Some(now) = now(&sessions.source, &waiting.item).await? else { return Err(refused.into_error(false)) };
+            let renew = "UPDATE walferry.schema_item SET statement = $1 WHERE position = $2 AND NOT done";
+            let written = sessions.target.execute(renew, &[&now, &waiting.position]).await;
+            written.context(|| "writing into the ledger what the source has now".into())?;
+            tracing::info!(
+                error = %refused.error,
+                "{} {} is made as the source has it now",
+                waiting.item.kind,
+                waiting.item.name
+            );
         }
-        // In the order of the deciding transaction.
-        let mut others = schema::restore_identity(&restorable);
-        others.extend(Some(self.scope.rename_schemas()).filter(|rename| !rename.is_empty()));
-        hold(&sessions.source, &sessions.target, &late, &others).await?;
-        Ok((late, restorable))
+    }
+}
+
+/// What the target refuses.
+struct Refused {
+    waiting: Option<Waiting>,
+    statement: String,
+    error: Error,
+}
+
+impl Refused {
+    /// The texts of triggers may hold secrets, and are not shown (I10).
+    fn into_error(self, is_on_source: bool) -> Error {
+        let error = self.error.with_kind(ErrorKind::Aborted);
+        let Some(Waiting { position, item }) = self.waiting else {
+            return error
+                .context(format!("trying what the decision is to do, before the fence: {}", self.statement))
+                .hint("Nothing was touched. Make the target fit this statement, then cut over again.");
+        };
+        let gone = if is_on_source { "" } else { "The source does not have it any more. " };
+        error
+            .context(format!("trying {} {}, which the decision is to make, before the fence", item.kind, item.name))
+            .hint(format!(
+                "Nothing was touched. {gone}Make the target fit it, then cut over again. To leave it out, on the target: UPDATE \
+                 walferry.schema_item SET done = true WHERE position = {position};"
+            ))
     }
 }
 
 /// Tries them: what waits for the cutover, then those that give columns, triggers and rules back what they were, then others.
-///
-/// # Errors
-/// `Aborted` with the statement that the target refuses, and what to do; else what a server says.
-async fn hold(source: &Client, target: &Client, late: &AtCutover, others: &[String]) -> Result<()> {
+async fn hold(target: &Client, late: &AtCutover, others: &[String]) -> Result<Option<Refused>> {
     let waiting = late.each().count();
     let statements: Vec<&str> = late.each().chain(others.iter().map(String::as_str)).collect();
     if statements.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
     for attempt in 1..=ATTEMPTS {
         let tried = attempt_all(target, &statements).await;
         target.batch_execute("ROLLBACK").await.context(|| "taking back what the decision was tried with".into())?;
-        let Err((place, error)) = tried else { return Ok(()) };
+        let Err((place, error)) = tried else { return Ok(None) };
         if matches!(error.sqlstate(), Some(&SqlState::LOCK_NOT_AVAILABLE | &SqlState::T_R_DEADLOCK_DETECTED)) {
             tracing::debug!(attempt, %error, "the decision was not tried to its end");
             tokio::time::sleep(REST * attempt).await;
             continue;
         }
-        let waiting = if place < waiting { late.item_at(place) } else { None };
-        return Err(refused(source, waiting, statements[place], error).await);
+        if error.is_transient() {
+            return Err(error);
+        }
+        let waiting = if place < waiting { late.item_at(place).cloned() } else { None };
+        return Ok(Some(Refused { waiting, statement: statements[place].to_owned(), error }));
     }
     tracing::info!("the decision was not tried before the fence: others hold locks on the target");
-    Ok(())
+    Ok(None)
 }
 
 /// All of them in a transaction that stays open; the place of the one that failed.
@@ -90,32 +132,6 @@ async fn attempt_all(target: &Client, statements: &[&str]) -> Result<(), (usize,
         }
     }
     Ok(())
-}
-
-async fn refused(source: &Client, waiting: Option<&Waiting>, statement: &str, error: Error) -> Error {
-    let Some(Waiting { position, item }) = waiting else {
-        return error
-            .with_kind(ErrorKind::Aborted)
-            .context(format!("trying what the decision is to do, before the fence: {statement}"))
-            .hint("Nothing was touched. Make the target fit this statement, then cut over again.");
-    };
-    let row = format!("WHERE position = {position}");
-    let leave_out = format!("UPDATE walferry.schema_item SET done = true {row}");
-    let hint = match now(source, item).await {
-        Ok(Some(now)) => format!(
-            "Nothing was touched. It is what the source had when the migration began. What the source has now is taken by, on the \
-             target: UPDATE walferry.schema_item SET statement = {} {row}; -- to leave it out: {leave_out};",
-            sql::literal(&now).trim_start()
-        ),
-        _ => format!(
-            "Nothing was touched. It is what the source had when the migration began, and the source does not have it any more. To \
-             leave it out, on the target: {leave_out};"
-        ),
-    };
-    error
-        .with_kind(ErrorKind::Aborted)
-        .context(format!("trying {} {}, which the decision is to make, before the fence", item.kind, item.name))
-        .hint(hint)
 }
 
 /// The statement that makes an item as the source has it now; `None` where it does not.
