@@ -19,6 +19,7 @@ use crate::care::tune::{self, Tune, Tuned};
 use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
+use crate::observe::history::Point;
 use crate::observe::status::{Phase, Status};
 use crate::pause::{Pause, Paused, What};
 use crate::state_directory::StateDirectory;
@@ -33,6 +34,8 @@ const BEGIN_GRACE: Duration = Duration::from_secs(5);
 pub enum Request {
     /// How it is.
     Status,
+    /// How it was in the last hour, for plots.
+    History,
     /// Switch over to the target, or back.
     Cutover(cutover::Options),
     /// End the way back.
@@ -63,6 +66,8 @@ pub enum Request {
 pub enum Answer {
     /// How it is; the last line.
     Status(Box<Status>),
+    /// How it was, oldest first; the last line.
+    History(Vec<Point>),
     /// A step of a cutover is done; more lines follow.
     Step(cutover::Step),
     /// The cutover went through; the last line.
@@ -226,6 +231,7 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
     };
     match request {
         Request::Status => send(&mut writer, &Answer::Status(Box::new(board.snapshot()))).await,
+        Request::History => send(&mut writer, &Answer::History(board.history())).await,
         Request::Pause { what, rest } => {
             let answer = pause.set(what, rest).map_or_else(|error| Answer::from(&error), Answer::Paused);
             send(&mut writer, &answer).await

@@ -180,10 +180,13 @@ fn every_alert_has_a_place_in_the_runbook() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let rules = std::fs::read_to_string(root.join("dashboards/alerts.yml")).unwrap();
     let runbook = anchors(&std::fs::read_to_string(root.join("docs/operations.md")).unwrap());
-    let alerts: Vec<String> =
-        rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).map(str::to_lowercase).collect();
+    let alerts: Vec<&str> = rules.split("- alert: ").skip(1).collect();
     assert!(alerts.len() > 10);
-    for alert in alerts {
-        assert!(runbook.contains(&alert), "docs/operations.md has nothing of {alert}: {runbook:?}");
+    for rule in alerts {
+        let name = rule.lines().next().unwrap();
+        let first = rule.lines().find_map(|line| line.trim().strip_prefix("runbook: ")).unwrap();
+        let (_, anchor) = first.trim_matches('"').rsplit_once("docs/operations.md#").unwrap_or_else(|| panic!("{name} leads nowhere: {first}"));
+        assert_eq!(anchor, name.to_lowercase(), "{name} leads to another's place");
+        assert!(runbook.contains(&anchor.to_owned()), "docs/operations.md has nothing of {name}: {runbook:?}");
     }
 }
