@@ -25,13 +25,13 @@ use crate::pause::What;
 pub use backfill::Backfill;
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use databases::{AllDatabases, MigrateAll};
+use filters::PART_OPTIONS;
 pub use filters::{Filters, Place};
 pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
 pub use suggest::SuggestHypertables;
 pub use values::{HttpAddress, Hypertables, Time};
-use filters::PART_OPTIONS;
 use values::{
     at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate, parse_role_map,
 };

@@ -229,14 +229,25 @@ async fn check(options: cli::Check) -> Result<()> {
     if options.json {
         print_json(&report)?
     } else {
-        print(&format!("{report}\n"))?
+        let next = if report.ready() { next_after_check(&options) } else { String::new() };
+        print(&format!("{report}\n{next}"))?
     }
     if report.ready() { Ok(()) } else { Err(blocked(&report)) }
+}
+
+/// What to type when a check has found nothing in the way.
+fn next_after_check(options: &cli::Check) -> String {
+    let files = match options.dir {
+        Some(_) => "",
+        None => ", and --dir for its files: a directory that does not exist yet, on a disk with room for the queue",
+    };
+    format!("next: `walferry migrate` with the same options{files}\n")
 }
 
 fn blocked(report: &Report) -> Error {
     let count = report.of(check::Severity::Blocker).count();
     Error::new(ErrorKind::Blocked, format!("{} against the migration", check::that_stand(count)))
+        .hint("Mend each by what it says, then run the same check again. Nothing was changed on either server.")
 }
 
 /// As much as the queue takes unless it is said: not so much that the disk is full before the queue stops taking changes.
@@ -372,7 +383,9 @@ fn healthy(options: &cli::Status, status: &Status) -> Result<()> {
     let healthy = status.process_alive && status.phase != Phase::Failed;
     let over = matches!(status.phase, Phase::CutOver | Phase::Reversed);
     if options.exit_code && !healthy && !over {
-        return Err(Error::new(ErrorKind::Other, "the migration has failed or is not running"));
+        let next = status.error.as_ref().and_then(|error| error.hint.clone());
+        return Err(Error::new(ErrorKind::Other, "the migration has failed or is not running")
+            .hint(next.unwrap_or_else(|| render::HOW_TO_GO_ON.to_owned())));
     }
     Ok(())
 }
@@ -395,6 +408,7 @@ async fn read_status(directory: &StateDirectory) -> Result<Status> {
         .map_err(|error| Error::new(ErrorKind::Other, format!("{}: {error}", directory.status().display())))?;
     status.process_alive = false;
     status.ready_to_cutover = false;
+    status.stream.connected = false;
     if !matches!(status.phase, Phase::CutOver | Phase::Reversed) {
         status.blockers = vec!["no migration is running".into()];
     }

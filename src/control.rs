@@ -294,7 +294,7 @@ async fn cut_over(
     senders: &Senders,
 ) -> Result<()> {
     let limit = Duration::try_from_secs_f64(options.timeout_seconds).unwrap_or(Duration::MAX);
-    if let Err(error) = may_be_cut_over(board) {
+    if let Err(error) = may_be_cut_over(board, options.back) {
         return send(&mut writer, &Answer::from(&error)).await;
     }
     let (answers, mut received) = mpsc::unbounded_channel();
@@ -329,11 +329,19 @@ async fn cut_over(
 }
 
 /// A request that could only wait is refused: it would be carried out when nobody looks any more.
-fn may_be_cut_over(board: &StatusBoard) -> Result<()> {
-    let (text, hint) = match board.phase() {
+fn may_be_cut_over(board: &StatusBoard, back: bool) -> Result<()> {
+    let phase = board.phase();
+    let (text, hint) = match phase {
         Phase::Following => return Ok(()),
-        Phase::CuttingOver => ("another cutover is running", "Wait for its end."),
-        _ => ("the migration does not follow yet", "`walferry status` says what it waits for."),
+        Phase::CuttingOver => ("another cutover is running".to_owned(), "Wait for its end."),
+        _ if back && !board.is_turned_back() => (
+            "there is nothing to switch back from: no cutover has been done".to_owned(),
+            "`walferry status` shows where the migration is; `walferry cutover` switches when it follows.",
+        ),
+        _ => (
+            format!("the migration does not follow yet: it is {}", phase.title()),
+            "Nothing was touched. Ask again when `walferry status` says that the cutover is ready; it also says how long that may take.",
+        ),
     };
     Err(Error::new(ErrorKind::Aborted, text).hint(hint))
 }

@@ -185,7 +185,10 @@ fn every_alert_has_a_place_in_the_runbook() {
     for rule in alerts {
         let name = rule.lines().next().unwrap();
         let first = rule.lines().find_map(|line| line.trim().strip_prefix("runbook: ")).unwrap();
-        let (_, anchor) = first.trim_matches('"').rsplit_once("docs/operations.md#").unwrap_or_else(|| panic!("{name} leads nowhere: {first}"));
+        let (_, anchor) = first
+            .trim_matches('"')
+            .rsplit_once("docs/operations.md#")
+            .unwrap_or_else(|| panic!("{name} leads nowhere: {first}"));
         assert_eq!(anchor, name.to_lowercase(), "{name} leads to another's place");
         assert!(runbook.contains(&anchor.to_owned()), "docs/operations.md has nothing of {name}: {runbook:?}");
     }

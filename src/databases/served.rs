@@ -81,8 +81,8 @@ pub async fn serve(address: SocketAddr, boards: Boards) -> Result<Server> {
         .fallback(not_found)
         .with_state(boards.clone());
     for (number, (_, board)) in (1..).zip(&boards.boards) {
-        let one = page::router(board.clone())
-            .merge(Router::new().route("/status", get(status_of)).with_state(board.clone()));
+        let one =
+            page::router(board.clone()).merge(Router::new().route("/status", get(status_of)).with_state(board.clone()));
         // With a slash at its end: the page asks for what lies beside it.
         app = app.nest(&format!("/databases/{number}/"), one);
     }

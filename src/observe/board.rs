@@ -17,7 +17,9 @@ use crate::observe::history::{History, Point};
 use crate::observe::lag::Pending;
 use crate::observe::metrics;
 use crate::observe::rates::{Counters, RateWindow};
-use crate::observe::status::{ConflictKind, CutoverOutlook, Event, Failure, Level, Phase, Queue, Source, Target, WayBack};
+use crate::observe::status::{
+    ConflictKind, CutoverOutlook, Event, Failure, Level, Phase, Queue, Source, Target, WayBack,
+};
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
 use crate::verify::Verification;
@@ -124,6 +126,8 @@ struct Text {
     left_by_cutover: Option<String>,
     /// Why metrics and page are not served.
     not_served: Option<String>,
+    /// What is waited for and tried again.
+    waits: Option<String>,
     blockers: Vec<String>,
     cutover: CutoverOutlook,
     source: Source,
@@ -172,6 +176,7 @@ impl StatusBoard {
             way_back_lacks: None,
             left_by_cutover: None,
             not_served: None,
+            waits: None,
             blockers: Vec::new(),
             cutover: CutoverOutlook::default(),
             source: Source::default(),
@@ -220,6 +225,7 @@ impl StatusBoard {
     pub fn set_phase(&self, phase: Phase) {
         let changed = {
             let mut text = lock(&self.shared.text);
+            text.waits = None;
             std::mem::replace(&mut text.phase, phase) != phase
         };
         if changed {
@@ -246,6 +252,22 @@ impl StatusBoard {
         text.blockers = Vec::new();
         text.source = Source { description: source.into(), ..Source::default() };
         text.target = Target { description: target.into(), ..Target::default() };
+    }
+
+    /// Whether it is about the way back: [`StatusBoard::turn_back`].
+    pub fn is_turned_back(&self) -> bool {
+        lock(&self.shared.text).turned_back
+    }
+
+    /// Something does not answer, or refuses for now, and is tried again: an event, and in the status until something goes on.
+    pub fn try_again(&self, error: &Error) {
+        self.event(Level::Warn, format!("trying again: {error}"));
+        lock(&self.shared.text).waits = Some(format!("it waits, and tries again: {error}"));
+    }
+
+    /// What was tried again goes on.
+    pub fn goes_on(&self) {
+        lock(&self.shared.text).waits = None;
     }
 
     /// What the migration does now; on the way back, as if it were a migration of its own.

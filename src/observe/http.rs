@@ -397,7 +397,7 @@ mod tests {
         while !board.snapshot().attention.is_empty() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let served = HttpServer { address: Some(address), tasks: server.tasks.clone() };
+        let served = HttpServer { address: Some(address), task: server.task.clone() };
         assert_eq!(request(&served, "GET", "/healthz").await.0, 200);
         // 192.0.2.0/24 is for documentation (RFC 5737) and no machine's own.
         let error = serve("192.0.2.1:0".parse().unwrap(), board, handle).await.unwrap_err();

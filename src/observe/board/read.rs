@@ -8,8 +8,8 @@ use crate::connection::ConnectionCount;
 use crate::lsn::Lsn;
 use crate::observe::rates::Rates;
 use crate::observe::status::{
-    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Direction, Indexes, Lag, Phase, Queue, STATUS_VERSION, Source, Status,
-    Stream, Table, TableConflicts, TableState, Target,
+    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, Direction, Indexes, Lag, Phase, Queue, STATUS_VERSION,
+    Source, Status, Stream, Table, TableConflicts, TableState, Target,
 };
 use crate::observe::wall_clock;
 
@@ -23,7 +23,7 @@ impl StatusBoard {
         let (stream, apply) = (self.stream(&rates), self.apply(&rates));
         let queue = lock(&self.shared.queue).clone();
         let text = lock(&self.shared.text);
-        let blockers = blockers(&text, &stream, &apply, &queue);
+        let blockers = blockers(&text, &stream, &apply, &queue, &lag);
         let eta_seconds = eta_seconds(text.phase, &copy, &lag, &rates);
         let wal_lsn = Lsn(self.shared.source_wal_lsn.load(Relaxed));
         let source = Source { wal_lsn, ..text.source.clone() };
@@ -165,7 +165,7 @@ impl StatusBoard {
 }
 
 /// What stands in the way of a cutover. A migration is ready exactly when this is empty.
-fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<String> {
+fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue, lag: &Lag) -> Vec<String> {
     let mut blockers = Vec::new();
     match text.phase {
         Phase::Following => {}
@@ -179,12 +179,15 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
     if text.phase == Phase::Following {
         if !stream.connected {
             blockers.push("the source is not connected".to_string());
+        } else if lag.seconds.is_none() {
+            blockers
+                .push("how far the target is behind is not known yet: the source has just been connected".to_string());
         }
         if apply.paused {
             blockers.push("the apply is paused; walferry resume lets it go on".to_string());
         }
         if queue.full {
-            blockers.push("the queue is full".to_string());
+            blockers.push("the queue is full: the apply has to make room, or start `walferry migrate` again with a larger --queue-max-bytes".to_string());
         }
     }
     blockers.extend(text.blockers.iter().cloned());
@@ -195,7 +198,7 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<S
 fn attention(source: &Source, copy: &Copy, text: &Text) -> Vec<String> {
     let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
     let way_back = text.way_back_lacks.as_ref().map(|why| format!("a cutover has no way back: {why}"));
-    let texts = [waits, way_back, text.left_by_cutover.clone(), text.not_served.clone()];
+    let texts = [waits, way_back, text.waits.clone(), text.left_by_cutover.clone(), text.not_served.clone()];
     source.too_much_wal().into_iter().chain(texts.into_iter().flatten()).collect()
 }
 

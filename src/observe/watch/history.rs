@@ -165,7 +165,11 @@ mod tests {
 
     #[test]
     fn what_the_migration_remembers_comes_first_with_a_second_for_each_and_gaps_where_it_was_away() {
-        let point = |time, lag_seconds| history::Point { time, lag_seconds, ..history::Point::of(&Status::not_running(Phase::Following)) };
+        let point = |time, lag_seconds| history::Point {
+            time,
+            lag_seconds,
+            ..history::Point::of(&Status::not_running(Phase::Following))
+        };
         let mut history = History::default();
         history.remember(&[point(10_000, Some(1.0)), point(12_004, Some(2.0)), point(20_001, Some(3.0))]);
         let mut status = Status::not_running(Phase::Following);

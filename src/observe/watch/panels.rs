@@ -10,7 +10,7 @@ use super::history::Measure;
 use super::text::{cut, cut_middle, filled, width, wrapped};
 use super::{Shown, TableState};
 use crate::observe::format::{count, duration, percent, printable, size, size_rate};
-use crate::observe::render::{copy_text, table_name};
+use crate::observe::render::{HOW_TO_GO_ON, copy_text, table_name};
 use crate::observe::status::{Direction, Level, Phase, Status, Table, WayBack};
 
 const ACCENT: Color = Color::Cyan;
@@ -266,20 +266,10 @@ pub(super) fn notice(shown: &Shown, status: &Status, columns: usize) -> Notice {
     if let Some(error) = &status.error {
         (notice.title, notice.colour) = ("It has stopped", BAD);
         notice.say(columns, bold(BAD), "", &error.message);
-        notice.say(
-            columns,
-            plain,
-            "next: ",
-            error.hint.as_deref().unwrap_or("`walferry migrate` with the same options goes on where it was."),
-        );
+        notice.say(columns, plain, "next: ", error.hint.as_deref().unwrap_or(HOW_TO_GO_ON));
     } else if !status.process_alive && !over {
         notice.title = "No migration is running";
-        notice.say(
-            columns,
-            plain,
-            "",
-            "This is how it was when it ended. `walferry migrate` with the same options goes on where it was.",
-        );
+        notice.say(columns, plain, "", &format!("This is how it was when it ended. {HOW_TO_GO_ON}"));
     } else if over && status.direction == Direction::There {
         (notice.title, notice.colour) = ("Done", GOOD);
         let who = if status.phase == Phase::Reversed {
