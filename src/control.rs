@@ -243,6 +243,9 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
         Request::Cutover(options) => cut_over(options, false, (reader, writer), board, senders).await,
         Request::Rehearse(options) => cut_over(options, true, (reader, writer), board, senders).await,
         Request::TakePoint => {
+            if let Err(error) = is_prepared(board, "compared while writes go on") {
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
             let (answers, mut received) = mpsc::unbounded_channel();
             if senders.points.try_send(PointRequest { answers }).is_err() {
                 let error = Error::new(ErrorKind::Blocked, "other comparisons are waiting for their turn");
@@ -261,6 +264,9 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
             }
         }
         Request::Repair { tables } => {
+            if let Err(error) = is_prepared(board, "repaired") {
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
             let (answers, mut received) = mpsc::unbounded_channel();
             if senders.repairs.try_send(RepairRequest { tables, answers }).is_err() {
                 let error = Error::new(ErrorKind::Blocked, "another repair is waiting for its turn");
@@ -344,6 +350,15 @@ fn may_be_cut_over(board: &StatusBoard, back: bool) -> Result<()> {
         ),
     };
     Err(Error::new(ErrorKind::Aborted, text).hint(hint))
+}
+
+/// While it prepares nobody takes such a request yet: whoever asks would wait for the whole copy.
+fn is_prepared(board: &StatusBoard, what: &str) -> Result<()> {
+    if board.phase() != Phase::Preparing || board.is_turned_back() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Blocked, format!("the migration is preparing: only one that follows can be {what}"))
+        .hint("`walferry status` says what it waits for."))
 }
 
 async fn send(writer: &mut OwnedWriteHalf, answer: &Answer) -> Result<()> {

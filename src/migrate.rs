@@ -209,6 +209,12 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         error = stop_signal() => Err(error),
         never = async { tokio::join!(keep_past(&mut past), keep_record(&record, &config)).0 } => match never {},
     };
+    let outcome = outcome.map_err(|error| match error.next_step() {
+        Some(_) => error,
+        None => error.hint(
+            "Mend what the error names, then run the same command again: it goes on where it was, and nothing is lost.",
+        ),
+    });
     if let Err(error) = &outcome {
         if error.kind() == ErrorKind::Interrupted {
             board.event(Level::Info, "stopped by the operator; the same command goes on from here");

@@ -1,6 +1,6 @@
 use super::*;
 use crate::error::ErrorKind;
-use crate::observe::status::{Direction, Status, TableState};
+use crate::observe::status::TableState;
 
 const SECOND: i64 = 1_000_000;
 
