@@ -67,6 +67,13 @@ fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
             }
         }
     }
+    let servers = error.get(clap::error::ContextKind::InvalidArg).map(ToString::to_string);
+    if let (clap::error::ErrorKind::UnknownArgument, Some("--source" | "--target")) = (error.kind(), servers.as_deref())
+    {
+        // What is like it by its letters means something else.
+        text.truncate(text.find("\n\n").map_or(text.len(), |end| end + 1));
+        text.push_str(" next: Leave it out: the migration that runs in --dir knows both servers.\n");
+    }
     eprint!("{text}{}", arguments.origins(&styled.to_string()));
     if error.kind() == clap::error::ErrorKind::MissingRequiredArgument && text.contains("--dir") {
         eprintln!(" next: Give --dir, or set WALFERRY_DIR; a settings file can hold it too (walferry config example).");

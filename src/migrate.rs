@@ -209,6 +209,12 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         error = stop_signal() => Err(error),
         never = async { tokio::join!(keep_past(&mut past), keep_record(&record, &config)).0 } => match never {},
     };
+    let outcome = outcome.map_err(|error| match error.next_step() {
+        Some(_) => error,
+        None => error.hint(
+            "Mend what the error names, then run the same command again: it goes on where it was, and nothing is lost.",
+        ),
+    });
     if let Err(error) = &outcome {
         if error.kind() == ErrorKind::Interrupted {
             board.event(Level::Info, "stopped by the operator; the same command goes on from here");
@@ -276,7 +282,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         match identified.await {
             // Once begun, a server that is away for a while is waited for.
             Err(error) if error.is_transient() && directory.directory().identity()?.is_some() => {
-                board.event(Level::Warn, format!("trying again: {error}"));
+                board.try_again(&error);
                 backoff.wait().await;
             }
             identified => break identified?,
@@ -309,7 +315,7 @@ impl Running {
         let taken_up = loop {
             match self.take_up(&mut heal).await {
                 Err(error) if error.is_transient() => {
-                    self.board.event(Level::Warn, format!("trying again: {error}"));
+                    self.board.try_again(&error);
                     backoff.wait().await;
                 }
                 taken_up => break taken_up?,
@@ -391,6 +397,7 @@ impl Running {
         self.end_sessions(&self.config.target).await?;
         let mut target = self.target().await?;
         let migration = self.load(&target).await?;
+        self.board.goes_on();
         if migration.phase == Phase::CutOver {
             return Ok(None);
         }
@@ -440,7 +447,7 @@ impl Running {
             }
             match outcome {
                 Err(error) if error.is_transient() => {
-                    self.board.event(Level::Warn, format!("trying again: {error}"));
+                    self.board.try_again(&error);
                     self.board.reconnected(Side::Target);
                     if begun.elapsed() > BACKOFF_MAX {
                         backoff = Backoff::new();
@@ -448,7 +455,7 @@ impl Running {
                     backoff.wait().await;
                     // What the phases had open there could still commit, and would meet what they begin again.
                     while let Err(error) = self.end_sessions(&self.config.target).await {
-                        self.board.event(Level::Warn, format!("trying again: {error}"));
+                        self.board.try_again(&error);
                         backoff.wait().await;
                     }
                 }

@@ -7,10 +7,8 @@ use std::time::Duration;
 use indicatif::MultiProgress;
 use serde_json::{Value, json};
 
-use super::{
-    Way, ask_on_terminal, both, cutover_options, either, end_the_way_back, parse, print, print_json, read_status,
-    standby_to_clean, standbys, verify,
-};
+use super::switch::{Way, ask_on_terminal, cutover_options, end_the_way_back, rehearsal_page};
+use super::{both, either, parse, print, print_json, read_status, standby_to_clean, standbys, verify};
 use crate::care::connections::Jobs;
 use crate::care::tune::COPY_JOBS;
 use crate::check;
@@ -457,7 +455,7 @@ fn show_rehearsals(rehearsed: &[(String, Result<Rehearsal>)], options: &cli::Swi
     } else {
         for (database, outcome) in rehearsed {
             match outcome {
-                Ok(rehearsal) => print(&format!("=== {database:?}\n{}", super::rehearsal_page(rehearsal)))?,
+                Ok(rehearsal) => print(&format!("=== {database:?}\n{}", rehearsal_page(rehearsal)))?,
                 Err(error) => print(&format!("=== {database:?}\n  NOT READY {error}\n"))?,
             }
         }

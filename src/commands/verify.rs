@@ -337,6 +337,10 @@ pub(super) async fn repair(options: cli::Repair) -> Result<()> {
     let directory = StateDirectory::at(path);
     let (_, target) = known(either_or_known(&options.servers, path)?, path).await?;
     let client = target.connect(APPLICATION_NAME).await?;
+    if ledger::load(&client).await?.is_none() {
+        return Err(Error::new(ErrorKind::Blocked, format!("{} holds no ledger of a migration", target.describe()))
+            .hint("`walferry status` shows what runs in --dir; only a migration that follows can be repaired."));
+    }
     let recorded: Vec<Table> = ledger::tables(&client).await?.into_iter().map(|entry| entry.table).collect();
     let Some(names) = what_to_repair(&client, options.tables).await? else {
         return if options.json {

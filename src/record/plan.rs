@@ -133,6 +133,9 @@ pub struct Line {
     pub position: usize,
     /// `source`, `target` or `both` (the other one on the way back).
     pub server: &'static str,
+    /// Of one on `both`: the server on which it runs without a way back, where it is one of them.
+    #[serde(skip)]
+    pub without_way_back: Option<&'static str>,
     /// In which phase.
     pub phase: &'static str,
     /// What the record calls it.
@@ -161,6 +164,9 @@ pub fn plan(options: &Options) -> Vec<Line> {
                 On::Both if options.no_reverse => on_one_way(kind),
                 On::Both => "both",
             },
+            without_way_back: (kind.on == On::Both && kind.when != When::WayBack)
+                .then(|| on_one_way(kind))
+                .filter(|server| *server != "both"),
             phase: kind.phase,
             kind: kind.name,
             statement: kind.statement,
