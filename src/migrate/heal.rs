@@ -52,11 +52,7 @@ impl Running {
                 self.compare_tables_again(target, &migration, names).await?;
                 None
             }
-            Heal::Everything => {
-                let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
-                hypertables::can_be_compared_again(&tables.iter().collect::<Vec<_>>())?;
-                Some(self.resync(target, &migration).await?)
-            }
+            Heal::Everything => Some(self.resync(target, &migration).await?),
         };
         *heal = Heal::Nothing;
         Ok((self.load(target).await?, held))
@@ -70,7 +66,7 @@ impl Running {
 
     async fn compare_tables_again(&self, target: &mut Client, migration: &Migration, names: &[String]) -> Result<()> {
         let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
-        let chosen = verify::choose(&tables, Some(names))?;
+        let chosen = hypertables::with_chunks(&tables, &verify::choose(&tables, Some(names))?);
         let source = self.config.source.connect(&self.application_name).await?;
         let lost = self.look_for_a_loss(migration, &source, target).await?;
         let up_to = match &lost {
@@ -101,7 +97,6 @@ impl Running {
         chosen: &[&Table],
         up_to: Option<Lsn>,
     ) -> Result<()> {
-        hypertables::can_be_compared_again(chosen)?;
         // Whatever was applied or lost is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let assigned: String = source
             .query_typed_one("SELECT pg_catalog.txid_current()::text", &[])
@@ -118,7 +113,10 @@ impl Running {
             self.make_way_for_queue(thrown_away.queue, migration)?;
         }
         ledger::compare_again(target, &tables, floor, thrown_away.as_ref()).await?;
-        let names: Vec<String> = chosen.iter().map(|table| format!("{}.{}", table.schema, table.name)).collect();
+        let named = chosen
+            .iter()
+            .filter(|table| table.chunk.as_ref().is_none_or(|of| !chosen.iter().any(|root| root.relid == of.relid)));
+        let names: Vec<String> = named.map(|table| format!("{}.{}", table.schema, table.name)).collect();
         self.board.event(Level::Info, format!("comparing with the source again: {}", names.join(", ")));
         if let Some(up_to) = up_to {
             let text = format!("the damaged queue is thrown away up to {up_to}; the source sends the rest again");
@@ -203,7 +201,9 @@ impl Running {
         let recorded: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
         let recorded: Vec<&Table> = recorded.iter().collect();
         let tables = reconcile::redefine(&source, target, &recorded, Stream::New).await?;
-        for gone in recorded.iter().filter(|table| !tables.iter().any(|now| now.table.relid == table.relid)) {
+        let is_gone =
+            |table: &&&Table| table.chunk.is_none() && !tables.iter().any(|now| now.table.relid == table.relid);
+        for gone in recorded.iter().filter(is_gone) {
             let name = gone.qualified();
             let text =
                 format!("{name} is gone from the source and is set aside: what the target has of it stays as it is");

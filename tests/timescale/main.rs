@@ -6,9 +6,11 @@
 #[allow(dead_code)]
 mod support;
 
+mod again;
 mod backfill;
 mod hypertables;
 mod live;
 mod many_chunks;
+mod pieces;
 mod source;
 mod verify;
