@@ -29,7 +29,7 @@ mod tests {
     fn migrate_with_a_range_is_a_backfill_and_without_one_it_is_not() {
         let becomes = |text: &str| {
             let typed = by_pieces(text.split_whitespace().map(OsString::from).collect());
-            typed.join(" ".as_ref()).into_string().unwrap()
+            typed.join(std::ffi::OsStr::new(" ")).into_string().unwrap()
         };
         assert_eq!(
             becomes("walferry --log-format json migrate --dir d --tables public.t --until=2026-01-01"),

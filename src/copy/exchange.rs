@@ -138,11 +138,11 @@ async fn of_chunk(
     target
         .batch_execute(&format!("BEGIN; SET LOCAL synchronous_commit = off; {}", copier.role.begin_statement()))
         .await?;
+    let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
     let mut copied = 0;
     if let Some(other) = &other {
         target.batch_execute(rows::SETTINGS).await?;
         let deleted = target.execute_typed(&other.delete, &[]).await?;
-        let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
         copied = send_rows(source, &other.out, target, &other.into, progress.as_mut(), copier.tune.pace()).await?;
         if copied.cast_signed() != other.rows {
             let text = format!("{copied} rows of {} came over, and it has {}", table.qualified(), other.rows);
@@ -157,6 +157,9 @@ async fn of_chunk(
     }
     let complete = ledger::part_copied(target, part, copied).await?;
     target.batch_execute("COMMIT").await?;
+    if let Some(progress) = progress {
+        progress.committed();
+    }
     Ok(Outcome::Copied(complete))
 }
 

@@ -28,6 +28,7 @@ use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::state_directory::queue_name;
 use crate::target::ledger::{self, Migration, Resynced, ThrownAway};
+use crate::timescale::live;
 use crate::{unstreamed, verify};
 
 impl Running {
@@ -209,7 +210,8 @@ impl Running {
                 format!("{name} is gone from the source and is set aside: what the target has of it stays as it is");
             self.board.event(Level::Warn, text);
         }
-        let published: Vec<Table> = tables.iter().map(|table| table.table.clone()).collect();
+        let chunks = live::unknown(&source, &recorded).await?;
+        let published: Vec<Table> = tables.iter().map(|table| &table.table).chain(&chunks).cloned().collect();
         self.board.event(Level::Info, "a new slot is made, then every table is compared");
         self.drop_slot(&source, &migration.slot).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
@@ -218,8 +220,10 @@ impl Running {
         let new = self.make_slot(&source, &migration.slot).await?;
         let (before, mut after) = (identities(&published), identities(&catalog::tables(&source).await?));
         after.retain(|relid, _| before.contains_key(relid));
+        // Of one that the slot's snapshot shows, the stream has not all (H2).
+        let missed = live::unknown(&source, &published.iter().collect::<Vec<_>>()).await?;
         source.batch_execute("COMMIT").await?;
-        if before != after {
+        if before != after || !missed.is_empty() {
             return Err(Error::new(ErrorKind::Transient, "the source's tables changed while the slot was made"));
         }
 
@@ -234,6 +238,7 @@ impl Running {
             source_timeline: timeline,
             queue: &queue,
             tables: &tables,
+            chunks: &chunks,
         };
         self.make_way_for_queue(&queue, migration)?;
         unstreamed::forget(target).await?;
@@ -241,7 +246,7 @@ impl Running {
         GivenUp::forget(self.directory.directory());
         self.board.event(
             Level::Info,
-            format!("slot {} at {}: {} tables to compare", migration.slot, new.consistent_point, tables.len()),
+            format!("slot {} at {}: {} tables to compare", migration.slot, new.consistent_point, published.len()),
         );
         Ok(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false })
     }

@@ -84,7 +84,7 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
     let lost = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots; \
                 UPDATE metrics SET room = 'lost' WHERE device = 6 AND time < '2025-01-04 00:00Z'; \
                 INSERT INTO metrics VALUES ('2025-03-01 00:00Z', 1, 'lost', 1); \
-                SELECT drop_chunks('ticks', older_than => 101); \
+                SELECT drop_chunks('ticks', older_than => 101::bigint); \
                 SELECT compress_chunk(c) FROM show_chunks('metrics', newer_than => '2025-01-05 00:00Z'::timestamptz, \
                                                          older_than => '2025-01-06 00:00Z'::timestamptz) c";
     for statement in lost.split("; ") {

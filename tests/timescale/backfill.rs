@@ -13,7 +13,7 @@ use crate::support::{Migration, Servers, is_blocked};
 const DOCUMENT: &str = include_str!("../../docs/backfill.md");
 
 /// The moment from which on the application writes to both; it lies in the tenth chunk.
-const UNTIL: &str = "2026-01-10T12:00:00Z";
+pub(crate) const UNTIL: &str = "2026-01-10T12:00:00Z";
 
 pub(crate) const SCHEMA: [&str; 5] = [
     "CREATE TABLE device (id int PRIMARY KEY, name text)",
@@ -25,7 +25,7 @@ pub(crate) const SCHEMA: [&str; 5] = [
 ];
 
 /// Ten days of rows; seven chunks are compressed, and a row came late into the second of them.
-const ROWS: [&str; 4] = [
+pub(crate) const ROWS: [&str; 4] = [
     "INSERT INTO device SELECT i, 'device ' || i FROM generate_series(1, 20) i",
     "INSERT INTO conditions SELECT t, d, extract(epoch FROM t)::int8 % 977 / 7.0, 'note ' || d \
      FROM generate_series('2026-01-01 00:00Z'::timestamptz, '2026-01-10 11:50Z', '10 min') t, generate_series(1, 10) d",

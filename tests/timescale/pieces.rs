@@ -1,7 +1,7 @@
 //! What can be in the way of a backfill's pieces: rows that are there already, what a death leaves behind, what comes late, and what others
 //! do on the target meanwhile.
 
-use crate::backfill::{SCHEMA, run_all, text};
+use crate::backfill::{ROWS, SCHEMA, UNTIL, assert_same, run_all, text};
 use crate::support::process::{Finished, Running};
 use crate::support::timescale::{TIMESCALE, timescale_available};
 use crate::support::{Migration, Servers, is_blocked};
@@ -126,4 +126,98 @@ async fn rows_that_are_there_and_come_late_orphans_and_dropped_chunks_are_dealt_
     assert_eq!(text(&target, compressed).await, "(2026-01-03)\n(2026-01-04)\n(2026-01-05)");
     let cleaned = migration.with_directory("clean", &[]).await;
     assert_eq!(cleaned.code, Some(0), "{}", cleaned.stderr);
+}
+
+#[tokio::test]
+async fn the_schema_alone_brings_hypertables_without_a_chunk_and_migrate_with_a_range_fills_them() {
+    if !timescale_available("--schema-only of hypertables") {
+        return;
+    }
+    let servers = Servers::with(&TIMESCALE, &TIMESCALE).await;
+    let migration = servers.migration("bare").await;
+    let (source, target) = (migration.source().await, migration.target().await);
+    run_all(&source, &["CREATE EXTENSION timescaledb"]).await;
+    run_all(&source, &SCHEMA).await;
+    let more = [
+        "SELECT add_dimension('conditions', 'device', number_partitions => 2)",
+        "CREATE TABLE ticks (n int PRIMARY KEY, v numeric)",
+        "SELECT create_hypertable('ticks', 'n', chunk_time_interval => 100)",
+        "CREATE FUNCTION ticks_now() RETURNS int LANGUAGE sql STABLE AS 'SELECT coalesce(max(n), 0) FROM public.ticks'",
+        "SELECT set_integer_now_func('ticks', 'ticks_now')",
+        "CREATE MATERIALIZED VIEW tens WITH (timescaledb.continuous, timescaledb.materialized_only = false) AS \
+         SELECT time_bucket(10, n) AS ten, sum(v) AS v FROM ticks GROUP BY 1 WITH NO DATA",
+        "CREATE MATERIALIZED VIEW daily WITH (timescaledb.continuous) AS \
+         SELECT time_bucket('1 day', hour) AS day, sum(n) AS n FROM hourly GROUP BY 1 WITH NO DATA",
+        "CREATE INDEX ON conditions (note)",
+        "INSERT INTO ticks SELECT n, n / 7.0 FROM generate_series(1, 450) n",
+        "SELECT add_retention_policy('conditions', interval '100 years')",
+        "SELECT add_compression_policy('conditions', interval '90 years')",
+        "SELECT alter_job(add_reorder_policy('ticks', 'ticks_pkey'), scheduled => false)",
+        "CREATE PROCEDURE own(job_id int, config jsonb) LANGUAGE sql AS 'SELECT 1'",
+        "SELECT add_job('own', '1 hour')",
+    ];
+    run_all(&source, &more).await;
+    run_all(&source, &ROWS).await;
+    run_all(
+        &source,
+        &[
+            "CALL refresh_continuous_aggregate('hourly', NULL, NULL)",
+            "CALL refresh_continuous_aggregate('daily', NULL, NULL)",
+        ],
+    )
+    .await;
+    run_all(&source, &["CALL refresh_continuous_aggregate('tens', NULL, 400)"]).await;
+
+    let dir = migration.directory();
+    let dir = dir.to_str().unwrap();
+    let brought = migration.with_servers("migrate", &["--schema-only", "--dir", dir]).await;
+    assert_eq!(brought.code, Some(0), "{}", brought.stderr);
+    assert!(brought.stderr.contains("\"own\") sleeps on the target"), "{}", brought.stderr);
+    for same in [
+        "SELECT to_jsonb(h) - 'num_chunks' FROM timescaledb_information.hypertables h",
+        "SELECT to_jsonb(d) FROM timescaledb_information.dimensions d",
+        "SELECT to_jsonb(c) FROM timescaledb_information.hypertable_compression_settings c",
+        "SELECT to_jsonb(c) FROM timescaledb_information.continuous_aggregates c",
+        "SELECT to_jsonb(j) - 'next_start' FROM timescaledb_information.jobs j WHERE job_id >= 1000 AND proc_name <> 'own'",
+        "SELECT to_jsonb(i) FROM pg_indexes i WHERE schemaname = 'public'",
+    ] {
+        assert_same(&migration, same).await;
+    }
+    let own = "SELECT scheduled FROM timescaledb_information.jobs WHERE proc_name = 'own'";
+    assert_eq!((text(&source, own).await, text(&target, own).await), ("(t)".into(), "(f)".into()));
+    let none = "SELECT (SELECT count(*) FROM _timescaledb_catalog.chunk), (SELECT count(*) FROM pg_class WHERE relname ~ '_chunk$' AND relkind = 'r')";
+    assert_eq!(text(&target, none).await, "(0,0)");
+    let restoring: String = target.query_one("SHOW timescaledb.restoring", &[]).await.unwrap().get(0);
+    assert_eq!(restoring, "off");
+
+    let range =
+        ["--dir", dir, "--tables", "public.conditions,public.device", "--until", UNTIL, "--http-addr", "off", "--json"];
+    let filled = migration.with_servers("migrate", &range).await;
+    assert_eq!(filled.code, Some(0), "{}", filled.stderr);
+    assert!(filled.json()["how"]["as_it_is"].as_i64().unwrap() >= 12, "{}", filled.stdout);
+    let ticks = migration.files().join("ticks");
+    let range = [
+        "--dir",
+        ticks.to_str().unwrap(),
+        "--tables",
+        "public.ticks",
+        "--from=1",
+        "--until=1000",
+        "--http-addr",
+        "off",
+    ];
+    let filled = migration.with_servers("migrate", &range).await;
+    assert_eq!(filled.code, Some(0), "{}", filled.stderr);
+    for same in [
+        "SELECT * FROM conditions",
+        "SELECT * FROM hourly",
+        "SELECT * FROM daily",
+        "SELECT * FROM ticks",
+        "SELECT * FROM tens",
+    ] {
+        assert_same(&migration, same).await;
+    }
+    // What a backfill does not have says so under that name.
+    let wrong = migration.with_servers("migrate", &["--dir", dir, "--until", UNTIL, "--cutover", "auto"]).await;
+    wrong.assert_refused(2, &["--cutover", "walferry backfill"]);
 }
