@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
+use super::source;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
 
@@ -219,15 +220,7 @@ impl Chunk {
 /// # Errors
 /// Whatever the server says.
 pub async fn extension(client: &Client) -> Result<Option<(String, String)>> {
-    let rows = client
-        .query_typed(
-            "SELECT e.extversion, n.nspname::text FROM pg_catalog.pg_extension e \
-             JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'timescaledb'",
-            &[],
-        )
-        .await
-        .context(|| "looking for TimescaleDB".into())?;
-    Ok(rows.first().map(|row| (row.get(0), row.get(1))))
+    Ok(source::extension(client).await?.map(|extension| (extension.version, extension.schema)))
 }
 
 /// Every hypertable of a database that has the extension.
