@@ -74,8 +74,8 @@ pub(crate) async fn look(
         return Ok(Found::Stale);
     };
     let condition = now.condition(hypertable);
-    let (here, there) =
-        tokio::try_join!(hash.of(source, &table.qualified(), "true"), hash.of(target, &chunk.qualified(), &condition))?;
+    let (from, of_target) = (table.qualified(), chunk.qualified());
+    let (here, there) = tokio::try_join!(hash.of(source, &from, "true"), hash.of(target, &of_target, &condition))?;
     if here == there {
         return Ok(Found::Same);
     }
