@@ -100,6 +100,8 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
         .batch_execute("CALL refresh_continuous_aggregate('hourly', '2025-01-05 00:00Z', '2025-01-08 00:00Z')")
         .await
         .unwrap();
+    assert!(running.log().contains("were copied again into \"public\".\"metrics\""), "{}", running.log());
+    assert!(!running.log().contains("were copied again into \"public\".\"log\""), "{}", running.log());
     is_applied(&source, &target, 1003).await;
     migration.cut_over(running).await;
     assert_equal(&migration).await;
