@@ -5,7 +5,7 @@ use tokio_postgres::Client;
 use crate::live::{assert_equal, fill};
 use crate::support::process::Running;
 use crate::support::timescale::{servers, timescale_available};
-use crate::support::{Migration, until_true};
+use crate::support::{Migration, until, until_true};
 
 const ARGUMENTS: [&str; 4] = ["--replica-identity-full", "--no-reverse", "--queue-max-bytes", "64MiB"];
 
@@ -90,7 +90,14 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
     for statement in lost.split("; ") {
         source.batch_execute(statement).await.unwrap();
     }
+    // And one that is made while the slot waits: published as it ought to be, and not in the stream for all that (H2).
+    let open = migration.source().await;
+    open.batch_execute("BEGIN; SELECT pg_catalog.txid_current()").await.unwrap();
     let mut running = migration.resync(&ARGUMENTS);
+    until("the slot is being made", || async { running.log().contains("making the slot").then_some(()) }).await;
+    until_true(&source, "SELECT count(*) > 0 FROM pg_replication_slots").await;
+    source.batch_execute("INSERT INTO metrics VALUES ('2025-04-01 00:00Z', 1, 'meanwhile', 1)").await.unwrap();
+    open.batch_execute("COMMIT").await.unwrap();
     ready(&migration, &mut running).await;
     source
         .batch_execute("UPDATE metrics SET room = 'found' WHERE device = 5 AND time < '2025-01-06 00:00Z'")
