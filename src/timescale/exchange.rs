@@ -6,6 +6,7 @@
 //! them again after the cutover.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use tokio_postgres::Client;
 
@@ -28,7 +29,7 @@ pub(crate) enum Found {
     /// As the source has them.
     Same,
     /// Otherwise.
-    Other(Other),
+    Other(Box<Other>),
 }
 
 /// What has to be exchanged.
@@ -62,14 +63,16 @@ pub(crate) async fn look(
     }
     target.batch_execute(AT_WORK).await?;
     let into = Table { schema: chunk.schema.clone(), name: chunk.name.clone(), chunk: None, ..table.clone() };
-    if !known.0.contains_key(&chunk.hypertable) {
-        let hypertable = chunks::hypertable_with_id(source, chunk.hypertable).await?.ok_or_else(|| {
-            Error::new(ErrorKind::SchemaChanged, format!("{} is no hypertable any more", chunk.qualified()))
-        })?;
-        let hash = RangeHash::new(&into, source, target).await?;
-        known.0.insert(chunk.hypertable, (hypertable, hash));
-    }
-    let Some((hypertable, hash)) = known.0.get(&chunk.hypertable) else { return Ok(Found::Stale) };
+    let (hypertable, hash) = match known.0.entry(chunk.hypertable) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(place) => {
+            let hypertable = chunks::hypertable_with_id(source, chunk.hypertable).await?.ok_or_else(|| {
+                Error::new(ErrorKind::SchemaChanged, format!("{} is no hypertable any more", chunk.qualified()))
+            })?;
+            let hash = RangeHash::new(&into, source, target).await?;
+            place.insert((hypertable, hash))
+        }
+    };
     let Some(now) = chunks::chunks(source, hypertable, Some((&table.schema, &table.name))).await?.pop() else {
         return Ok(Found::Stale);
     };
@@ -81,5 +84,5 @@ pub(crate) async fn look(
     }
     let out = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
     let delete = format!("DELETE FROM {} AS t WHERE {condition}", sql::qualified(&chunk.schema, &chunk.name));
-    Ok(Found::Other(Other { delete, out, into, rows: here.rows }))
+    Ok(Found::Other(Box::new(Other { delete, out, into, rows: here.rows })))
 }
