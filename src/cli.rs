@@ -4,6 +4,7 @@ mod backfill;
 mod cutover;
 mod databases;
 mod filters;
+mod pieces;
 mod report;
 mod settings;
 mod standby;
@@ -27,6 +28,7 @@ pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch
 pub use databases::{AllDatabases, MigrateAll};
 use filters::PART_OPTIONS;
 pub use filters::{Filters, Place};
+pub use pieces::by_pieces;
 pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
@@ -82,6 +84,7 @@ pub enum Command {
         With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 13 \
         --source-wal-max 200GiB\n\
         Every database of a server: walferry migrate … --dir ./all --all-databases --roles --exclude-database 'test_*'\n\
+        A range of some tables, without a slot, is `walferry backfill`, and may be called so: walferry migrate … --tables … --from … --until …\n\
         Ctrl-C stops it; the same command goes on. It ends with a switchback or `walferry finish`, or with a cutover without a way back.\n\
         Exit codes: 0 cut over or switched back, 3 blocked, 130 interrupted"
     )]

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use walferry::cli::Cli;
+use walferry::cli::{self, Cli};
 use walferry::error::{Error, ErrorKind};
 use walferry::observe::locale;
 use walferry::observe::logging::wants_colour;
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
 }
 
 async fn run() -> ExitCode {
-    let arguments = match settings::arguments(&Cli::command(), std::env::args_os().collect()) {
+    let arguments = match settings::arguments(&Cli::command(), cli::by_pieces(std::env::args_os().collect())) {
         Ok(arguments) => arguments,
         Err(error) => return failed(&error),
     };

@@ -191,6 +191,21 @@ pub(super) async fn copied(
     Err(Error::new(ErrorKind::Transient, text))
 }
 
+/// Notes that pieces are to be copied again.
+pub(super) async fn forget(target: &Client, pieces: &[Recorded]) -> Result<()> {
+    let relations: Vec<&str> = pieces.iter().map(|piece| piece.relation.as_str()).collect();
+    let places: Vec<&str> = pieces.iter().map(|piece| piece.place.as_str()).collect();
+    target
+        .execute_typed(
+            "UPDATE walferry.backfill_piece SET copied = false, how = NULL, rows = 0, hash = NULL, copied_at = NULL \
+             WHERE (relation, place) IN (SELECT * FROM unnest($1::text[], $2::text[]))",
+            &[(&relations, Type::TEXT_ARRAY), (&places, Type::TEXT_ARRAY)],
+        )
+        .await
+        .context(|| "noting which pieces are copied again".into())?;
+    Ok(())
+}
+
 /// All is copied, and durable: this commit flushes those before it.
 pub(super) async fn complete(target: &Client) -> Result<()> {
     let statement = "BEGIN; SET LOCAL synchronous_commit = on; UPDATE walferry.backfill SET complete = true; COMMIT";

@@ -288,6 +288,7 @@ pub async fn schema(
         let references = both::references(on_source, selection.as_ref()).await?;
         findings.extend(both::missing(on_target, target, &references, &inputs).await?);
         findings.extend(both::servers(source, target));
+        findings.extend(timescale::of_schema(on_source, (on_target, target), scope).await?);
         findings.extend(target::emptiness(on_target, target).await?);
         findings.extend(objects::locks(source, Side::Source, references.dump_locks(), "Dumping the schema"));
         findings.extend(objects::locks(target, Side::Target, references.restore_locks(), "Restoring the schema"));

@@ -41,6 +41,26 @@ pub(crate) async fn findings(
     Ok(findings)
 }
 
+/// What stands against the schema alone, whose hypertables come without a chunk; nothing where the source does not have it.
+///
+/// # Errors
+/// Whatever the servers say.
+pub(crate) async fn of_schema(
+    on_source: &Client,
+    (on_target, target): (&Client, &Server),
+    scope: &Scope,
+) -> Result<Vec<Finding>> {
+    let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
+    let mut findings = of_source(&database);
+    findings.extend(of_target(on_target, target, &database).await?);
+    findings.retain(|found| !matches!(found.code, "timescaledb-tiered" | "timescaledb-mode"));
+    if scope.is_part() || !scope.map_schemas.is_empty() {
+        let message = "The schema of a database with TimescaleDB comes as a whole: filters and --map-schema cannot be combined with it.";
+        findings.push(blocker(Side::Source, "timescaledb-scope", &database, message));
+    }
+    Ok(findings)
+}
+
 fn blocker(side: Side, code: &'static str, database: &Database, message: impl Into<String>) -> Finding {
     Finding::new(Severity::Blocker, side, code, format!("timescaledb {}", database.extension.version), message)
 }

@@ -364,7 +364,9 @@ pub(super) async fn repair(options: cli::Repair) -> Result<()> {
     };
     follows_again(&directory).await?;
     let relids: Vec<i64> = chosen.iter().map(|table| i64::from(table.relid)).collect();
-    let statement = "SELECT coalesce(sum(rows_copied), 0)::int8 FROM walferry.source_table WHERE relid = ANY ($1)";
+    // The rows of a hypertable are in its chunks.
+    let statement = "SELECT coalesce(sum(rows_copied), 0)::int8 FROM walferry.source_table \
+                     WHERE relid = ANY ($1) OR (definition->'chunk'->>'relid')::int8 = ANY ($1)";
     let row = client.query_typed_one(statement, &[(&relids, Type::INT8_ARRAY)]).await;
     let copied: i64 = row.context(|| "asking the ledger what was copied".into())?.get(0);
     let names: Vec<String> = chosen.iter().map(|table| table.qualified()).collect();

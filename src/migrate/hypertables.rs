@@ -130,11 +130,13 @@ pub(super) fn chunk_of_compressed(tables: &[LedgerTable]) -> Vec<(u32, u32)> {
     tables.iter().filter_map(|entry| pair(&entry.table)).collect()
 }
 
-/// Rows of hypertables stand in other chunks on the target, and are not exchanged place by place.
-pub(super) fn can_be_compared_again(tables: &[&Table]) -> Result<()> {
-    let Some(table) = tables.iter().find(|table| table.is_hypertable || table.chunk.is_some()) else { return Ok(()) };
-    let text = format!("{} is a hypertable, and those are not compared and copied again", table.qualified());
-    Err(Error::new(ErrorKind::Blocked, text).hint("Begin anew: `walferry clean`, then `walferry migrate`."))
+/// The tables that are compared again where these are chosen: the rows of a hypertable are in its chunks.
+pub(super) fn with_chunks<'a>(tables: &'a [Table], chosen: &[&'a Table]) -> Vec<&'a Table> {
+    let roots: BTreeSet<u32> = chosen.iter().filter(|table| table.is_hypertable).map(|table| table.relid).collect();
+    let is_chosen = |table: &Table| chosen.iter().any(|other| other.relid == table.relid);
+    let is_of_root = |table: &Table| table.chunk.as_ref().is_some_and(|of| !of.is_gone && roots.contains(&of.relid));
+    let more = tables.iter().filter(|table| is_of_root(table) && !is_chosen(table));
+    chosen.iter().copied().chain(more).filter(|table| !live::is_gone(table)).collect()
 }
 
 /// The OIDs of chunks.

@@ -108,7 +108,10 @@ impl Running {
         for entry in tables.iter().filter(|entry| entry.copied && items.contains_key(&entry.table.relid)) {
             let _ = copied.send(entry.table.relid);
         }
-        let names = tables.iter().map(|entry| (entry.table.relid, entry.table.qualified())).collect();
+        // The rows of a chunk that came late are in others of the target.
+        let own_name = |table: &Table| table.chunk.as_ref().is_none_or(|chunk| !chunk.is_late);
+        let named = tables.iter().filter(|entry| own_name(&entry.table));
+        let names = named.map(|entry| (entry.table.relid, entry.table.qualified())).collect();
         let into = self.target_of_copies(target).await?;
         let indexing =
             index::run(&into, &self.application_name, items, names, self.config.index, of_index_jobs, &self.board);

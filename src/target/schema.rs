@@ -28,7 +28,7 @@ use crate::sql;
 use crate::timescale::restore;
 
 pub use dump::{Dump, Dumped};
-pub use wanted::wanted;
+pub use wanted::{wanted, without};
 
 /// Runs everything of the schema that comes before the rows, as one transaction with its rows in the ledger.
 ///

@@ -87,8 +87,7 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
     let alone = emptied.iter().find(|table| table.chunk.as_ref().is_some_and(|chunk| !relids.contains(&chunk.relid)));
     if let Some(chunk) = alone {
         let text = format!("{} was emptied by TRUNCATE on the source, without its hypertable", chunk.qualified());
-        return Err(Error::new(ErrorKind::Divergence, text)
-            .hint("Delete the rows of this range from the hypertable on the target and begin anew: `walferry clean`, `walferry migrate`."));
+        return Err(Error::new(ErrorKind::Divergence, text).hint(copied_again(chunk)));
     }
     // Copied late, after this, though the target's TRUNCATE would take its rows too.
     let newer = layout.tables.iter().map(|entry| &entry.table).find(|table| {
@@ -99,9 +98,7 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
     if let Some(newer) = newer {
         let text =
             format!("a TRUNCATE of the source came before the copy of {} and is applied after it", newer.qualified());
-        return Err(
-            Error::new(ErrorKind::Divergence, text).hint("Begin anew: `walferry clean`, then `walferry migrate`.")
-        );
+        return Err(Error::new(ErrorKind::Divergence, text).hint(copied_again(newer)));
     }
     let of_hypertables: BTreeSet<u32> = emptied.iter().filter_map(|table| Some(table.chunk.as_ref()?.relid)).collect();
     let (hypertables, others): (Vec<&Table>, Vec<&Table>) =
@@ -112,6 +109,13 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
         writer.execute(statement.clone(), &[]).await.context(|| statement)?;
     }
     if others.is_empty() { Ok(()) } else { serial::truncate(writer, &others, restart_identity).await }
+}
+
+/// What goes past a TRUNCATE: a snapshot that has seen it.
+fn copied_again(chunk: &Table) -> String {
+    let (schema, name) =
+        chunk.chunk.as_ref().map_or((&chunk.schema, &chunk.name), |chunk| (&chunk.schema, &chunk.name));
+    format!("The same command with `--recopy {schema}.{name}` takes the hypertable as it is now.")
 }
 
 /// What [`take_up`] found.
@@ -263,7 +267,25 @@ async fn publish(
     Ok(Some(assigned.cast_unsigned()))
 }
 
-async fn record(target: &Client, table: &Table, complete: bool) -> Result<()> {
+/// The source's chunks that are not among these tables, as chunks that came late.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn unknown(source: &Client, known: &[&Table]) -> Result<Vec<Table>> {
+    let known: BTreeSet<u32> = known.iter().map(|table| table.relid).collect();
+    let mut unknown = catalog::tables(source).await?;
+    unknown.retain(|table| table.chunk.is_some() && !known.contains(&table.relid));
+    for chunk in unknown.iter_mut().filter_map(|table| table.chunk.as_mut()) {
+        chunk.is_late = true;
+    }
+    Ok(unknown)
+}
+
+/// Writes a new chunk into the ledger: all of it comes in the stream, or it has to be copied.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn record(target: &Client, table: &Table, complete: bool) -> Result<()> {
     let definition = serde_json::to_string(table).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
     // Of one that is whole in the stream, no snapshot of before has seen anything.
     let statement = format!(

@@ -218,6 +218,27 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
     if source::extension(source).await?.is_none() {
         return Ok(Vec::new());
     }
+    let item = |(name, statement)| SchemaItem {
+        section: Section::PreData,
+        kind: "TIMESCALEDB CATALOG".into(),
+        name,
+        relid: None,
+        statement,
+    };
+    let mut items: Vec<SchemaItem> = catalog_rows(source, owners, |_| Some("")).await?.into_iter().map(item).collect();
+    items.push(remember_jobs(source).await?);
+    Ok(items)
+}
+
+/// The same, by the names of the catalog's tables and sequences, with those rows of each that a condition on `t` chooses, or without any.
+///
+/// # Errors
+/// Whatever the server says.
+pub(super) async fn catalog_rows(
+    source: &Client,
+    owners: &Owners,
+    chosen: impl Fn(&str) -> Option<&'static str>,
+) -> Result<Vec<(String, String)>> {
     let configured = source
         .query_typed(
             "SELECT n.nspname::text, c.relname::text, c.relkind = 'S', coalesce(u.condition, '') \
@@ -228,7 +249,7 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
         )
         .await
         .context(|| "reading which tables of TimescaleDB hold the users' rows".into())?;
-    let mut items = Vec::new();
+    let mut statements = Vec::new();
     for row in &configured {
         let (schema, name, is_sequence, condition): (&str, &str, bool, &str) =
             (row.get(0), row.get(1), row.get(2), row.get(3));
@@ -236,6 +257,8 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
         if name == "continuous_aggs_jobs_refresh_ranges" {
             continue;
         }
+        let Some(narrower) = chosen(name) else { continue };
+        let condition = if narrower.is_empty() { condition } else { narrower };
         let qualified = sql::qualified(schema, name);
         let statement = if is_sequence {
             let value = source
@@ -248,16 +271,9 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
             let rows = rows_as_json(source, &qualified, name, condition, owners).await?;
             insert_statement(&qualified, name, &rows, owners)
         };
-        items.push(SchemaItem {
-            section: Section::PreData,
-            kind: "TIMESCALEDB CATALOG".into(),
-            name: name.to_owned(),
-            relid: None,
-            statement,
-        });
+        statements.push((name.to_owned(), statement));
     }
-    items.push(remember_jobs(source).await?);
-    Ok(items)
+    Ok(statements)
 }
 
 /// The rows of a catalog table, by the names of their columns: another order, or a column more, does no harm.

@@ -116,11 +116,12 @@ async fn rows_of_compressed_chunks_are_equal(source: &Client, target: &Client, o
                 "the hypertable {} has {here} rows on the source and {there} on the target",
                 hypertable.qualified()
             );
-            return Err(Error::new(ErrorKind::Different, text).hint(
+            return Err(Error::new(ErrorKind::Different, text).hint(format!(
                 "A session that began before the migration, or set timescaledb.enable_compressed_direct_batch_delete itself, has deleted \
-                 whole segments of compressed rows, which no stream shows. End those sessions; then begin anew: `walferry clean`, \
-                 `walferry migrate`.",
-            ));
+                 whole segments of compressed rows, which no stream shows. End those sessions; then `walferry repair --tables {}.{}`, and \
+                 cut over again.",
+                hypertable.schema, hypertable.name
+            )));
         }
     }
     Ok(())

@@ -149,7 +149,7 @@ impl Application {
     }
 }
 
-async fn fill(client: &Client) {
+pub(crate) async fn fill(client: &Client) {
     client.batch_execute(SCHEMA).await.unwrap();
     for statement in AGGREGATES {
         client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -198,7 +198,7 @@ async fn seen(client: &Client) -> BTreeMap<String, String> {
     seen
 }
 
-async fn assert_equal(migration: &Migration) {
+pub(crate) async fn assert_equal(migration: &Migration) {
     let (source, target) = (seen(&migration.source().await).await, seen(&migration.target().await).await);
     assert!(source.len() > 12, "{source:?}");
     for (what, value) in &source {

@@ -6,10 +6,12 @@
 #[allow(dead_code)]
 mod support;
 
+mod again;
 mod backfill;
 mod hypertables;
 mod live;
 mod many_chunks;
+mod pieces;
 mod sets;
 mod source;
 mod verify;
