@@ -12,5 +12,6 @@ mod hypertables;
 mod live;
 mod many_chunks;
 mod pieces;
+mod sets;
 mod source;
 mod verify;
