@@ -2,13 +2,13 @@
 
 use tokio_postgres::Client;
 
+use super::Inputs;
 use super::report::{Finding, Severity, Side, first_ten};
 use super::server::Server;
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
-use crate::source::scope::Scope;
-use crate::timescale::prepare;
-use crate::timescale::source::{self, Database};
+use crate::timescale::source::{self, Database, Job};
+use crate::timescale::{pause, prepare};
 
 /// The tables that need an identity of their own: those of continuous aggregates get one for the time of the migration.
 ///
@@ -27,13 +27,17 @@ pub(crate) async fn without_aggregates(client: &Client, tables: &[Table]) -> Res
 pub(crate) async fn findings(
     (on_source, source): (&Client, &Server),
     (on_target, target): (&Client, &Server),
-    scope: &Scope,
+    inputs: &Inputs<'_>,
 ) -> Result<Vec<Finding>> {
     let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
     let mut findings = of_source(&database);
     findings.extend(of_settings(on_source, source, &database).await?);
     findings.extend(of_target(on_target, target, &database).await?);
     findings.extend(firing(on_source, &database).await?);
+    if inputs.pause_source_jobs {
+        findings.extend(of_jobs(on_source, source, &database).await?);
+    }
+    let scope = inputs.scope;
     if scope.is_part() || scope.data_only || !scope.map_schemas.is_empty() {
         let message = "A database with TimescaleDB is moved as a whole: filters, --data-only and --map-schema cannot be combined with it.";
         findings.push(blocker(Side::Source, "timescaledb-scope", &database, message));
@@ -100,6 +104,32 @@ async fn of_settings(client: &Client, server: &Server, database: &Database) -> R
                    what is to be compressed: chunks that are, are moved as they are.";
     let names: Vec<String> = database.hypertables.iter().filter(|of| of.compression).map(|of| of.qualified()).collect();
     findings.push(Finding::new(Severity::Info, Side::Source, "timescaledb-compression", first_ten(&names), message));
+    Ok(findings)
+}
+
+/// Which jobs `--pause-source-jobs` pauses, and which it may not.
+async fn of_jobs(client: &Client, server: &Server, database: &Database) -> Result<Vec<Finding>> {
+    if !database.extension.is_readable() {
+        return Ok(Vec::new());
+    }
+    let not_ours = pause::not_ours(client).await?;
+    let running: Vec<&Job> = database.jobs.iter().filter(|job| job.scheduled).collect();
+    let (others, ours): (Vec<&Job>, Vec<&Job>) = running.into_iter().partition(|job| not_ours.contains(&job.id));
+    let names = |jobs: &[&Job]| first_ten(&jobs.iter().map(|job| pause::shown(job)).collect::<Vec<_>>());
+    let mut findings = Vec::new();
+    if !ours.is_empty() {
+        let message = "--pause-source-jobs pauses these jobs from before the slot on; `walferry clean` has them run again.";
+        findings.push(Finding::new(Severity::Info, Side::Source, "timescaledb-jobs", names(&ours), message));
+    }
+    if !others.is_empty() {
+        let mut owners: Vec<String> = others.iter().map(|job| crate::sql::identifier(&job.owner)).collect();
+        owners.sort();
+        owners.dedup();
+        let message = "--pause-source-jobs cannot pause these jobs: they belong to other roles, and run on.";
+        let fix = format!("GRANT {} TO {};", owners.join(", "), crate::sql::identifier(&server.role));
+        let found = Finding::new(Severity::Warning, Side::Source, "timescaledb-jobs-of-others", names(&others), message);
+        findings.push(found.fix(fix));
+    }
     Ok(findings)
 }
 

@@ -12,7 +12,7 @@ use crate::observe::status::Level;
 use crate::source::catalog;
 use crate::source::catalog::Table;
 use crate::target::ledger::{LedgerTable, SchemaItem};
-use crate::timescale::{self, live, prepare};
+use crate::timescale::{self, live, pause, prepare};
 
 impl Running {
     /// Sets what the stream of hypertables needs, and has the whole row identify those of continuous aggregates, before the slot (H2).
@@ -27,6 +27,38 @@ impl Running {
         self.board.event(Level::Info, format!("on the source, until `walferry clean`: {}", set.join(", ")));
         let aggregates = prepare::of_aggregates(source, &catalog::tables(source).await?).await?;
         self.set_replica_identities(source, target, &aggregates).await
+    }
+
+    /// Pauses the source's jobs where that is asked for, and starts what an earlier run of this migration has paused where it is not.
+    pub(super) async fn let_source_jobs_rest_or_run(&self, target: &mut Client) -> Result<()> {
+        if self.direction == Direction::Back {
+            return Ok(());
+        }
+        let directory = self.directory.directory().path();
+        if self.config.pause_source_jobs {
+            let source = self.config.source.connect(&self.application_name).await?;
+            let paused = pause::pause(&source, target, directory).await?;
+            if !paused.paused.is_empty() {
+                let text = format!("jobs of the source are paused, until `walferry clean`: {}", paused.paused.join(", "));
+                self.board.event(Level::Info, text);
+            }
+            if !paused.not_ours.is_empty() {
+                let text = format!("jobs of other roles run on: {}", paused.not_ours.join(", "));
+                self.board.event(Level::Warn, text);
+            }
+            return Ok(());
+        }
+        let mut started = Vec::new();
+        if !pause::noted(target).await?.is_empty() {
+            let source = self.config.source.connect(&self.application_name).await?;
+            started = pause::resume(&source, target).await?;
+        }
+        started.extend(pause::resume_noted_in(directory, &self.config.source, false).await?);
+        if !started.is_empty() {
+            let text = format!("jobs of the source that were paused run again: {}", started.join(", "));
+            self.board.event(Level::Info, text);
+        }
+        Ok(())
     }
 
     /// Makes the extension on the target, where the source has it, and puts the session into restoring mode: to it, hypertables are

@@ -86,6 +86,7 @@ impl Running {
         if is_replicated(&self.target().await?).await? {
             ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;
         }
+        let paused = timescale::pause::noted(target).await?;
         let new = self.make_slot(&source, &migration.slot).await?;
 
         let selection = migration.scope.select(&source).await?;
@@ -97,7 +98,7 @@ impl Running {
         };
         let of_timescaledb = match migration.scope.data_only {
             true => Vec::new(),
-            false => timescale::prepare::catalog_items(&source, &self.config.owners).await?,
+            false => timescale::prepare::catalog_items(&source, &paused, &self.config.owners).await?,
         };
         source.batch_execute("COMMIT").await?;
         if identities(&published) != identities(&tables) {

@@ -8,6 +8,7 @@
 //!  prepare.rs       what is set on the source before the slot, and the extension's catalog as statements for the target
 //!  copy.rs          a chunk with its compressed rows, as one
 //!  live.rs          the extension's own work in the stream, chunks that come and go
+//!  pause.rs         the source's jobs at rest, and running again
 //!  settle.rs        what is carried and compared at the cutover
 //!
 //!  declaration.rs   plain tables to hypertables: what a table is to become, as a file says it; create.rs the SQL for that
@@ -29,6 +30,7 @@ pub mod copying;
 pub mod create;
 pub mod declaration;
 pub mod live;
+pub mod pause;
 pub mod policies;
 pub mod prepare;
 pub mod restore;
