@@ -149,7 +149,7 @@ impl Application {
     }
 }
 
-async fn fill(client: &Client) {
+pub async fn fill(client: &Client) {
     client.batch_execute(SCHEMA).await.unwrap();
     for statement in AGGREGATES {
         client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -198,7 +198,7 @@ async fn seen(client: &Client) -> BTreeMap<String, String> {
     seen
 }
 
-async fn assert_equal(migration: &Migration) {
+pub async fn assert_equal(migration: &Migration) {
     let (source, target) = (seen(&migration.source().await).await, seen(&migration.target().await).await);
     assert!(source.len() > 12, "{source:?}");
     for (what, value) in &source {
@@ -218,7 +218,7 @@ async fn assert_equal(migration: &Migration) {
     );
 }
 
-async fn nothing_runs_on_the_target_yet(migration: &Migration) {
+pub async fn nothing_runs_on_the_target_yet(migration: &Migration) {
     let target = migration.target().await;
     let awake =
         target.query("SELECT FROM _timescaledb_catalog.bgw_job WHERE id >= 1000 AND scheduled", &[]).await.unwrap();

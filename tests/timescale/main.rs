@@ -8,6 +8,7 @@ mod support;
 
 mod backfill;
 mod hypertables;
+mod killed;
 mod live;
 mod many_chunks;
 mod source;
