@@ -35,14 +35,21 @@ const PREPARED: [&str; 9] = [
 ];
 
 const SCENARIOS: [Scenario; 11] = [
-    of("new-chunk", &["INSERT INTO metrics VALUES ('2025-01-01 01:00', 1, 10), ('2025-01-01 02:00', 1, 20), ('2025-01-01 01:00', 2, 30)"]),
+    of(
+        "new-chunk",
+        &[
+            "INSERT INTO metrics VALUES ('2025-01-01 01:00', 1, 10), ('2025-01-01 02:00', 1, 20), ('2025-01-01 01:00', 2, 30)",
+        ],
+    ),
     of("compression", &["SELECT compress_chunk(c) FROM show_chunks('metrics') c"]),
     of("insert-into-compressed", &["INSERT INTO metrics VALUES ('2025-01-01 03:00', 1, 40)"]),
     of("recompression", &["SELECT compress_chunk(c) FROM show_chunks('metrics') c"]),
     of("update-of-compressed", &["UPDATE metrics SET value = 21 WHERE device = 1 AND time = '2025-01-01 02:00'"]),
     of(
         "upsert-of-compressed",
-        &["INSERT INTO metrics VALUES ('2025-01-01 01:00', 2, 31) ON CONFLICT (device, time) DO UPDATE SET value = EXCLUDED.value"],
+        &[
+            "INSERT INTO metrics VALUES ('2025-01-01 01:00', 2, 31) ON CONFLICT (device, time) DO UPDATE SET value = EXCLUDED.value",
+        ],
     ),
     of(
         "delete-of-compressed",
@@ -52,12 +59,16 @@ const SCENARIOS: [Scenario; 11] = [
     // With what the user does in the same transaction, before, between and after the extension's own work.
     of(
         "all-in-one",
-        &["BEGIN; INSERT INTO metrics VALUES ('2025-01-01 04:00', 3, 50); SELECT compress_chunk(c) FROM show_chunks('metrics') c; \
-           UPDATE metrics SET value = 32 WHERE device = 2; INSERT INTO metrics VALUES ('2025-01-02 01:00', 3, 60); COMMIT"],
+        &[
+            "BEGIN; INSERT INTO metrics VALUES ('2025-01-01 04:00', 3, 50); SELECT compress_chunk(c) FROM show_chunks('metrics') c; \
+           UPDATE metrics SET value = 32 WHERE device = 2; INSERT INTO metrics VALUES ('2025-01-02 01:00', 3, 60); COMMIT",
+        ],
     ),
     of(
         "unpublished-chunk",
-        &["BEGIN; SET LOCAL timescaledb.enable_chunk_auto_publication = off; INSERT INTO metrics VALUES ('2025-01-03 01:00', 1, 70); COMMIT"],
+        &[
+            "BEGIN; SET LOCAL timescaledb.enable_chunk_auto_publication = off; INSERT INTO metrics VALUES ('2025-01-03 01:00', 1, 70); COMMIT",
+        ],
     ),
     of("dropped-chunks", &["SELECT drop_chunks('metrics', older_than => timestamp '2025-01-02')", "TRUNCATE metrics"]),
 ];
@@ -91,7 +102,10 @@ pub async fn capture() -> Result<Vec<(String, String)>, Box<dyn Error>> {
         }
         for (mode, take, binary) in [("binary", "peek", "true"), ("text", "get", "false")] {
             let messages = changes(&server, major, take, binary).await?;
-            files.push((format!("{DIRECTORY}/{}.{mode}.txt", scenario.name), fixture(scenario, mode, &version, messages)?));
+            files.push((
+                format!("{DIRECTORY}/{}.{mode}.txt", scenario.name),
+                fixture(scenario, mode, &version, messages)?,
+            ));
         }
     }
     Ok(files)

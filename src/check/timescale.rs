@@ -118,7 +118,8 @@ async fn of_jobs(client: &Client, server: &Server, database: &Database) -> Resul
     let names = |jobs: &[&Job]| first_ten(&jobs.iter().map(|job| pause::shown(job)).collect::<Vec<_>>());
     let mut findings = Vec::new();
     if !ours.is_empty() {
-        let message = "--pause-source-jobs pauses these jobs from before the slot on; `walferry clean` has them run again.";
+        let message =
+            "--pause-source-jobs pauses these jobs from before the slot on; `walferry clean` has them run again.";
         findings.push(Finding::new(Severity::Info, Side::Source, "timescaledb-jobs", names(&ours), message));
     }
     if !others.is_empty() {
@@ -127,7 +128,8 @@ async fn of_jobs(client: &Client, server: &Server, database: &Database) -> Resul
         owners.dedup();
         let message = "--pause-source-jobs cannot pause these jobs: they belong to other roles, and run on.";
         let fix = format!("GRANT {} TO {};", owners.join(", "), crate::sql::identifier(&server.role));
-        let found = Finding::new(Severity::Warning, Side::Source, "timescaledb-jobs-of-others", names(&others), message);
+        let found =
+            Finding::new(Severity::Warning, Side::Source, "timescaledb-jobs-of-others", names(&others), message);
         findings.push(found.fix(fix));
     }
     Ok(findings)

@@ -39,7 +39,8 @@ impl Running {
             let source = self.config.source.connect(&self.application_name).await?;
             let paused = pause::pause(&source, target, directory).await?;
             if !paused.paused.is_empty() {
-                let text = format!("jobs of the source are paused, until `walferry clean`: {}", paused.paused.join(", "));
+                let text =
+                    format!("jobs of the source are paused, until `walferry clean`: {}", paused.paused.join(", "));
                 self.board.event(Level::Info, text);
             }
             if !paused.not_ours.is_empty() {

@@ -390,7 +390,10 @@ mod tests {
             ("DELETE FROM _timescaledb_catalog.bgw_job WHERE id >= 1000", Some("hypertable")),
             ("UPDATE _timescaledb_catalog.chunk SET status = 0", Some("unplanned")),
             ("SELECT _timescaledb_functions.drop_chunk('a'::regclass)", Some("chunk")),
-            ("ALTER TABLE \"a\".\"b\" SET (timescaledb.compress, timescaledb.compress_segmentby = '')", Some("hypertable")),
+            (
+                "ALTER TABLE \"a\".\"b\" SET (timescaledb.compress, timescaledb.compress_segmentby = '')",
+                Some("hypertable"),
+            ),
             ("ALTER TABLE \"a\".\"b\" SET (fillfactor = 10)", Some("unplanned")),
         ] {
             assert_eq!(of(Server::Target, text), kind, "{text}");
@@ -398,7 +401,11 @@ mod tests {
         // What is the target's own may not run on the source.
         assert_eq!(of(Server::Source, "CREATE ROLE x LOGIN"), Some("unplanned"));
         for text in ["ALTER DATABASE \"d\" SET timescaledb.a = 'on'", "ALTER SYSTEM RESET timescaledb.a"] {
-            assert_eq!((of(Server::Source, text), of(Server::Target, text)), (Some("setting"), Some("unplanned")), "{text}");
+            assert_eq!(
+                (of(Server::Source, text), of(Server::Target, text)),
+                (Some("setting"), Some("unplanned")),
+                "{text}"
+            );
         }
         assert_eq!(of(Server::Source, "CREATE EXTENSION pg_prewarm SCHEMA walferry"), Some("unplanned"));
     }
@@ -414,7 +421,10 @@ mod tests {
         assert!(!has(&plain, "create_hypertable") && has(&plain, "_timescaledb_catalog"));
         let number = |text: &str| plain.iter().position(|line| line.statement.contains(text)).unwrap();
         assert!(number("SET timescaledb.") < number("CREATE_REPLICATION_SLOT"), "before the slot");
-        assert!(number("pg_dump") < number("INTO <_timescaledb_catalog") && number("$decide$") > number("FROM <_timescaledb"));
+        assert!(
+            number("pg_dump") < number("INTO <_timescaledb_catalog")
+                && number("$decide$") > number("FROM <_timescaledb")
+        );
         let all = Options { replicate_ddl: true, roles: true, no_reverse: true, ..Options::default() };
         let all = plan(&all);
         assert!(has(&all, "EVENT TRIGGER") && has(&all, "CREATE ROLE") && !has(&all, "pg_create_logical"));

@@ -146,10 +146,8 @@ async fn start(source: &Client, ids: &BTreeSet<i32>) -> Result<Vec<String>> {
 }
 
 async fn alter(source: &Client, schema: &str, id: i32, scheduled: bool) -> Result<()> {
-    let statement = format!(
-        "SELECT {}({id}, scheduled => {scheduled}, if_exists => true)",
-        sql::qualified(schema, "alter_job")
-    );
+    let statement =
+        format!("SELECT {}({id}, scheduled => {scheduled}, if_exists => true)", sql::qualified(schema, "alter_job"));
     let doing = if scheduled { "starting" } else { "pausing" };
     source.batch_execute(&statement).await.context(|| format!("{doing} the job {id} of TimescaleDB on the source"))
 }
@@ -184,8 +182,9 @@ fn noted_in(directory: &Path) -> Result<BTreeSet<i32>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
         read => read.context(|| format!("reading {}", path.display()))?,
     };
-    serde_json::from_slice(&text)
-        .map_err(|error| Error::new(ErrorKind::Other, format!("{} is not what was written there: {error}", path.display())))
+    serde_json::from_slice(&text).map_err(|error| {
+        Error::new(ErrorKind::Other, format!("{} is not what was written there: {error}", path.display()))
+    })
 }
 
 fn note_in(directory: &Path, ids: &BTreeSet<i32>) -> Result<()> {

@@ -225,9 +225,7 @@ impl Bed {
         else {
             panic!("no transaction: {messages:?}")
         };
-        self.appender
-            .begin(TransactionHead { xid: *xid, commit_lsn: *commit_lsn, commit_time: *commit_time })
-            .unwrap();
+        self.appender.begin(TransactionHead { xid: *xid, commit_lsn: *commit_lsn, commit_time: *commit_time }).unwrap();
         for (one, message) in captured.iter().zip(&messages) {
             if let Message::Relation(relation) = message {
                 relations.insert(relation.relid, *relation);
@@ -270,8 +268,7 @@ impl Bed {
 
     fn assemble(&self, end: Lsn) -> Taken {
         let reader = self.queue.reader(self.at).unwrap();
-        let mut assembled =
-            Assembler::start(Arc::new(self.layout.clone()), reader, self.at, Some(end), false).unwrap();
+        let mut assembled = Assembler::start(Arc::new(self.layout.clone()), reader, self.at, Some(end), false).unwrap();
         let mut chunks = Vec::new();
         while let Some(next) = assembled.blocking_recv() {
             match next.unwrap() {
@@ -414,9 +411,7 @@ fn hours(datum: Datum<'_>) -> i64 {
             let (day, hour): (i64, i64) = (text[8..10].parse().unwrap(), text[11..13].parse().unwrap());
             (day - 1) * 24 + hour
         }
-        Datum::Binary(bytes) => {
-            i64::from_be_bytes(bytes.try_into().unwrap()) / 3_600_000_000 - DAYS_FROM_2000 * 24
-        }
+        Datum::Binary(bytes) => i64::from_be_bytes(bytes.try_into().unwrap()) / 3_600_000_000 - DAYS_FROM_2000 * 24,
         other => panic!("{other:?} is no time"),
     }
 }
@@ -496,7 +491,11 @@ fn of_the_captured_history_exactly_what_the_user_did_is_applied_to_the_hypertabl
             assert_eq!(bed.changes, done, "{name}, {mode}: no change but the user's own was looked at");
         }
         assert_eq!(bed.learned.len(), 2, "one chunk by itself, one in the middle of other work");
-        assert_eq!(bed.catalog.len(), bed.learned.len() + 3, "twice one of compressed rows, and one that was not published");
+        assert_eq!(
+            bed.catalog.len(),
+            bed.learned.len() + 3,
+            "twice one of compressed rows, and one that was not published"
+        );
         // The retention's transaction has nothing for us; the TRUNCATE is replayed.
         assert_eq!(bed.play("dropped-chunks", mode).last(), Some(&false));
         assert_eq!((bed.rows, bed.changes), (expected, done));

@@ -34,7 +34,8 @@ async fn jobs_rest(migration: &Migration, ran: &BTreeSet<i32>) {
     if target.query_one(has_extension, &[]).await.unwrap().get(0) {
         nothing_runs_on_the_target_yet(migration).await;
     }
-    let set = target.query("SELECT FROM pg_db_role_setting WHERE array_to_string(setconfig, ' ') LIKE '%restoring%'", &[]);
+    let set =
+        target.query("SELECT FROM pg_db_role_setting WHERE array_to_string(setconfig, ' ') LIKE '%restoring%'", &[]);
     assert!(set.await.unwrap().is_empty(), "nobody is put into restoring mode");
 }
 
@@ -90,7 +91,8 @@ async fn killed_in_each_phase_jobs_and_restoring_mode_are_right_and_it_goes_on()
     holder.batch_execute("ROLLBACK").await.unwrap();
 
     // The copy: all but one table, which somebody holds on the source.
-    let left = "SELECT count(*) = 1 AND min(definition->>'name') = 'devices' FROM walferry.source_table WHERE NOT copied";
+    let left =
+        "SELECT count(*) = 1 AND min(definition->>'name') = 'devices' FROM walferry.source_table WHERE NOT copied";
     until_true(&holder, left).await;
     running.kill().await;
     jobs_rest(&migration, &ran).await;
@@ -125,7 +127,8 @@ async fn killed_in_each_phase_jobs_and_restoring_mode_are_right_and_it_goes_on()
     is_blocked(&source, "LOCK TABLE ONLY").await;
     holder.batch_execute("BEGIN; LOCK TABLE public.devices IN SHARE MODE").await.unwrap();
     held.batch_execute("COMMIT").await.unwrap();
-    let locked = "SELECT count(*) > 0 FROM pg_locks WHERE mode = 'ShareRowExclusiveLock' AND granted AND locktype = 'relation'";
+    let locked =
+        "SELECT count(*) > 0 FROM pg_locks WHERE mode = 'ShareRowExclusiveLock' AND granted AND locktype = 'relation'";
     until_true(&source, locked).await;
     is_blocked(&migration.target().await, "devices").await;
     running.kill().await;
@@ -148,7 +151,9 @@ async fn killed_in_each_phase_jobs_and_restoring_mode_are_right_and_it_goes_on()
     holder.batch_execute("ROLLBACK").await.unwrap();
     assert!(takes_writes(&migration).await, "the fence is lifted");
 
-    // It is decided, and what comes behind the decision is not done yet. The old primary's jobs go on resting, the new one's run.
+    // It is decided, and what comes behind the decision is not done yet. The old primary's jobs go on resting, the new one's run, and
+    // find nothing to refresh, so that both sides can be compared.
+    source.batch_execute("CALL refresh_continuous_aggregate('hourly', NULL, NULL)").await.unwrap();
     follows(&migration, &mut running).await;
     let (reached, gate) = (migration.files().join("reached"), migration.files().join("gate"));
     std::fs::write(&gate, "").unwrap();
@@ -180,7 +185,10 @@ async fn killed_in_each_phase_jobs_and_restoring_mode_are_right_and_it_goes_on()
 /// The same two databases once more: the operator gives up, and has dropped what was on the target.
 async fn a_clean_without_a_ledger_has_the_jobs_run_again(migration: &Migration, ran: &BTreeSet<i32>) {
     let target = migration.target().await;
-    target.batch_execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public; DROP EXTENSION IF EXISTS timescaledb CASCADE").await.unwrap();
+    target
+        .batch_execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public; DROP EXTENSION IF EXISTS timescaledb CASCADE")
+        .await
+        .unwrap();
     let running = migration.migrate(&PAUSED);
     let source = migration.source().await;
     until_true(&source, "SELECT NOT bool_or(scheduled) FROM _timescaledb_catalog.bgw_job WHERE id >= 1000").await;

@@ -6,10 +6,19 @@
 #[allow(dead_code)]
 mod support;
 
+#[path = "../report/judge.rs"]
+#[allow(dead_code)]
+mod judge;
+#[path = "../report/logged.rs"]
+#[allow(dead_code)]
+mod logged;
+
 mod backfill;
 mod hypertables;
 mod killed;
 mod live;
 mod many_chunks;
+mod owner;
+mod plan;
 mod source;
 mod verify;

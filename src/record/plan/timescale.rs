@@ -3,7 +3,7 @@
 use super::On::{Source, Target};
 use super::When::{Always, Hypertables, PauseSourceJobs};
 use super::kinds::{CLEAN, CLEANING, COPYING, CUTOVER, DECISION, FOLLOWING, ITSELF, PREPARING};
-use super::{Kind, durable, kind};
+use super::{Kind, durable, kind, redacted};
 
 const DROP_DATABASE: &str = "dropping the target database";
 
@@ -27,14 +27,22 @@ const BEFORE_THE_SLOT: &[Kind] = &[
     durable(kind(
         "setting",
         Source,
-        (PREPARING, Always, "where the source has TimescaleDB: new chunks are published, deletions of segments streamed"),
+        (
+            PREPARING,
+            Always,
+            "where the source has TimescaleDB: new chunks are published, deletions of segments streamed",
+        ),
         "ALTER DATABASE <database> SET timescaledb.<setting> = <value>",
         CLEAN,
     )),
     durable(kind(
         "setting",
         Source,
-        (PREPARING, Always, "the same for sessions that are there already, where our role is a superuser of the source"),
+        (
+            PREPARING,
+            Always,
+            "the same for sessions that are there already, where our role is a superuser of the source",
+        ),
         "ALTER SYSTEM SET timescaledb.<setting> = <value>",
         CLEAN,
     )),
@@ -63,7 +71,8 @@ const WITH_THE_SCHEMA: &[Kind] = &[
         "CREATE EXTENSION timescaledb SCHEMA public",
         DROP_DATABASE,
     )),
-    kind(
+    // Jobs have options of the users' own.
+    redacted(kind(
         "hypertable",
         Target,
         (
@@ -73,7 +82,7 @@ const WITH_THE_SCHEMA: &[Kind] = &[
         ),
         "INSERT INTO <_timescaledb_catalog>.<table> …",
         DROP_DATABASE,
-    ),
+    )),
     kind(
         "hypertable",
         Target,
@@ -136,7 +145,11 @@ const WITH_THE_ROWS: &[Kind] = &[
     kind(
         "chunk",
         Target,
-        (COPYING, Always, "a chunk whose compressed rows were changed on the source since the slot: its rows come decompressed"),
+        (
+            COPYING,
+            Always,
+            "a chunk whose compressed rows were changed on the source since the slot: its rows come decompressed",
+        ),
         "SELECT decompress_chunk( <chunk>, true )",
         "SELECT compress_chunk(…)",
     ),
@@ -160,7 +173,11 @@ const AT_THE_CUTOVER: &[Kind] = &[
     kind(
         "hypertable",
         Target,
-        (CUTOVER, Always, "where the source has TimescaleDB: the state of continuous aggregates and jobs, before it is carried over"),
+        (
+            CUTOVER,
+            Always,
+            "where the source has TimescaleDB: the state of continuous aggregates and jobs, before it is carried over",
+        ),
         "DELETE FROM <_timescaledb_catalog>.<table> …",
         DECISION,
     ),
