@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 use super::live::{assert_equal, fill, nothing_runs_on_the_target_yet};
 use crate::support::process::Running;
 use crate::support::timescale::{servers, timescale_available};
-use crate::support::{Migration, is_blocked, until, until_true};
+use crate::support::{Migration, is_blocked, until_true};
 
 const PAUSED: [&str; 5] =
     ["--replica-identity-full", "--no-reverse", "--pause-source-jobs", "--queue-max-bytes", "64MiB"];
@@ -153,13 +153,20 @@ async fn killed_in_each_phase_jobs_and_restoring_mode_are_right_and_it_goes_on()
 
     // It is decided, and what comes behind the decision is not done yet. The old primary's jobs go on resting, the new one's run, and
     // find nothing to refresh, so that both sides can be compared.
+    let source = migration.source().await;
     source.batch_execute("CALL refresh_continuous_aggregate('hourly', NULL, NULL)").await.unwrap();
+    drop(source);
+    let refreshed = "SELECT count(*) = 2 FROM hourly WHERE bucket >= '2025-02-01 00:00Z'";
+    until_true(&migration.target().await, refreshed).await;
     follows(&migration, &mut running).await;
     let (reached, gate) = (migration.files().join("reached"), migration.files().join("gate"));
     std::fs::write(&gate, "").unwrap();
     let hook = format!("touch '{}'; while [ -e '{}' ]; do sleep 0.05; done", reached.display(), gate.display());
-    let cutover = migration.start("cutover", &[&CUTOVER[..], &["--on-switch", &hook]].concat());
-    until("the command behind the decision runs", || async { reached.exists().then_some(()) }).await;
+    let mut cutover = migration.start("cutover", &[&CUTOVER[..], &["--on-switch", &hook]].concat());
+    while !reached.exists() {
+        assert!(cutover.is_alive(), "{}", cutover.log());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
     running.kill().await;
     cutover.wait().await;
     std::fs::remove_file(&gate).unwrap();

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use self::service::{AZURE, url};
 use crate::support::timescale::{servers, timescale_available};
-use crate::support::{connect, until, until_true};
+use crate::support::{connect, until_true};
 
 /// Made by the owner, who is no superuser either.
 const SCHEMA: [&str; 14] = [
@@ -59,19 +59,18 @@ async fn an_owner_without_superuser_moves_hypertables_whose_chunks_other_session
     }
     let servers = servers(&[], &[]).await;
     // The document's target is made beside: the extension's catalog is written by a superuser of the target.
-    let service = AZURE.migration(&servers).await;
     let mut migration = AZURE.migration(&servers).await;
     migration.target_url = servers.target.url_for("app");
     let superuser = servers.source.connect("app").await.unwrap();
     superuser
         .batch_execute(
             "CREATE EXTENSION timescaledb; CREATE ROLE writer LOGIN; CREATE ROLE other LOGIN; GRANT CREATE ON DATABASE app TO other; \
-             GRANT pg_monitor TO other",
+             GRANT pg_monitor TO other; ALTER ROLE app_owner LOGIN",
         )
         .await
         .unwrap();
     let target = servers.target.connect("app").await.unwrap();
-    target.batch_execute("CREATE ROLE writer; CREATE ROLE other").await.unwrap();
+    target.batch_execute("CREATE ROLE writer; CREATE ROLE other LOGIN; ALTER ROLE app_owner LOGIN").await.unwrap();
     let owner = connect(&url(&servers.source, "app", "app")).await;
     for statement in SCHEMA {
         owner.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -130,11 +129,12 @@ async fn an_owner_without_superuser_moves_hypertables_whose_chunks_other_session
         target.query_one("SELECT count(*) FROM app.metrics WHERE time >= '2025-02-01 00:00Z'", &[]).await.unwrap();
     assert_eq!(here.get::<_, i64>(0), 0, "what is older is waited out first");
     second.batch_execute("DELETE FROM app.metrics WHERE time = '2025-02-01 00:00Z'; COMMIT").await.unwrap();
-    until("the chunks are there", || async {
-        let rows = target.query_one("SELECT count(*) FROM app.metrics WHERE time >= '2025-02-01 00:00Z'", &[]).await;
-        (rows.unwrap().get::<_, i64>(0) == 3).then_some(())
-    })
-    .await;
+    let deadline = std::time::Instant::now() + crate::support::PATIENCE;
+    let copied = "SELECT count(*) = 3 FROM app.metrics WHERE time >= '2025-02-01 00:00Z'";
+    while !target.query_one(copied, &[]).await.unwrap().get::<_, bool>(0) {
+        assert!(running.is_alive() && std::time::Instant::now() < deadline, "{}", running.log());
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
     // Followed from then on, compressed rows too; and what a new session makes is published by itself.
     writer.batch_execute("UPDATE app.metrics SET value = 7 WHERE time = '2025-02-02 00:00Z'").await.unwrap();
     let fresh = connect(&url(&servers.source, "writer", "app")).await;
