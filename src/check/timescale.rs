@@ -1,5 +1,7 @@
 //! TimescaleDB: whether what the source has of it can be moved, and how.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::Client;
 
 use super::Inputs;
@@ -34,6 +36,7 @@ pub(crate) async fn findings(
     findings.extend(of_settings(on_source, source, &database).await?);
     findings.extend(of_target(on_target, target, &database).await?);
     findings.extend(firing(on_source, &database).await?);
+    findings.extend(owners_of_jobs(on_target, &database, inputs).await?);
     if inputs.pause_source_jobs {
         findings.extend(of_jobs(on_source, source, &database).await?);
     }
@@ -193,6 +196,44 @@ async fn of_target(client: &Client, server: &Server, database: &Database) -> Res
             blocker(Side::Target, "timescaledb-license", database, message)
                 .fix("ALTER SYSTEM SET timescaledb.license = 'timescale';\nSELECT pg_reload_conf();"),
         );
+    }
+    Ok(findings)
+}
+
+/// Jobs keep their owner: it has to be there, and the extension starts no job as a role that may not log in.
+async fn owners_of_jobs(client: &Client, database: &Database, inputs: &Inputs<'_>) -> Result<Vec<Finding>> {
+    if inputs.owners.no_owner || inputs.resuming {
+        return Ok(Vec::new());
+    }
+    let owners: BTreeSet<&str> = database.jobs.iter().map(|job| inputs.owners.role(&job.owner)).collect();
+    let owners: Vec<&str> = owners.into_iter().collect();
+    let rows = client
+        .query(
+            "SELECT o.name, r.rolcanlogin FROM unnest($1::text[]) o(name) LEFT JOIN pg_catalog.pg_roles r ON r.rolname = o.name \
+             WHERE r.rolcanlogin IS NOT TRUE ORDER BY 1",
+            &[&owners],
+        )
+        .await
+        .context(|| "looking for the owners of jobs on the target".into())?;
+    let of = |is_there: bool| -> Vec<String> {
+        let fitting = rows.iter().filter(|row| row.get::<_, Option<bool>>(1).is_some() == is_there);
+        fitting.map(|row| crate::sql::identifier(row.get(0))).collect()
+    };
+    let mut findings = Vec::new();
+    let (missing, without_login) = (of(false), of(true));
+    if !missing.is_empty() && !inputs.owners.create_roles {
+        let message = "It owns jobs of TimescaleDB on the source, and the target has no such role.";
+        let fix = missing.iter().map(|role| format!("CREATE ROLE {role} LOGIN;")).collect::<Vec<_>>().join("\n");
+        let found =
+            Finding::new(Severity::Blocker, Side::Target, "timescaledb-job-owner", first_ten(&missing), message);
+        findings.push(found.fix(fix));
+    }
+    if !without_login.is_empty() {
+        let message = "It owns jobs of TimescaleDB, which the extension starts as no role that may not log in: they would not run on the target.";
+        let fix = without_login.iter().map(|role| format!("ALTER ROLE {role} LOGIN;")).collect::<Vec<_>>().join("\n");
+        let found =
+            Finding::new(Severity::Warning, Side::Target, "timescaledb-job-login", first_ten(&without_login), message);
+        findings.push(found.fix(fix));
     }
     Ok(findings)
 }

@@ -108,7 +108,9 @@ impl Running {
         for entry in tables.iter().filter(|entry| entry.copied && items.contains_key(&entry.table.relid)) {
             let _ = copied.send(entry.table.relid);
         }
-        let names = tables.iter().map(|entry| (entry.table.relid, entry.table.qualified())).collect();
+        // The rows of a chunk that came late are in whichever of the target's chunks the hypertable has put them.
+        let analysed = tables.iter().filter(|entry| entry.table.chunk.as_ref().is_none_or(|chunk| !chunk.is_late));
+        let names = analysed.map(|entry| (entry.table.relid, entry.table.qualified())).collect();
         let into = self.target_of_copies(target).await?;
         let indexing =
             index::run(&into, &self.application_name, items, names, self.config.index, of_index_jobs, &self.board);

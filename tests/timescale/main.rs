@@ -18,6 +18,7 @@ mod hypertables;
 mod killed;
 mod live;
 mod many_chunks;
+mod newer;
 mod owner;
 mod plan;
 mod source;

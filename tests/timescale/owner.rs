@@ -70,7 +70,7 @@ async fn an_owner_without_superuser_moves_hypertables_whose_chunks_other_session
         .await
         .unwrap();
     let target = servers.target.connect("app").await.unwrap();
-    target.batch_execute("CREATE ROLE writer; CREATE ROLE other LOGIN; ALTER ROLE app_owner LOGIN").await.unwrap();
+    target.batch_execute("CREATE ROLE writer; CREATE ROLE other").await.unwrap();
     let owner = connect(&url(&servers.source, "app", "app")).await;
     for statement in SCHEMA {
         owner.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -85,9 +85,17 @@ async fn an_owner_without_superuser_moves_hypertables_whose_chunks_other_session
         .await
         .unwrap();
     let arguments = ["--no-reverse", "--pause-source-jobs", "--queue-max-bytes", "64MiB"];
-    let check = migration
-        .with_servers("check", &["--estimate-seconds", "0", "--json", "--pause-source-jobs", "--no-reverse"])
-        .await;
+    let options = ["--estimate-seconds", "0", "--json", "--pause-source-jobs", "--no-reverse"];
+    let check = migration.with_servers("check", &options).await;
+    let login = codes(&check.json()).into_iter().find(|(code, _)| code.contains("timescaledb-job-login"));
+    assert!(login.is_some_and(|(_, text)| text.contains("app_owner") && text.contains("other")), "{}", check.stdout);
+    target.batch_execute("ALTER ROLE app_owner LOGIN; DROP ROLE other").await.unwrap();
+    let check = migration.with_servers("check", &options).await;
+    check.assert_refused_without_hint(3);
+    let missing = codes(&check.json()).into_iter().find(|(code, _)| code.contains("timescaledb-job-owner"));
+    assert!(missing.is_some_and(|(_, text)| text.contains("CREATE ROLE \\\"other\\\" LOGIN")), "{}", check.stdout);
+    target.batch_execute("CREATE ROLE other LOGIN").await.unwrap();
+    let check = migration.with_servers("check", &options).await;
     let found = codes(&check.json());
     let of = |code: &str| found.iter().find(|(found, _)| found.trim_matches('"') == code).map(|(_, text)| text.clone());
     assert!(of("timescaledb-jobs").is_some_and(|text| text.contains("policy_compression")), "{found:#?}");
