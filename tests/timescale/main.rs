@@ -21,5 +21,6 @@ mod many_chunks;
 mod newer;
 mod owner;
 mod plan;
+mod sets;
 mod source;
 mod verify;
