@@ -50,6 +50,9 @@ pub async fn directory(
     let given = |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);
     let (source, target) = (given(source, &identity.source)?, given(target, &identity.target)?);
     let mut removed = servers(&source, &target, standby.as_ref(), Some(&identity.id)).await?;
+    // Where the ledger is gone, and with it what it knew.
+    let started = timescale::pause::resume_noted_in(path, &source, true).await?;
+    removed.extend(started.into_iter().map(|job| job_rests_no_more(&job)));
     locked.remove()?;
     removed.push(format!("state directory {}", path.display()));
     Ok(removed)
@@ -184,10 +187,16 @@ pub async fn servers(
     let identities = ledger::replica_identities(&to).await?;
     give_identities_back((&from, &to), &identities, &mut removed).await?;
     removed.extend(timescale::prepare::put_back(&from, &to).await?);
+    let started = timescale::pause::resume(&from, &to).await?;
+    removed.extend(started.into_iter().map(|job| job_rests_no_more(&job)));
     say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
     Ok(removed)
+}
+
+fn job_rests_no_more(job: &str) -> Removed {
+    format!("the rest of the source's TimescaleDB job {job}, which runs again")
 }
 
 /// What tables were identified by before the migration, on both servers.

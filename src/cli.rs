@@ -9,6 +9,7 @@ mod report;
 mod settings;
 mod standby;
 mod suggest;
+mod timescale;
 mod values;
 
 use std::ffi::OsString;
@@ -33,6 +34,7 @@ pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
 pub use suggest::SuggestHypertables;
+pub use timescale::TimescaleOptions;
 pub use values::{HttpAddress, Hypertables, Time};
 use values::{
     at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate, parse_role_map,
@@ -333,6 +335,9 @@ pub struct Check {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub place: Place,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub timescale: TimescaleOptions,
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
@@ -398,6 +403,9 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub place: Place,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub timescale: TimescaleOptions,
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,

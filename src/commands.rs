@@ -223,6 +223,7 @@ async fn check(options: cli::Check) -> Result<()> {
         replicate_ddl: options.replicate_ddl,
         owners: &options.roles.owners(),
         replica_identity_full: options.replica_identity_full,
+        pause_source_jobs: options.timescale.pause_source_jobs,
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
@@ -300,6 +301,7 @@ fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
         owners: options.roles.owners(),
         on_conflict: options.on_conflict,
         replica_identity_full: options.replica_identity_full,
+        pause_source_jobs: options.timescale.pause_source_jobs,
         reverse: !options.no_reverse,
         replicate_ddl: options.replicate_ddl,
         scope,

@@ -105,6 +105,8 @@ pub struct Config {
     pub on_conflict: OnConflict,
     /// Whether tables without a usable replica identity get `REPLICA IDENTITY FULL` for the time of the migration.
     pub replica_identity_full: bool,
+    /// Whether the source's TimescaleDB jobs rest for the time of the migration.
+    pub pause_source_jobs: bool,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
     /// Whether DDL is replicated. Fixed when the migration begins.
@@ -411,6 +413,7 @@ impl Running {
         {
             return Err(self.give_up(&given_up).await);
         }
+        self.let_source_jobs_rest_or_run(&mut target).await?;
         let (migration, held) = match self.prepare(&mut target, migration).await? {
             (migration, None) => self.heal(&mut target, migration, heal).await?,
             // Its snapshot is that of a new slot: nothing can be wrong yet.

@@ -115,6 +115,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         scope: &walferry::source::scope::WHOLE_DATABASE,
         resuming: false,
         replica_identity_full: false,
+        pause_source_jobs: false,
         replicate_ddl: false,
         estimate: Duration::ZERO,
     }

@@ -4,6 +4,8 @@
 
 #[path = "../proto-fixtures/format.rs"]
 mod format;
+#[path = "proto_fixtures/timescale.rs"]
+mod timescale;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

@@ -1,14 +1,16 @@
 //! TimescaleDB: whether what the source has of it can be moved, and how.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::Client;
 
 use super::report::{Finding, Severity, Side, first_ten};
 use super::server::Server;
+use super::{Inputs, Scope};
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
-use crate::source::scope::Scope;
-use crate::timescale::prepare;
-use crate::timescale::source::{self, Database};
+use crate::timescale::source::{self, Database, Job};
+use crate::timescale::{pause, prepare};
 
 /// The tables that need an identity of their own: those of continuous aggregates get one for the time of the migration.
 ///
@@ -27,13 +29,18 @@ pub(crate) async fn without_aggregates(client: &Client, tables: &[Table]) -> Res
 pub(crate) async fn findings(
     (on_source, source): (&Client, &Server),
     (on_target, target): (&Client, &Server),
-    scope: &Scope,
+    inputs: &Inputs<'_>,
 ) -> Result<Vec<Finding>> {
     let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
     let mut findings = of_source(&database);
     findings.extend(of_settings(on_source, source, &database).await?);
     findings.extend(of_target(on_target, target, &database).await?);
     findings.extend(firing(on_source, &database).await?);
+    findings.extend(owners_of_jobs(on_target, &database, inputs).await?);
+    if inputs.pause_source_jobs {
+        findings.extend(of_jobs(on_source, source, &database).await?);
+    }
+    let scope = inputs.scope;
     if scope.is_part() || scope.data_only || !scope.map_schemas.is_empty() {
         let message = "A database with TimescaleDB is moved as a whole: filters, --data-only and --map-schema cannot be combined with it.";
         findings.push(blocker(Side::Source, "timescaledb-scope", &database, message));
@@ -123,6 +130,34 @@ async fn of_settings(client: &Client, server: &Server, database: &Database) -> R
     Ok(findings)
 }
 
+/// Which jobs `--pause-source-jobs` pauses, and which it may not.
+async fn of_jobs(client: &Client, server: &Server, database: &Database) -> Result<Vec<Finding>> {
+    if !database.extension.is_readable() {
+        return Ok(Vec::new());
+    }
+    let not_ours = pause::not_ours(client).await?;
+    let running: Vec<&Job> = database.jobs.iter().filter(|job| job.scheduled).collect();
+    let (others, ours): (Vec<&Job>, Vec<&Job>) = running.into_iter().partition(|job| not_ours.contains(&job.id));
+    let names = |jobs: &[&Job]| first_ten(&jobs.iter().map(|job| pause::shown(job)).collect::<Vec<_>>());
+    let mut findings = Vec::new();
+    if !ours.is_empty() {
+        let message =
+            "--pause-source-jobs pauses these jobs from before the slot on; `walferry clean` has them run again.";
+        findings.push(Finding::new(Severity::Info, Side::Source, "timescaledb-jobs", names(&ours), message));
+    }
+    if !others.is_empty() {
+        let mut owners: Vec<String> = others.iter().map(|job| crate::sql::identifier(&job.owner)).collect();
+        owners.sort();
+        owners.dedup();
+        let message = "--pause-source-jobs cannot pause these jobs: they belong to other roles, and run on.";
+        let fix = format!("GRANT {} TO {};", owners.join(", "), crate::sql::identifier(&server.role));
+        let found =
+            Finding::new(Severity::Warning, Side::Source, "timescaledb-jobs-of-others", names(&others), message);
+        findings.push(found.fix(fix));
+    }
+    Ok(findings)
+}
+
 async fn of_target(client: &Client, server: &Server, database: &Database) -> Result<Vec<Finding>> {
     let wanted = &database.extension.version;
     let mut findings = Vec::new();
@@ -181,6 +216,44 @@ async fn of_target(client: &Client, server: &Server, database: &Database) -> Res
             blocker(Side::Target, "timescaledb-license", database, message)
                 .fix("ALTER SYSTEM SET timescaledb.license = 'timescale';\nSELECT pg_reload_conf();"),
         );
+    }
+    Ok(findings)
+}
+
+/// Jobs keep their owner: it has to be there, and the extension starts no job as a role that may not log in.
+async fn owners_of_jobs(client: &Client, database: &Database, inputs: &Inputs<'_>) -> Result<Vec<Finding>> {
+    if inputs.owners.no_owner || inputs.resuming {
+        return Ok(Vec::new());
+    }
+    let owners: BTreeSet<&str> = database.jobs.iter().map(|job| inputs.owners.role(&job.owner)).collect();
+    let owners: Vec<&str> = owners.into_iter().collect();
+    let rows = client
+        .query(
+            "SELECT o.name, r.rolcanlogin FROM unnest($1::text[]) o(name) LEFT JOIN pg_catalog.pg_roles r ON r.rolname = o.name \
+             WHERE r.rolcanlogin IS NOT TRUE ORDER BY 1",
+            &[&owners],
+        )
+        .await
+        .context(|| "looking for the owners of jobs on the target".into())?;
+    let of = |is_there: bool| -> Vec<String> {
+        let fitting = rows.iter().filter(|row| row.get::<_, Option<bool>>(1).is_some() == is_there);
+        fitting.map(|row| crate::sql::identifier(row.get(0))).collect()
+    };
+    let mut findings = Vec::new();
+    let (missing, without_login) = (of(false), of(true));
+    if !missing.is_empty() && !inputs.owners.create_roles {
+        let message = "It owns jobs of TimescaleDB on the source, and the target has no such role.";
+        let fix = missing.iter().map(|role| format!("CREATE ROLE {role} LOGIN;")).collect::<Vec<_>>().join("\n");
+        let found =
+            Finding::new(Severity::Blocker, Side::Target, "timescaledb-job-owner", first_ten(&missing), message);
+        findings.push(found.fix(fix));
+    }
+    if !without_login.is_empty() {
+        let message = "It owns jobs of TimescaleDB, which the extension starts as no role that may not log in: they would not run on the target.";
+        let fix = without_login.iter().map(|role| format!("ALTER ROLE {role} LOGIN;")).collect::<Vec<_>>().join("\n");
+        let found =
+            Finding::new(Severity::Warning, Side::Target, "timescaledb-job-login", first_ten(&without_login), message);
+        findings.push(found.fix(fix));
     }
     Ok(findings)
 }

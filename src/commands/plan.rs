@@ -18,6 +18,8 @@ pub(super) fn print_plan(options: &cli::Check) -> Result<()> {
         part: scope.is_part(),
         data_only: scope.data_only,
         map_schema: !scope.map_schemas.is_empty(),
+        hypertables: !scope.hypertables.is_empty(),
+        pause_source_jobs: options.timescale.pause_source_jobs,
     });
     if options.json {
         return print_json(&json!({ "version": 1, "statements": lines, "besides": BESIDES }));

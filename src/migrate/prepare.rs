@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 
-use super::{Direction, Running};
+use super::{Direction, Running, hypertables};
 use crate::check::tools;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -79,13 +79,17 @@ impl Running {
         }
         self.prepare_hypertables(&source, target).await?;
         let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
-        slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
-            .await?;
+        let created =
+            slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published);
+        if hypertables::is_only_gone(&published, created.await)? {
+            return Ok(None);
+        }
         identity::note(&source, &migration.publication, &ledger::replica_identities(target).await?).await?;
         // Before the slot: of every transaction that it sends, the DDL is told of.
         if is_replicated(&self.target().await?).await? {
             ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;
         }
+        let paused = timescale::pause::noted(target).await?;
         let new = self.make_slot(&source, &migration.slot).await?;
 
         let selection = migration.scope.select(&source).await?;
@@ -97,10 +101,11 @@ impl Running {
         };
         let of_timescaledb = match migration.scope.data_only {
             true => Vec::new(),
-            false => timescale::prepare::catalog_items(&source, &self.config.owners).await?,
+            false => timescale::prepare::catalog_items(&source, &paused, &self.config.owners).await?,
         };
+        let of_chunks = hypertables::published(&source, migration, &tables).await?;
         source.batch_execute("COMMIT").await?;
-        if identities(&published) != identities(&tables) {
+        if !hypertables::are_published(&published, &tables, &of_chunks) {
             return Ok(None);
         }
         if target.is_closed() {
@@ -122,7 +127,11 @@ impl Running {
                 owners: &self.config.owners,
                 role: migration.apply_role,
             };
-            let items = schema::wanted(dump.read().await?, selection.as_ref().zip(schemas.as_ref()))?;
+            let dumped = dump.read().await;
+            if dumped.is_err() && hypertables::is_gone_since(&source, &tables).await? {
+                return Ok(None);
+            }
+            let items = schema::wanted(dumped?, selection.as_ref().zip(schemas.as_ref()))?;
             self.fit_to_hypertables(target, migration, &mut tables, items).await?
         };
         items.extend(of_timescaledb);

@@ -216,7 +216,7 @@ async fn read(source: &Client, migration: &Migration) -> Result<Read> {
 
 /// Which tables are in the migration's publications; true for those that were published in the statement that made them: the rows of
 /// the catalog that never change, those of its system columns, have the same `xmin` then.
-pub(super) async fn published(source: &Client, migration: &Migration) -> Result<BTreeMap<u32, bool>> {
+pub(crate) async fn published(source: &Client, migration: &Migration) -> Result<BTreeMap<u32, bool>> {
     let rows = source
         .query_typed(
             "SELECT r.prrelid, bool_or(r.xmin = a.xmin) FROM pg_catalog.pg_publication_rel r \

@@ -9,6 +9,7 @@
 //!  copy.rs          a chunk with its compressed rows, as one
 //!  exchange.rs      a chunk compared with the source again, and exchanged where it differs
 //!  live.rs          the extension's own work in the stream, chunks that come and go
+//!  pause.rs         the source's jobs at rest, and running again
 //!  settle.rs        what is carried and compared at the cutover
 //!  bare.rs          hypertables, aggregates and jobs without a chunk (`--schema-only`)
 //!
@@ -34,6 +35,7 @@ pub mod create;
 pub mod declaration;
 pub(crate) mod exchange;
 pub mod live;
+pub mod pause;
 pub(crate) mod place;
 pub mod policies;
 pub mod prepare;

@@ -15,6 +15,8 @@
 //! that (`timescaledb.restoring`, which `timescaledb_pre_restore()` sets for the whole database): nothing is left behind that would have
 //! to be undone, wherever the process dies. Jobs are written as not scheduled, and sleep until the cutover.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
@@ -214,7 +216,7 @@ pub async fn create_extension(target: &ConnectionSpec, application_name: &str, e
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<SchemaItem>> {
+pub async fn catalog_items(source: &Client, paused: &BTreeSet<i32>, owners: &Owners) -> Result<Vec<SchemaItem>> {
     if source::extension(source).await?.is_none() {
         return Ok(Vec::new());
     }
@@ -226,7 +228,7 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
         statement,
     };
     let mut items: Vec<SchemaItem> = catalog_rows(source, owners, |_| Some("")).await?.into_iter().map(item).collect();
-    items.push(remember_jobs(source).await?);
+    items.push(remember_jobs(source, paused).await?);
     Ok(items)
 }
 
@@ -321,9 +323,10 @@ pub(super) fn insert_statement(qualified: &str, name: &str, rows: &str, owners: 
 }
 
 /// Which jobs are to run after the cutover, for the ledger.
-async fn remember_jobs(source: &Client) -> Result<SchemaItem> {
+async fn remember_jobs(source: &Client, paused: &BTreeSet<i32>) -> Result<SchemaItem> {
     let jobs = source::jobs(source).await?;
-    let scheduled: Vec<String> = jobs.iter().filter(|job| job.scheduled).map(|job| job.id.to_string()).collect();
+    let scheduled: Vec<String> =
+        jobs.iter().filter(|job| job.scheduled || paused.contains(&job.id)).map(|job| job.id.to_string()).collect();
     let rows = scheduled.iter().map(|id| format!("({id})")).collect::<Vec<_>>().join(", ");
     let insert =
         if rows.is_empty() { String::new() } else { format!("; INSERT INTO walferry.timescaledb_job VALUES {rows}") };

@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::Client;
 
 use super::source::{self, Chunk, Database};
-use super::{live, prepare};
+use super::{live, pause, prepare};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
 use crate::target::ledger::{self, Migration};
@@ -168,8 +168,10 @@ async fn carry(source: &Client, target: &Client, owners: &Owners) -> Result<()> 
     let jobs = sql::qualified("_timescaledb_catalog", "bgw_job");
     let rows = prepare::rows_as_json(source, &jobs, "bgw_job", "WHERE id >= 1000", owners).await?;
     let insert = prepare::insert_statement(&jobs, "bgw_job", &rows, owners);
-    let scheduled =
-        source::jobs(source).await?.iter().filter(|job| job.scheduled).map(|job| job.id).collect::<Vec<_>>();
+    let paused = pause::noted(target).await?;
+    let jobs_now = source::jobs(source).await?;
+    let running = jobs_now.iter().filter(|job| job.scheduled || paused.contains(&job.id));
+    let scheduled: Vec<i32> = running.map(|job| job.id).collect();
     target
         .batch_execute(&format!(
             "DELETE FROM {jobs} WHERE id >= 1000; {insert}; DELETE FROM walferry.timescaledb_job; \
