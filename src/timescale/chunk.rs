@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
-use super::source::{self, Chunk, CompressedChunk, Database, Hypertable};
+use super::source::{self, Chunk, CompressedChunk, Database, Dimension, Hypertable};
 use crate::error::Result;
 use crate::source::catalog::Table;
 use crate::sql;
@@ -31,6 +31,12 @@ pub struct ChunkOf {
     pub chunk: i32,
     /// Columns of the hypertable's dimensions: a condition on them leaves the other chunks alone.
     pub dimensions: Vec<String>,
+    /// Its range in each of them, the end not in it; none where an earlier version recorded it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<(i64, i64)>,
+    /// The target's chunk of just that range, as `"schema"."name"`, where a session has found it.
+    #[serde(skip)]
+    pub on_target: Option<String>,
     /// The relation of its compressed rows and the bits of its status, when the ledger took it up.
     pub compressed: Option<CompressedChunk>,
     /// Those bits (see [`Chunk::status`]).
@@ -46,6 +52,10 @@ pub struct ChunkOf {
 impl ChunkOf {
     /// What a chunk of a hypertable belongs to.
     pub fn of(chunk: &Chunk, hypertable: &Hypertable) -> ChunkOf {
+        let range = |dimension: &Dimension| {
+            let slice = chunk.slices.iter().find(|slice| slice.dimension == dimension.id)?;
+            Some((slice.start, slice.end))
+        };
         ChunkOf {
             relid: hypertable.relid,
             schema: hypertable.schema.clone(),
@@ -53,11 +63,18 @@ impl ChunkOf {
             hypertable: hypertable.id,
             chunk: chunk.id,
             dimensions: hypertable.dimensions.iter().map(|dimension| dimension.column.clone()).collect(),
+            ranges: hypertable.dimensions.iter().map(range).collect::<Option<_>>().unwrap_or_default(),
+            on_target: None,
             compressed: chunk.compressed.clone(),
             status: chunk.status,
             is_late: false,
             is_gone: false,
         }
+    }
+
+    /// What changes of its rows are applied to.
+    pub fn applied_to(&self) -> String {
+        self.on_target.clone().unwrap_or_else(|| self.qualified())
     }
 
     /// The hypertable as `"schema"."name"`.

@@ -303,6 +303,8 @@ fn dropped_before_it_was_seen(announced: &Announced) -> Table {
             hypertable: 0,
             chunk: 0,
             dimensions: Vec::new(),
+            ranges: Vec::new(),
+            on_target: None,
             compressed: None,
             status: 0,
             is_late: true,
