@@ -344,6 +344,10 @@ fn may_be_cut_over(board: &StatusBoard, back: bool) -> Result<()> {
             "there is nothing to switch back from: no cutover has been done".to_owned(),
             "`walferry status` shows where the migration is; `walferry cutover` switches when it follows.",
         ),
+        _ if !back && board.is_turned_back() => (
+            "this migration has been cut over already".to_owned(),
+            "`walferry switchback` switches back to the old primary; `walferry finish` ends the way back.",
+        ),
         _ => (
             format!("the migration does not follow yet: it is {}", phase.title()),
             "Nothing was touched. Ask again when `walferry status` says that the cutover is ready; it also says how long that may take.",

@@ -214,8 +214,9 @@ async fn of_every_phase() {
     camera.take("cut-over", 20).await;
 
     // Somebody writes to the server that was left.
-    let somebody = "SET default_transaction_read_only = off; INSERT INTO payments (id, note) SELECT max(id) + 500, 'by hand' FROM payments";
-    support::connect(&real[0]).await.batch_execute(somebody).await.unwrap();
+    let old = support::connect(&real[0]).await;
+    old.batch_execute("SET default_transaction_read_only = off").await.unwrap();
+    old.batch_execute("INSERT INTO payments (id, note) SELECT max(id) + 60, 'by hand' FROM payments").await.unwrap();
     let ended = running.wait().await;
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
     camera.take("failed", 8).await;

@@ -180,8 +180,7 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue, lag: &La
         if !stream.connected {
             blockers.push("the source is not connected".to_string());
         } else if lag.seconds.is_none() {
-            blockers
-                .push("how far the target is behind is not known yet: the source has just been connected".to_string());
+            blockers.push("how far the target is behind is not known yet".to_string());
         }
         if apply.paused {
             blockers.push("the apply is paused; walferry resume lets it go on".to_string());

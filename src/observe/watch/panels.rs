@@ -24,6 +24,9 @@ const FIGURE_WIDTH: u16 = 13;
 /// Columns that a plot takes at least.
 const PLOT_WIDTH: u16 = 27;
 
+/// What somebody wants to know who looks at a cutover.
+const HOW_IT_ENDS: &str = "Writers are held, or about to be. It ends by itself: switched, or given up after --timeout and --max-write-stall, and then it follows as before.";
+
 fn muted() -> Style {
     Style::new().fg(MUTED)
 }
@@ -141,6 +144,7 @@ fn figures_of(status: &Status) -> [Figure; 6] {
     let (ready, of_ready) = match (status.ready_to_cutover, status.phase) {
         (true, _) => ("ready", bold(GOOD)),
         (false, Phase::CutOver | Phase::Reversed) => ("done", bold(GOOD)),
+        (false, Phase::CuttingOver) => ("running", bold(WARN)),
         (false, _) => ("not yet", Style::new().add_modifier(Modifier::BOLD)),
     };
     let queue = &status.queue;
@@ -292,6 +296,9 @@ pub(super) fn notice(shown: &Shown, status: &Status, columns: usize) -> Notice {
     } else if over {
         (notice.title, notice.colour) = ("Switched back", GOOD);
         notice.say(columns, plain, "", "The old primary is the primary again.");
+    } else if status.phase == Phase::CuttingOver {
+        notice.title = "Cutting over";
+        notice.say(columns, plain, "", HOW_IT_ENDS);
     } else if status.ready_to_cutover {
         (notice.title, notice.colour) = ("Ready to cut over", GOOD);
         let with = if status.way_back == WayBack::Ready { "With a way back. " } else { "" };
