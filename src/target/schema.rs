@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use futures_util::future::join_all;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::harmless;
@@ -318,6 +319,13 @@ pub async fn run_post_data_item(client: &Client, position: i32, item: &SchemaIte
     let statement =
         format!("BEGIN; SET LOCAL synchronous_commit = off; {};\n{RESET_SETTINGS}; COMMIT", with_mark(position, item));
     let outcome = client.batch_execute(&statement).await.context(|| restoring(item));
+    let outcome = outcome.map_err(|error| match error.sqlstate() {
+        Some(&SqlState::FOREIGN_KEY_VIOLATION) => error.hint(
+            "The source has rows that its own foreign key forbids (written with session_replication_role, or with triggers disabled). \
+             Mend them there, then run the same command again.",
+        ),
+        _ => error,
+    });
     if outcome.is_err() {
         // The session is in a failed transaction, or gone.
         let _ = client.batch_execute("ROLLBACK").await;
