@@ -163,6 +163,8 @@ impl Running {
             // Nobody has asked for the rest of the database to be closed.
             request.options.fence = cutover::FenceMode::Tables;
         }
+        // What stands against it on the source it looks at itself, and knows what is waived; the lag it measures.
+        let measured = |blocker: &String| blocker.starts_with(SOURCE_BLOCKER) || blocker == LAG_UNKNOWN;
         let blockers = self.board.snapshot().blockers;
         let cutover = Cutover {
             source: &self.config.source,
@@ -172,8 +174,7 @@ impl Running {
             scope: if self.direction == Direction::There { &scope } else { &WHOLE_DATABASE },
             unstreamed: &scope,
             applied: applied.clone(),
-            // What stands against it on the source it looks at itself, and knows what is waived.
-            blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(SOURCE_BLOCKER)).collect(),
+            blockers: blockers.into_iter().filter(|blocker| !measured(blocker)).collect(),
             way_back: way_back.clone(),
             owners: &self.config.owners,
             target_closed,

@@ -2,6 +2,8 @@
 
 mod read;
 
+pub(crate) use read::LAG_UNKNOWN;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

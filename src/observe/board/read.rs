@@ -164,6 +164,9 @@ impl StatusBoard {
     }
 }
 
+/// Said of a migration that follows and has not measured its lag. A cutover that is asked for then measures it itself, and waits.
+pub(crate) const LAG_UNKNOWN: &str = "how far the target is behind is not known yet";
+
 /// What stands in the way of a cutover. A migration is ready exactly when this is empty.
 fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue, lag: &Lag) -> Vec<String> {
     let mut blockers = Vec::new();
@@ -180,7 +183,7 @@ fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue, lag: &La
         if !stream.connected {
             blockers.push("the source is not connected".to_string());
         } else if lag.seconds.is_none() {
-            blockers.push("how far the target is behind is not known yet".to_string());
+            blockers.push(LAG_UNKNOWN.to_string());
         }
         if apply.paused {
             blockers.push("the apply is paused; walferry resume lets it go on".to_string());
