@@ -398,6 +398,7 @@ impl Running {
         self.end_sessions_on_standbys().await;
         background::lift_fence(&self.config, &self.board).await?;
         self.config.care.caps.fit_apply_workers(migration.apply_workers)?;
+        ledger::renew_fingerprint(&self.config.source, &mut target, &self.application_name).await?;
         if *heal != Heal::Everything
             && let Some(given_up) = GivenUp::of(self.directory.directory(), &migration)?
         {

@@ -186,9 +186,9 @@ pub(super) async fn copied(
     if noted == 1 {
         return Ok(());
     }
-    let text = format!("the piece {place} of {relation} has been copied by somebody else meanwhile");
-    Err(Error::new(ErrorKind::Divergence, text)
-        .hint("Find the other walferry that works with this target, and stop one of them."))
+    // As by a session of ours whose connection broke with its commit on the way. Whoever tries again asks first whether it is there.
+    let text = format!("the piece {place} of {relation} has been copied meanwhile by another session");
+    Err(Error::new(ErrorKind::Transient, text))
 }
 
 /// All is copied, and durable: this commit flushes those before it.

@@ -146,6 +146,9 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         if server::supported(Side::Source).contains(&source.major()) {
             findings.extend(versions::identity_of_partitions(on_source, target).await?);
         }
+        if inputs.scope.moves_configuration() {
+            findings.extend(unstreamed::configuration(on_source, on_target, &target.role).await?);
+        }
         findings.extend(differing::settings(source, target));
         findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
         findings.extend(scope::mapped(on_source, on_target, inputs.scope, inputs.resuming).await?);

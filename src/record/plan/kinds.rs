@@ -192,6 +192,20 @@ pub static KINDS: &[Kind] = &[
         "GRANT USAGE ON SCHEMA <walferry_ddl> TO PUBLIC",
         CLEAN,
     ),
+    kind(
+        "event trigger",
+        Source,
+        (PREPARING, ReplicateDdl, "what proves their messages, for our role to read"),
+        "CREATE TABLE <walferry_ddl>.key ( … )",
+        CLEAN,
+    ),
+    kind(
+        "event trigger",
+        Source,
+        (PREPARING, ReplicateDdl, "the same"),
+        "REVOKE ALL ON TABLE <walferry_ddl>.key FROM …",
+        CLEAN,
+    ),
     redacted(kind(
         "event trigger",
         Source,
