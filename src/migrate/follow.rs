@@ -18,6 +18,7 @@ use crate::apply::layout::Layout;
 use crate::control::{Answer, CutoverRequest};
 use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, Measured, SOURCE_BLOCKER, WayBack};
 use crate::error::{Error, ErrorKind, Result};
+use crate::observe::board::LAG_UNKNOWN;
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::record::What;

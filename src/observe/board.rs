@@ -2,8 +2,6 @@
 
 mod read;
 
-pub(crate) use read::LAG_UNKNOWN;
-
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +23,8 @@ use crate::observe::status::{
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
 use crate::verify::Verification;
+
+pub(crate) use read::LAG_UNKNOWN;
 
 /// Events that are kept.
 const EVENTS_MAX: usize = 50;

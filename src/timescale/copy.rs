@@ -56,7 +56,7 @@ pub fn copy_in_statement(table: &Table, format: &str) -> String {
 pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) -> Result<How> {
     let Some(chunk) = &table.chunk else { return Ok(How::AsTable) };
     let rows = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
-    let Some(Now { status, relation }) = look(source, chunk).await? else { return Ok(How::Stale) };
+    let Some(Now { status, relation }) = look(source, table, chunk).await? else { return Ok(How::Stale) };
     if chunk.is_late {
         return Ok(How::Rows(rows));
     }
@@ -84,11 +84,11 @@ pub(super) struct Now {
 }
 
 /// Looks at a chunk in the session's snapshot, and locks the relation of its compressed rows; `None` where the snapshot does not show
-/// those any more (H4).
+/// its rows any more (H4).
 ///
 /// # Errors
 /// Whatever the server says.
-pub(super) async fn look<S: Session>(source: &mut S, chunk: &ChunkOf) -> Result<Option<Now>> {
+pub(super) async fn look<S: Session>(source: &mut S, table: &Table, chunk: &ChunkOf) -> Result<Option<Now>> {
     let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name) \
          FROM _timescaledb_catalog.chunk k LEFT JOIN _timescaledb_catalog.chunk z ON z.id = k.compressed_chunk_id \
          LEFT JOIN pg_catalog.pg_class zn ON zn.relname = z.table_name \
@@ -111,8 +111,35 @@ pub(super) async fn look<S: Session>(source: &mut S, chunk: &ChunkOf) -> Result<
         Err(error) if error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
         Err(error) => return Err(error),
     };
-    Ok(is_same.then(|| Now { status: field(0), relation: Some(relid) }))
+    if !is_same || !shows_rows_beside(source, table, field(0).as_deref()).await? {
+        return Ok(None);
+    }
+    Ok(Some(Now { status: field(0), relation: Some(relid) }))
 }
+
+/// Whether the rows beside the compressed ones are read that the snapshot shows, by the chunk's status in it.
+///
+/// The extension reads its catalog as it is now, whatever the snapshot: of a chunk that has been recompressed since, and has no such rows now,
+/// it reads the compressed ones only, and those are as the snapshot shows them. From the lock on, nobody can change that: whoever
+/// takes the mark of such rows away needs EXCLUSIVE, and writers do not meet the lock.
+async fn shows_rows_beside<S: Session>(source: &mut S, table: &Table, status: Option<&str>) -> Result<bool> {
+    let is_partial = |status: Option<&str>| {
+        status.and_then(|status| status.parse().ok()).is_some_and(|bits: i32| bits & PARTIAL != 0)
+    };
+    if !is_partial(status) {
+        return Ok(true);
+    }
+    let name = table.qualified();
+    let now = format!(
+        "LOCK TABLE ONLY {name} IN ROW SHARE MODE; SELECT _timescaledb_functions.chunk_status({}::pg_catalog.regclass)::text",
+        sql::literal(&name)
+    );
+    let now = source.first_row(&now).await?;
+    Ok(is_partial(now.first().and_then(Option::as_deref)))
+}
+
+/// Of a chunk's status: rows stand beside the compressed ones.
+const PARTIAL: i32 = 8;
 
 /// Makes the target's chunk ready for what comes, in the open transaction: empty, and an ordinary one where the rows come decompressed.
 ///

@@ -58,7 +58,7 @@ pub(crate) async fn look(
     format: &str,
     known: &mut Hypertables,
 ) -> Result<Found> {
-    if copy::look(source, chunk).await?.is_none() {
+    if copy::look(source, table, chunk).await?.is_none() {
         return Ok(Found::Stale);
     }
     target.batch_execute(AT_WORK).await?;

@@ -180,6 +180,8 @@ enum Taken {
     Applied(Vec<Chunk>),
     /// It has to be replayed row by row.
     Serial,
+    /// It announces a chunk that nobody knows.
+    Unknown,
 }
 
 impl Bed {
@@ -254,7 +256,7 @@ impl Bed {
             .collect();
         let mut taken = self.assemble(*end_lsn);
         if !unknown.is_empty() {
-            assert!(matches!(taken, Taken::Serial), "nothing is applied in front of a chunk that nobody knows");
+            assert!(matches!(taken, Taken::Unknown), "nothing is applied in front of a chunk that nobody knows");
             for relation in unknown {
                 self.learn(&relation);
             }
@@ -276,6 +278,10 @@ impl Bed {
                 Assembled::Serial { complete } => {
                     assert_eq!(complete, self.at, "everything before it is complete");
                     return Taken::Serial;
+                }
+                Assembled::Unknown { complete, .. } => {
+                    assert_eq!(complete, self.at, "nothing of the transaction is begun");
+                    return Taken::Unknown;
                 }
             }
         }
