@@ -60,6 +60,7 @@ impl Running {
     pub(super) async fn take_up_chunks(&self, change: &Change) -> Result<()> {
         let (source, mut target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
         let migration = self.load(&target).await?;
+        live::until_visible(&source, change.head.xid).await?;
         let found = live::take_up(&source, &mut target, &migration, Some(&change.announced)).await?;
         self.say_what_was_taken_up(&found)
     }

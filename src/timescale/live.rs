@@ -17,7 +17,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::chunk::ChunkOf;
-use super::source::{self, Chunk};
+use super::source::{self, Chunk, Slice};
 use crate::apply::change::Announced;
 use crate::apply::layout::Layout;
 use crate::decode::Relation;
@@ -188,6 +188,25 @@ pub async fn take_up(
     Ok(taken_up)
 }
 
+/// Waits until a transaction that has come in the stream is visible: its commit record is decoded before it is (H1), and a chunk that it
+/// has made would be taken for one that is gone already.
+///
+/// # Errors
+/// Whatever the source says.
+pub async fn until_visible(source: &Client, xid: u32) -> Result<()> {
+    // Released when it is visible.
+    let running = "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'transactionid' AND granted \
+                   AND mode = 'ExclusiveLock' AND transactionid::text = $1)";
+    let xid = xid.to_string();
+    loop {
+        let row = source.query_typed_one(running, &[(&xid, Type::TEXT)]).await;
+        if !row.context(|| format!("waiting for transaction {xid} of the source"))?.get::<_, bool>(0) {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
 /// Notes in the ledger that the source has dropped a chunk: nothing more of it is applied.
 ///
 /// # Errors
@@ -327,7 +346,12 @@ pub async fn drop_what_is_gone(target: &Client, living: &[Chunk]) -> Result<Vec<
     for chunk in living {
         of_source.entry(chunk.hypertable).or_default().push(chunk);
     }
+    let ranges: BTreeSet<(i32, &[Slice])> = living.iter().map(|chunk| (chunk.hypertable, &chunk.slices[..])).collect();
     for chunk in of_target {
+        // Nearly always; to compare each with each would take the square of their number.
+        if ranges.contains(&(chunk.hypertable, &chunk.slices[..])) {
+            continue;
+        }
         let others = of_source.get(&chunk.hypertable).map(Vec::as_slice).unwrap_or_default();
         if others.iter().any(|other| overlap(&chunk, other)) {
             continue;
