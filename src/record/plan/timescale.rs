@@ -129,6 +129,17 @@ const WITH_THE_SCHEMA: &[Kind] = &[
 
 const WITH_THE_ROWS: &[Kind] = &[
     kind(
+        "copy",
+        Source,
+        (
+            COPYING,
+            Always,
+            "a compressed chunk that has uncompressed rows too, while it is read: holds up its recompression, and no writer",
+        ),
+        "LOCK TABLE ONLY <chunk> IN ROW SHARE MODE",
+        ITSELF,
+    ),
+    kind(
         "chunk",
         Target,
         (COPYING, Hypertables, "the chunks of a large table, before its rows"),
