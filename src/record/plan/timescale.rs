@@ -245,6 +245,13 @@ const AT_ITS_END: &[Kind] = &[
         ITSELF,
     ),
     kind(
+        "guard",
+        Source,
+        (CLEANING, Always, "the guard's home, where nothing else is in it"),
+        "DO $clean$ … $clean$",
+        ITSELF,
+    ),
+    kind(
         "setting",
         Source,
         (CLEANING, Always, "where it was set for the migration and there was none before"),
