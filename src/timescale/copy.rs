@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_chunk_is_not_recompressed_between_the_look_at_it_and_its_rows_and_is_stale_where_it_was_before() {
+    async fn a_chunk_recompressed_behind_the_look_at_it_is_read_whole_and_is_stale_where_it_was_before() {
         let Some(server) = server().await else { return };
         let (table, mut reader, other) = begun(&server, "before").await;
         other.batch_execute(RECOMPRESS).await.unwrap();
@@ -265,12 +265,9 @@ mod tests {
         let (table, mut reader, other) = begun(&server, "between").await;
         let chunk = table.chunk.clone().unwrap();
         assert!(look(&mut reader, &table, &chunk).await.unwrap().is_some());
-        // Who writes is not held up.
+        // Nobody is held up: what takes the mark of such rows away goes on without that where it does not get its lock.
         other.batch_execute("SET lock_timeout = '1s'; INSERT INTO m VALUES ('2025-01-01 13:00Z', 1, 1)").await.unwrap();
-        let held_up = other.batch_execute(RECOMPRESS).await.expect_err("recompressed though it is read");
-        assert_eq!(held_up.code(), Some(&SqlState::LOCK_NOT_AVAILABLE), "{held_up:?}");
-        assert_eq!(rows(&reader, &table).await, 25);
-        reader.batch_execute("ROLLBACK").await.unwrap();
         other.batch_execute(RECOMPRESS).await.unwrap();
+        assert_eq!(rows(&reader, &table).await, 25);
     }
 }

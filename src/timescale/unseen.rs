@@ -11,7 +11,7 @@
 //!
 //! **Invariant:** from the commit of a hypertable's guard on, for as long as the very same triggers are there, no session can delete
 //! or write its compressed rows directly. They are row triggers of the hypertable itself that fire for no row (`WHEN (false)`). Whatever
-//! its settings, the extension (from 2.28 on, [`PROVEN`]) deletes nothing directly where the hypertable has a row trigger for DELETE,
+//! its settings, the extension (from 2.28 on) deletes nothing directly where the hypertable has a row trigger for DELETE,
 //! disabled or not, also by the name of a chunk; it writes nothing directly by INSERT where there is any trigger, by COPY where there are
 //! two. Who writes by way of the hypertable holds a lock there that the making of the guard waits for; who began earlier by the name
 //! of a chunk is waited out after it. So what was changed unseen was changed before P, and is counted at P; and what is
