@@ -20,6 +20,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::SinkExt;
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use walferry::demo::server::{StopMode, ThrowawayServer};
 use walferry::error::{Context, Error, ErrorKind, Result};
 
@@ -234,7 +235,13 @@ async fn compare(source: &ThrowawayServer, target: &ThrowawayServer, acknowledge
         let text = format!("{acknowledged} rows were loaded; the books are {here:?} and {there:?}");
         return Err(Error::new(ErrorKind::Different, text));
     }
-    target.batch_execute(REFRESH).await.context(|| REFRESH.into())?;
+    // The policy may be at it, which has gone on here with the cutover.
+    while let Err(error) = target.batch_execute(REFRESH).await {
+        if error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            return Err(error).context(|| REFRESH.into());
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
     let (aggregate, computed) = (books(&target, OF_AGGREGATE[0]).await?, books(&target, OF_AGGREGATE[1]).await?);
     if aggregate != computed {
         let text = format!("the aggregate is {aggregate:?} and should be {computed:?}");
