@@ -11,6 +11,7 @@
 
 mod attribute_version;
 mod dump;
+mod instead;
 pub(super) mod tokens;
 mod wanted;
 
@@ -28,6 +29,7 @@ use crate::sql;
 use crate::timescale::restore;
 
 pub use dump::{Dump, Dumped};
+pub use instead::{Instead, View, instead};
 pub use wanted::wanted;
 
 /// Runs everything of the schema that comes before the rows, as one transaction with its rows in the ledger.
