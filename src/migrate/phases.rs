@@ -124,8 +124,11 @@ impl Running {
             self.board.set_phase(ShownPhase::Indexing);
             Ok(())
         };
-        let compressor = self.compressor(self.load(&self.target().await?).await?.scope, Arc::default());
-        let has_hypertables = !compressor.declared.is_empty();
+        let session = self.target().await?;
+        let as_on_source = timescale::recreate::is_recreated(&session).await?;
+        let compressor = self.compressor(self.load(&session).await?.scope, as_on_source, Arc::default());
+        drop(session);
+        let has_hypertables = as_on_source || !compressor.declared.is_empty();
         tokio::select! {
             // Boxed: the states of the copy are more than a thread's stack should hold.
             outcome = Box::pin(async { tokio::try_join!(copying, indexing) }) => outcome.map(drop)?,
@@ -145,12 +148,13 @@ impl Running {
     }
 
     /// Who keeps chunks of the target compressed.
-    pub(super) fn compressor(&self, scope: Scope, turn: Arc<Mutex<()>>) -> Compressor {
+    pub(super) fn compressor(&self, scope: Scope, as_on_source: bool, turn: Arc<Mutex<()>>) -> Compressor {
         Compressor {
             source: self.config.source.clone(),
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             declared: scope.hypertables,
+            as_on_source,
             turn,
         }
     }
@@ -371,6 +375,7 @@ impl Running {
             }
         }
         self.refresh_materialized_views(target).await?;
+        self.make_jobs(target).await?;
         // Waking a policy is nothing that rows could stand against.
         let policies =
             self.load(target).await?.scope.hypertables.iter().filter(|declared| declared.has_policies()).count();

@@ -35,12 +35,19 @@ pub struct ChunkOf {
     pub compressed: Option<CompressedChunk>,
     /// Those bits (see [`Chunk::status`]).
     pub status: i32,
-    /// It came after the slot: its rows go to the hypertable, and the target has no chunk of its name.
+    /// Where it lies: for each dimension's column from where to where, in the unit of [`source`].
+    #[serde(default)]
+    pub slices: BTreeMap<String, (i64, i64)>,
+    /// It came after the slot, or hypertables are made again on the target: its rows go to the hypertable, and the target has no chunk of
+    /// its name.
     #[serde(default)]
     pub is_late: bool,
     /// The source has dropped it: nothing more of it is applied.
     #[serde(default)]
     pub is_gone: bool,
+    /// What the target calls the hypertable where that is another name: schema and name, unquoted. Read with the ledger, not kept in it.
+    #[serde(skip)]
+    pub stands_in: Option<(String, String)>,
 }
 
 impl ChunkOf {
@@ -55,14 +62,31 @@ impl ChunkOf {
             dimensions: hypertable.dimensions.iter().map(|dimension| dimension.column.clone()).collect(),
             compressed: chunk.compressed.clone(),
             status: chunk.status,
+            slices: chunk
+                .slices
+                .iter()
+                .filter_map(|slice| {
+                    let dimension = hypertable.dimensions.iter().find(|dimension| dimension.id == slice.dimension)?;
+                    Some((dimension.column.clone(), (slice.start, slice.end)))
+                })
+                .collect(),
             is_late: false,
             is_gone: false,
+            stands_in: None,
         }
     }
 
-    /// The hypertable as `"schema"."name"`.
+    /// The target's hypertable as `"schema"."name"`.
     pub fn qualified(&self) -> String {
-        sql::qualified(&self.schema, &self.name)
+        let (schema, name) =
+            self.stands_in.as_ref().map_or((&self.schema, &self.name), |(schema, name)| (schema, name));
+        sql::qualified(schema, name)
+    }
+
+    /// Where it lies, as the extension's `create_chunk` takes it.
+    pub fn slices_json(&self) -> String {
+        // A map of strings and numbers always has a JSON form.
+        serde_json::to_string(&self.slices).unwrap_or_default()
     }
 }
 

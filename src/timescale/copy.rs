@@ -32,6 +32,8 @@ pub enum How {
     },
     /// Decompressed: the statement that reads them all.
     Rows(String),
+    /// Not at all: a hypertable's rows are in its chunks.
+    Nothing,
     /// The snapshot does not show it any more (H4).
     Stale,
 }
@@ -54,7 +56,9 @@ pub fn copy_in_statement(table: &Table, format: &str) -> String {
 /// # Errors
 /// Whatever the server says.
 pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) -> Result<How> {
-    let Some(chunk) = &table.chunk else { return Ok(How::AsTable) };
+    let Some(chunk) = &table.chunk else {
+        return Ok(if table.is_hypertable { How::Nothing } else { How::AsTable });
+    };
     let rows = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
     let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name) \
          FROM _timescaledb_catalog.chunk k LEFT JOIN _timescaledb_catalog.chunk z ON z.id = k.compressed_chunk_id \
@@ -109,7 +113,7 @@ pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) ->
 pub async fn make_ready(target: &Client, chunk: &ChunkOf, table: &Table, how: &How) -> Result<()> {
     let doing = || format!("making {} on the target ready for its rows", table.qualified());
     match how {
-        How::AsTable | How::Stale => Ok(()),
+        How::AsTable | How::Nothing | How::Stale => Ok(()),
         // What an earlier copy left of it (H3).
         How::Raw { .. } => match &chunk.compressed {
             Some(compressed) => {

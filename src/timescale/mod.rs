@@ -9,6 +9,7 @@
 //!  copy.rs          a chunk with its compressed rows, as one
 //!  live.rs          the extension's own work in the stream, chunks that come and go
 //!  settle.rs        what is carried and compared at the cutover
+//!  recreate.rs      where the target cannot take over that catalog: all of it is made again there
 //!
 //!  declaration.rs   plain tables to hypertables: what a table is to become, as a file says it; create.rs the SQL for that
 //!  copying.rs       the rows of a plain table into it, by several sessions at once; compress.rs its chunks, while that goes on
@@ -31,6 +32,7 @@ pub mod declaration;
 pub mod live;
 pub mod policies;
 pub mod prepare;
+pub mod recreate;
 pub mod restore;
 pub(crate) mod rows;
 pub mod settle;

@@ -176,8 +176,10 @@ pub async fn is_recreated(target: &Client) -> Result<bool> {
 pub async fn note(target: &Client, recreation: &Recreation) -> Result<()> {
     let definition =
         serde_json::to_string(recreation).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
-    let statement =
-        format!("UPDATE walferry.timescaledb_recreation SET definition = {}::pg_catalog.jsonb", sql::literal(&definition));
+    let statement = format!(
+        "UPDATE walferry.timescaledb_recreation SET definition = {}::pg_catalog.jsonb",
+        sql::literal(&definition)
+    );
     target.batch_execute(&statement).await.context(|| "noting hypertables in the ledger".into())
 }
 
@@ -244,8 +246,12 @@ mod tests {
 
     #[test]
     fn an_older_version_is_told_by_its_numbers() {
-        let extension =
-            |version: &str| Extension { version: version.into(), schema: "public".into(), license: String::new(), loaded: true };
+        let extension = |version: &str| Extension {
+            version: version.into(),
+            schema: "public".into(),
+            license: String::new(),
+            loaded: true,
+        };
         let choice = |version: &str| Choice { mode: Mode::AsItIs, version: version.into(), is_installed: true };
         assert!(choice("2.9.3").is_older_than(&extension("2.26.4")));
         assert!(!choice("2.28.3").is_older_than(&extension("2.26.4")));

@@ -16,8 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
 
+use super::recreate::places::{self, Places};
 use super::source::{self, Chunk, Database};
-use super::{live, prepare};
+use super::{live, prepare, recreate};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
 use crate::target::ledger::{self, Migration};
@@ -59,6 +60,7 @@ pub async fn settle(source: &Client, target: &mut Client, migration: &Migration,
     let known = every_chunk_is_known(source, target, &of_source, migration).await?;
     // A chunk that nothing has come of is empty, and nothing on the target is of it.
     let living: Vec<Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).cloned().collect();
+    let living = places::on_target(source, target, living).await?;
     let transaction = target.transaction().await?;
     let dropped = live::drop_what_is_gone(transaction.client(), &living).await?;
     if !dropped.is_empty() {
@@ -67,7 +69,13 @@ pub async fn settle(source: &Client, target: &mut Client, migration: &Migration,
     transaction.commit().await.context(|| "dropping chunks on the target".into())?;
     rows_of_compressed_chunks_are_equal(source, target, &of_source).await?;
     let transaction = target.transaction().await?;
-    carry(source, transaction.client(), owners).await?;
+    match recreate::is_recreated(transaction.client()).await? {
+        true => {
+            recreate::state::carry(source, transaction.client()).await?;
+            recreate::jobs::bring_in_line(source, transaction.client(), owners).await?;
+        }
+        false => carry(source, transaction.client(), owners).await?,
+    }
     transaction.commit().await.context(|| "carrying over the state of continuous aggregates and jobs".into())
 }
 
@@ -97,18 +105,20 @@ async fn rows_of_compressed_chunks_are_equal(source: &Client, target: &Client, o
     let Some(of_target) = of_target else {
         return Err(Error::new(ErrorKind::Different, "the extension timescaledb is gone from the target"));
     };
+    let places = Places::of(of_source, &of_target);
     // By hypertable: the ranges of chunks need not be the same, but all rows of compressed ranges are in some chunk.
-    let compressed: BTreeSet<i32> = of_source
-        .chunks
-        .iter()
-        .chain(&of_target.chunks)
-        .filter(|chunk| chunk.compressed.is_some())
-        .map(|chunk| chunk.hypertable)
-        .collect();
-    for hypertable in of_source.hypertables.iter().filter(|of| compressed.contains(&of.id)) {
+    let compressed: BTreeSet<i32> =
+        of_source.chunks.iter().filter(|chunk| chunk.compressed.is_some()).map(|chunk| chunk.hypertable).collect();
+    let compressed_there: BTreeSet<i32> =
+        of_target.chunks.iter().filter(|chunk| chunk.compressed.is_some()).map(|chunk| chunk.hypertable).collect();
+    for hypertable in &of_source.hypertables {
+        let on_target = places.hypertable(hypertable)?;
+        if !compressed.contains(&hypertable.id) && !compressed_there.contains(&on_target.id) {
+            continue;
+        }
         let (here, there) = futures_util::future::try_join(
             rows(source, of_source, hypertable.id),
-            rows(target, &of_target, hypertable.id),
+            rows(target, &of_target, on_target.id),
         )
         .await?;
         if here != there {

@@ -15,7 +15,6 @@ use crate::support::{Migration, Servers, connect, until, until_true};
 /// Hypertables with a key (one of them by space too), without one, by integers, inside of which columns were dropped; continuous
 /// aggregates upon each other, and over raw data that retention has dropped; an ordinary table; jobs of all kinds.
 const SCHEMA: &str = "
-CREATE EXTENSION timescaledb;
 CREATE TABLE metrics (gone int, time timestamptz NOT NULL, device int NOT NULL, room text, value float8, PRIMARY KEY (device, time));
 SELECT create_hypertable('metrics', 'time', chunk_time_interval => interval '1 day');
 SELECT add_dimension('metrics', 'device', number_partitions => 2);
@@ -90,7 +89,7 @@ const WORK: [&str; 9] = [
     "SELECT compress_chunk(c, true) FROM show_chunks('log', older_than => '2025-01-03'::timestamp) c",
 ];
 
-struct Application {
+pub(super) struct Application {
     tasks: JoinSet<()>,
     stop: Arc<AtomicBool>,
     writes: Arc<AtomicU64>,
@@ -98,7 +97,7 @@ struct Application {
 }
 
 impl Application {
-    fn start(url: &str) -> Application {
+    pub(super) fn start(url: &str) -> Application {
         let (stop, writes, rounds) = (Arc::default(), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let mut tasks = JoinSet::new();
         for writer in 0..2i64 {
@@ -136,20 +135,23 @@ impl Application {
     }
 
     /// Until so many more rounds of the work beside it have gone by.
-    async fn goes_on(&self, rounds: u64) {
+    pub(super) async fn goes_on(&self, rounds: u64) {
         let goal = self.rounds.load(Ordering::Relaxed) + rounds;
         until("the application goes on", || async { (self.rounds.load(Ordering::Relaxed) >= goal).then_some(()) })
             .await;
     }
 
-    async fn stop(mut self) {
+    pub(super) async fn stop(mut self) {
         self.stop.store(true, Ordering::Relaxed);
         while self.tasks.join_next().await.is_some() {}
         assert!(self.writes.load(Ordering::Relaxed) > 0);
     }
 }
 
-async fn fill(client: &Client) {
+/// Everything above, with a version of the extension.
+pub(super) async fn fill(client: &Client, version: Option<&str>) {
+    let version = version.map_or_else(String::new, |version| format!(" VERSION '{version}'"));
+    client.batch_execute(&format!("CREATE EXTENSION timescaledb{version}")).await.unwrap();
     client.batch_execute(SCHEMA).await.unwrap();
     for statement in AGGREGATES {
         client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -218,7 +220,7 @@ async fn assert_equal(migration: &Migration) {
     );
 }
 
-async fn nothing_runs_on_the_target_yet(migration: &Migration) {
+pub(super) async fn nothing_runs_on_the_target_yet(migration: &Migration) {
     let target = migration.target().await;
     let awake =
         target.query("SELECT FROM _timescaledb_catalog.bgw_job WHERE id >= 1000 AND scheduled", &[]).await.unwrap();
@@ -229,7 +231,7 @@ async fn nothing_runs_on_the_target_yet(migration: &Migration) {
 
 async fn begun(servers: &Servers, database: &str) -> (Migration, Application) {
     let migration = servers.migration(database).await;
-    fill(&migration.source().await).await;
+    fill(&migration.source().await, None).await;
     let application = Application::start(&migration.source_url);
     application.goes_on(1).await;
     (migration, application)
@@ -269,7 +271,7 @@ async fn a_whole_timescaledb_is_moved_live_under_compression_refresh_and_retenti
 }
 
 /// An end at once, as by `kill -9`, and the same command again.
-async fn killed_and_begun_again(migration: &Migration, running: Running, arguments: &[&str]) -> Running {
+pub(super) async fn killed_and_begun_again(migration: &Migration, running: Running, arguments: &[&str]) -> Running {
     running.kill().await;
     nothing_runs_on_the_target_yet(migration).await;
     migration.migrate(arguments)
@@ -283,7 +285,7 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     let servers = servers(&[], &[]).await;
     let migration = servers.migration("late").await;
     let source = migration.source().await;
-    fill(&source).await;
+    fill(&source, None).await;
     // A session of before the migration that says no by itself, and has a chunk's transaction open while it is looked for.
     let own = migration.source().await;
     own.batch_execute("SET timescaledb.enable_chunk_auto_publication = off").await.unwrap();

@@ -10,5 +10,6 @@ mod backfill;
 mod hypertables;
 mod live;
 mod many_chunks;
+mod recreate;
 mod source;
 mod verify;

@@ -50,7 +50,10 @@ pub fn instead(dumped: Vec<Dumped>, instead: Instead) -> Vec<Dumped> {
     let comes = |item: &Dumped| {
         !without.contains(&item.dump_id)
             && !is_view(item)
-            && !instead.without_text.iter().any(|text| item.item.kind == "TRIGGER" && item.item.statement.contains(text))
+            && !instead
+                .without_text
+                .iter()
+                .any(|text| item.item.kind == "TRIGGER" && item.item.statement.contains(text))
     };
     let (before, rest): (Vec<Dumped>, Vec<Dumped>) = dumped
         .iter()
@@ -90,7 +93,13 @@ fn owner(statement: &str) -> Vec<String> {
 }
 
 fn made(kind: &str, name: &str, statement: String) -> Dumped {
-    dumped_as(SchemaItem { section: Section::PreData, kind: kind.to_owned(), name: name.to_owned(), relid: None, statement })
+    dumped_as(SchemaItem {
+        section: Section::PreData,
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+        relid: None,
+        statement,
+    })
 }
 
 fn dumped_as(item: SchemaItem) -> Dumped {
@@ -103,8 +112,13 @@ mod tests {
 
     fn item(dump_id: u32, oid: u32, kind: &str, dependencies: &[u32], statement: &str) -> Dumped {
         let section = if kind == "INDEX" { Section::PostData } else { Section::PreData };
-        let item =
-            SchemaItem { section, kind: kind.into(), name: dump_id.to_string(), relid: None, statement: statement.into() };
+        let item = SchemaItem {
+            section,
+            kind: kind.into(),
+            name: dump_id.to_string(),
+            relid: None,
+            statement: statement.into(),
+        };
         let class = if matches!(kind, "TABLE" | "VIEW" | "INDEX") { CLASS_RELATION } else { 0 };
         Dumped { dump_id, class, oid, dependencies: dependencies.to_vec(), item }
     }

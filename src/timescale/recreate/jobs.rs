@@ -105,8 +105,7 @@ pub async fn bring_in_line(source: &Client, target: &Client, owners: &Owners) ->
         .query_typed("SELECT source, definition, id FROM walferry.timescaledb_job_made", &[])
         .await
         .context(doing)?;
-    let made: BTreeMap<i32, (String, i32)> =
-        made.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect();
+    let made: BTreeMap<i32, (String, i32)> = made.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect();
     let stays = |id: &i32, definition: &str| jobs.iter().any(|job| job.job.id == *id && job.definition == definition);
     for (source, (_, id)) in made.iter().filter(|(id, (definition, _))| !stays(id, definition)) {
         let statement = format!(
@@ -117,10 +116,15 @@ pub async fn bring_in_line(source: &Client, target: &Client, owners: &Owners) ->
         target.batch_execute(&statement).await.context(|| format!("removing job {id} of the target"))?;
     }
     let has_name: bool = target
-        .query_typed_one("SELECT coalesce(max(pronargs), 0) >= 9 FROM pg_catalog.pg_proc WHERE proname = 'add_job'", &[])
+        .query_typed_one(
+            "SELECT coalesce(max(pronargs), 0) >= 9 FROM pg_catalog.pg_proc WHERE proname = 'add_job'",
+            &[],
+        )
         .await?
         .get(0);
-    for job in jobs.iter().filter(|job| made.get(&job.job.id).is_none_or(|(definition, _)| *definition != job.definition)) {
+    for job in
+        jobs.iter().filter(|job| made.get(&job.job.id).is_none_or(|(definition, _)| *definition != job.definition))
+    {
         make(target, job, &extension.schema, has_name, owners).await?;
     }
     let scheduled: Vec<String> =

@@ -186,7 +186,8 @@ mod tests {
     #[test]
     fn rows_of_aggregates_are_found_by_their_view_though_another_has_the_name() {
         let source = database(vec![hypertable(1, "m", 1), hypertable(6, "mat_6", 5)], ("hourly", 6));
-        let target = database(vec![hypertable(6, "m", 7), hypertable(9, "mat_9", 8), hypertable(10, "mat_6", 9)], ("hourly", 9));
+        let target =
+            database(vec![hypertable(6, "m", 7), hypertable(9, "mat_9", 8), hypertable(10, "mat_6", 9)], ("hourly", 9));
         let places = Places::of(&source, &target);
         assert_eq!(places.ids().collect::<Vec<_>>(), [(1, 6), (6, 9)]);
         let chunk = Chunk {

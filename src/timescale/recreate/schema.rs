@@ -19,7 +19,8 @@ use crate::target::schema::{Instead, View};
 const OWN_TRIGGERS: &[&str] = &["EXECUTE FUNCTION _timescaledb_functions.", "EXECUTE FUNCTION _timescaledb_internal."];
 
 /// The partitions by hash of which nothing has to be said.
-const USUAL_HASHES: [&str; 2] = ["_timescaledb_functions.get_partition_hash", "_timescaledb_internal.get_partition_hash"];
+const USUAL_HASHES: [&str; 2] =
+    ["_timescaledb_functions.get_partition_hash", "_timescaledb_internal.get_partition_hash"];
 
 /// What of a source is made again, for the ledger, and what comes instead of its dump. In the transaction under whose snapshot it is
 /// dumped.
