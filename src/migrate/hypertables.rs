@@ -139,6 +139,14 @@ impl Running {
     }
 }
 
+/// Whether the target has a table by this name: not a chunk whose rows go to its hypertable, nor the inner table of an aggregate.
+pub(super) fn is_on_target(table: &Table) -> bool {
+    match &table.chunk {
+        Some(chunk) => !chunk.is_late,
+        None => !table.schema.starts_with("_timescaledb_"),
+    }
+}
+
 /// The relation of compressed rows belongs to its chunk: so do the indexes of it.
 pub(super) fn chunk_of_compressed(tables: &[LedgerTable]) -> Vec<(u32, u32)> {
     let pair = |table: &Table| Some((table.chunk.as_ref()?.compressed.as_ref()?.relid, table.relid));

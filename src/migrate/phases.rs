@@ -108,7 +108,11 @@ impl Running {
         for entry in tables.iter().filter(|entry| entry.copied && items.contains_key(&entry.table.relid)) {
             let _ = copied.send(entry.table.relid);
         }
-        let names = tables.iter().map(|entry| (entry.table.relid, entry.table.qualified())).collect();
+        let names = tables
+            .iter()
+            .filter(|entry| hypertables::is_on_target(&entry.table))
+            .map(|entry| (entry.table.relid, entry.table.qualified()))
+            .collect();
         let into = self.target_of_copies(target).await?;
         let indexing =
             index::run(&into, &self.application_name, items, names, self.config.index, of_index_jobs, &self.board);

@@ -475,6 +475,13 @@ fn identifier(text: &str) -> Option<(String, &str)> {
     (!name.is_empty()).then(|| (name.to_lowercase(), rest))
 }
 
+/// The `schema.name` that a text begins with.
+pub(super) fn begins_with_name(text: &str) -> Option<(String, String)> {
+    let (schema, rest) = identifier(text)?;
+    let (name, _) = identifier(rest.strip_prefix('.')?)?;
+    Some((schema, name))
+}
+
 /// `schema.name`, and nothing behind it.
 pub(super) fn qualified(text: &str) -> Option<(String, String)> {
     let (schema, rest) = identifier(text.trim())?;

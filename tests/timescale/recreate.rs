@@ -35,7 +35,7 @@ const BESIDES: [&str; 16] = [
      SELECT add_dimension('spans', 'place', chunk_time_interval => 10); \
      INSERT INTO spans (at, device, place) SELECT '2025-01-01 00:00Z'::timestamptz + n * interval '1 hour', 1 + n % 20, n % 40 \
      FROM generate_series(0, 60) n; \
-     SELECT set_chunk_time_interval('spans', interval '7 days'); \
+     SELECT set_chunk_time_interval('spans', interval '7 days', 'at'); \
      INSERT INTO spans (at, device, place) VALUES ('2025-01-20 00:00Z', 3, 7)",
     "CREATE TRIGGER touch_span BEFORE UPDATE ON spans FOR EACH ROW WHEN (NEW.place > 1000) EXECUTE FUNCTION touch()",
     "SELECT alter_job(1000, max_retries => 7, retry_period => '3 hours', schedule_interval => '5 hours')",

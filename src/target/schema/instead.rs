@@ -15,8 +15,10 @@ pub struct Instead {
     pub then: Vec<SchemaItem>,
     /// Views that come in another form, in this order behind those items; and behind them what needs them.
     pub views: Vec<View>,
-    /// Statements of items that do not come either, by a part of their text.
-    pub without_text: &'static [&'static str],
+    /// Triggers that do not come either, by a part of their text.
+    pub without_triggers: &'static [&'static str],
+    /// An extension that is made otherwise.
+    pub without_extension: &'static str,
 }
 
 /// A view in another form.
@@ -47,14 +49,12 @@ pub fn instead(dumped: Vec<Dumped>, instead: Instead) -> Vec<Dumped> {
     });
     let then: Vec<Dumped> = instead.then.iter().cloned().map(dumped_as).chain(views).collect();
     let is_view = |item: &Dumped| instead.views.iter().any(|view| is_relation(item, view.relid));
-    let comes = |item: &Dumped| {
-        !without.contains(&item.dump_id)
-            && !is_view(item)
-            && !instead
-                .without_text
-                .iter()
-                .any(|text| item.item.kind == "TRIGGER" && item.item.statement.contains(text))
+    let is_own = |item: &SchemaItem| match item.kind.as_str() {
+        "TRIGGER" => instead.without_triggers.iter().any(|text| item.statement.contains(text)),
+        "EXTENSION" => item.name == instead.without_extension,
+        _ => false,
     };
+    let comes = |item: &Dumped| !without.contains(&item.dump_id) && !is_view(item) && !is_own(&item.item);
     let (before, rest): (Vec<Dumped>, Vec<Dumped>) = dumped
         .iter()
         .filter(|item| comes(item))
@@ -143,8 +143,11 @@ mod tests {
             relid: None,
             statement: "make".into(),
         }];
-        let without_text = &["EXECUTE FUNCTION own."];
-        let made = instead(dumped, Instead { without: [12].into(), then, views: vec![view], without_text });
+        let without_triggers = &["EXECUTE FUNCTION own."];
+        let made = instead(
+            dumped,
+            Instead { without: [12].into(), then, views: vec![view], without_triggers, without_extension: "x" },
+        );
         let statements: Vec<&str> = made.iter().map(|item| item.item.statement.as_str()).collect();
         let view = "CREATE;\nALTER MATERIALIZED VIEW a.d OWNER TO \"O\";\nAFTER";
         assert_eq!(statements, ["raw", "make", view, "GRANT", "of the view's row", "of the raw"]);

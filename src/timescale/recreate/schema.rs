@@ -64,7 +64,8 @@ pub async fn read(source: &Client) -> Result<Option<(Recreation, Instead)>> {
         .await
         .context(|| "reading the relations of TimescaleDB".into())?;
     let without = without.iter().map(|row| row.get(0)).collect();
-    Ok(Some((recreation, Instead { without, then, views, without_text: OWN_TRIGGERS })))
+    let instead = Instead { without, then, views, without_triggers: OWN_TRIGGERS, without_extension: "timescaledb" };
+    Ok(Some((recreation, instead)))
 }
 
 /// A hypertable as it is declared.
