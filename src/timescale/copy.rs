@@ -87,6 +87,9 @@ pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) ->
             return Ok(How::Stale);
         }
     }
+    if !shows_rows_beside(source, table, field(0)).await? {
+        return Ok(How::Stale);
+    }
     if chunk.is_late {
         return Ok(How::Rows(rows));
     }
@@ -105,6 +108,30 @@ pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) ->
         }
     })
 }
+
+/// Whether the rows beside the compressed ones are read that the snapshot shows, by the chunk's status in it.
+///
+/// The extension reads its catalog as it is now, whatever the snapshot: of a chunk that has been recompressed since, and has no such rows now,
+/// it reads the compressed ones only, and those are as the snapshot shows them. From the lock on, nobody can change that: whoever
+/// takes the mark of such rows away needs EXCLUSIVE, and writers do not meet the lock.
+async fn shows_rows_beside(source: &mut RawSession, table: &Table, status: Option<&str>) -> Result<bool> {
+    let is_partial = |status: Option<&str>| {
+        status.and_then(|status| status.parse().ok()).is_some_and(|bits: i32| bits & PARTIAL != 0)
+    };
+    if !is_partial(status) {
+        return Ok(true);
+    }
+    let name = table.qualified();
+    let now = format!(
+        "LOCK TABLE ONLY {name} IN ROW SHARE MODE; SELECT _timescaledb_functions.chunk_status({}::pg_catalog.regclass)::text",
+        sql::literal(&name)
+    );
+    let now = source.first_row(&now).await?;
+    Ok(is_partial(now.first().and_then(Option::as_deref)))
+}
+
+/// Of a chunk's status: rows stand beside the compressed ones.
+const PARTIAL: i32 = 8;
 
 /// Makes the target's chunk ready for what comes, in the open transaction: empty, and an ordinary one where the rows come decompressed.
 ///
