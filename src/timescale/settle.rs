@@ -200,7 +200,18 @@ pub async fn wake_jobs(target: &Client) -> Result<String> {
     }
     let Some(extension) = source::extension(target).await? else { return Ok(String::new()) };
     Ok(format!(
-        "SELECT {}(j.id, scheduled => true) FROM walferry.timescaledb_job j ORDER BY j.id;",
-        sql::qualified(&extension.schema, "alter_job")
+        "SELECT {}(j.id, scheduled => true{}) \
+         FROM walferry.timescaledb_job j JOIN _timescaledb_catalog.bgw_job b ON b.id = j.id ORDER BY j.id;",
+        sql::qualified(&extension.schema, "alter_job"),
+        with_timezone(target, "pg_catalog.to_jsonb(b)->>'timezone'").await?
     ))
+}
+
+/// The argument of `alter_job` for the time zone of a job's schedule: a call that does not give it takes it away. Nothing where the
+/// function does not have it.
+pub(super) async fn with_timezone(target: &Client, value: &str) -> Result<String> {
+    let has =
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_proc WHERE proname = 'alter_job' AND 'timezone' = ANY (proargnames))";
+    let has: bool = target.query_typed_one(has, &[]).await.context(|| "looking at alter_job".into())?.get(0);
+    Ok(if has { format!(", timezone => {value}") } else { String::new() })
 }

@@ -48,6 +48,7 @@ SELECT add_compression_policy('metrics', interval '90 years');
 SELECT add_reorder_policy('ticks', 'ticks_pkey');
 CREATE PROCEDURE own(job_id int, config jsonb) LANGUAGE sql AS 'SELECT 1';
 SELECT alter_job(add_job('own', '1 hour', config => '{\"a\": 1}'), scheduled => false);
+SELECT add_job('own', '3 days', initial_start => '2090-01-01 00:00Z', timezone => 'Europe/Berlin');
 ";
 
 const AGGREGATES: [&str; 6] = [

@@ -88,12 +88,11 @@ async fn seen(client: &Client) -> BTreeMap<String, String> {
         ),
         (
             "jobs",
-            "SELECT job_id, application_name, schedule_interval, max_runtime, max_retries, retry_period, proc_schema, proc_name, owner, \
-                    scheduled, fixed_schedule, initial_start, check_name, j.timezone, c.name, \
-                    CASE WHEN c.id IS NULL THEN config ELSE config - 'hypertable_id' - 'mat_hypertable_id' END, \
-                    c.id = coalesce(config->>'hypertable_id', config->>'mat_hypertable_id')::int \
-             FROM timescaledb_information.jobs i JOIN _timescaledb_catalog.bgw_job j ON j.id = i.job_id \
-                  LEFT JOIN called c ON c.id = j.hypertable_id WHERE job_id >= 1000",
+            "SELECT j.id, j.application_name, j.schedule_interval, j.max_runtime, j.max_retries, j.retry_period, j.proc_schema, j.proc_name, \
+                    j.owner, j.scheduled, j.fixed_schedule, j.initial_start, j.check_name, j.timezone, c.name, \
+                    CASE WHEN c.id IS NULL THEN j.config ELSE j.config - 'hypertable_id' - 'mat_hypertable_id' END, \
+                    c.id = coalesce(j.config->>'hypertable_id', j.config->>'mat_hypertable_id')::int \
+             FROM _timescaledb_catalog.bgw_job j LEFT JOIN called c ON c.id = j.hypertable_id WHERE j.id >= 1000",
         ),
         (
             "watermarks",

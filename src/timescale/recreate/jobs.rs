@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use tokio_postgres::Client;
 
-use super::super::source;
+use super::super::{settle, source};
 use super::places::Places;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
@@ -238,11 +238,12 @@ async fn make(target: &Client, wanted: &Wanted, extension: &str, has_name: bool,
     })?;
     let id: i32 = added.get(0);
     let alter = format!(
-        "SELECT {}({id}, max_runtime => {}::interval, max_retries => {}, retry_period => {}::interval, scheduled => false)",
+        "SELECT {}({id}, max_runtime => {}::interval, max_retries => {}, retry_period => {}::interval, scheduled => false{})",
         sql::qualified(extension, "alter_job"),
         sql::literal(&job.max_runtime),
         job.max_retries,
-        sql::literal(&job.retry_period)
+        sql::literal(&job.retry_period),
+        settle::with_timezone(target, &or_null(job.timezone.as_deref(), "text")).await?
     );
     let of_hypertable = wanted.hypertable.as_ref().map_or_else(String::new, |name| {
         let relation = sql::literal(name);

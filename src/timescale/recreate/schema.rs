@@ -4,6 +4,8 @@
 //! Everything is made in the transaction that makes the schema: all tables, then the hypertables of them, then the aggregates in the
 //! order in which they stand on each other, then what needs those ([`Instead`]).
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::Client;
 
 use super::super::create;
@@ -30,16 +32,21 @@ const USUAL_HASHES: [&str; 2] =
 pub async fn read(source: &Client) -> Result<Option<(Recreation, Instead)>> {
     let Some(database) = source::settings(source).await? else { return Ok(None) };
     let extension = &database.extension.schema;
+    let chosen_late = segments_chosen_late(source).await?;
     let (mut recreation, mut then) = (Recreation::default(), Vec::new());
     for hypertable in database.hypertables.iter().filter(|hypertable| hypertable.materializes.is_none()) {
         let declared = declared(hypertable)?;
+        let mut statements = create::statements(&declared, extension, false);
+        if chosen_late.contains(&hypertable.relid) {
+            statements.iter_mut().for_each(|statement| *statement = statement.replace(NO_SEGMENTS, ""));
+        }
         then.push(SchemaItem {
             section: Section::PreData,
             kind: "HYPERTABLE".into(),
             name: hypertable.qualified(),
             relid: None,
             // Indexes are those of the dump.
-            statement: create::statements(&declared, extension, false).join(";\n"),
+            statement: statements.join(";\n"),
         });
         recreation.hypertables.push(declared);
     }
@@ -51,7 +58,7 @@ pub async fn read(source: &Client) -> Result<Option<(Recreation, Instead)>> {
             name: aggregate.name.clone(),
             rows: (rows.schema.clone(), rows.name.clone()),
         });
-        views.push(view(source, &database, aggregate, rows).await?);
+        views.push(view(source, &database, aggregate, (rows, chosen_late.contains(&rows.relid))).await?);
     }
     let without = source
         .query_typed(
@@ -66,6 +73,16 @@ pub async fn read(source: &Client) -> Result<Option<(Recreation, Instead)>> {
     let without = without.iter().map(|row| row.get(0)).collect();
     let instead = Instead { without, then, views, without_triggers: OWN_TRIGGERS, without_extension: "timescaledb" };
     Ok(Some((recreation, instead)))
+}
+
+/// What is said of segments where there are none.
+const NO_SEGMENTS: &str = ", timescaledb.compress_segmentby = ''";
+
+/// The hypertables of which nobody has said by what their compressed rows are put together: the extension chooses for each chunk.
+async fn segments_chosen_late(source: &Client) -> Result<BTreeSet<u32>> {
+    let query = "SELECT relid::pg_catalog.oid FROM _timescaledb_catalog.compression_settings WHERE segmentby IS NULL";
+    let rows = source.query_typed(query, &[]).await.context(|| "reading the settings of compression".into())?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 /// A hypertable as it is declared.
@@ -124,7 +141,7 @@ async fn view(
     source: &Client,
     database: &Database,
     aggregate: &source::ContinuousAggregate,
-    rows: &Hypertable,
+    (rows, chosen_late): (&Hypertable, bool),
 ) -> Result<View> {
     let name = aggregate.qualified();
     let doing = || format!("reading the continuous aggregate {name}");
@@ -151,10 +168,11 @@ async fn view(
             true => String::new(),
             false => format!(", timescaledb.compress_orderby = {}", sql::literal(&rows.order_by.join(", "))),
         };
-        after.push(format!(
-            "ALTER MATERIALIZED VIEW {name} SET (timescaledb.compress = true, timescaledb.compress_segmentby = {}{order})",
+        let statement = format!(
+            "ALTER MATERIALIZED VIEW {name} SET (timescaledb.compress, timescaledb.compress_segmentby = {}{order})",
             sql::literal(&segments)
-        ));
+        );
+        after.push(if chosen_late { statement.replace(NO_SEGMENTS, "") } else { statement });
     }
     after.extend(indexes(source, &name, rows).await.context(doing)?);
     Ok(View { relid, name, create, after })
