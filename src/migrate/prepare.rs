@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::{Direction, Running};
 use crate::check::tools;
@@ -78,8 +79,12 @@ impl Running {
         }
         self.prepare_hypertables(&source, target).await?;
         let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
-        slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
-            .await?;
+        let (publication, insert_only) = (&migration.publication, &migration.insert_only_publication);
+        match slot::create_publications(&source, publication, insert_only, &published).await {
+            // A chunk that has been dropped or compressed meanwhile.
+            Err(error) if error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
+            created => created?,
+        }
         identity::note(&source, &migration.publication, &ledger::replica_identities(target).await?).await?;
         // Before the slot: of every transaction that it sends, the DDL is told of.
         if is_replicated(&self.target().await?).await? {

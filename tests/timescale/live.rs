@@ -187,6 +187,7 @@ async fn seen(client: &Client) -> BTreeMap<String, String> {
         ("compression", "SELECT to_jsonb(c) FROM timescaledb_information.hypertable_compression_settings c"),
         ("aggregates", "SELECT to_jsonb(c) FROM timescaledb_information.continuous_aggregates c"),
         ("jobs", "SELECT to_jsonb(j) - 'next_start' FROM timescaledb_information.jobs j WHERE job_id >= 1000"),
+        ("time zones of jobs", "SELECT to_jsonb(j)->>'timezone' FROM _timescaledb_catalog.bgw_job j WHERE id >= 1000"),
         ("watermarks", "SELECT to_jsonb(w) FROM _timescaledb_catalog.continuous_aggs_watermark w"),
         ("invalid", "SELECT to_jsonb(w) FROM _timescaledb_catalog.continuous_aggs_hypertable_invalidation_log w"),
         ("indexes", "SELECT to_jsonb(i) FROM pg_indexes i WHERE schemaname = 'public'"),
