@@ -20,10 +20,11 @@ demo: setup ## Moves a shop between two throwaway servers while it is being writ
 	cargo build --release --locked --bin walferry
 	target/release/walferry demo
 
+# One more at once than there are cores: some tests wait half a minute for a silence to be long enough.
 test: setup-tests ## Runs every test; they start servers of their own
 	@scripts/servers.sh 10 12 13 14 15 16 17 18 tools >/dev/null || echo "make: without servers of other versions their tests are skipped, or with CI=true fail" >&2
 	@if cargo nextest --version >/dev/null 2>&1; then \
-		cargo nextest run --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
+		cargo nextest run --locked --no-fail-fast --all-targets --test-threads "$$(($$(nproc) + 1))" && cargo test --locked --doc; \
 	else \
 		cargo test --locked --no-fail-fast --all-targets && cargo test --locked --doc; \
 	fi
