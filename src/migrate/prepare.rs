@@ -128,6 +128,7 @@ impl Running {
                 snapshot: &new.snapshot.name,
                 directory: self.directory.directory().path(),
                 owners: &self.config.owners,
+                without_schema: again.as_ref().map(|_| recreate::schema::OF_CHUNKS),
                 role: migration.apply_role,
             };
             let dumped = dump.read().await?;

@@ -77,6 +77,7 @@ pub async fn schema_only(
         directory: directory.directory().path(),
         owners,
         // No row is written.
+        without_schema: None,
         role: ApplyRole::Replica,
     };
     let items = schema::wanted(dump.read().await?, selection.as_ref().map(|selection| (selection, &schemas)))?;

@@ -20,6 +20,9 @@ use crate::target::schema::{Instead, View};
 /// What the extension's own functions do comes with what it makes.
 const OWN_TRIGGERS: &[&str] = &["EXECUTE FUNCTION _timescaledb_functions.", "EXECUTE FUNCTION _timescaledb_internal."];
 
+/// The schema of all that the extension makes by itself, where nobody has named another.
+pub const OF_CHUNKS: &str = "_timescaledb_internal";
+
 /// The partitions by hash of which nothing has to be said.
 const USUAL_HASHES: [&str; 2] =
     ["_timescaledb_functions.get_partition_hash", "_timescaledb_internal.get_partition_hash"];
