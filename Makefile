@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 # Recipes use cargo, which brings its own parallelism.
 .NOTPARALLEL:
-.PHONY: help setup setup-tests demo test torture fuzz bench bench-quick bench-micro fixtures lint release deb
+.PHONY: help setup setup-tests demo test torture fuzz bench bench-quick bench-hypertables bench-micro fixtures lint release deb
 
 help: ## Says what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target text; do printf '  make %-12s %s\n' "$$target" "$$text"; done
@@ -56,6 +56,10 @@ bench: setup ## Measures walferry beside its peers on servers of its own; writes
 bench-quick: setup ## The same in under five minutes, with smaller sizes; writes bench/results-quick.md and .svg
 	cargo build --release --locked --bin walferry --example bench
 	target/release/examples/bench --quick
+
+bench-hypertables: setup ## Measures hypertables: ten minutes of ingest, changed rows, 5,000 chunks (needs TimescaleDB); writes bench/hypertables
+	cargo build --release --locked --bin walferry --example bench
+	target/release/examples/bench --only T1,T2,T3 --out bench/hypertables
 
 bench-micro: ## Measures decoding, the queue and the apply by themselves with criterion, without servers
 	cargo bench --locked --bench decode --bench queue --bench apply

@@ -18,7 +18,7 @@ use crate::setting::Setting;
 pub const PATIENCE: Duration = Duration::from_secs(900);
 
 /// Ticks in a second of the times in /proc, on every architecture that PostgreSQL is built for.
-const USER_HZ: f64 = 100.0;
+pub const USER_HZ: f64 = 100.0;
 
 /// The child process of one migration; started again, it goes on.
 pub struct Engine {
@@ -69,6 +69,18 @@ impl Engine {
     /// With a way back, which the peers have not: it is in none of the comparisons.
     pub fn with_way_back(self) -> Engine {
         Engine { way_back: true, ..self }
+    }
+
+    /// Runs `walferry check`, whatever it finds.
+    pub async fn check_servers(&self) -> Result<()> {
+        let mut command = Command::new(&self.program);
+        command.args(["check", "--json", "--source", &self.source, "--target", &self.target]);
+        let output = command.stdin(Stdio::null()).output().await?;
+        if output.status.code().is_some_and(|code| code == 0 || code == 3) {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(Error::new(ErrorKind::Other, format!("walferry check ended with {}: {said}", output.status)))
     }
 
     /// Starts the process.

@@ -9,6 +9,9 @@
 //!     ├──► switching  cutovers and switchbacks under load
 //!     ├──► far        B8      the same with the target behind a delaying proxy
 //!     ├──► alone      B11 B12 the queue and the decoder without servers
+//!     ├──► ingesting  T1      a hypertable under sustained load, with a cutover (where the servers have TimescaleDB)
+//!     ├──► changing   T2      changed rows of hypertables beside those of plain tables
+//!     ├──► chunks     T3      each step of a live migration with very many chunks
 //!     │
 //!     └──► results (Markdown) and plot (SVG)         B9 and B10 are read off walferry's process in all of them
 //! ```
@@ -21,11 +24,14 @@
 
 mod alone;
 mod backlog;
+mod changing;
+mod chunks;
 mod cloning;
 mod draining;
 mod engine;
 mod far;
 mod following;
+mod ingesting;
 mod native;
 mod plot;
 mod results;
@@ -142,10 +148,33 @@ async fn cases(setting: &Setting, results: &mut Results) -> Result<()> {
     if wanted("B12") {
         alone::decoder(setting, results)?;
     }
+    if ["T1", "T2", "T3"].into_iter().any(wanted) {
+        hypertables(setting, results).await?;
+    }
     // A table of 5 GB: not in a quick run, unless it is asked for.
     if wanted("B2") && (!setting.options.quick || !setting.options.only.is_empty()) {
         cloning::large_table(setting, results).await?;
     }
     results.process(setting);
+    Ok(())
+}
+
+/// Where the servers have TimescaleDB.
+async fn hypertables(setting: &Setting, results: &mut Results) -> Result<()> {
+    if !ingesting::is_available(setting) {
+        let text =
+            "==== NOT MEASURED: hypertables: the extension timescaledb is not installed for this PostgreSQL ====";
+        results.note(text.into());
+        return Ok(());
+    }
+    if setting.options.wants("T1") {
+        ingesting::ingest(setting, results).await?;
+    }
+    if setting.options.wants("T2") {
+        changing::changes(setting, results).await?;
+    }
+    if setting.options.wants("T3") {
+        chunks::steps(setting, results).await?;
+    }
     Ok(())
 }

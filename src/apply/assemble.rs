@@ -28,6 +28,7 @@ use crate::source::marker;
 use crate::target::copy_rows::CopyRows;
 use crate::target::writer::TableWrites;
 use crate::timescale::live::OwnWork;
+use crate::timescale::sets::TimeRange;
 
 pub use crate::source::marker::PREFIX as MARKER_PREFIX;
 
@@ -300,7 +301,13 @@ impl Assembler {
             }
             Kind::Delete(old) => self.layout.check_row(place, old.tuple())?,
         }
-        let net = self.tables.entry(place).or_insert_with(|| NetChanges::new(relid, &table.key));
+        let net = self.tables.entry(place).or_insert_with(|| {
+            if table.key.is_empty() && table.chunk.is_some() {
+                NetChanges::of_equal_rows()
+            } else {
+                NetChanges::new(relid, &table.key)
+            }
+        });
         Ok(match kind {
             Kind::Insert(new) => net.insert(bytes, new),
             Kind::Update(old, new) => net.update(bytes, old, new),
@@ -346,11 +353,19 @@ fn spread(layout: &Layout, place: usize, mut rows: Vec<Net>, chunk: &mut Chunk) 
     let worker_of =
         |net: &Net| if small { 0 } else { entry.routing.worker(entry.table.routed_as(), net.hash, layout.workers) };
     let mut changed = vec![0; chunk.writes.len()];
-    for net in rows.iter().filter(|net| matches!(net.effect, Effect::Update | Effect::Replace | Effect::Delete)) {
+    let is_change = |net: &Net| matches!(net.effect, Effect::Update | Effect::Replace | Effect::Delete);
+    for net in rows.iter().filter(|net| is_change(net)) {
         changed[worker_of(net)] += 1;
     }
+    // A chunk's rows all go to one session.
+    let range = if entry.table.chunk.is_some() && changed.iter().any(|&rows| rows > layout.single_rows_max) {
+        TimeRange::of(&entry.table, rows.iter().filter(|net| is_change(net)).map(|net| net.row.tuple()))
+    } else {
+        None
+    };
     // A join with a staging table would have the extension decompress all of a chunk.
-    let single_rows_max = if entry.table.chunk.is_some() { usize::MAX } else { layout.single_rows_max };
+    let single_rows_max =
+        if entry.table.chunk.is_some() && range.is_none() { usize::MAX } else { layout.single_rows_max };
     if changed.iter().any(|&rows| rows > single_rows_max) {
         // Neighbours in the key's index are found in the same pages of it, and often of the table.
         rows.sort_by_cached_key(|net| key_prefix(net, key));
@@ -363,9 +378,23 @@ fn spread(layout: &Layout, place: usize, mut rows: Vec<Net>, chunk: &mut Chunk) 
         // Of a hypertable only a statement with the row's own values reaches just its chunk.
         let singly = changed[worker] <= single_rows_max || entry.table.hypertable.is_some();
         let writes = writes_to(&mut chunk.writes[worker], place, binary);
+        if !singly && writes.range.is_none() {
+            writes.range.clone_from(&range);
+        }
         match net.effect {
             Effect::Insert => writes.inserts.push(net.row.tuple().columns())?,
-            Effect::Delete if singly => writes.single_deletes.push(net.row),
+            Effect::Delete if singly => {
+                writes.single_deletes.extend(std::iter::repeat_n(net.row, net.times as usize));
+            }
+            Effect::Delete if key.is_empty() => {
+                let times = u64::from(net.times);
+                let (as_text, as_binary) = (times.to_string(), times.to_be_bytes());
+                let times = if binary { Datum::Binary(&as_binary) } else { Datum::Text(as_text.as_bytes()) };
+                let values: Vec<Datum<'_>> = net.row.tuple().columns().chain([times]).collect();
+                let nulls = (0u16..).zip(&values).filter(|(_, datum)| **datum == Datum::Null).map(|(at, _)| at);
+                let equal = writes.equal_deletes.entry(nulls.collect()).or_insert_with(|| CopyRows::new(binary));
+                equal.push(values.into_iter())?;
+            }
             Effect::Delete => {
                 let values: Vec<Datum<'_>> = net.row.tuple().columns().collect();
                 let key: Vec<Datum<'_>> = key.iter().filter_map(|&at| values.get(at).copied()).collect();
@@ -403,6 +432,8 @@ fn writes_to(tables: &mut Vec<TableWrites>, place: usize, binary: bool) -> &mut 
             single_deletes: Vec::new(),
             updates: BTreeMap::new(),
             single_updates: Vec::new(),
+            equal_deletes: BTreeMap::new(),
+            range: None,
             inserts: CopyRows::new(binary),
         });
     }

@@ -18,6 +18,7 @@ pub mod assemble;
 pub mod change;
 pub mod conflict;
 pub mod ddl;
+mod equal;
 pub mod gate;
 pub mod layout;
 pub mod net;

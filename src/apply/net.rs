@@ -20,10 +20,11 @@ use bytes::{BufMut, Bytes, BytesMut};
 use hashbrown::HashTable;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
+use super::equal::EqualRows;
 use crate::decode::{Datum, KeptTuple, OldTuple, Tuple};
 
 /// A row with its unchanged columns taken from an earlier one; `only` limits that to some columns.
-fn filled_from(row: KeptTuple, earlier: &KeptTuple, only: Option<&[usize]>) -> KeptTuple {
+pub(super) fn filled_from(row: KeptTuple, earlier: &KeptTuple, only: Option<&[usize]>) -> KeptTuple {
     if is_whole(&row) {
         return row;
     }
@@ -36,7 +37,7 @@ fn filled_from(row: KeptTuple, earlier: &KeptTuple, only: Option<&[usize]>) -> K
     KeptTuple::new(own.len() as u16, columns.freeze())
 }
 
-fn is_whole(row: &KeptTuple) -> bool {
+pub(super) fn is_whole(row: &KeptTuple) -> bool {
     row.tuple().columns().all(|datum| datum != Datum::Unchanged)
 }
 
@@ -80,6 +81,8 @@ pub struct Net {
     pub effect: Effect,
     /// The new row; for a delete what named the old one. It has the key's columns in any case.
     pub row: KeptTuple,
+    /// To how many rows: more than one only where equal rows go that nothing else names.
+    pub times: u32,
 }
 
 /// The batch has a history that its net effect cannot tell; it has to be replayed row by row.
@@ -94,6 +97,8 @@ pub struct NetChanges {
     relid: u32,
     rows: Vec<Net>,
     places: HashTable<usize>,
+    /// Instead of all that: rows that are named by all of their values.
+    equal: Option<EqualRows>,
 }
 
 impl NetChanges {
@@ -102,20 +107,28 @@ impl NetChanges {
         NetChanges { key: key.to_vec(), relid, ..NetChanges::default() }
     }
 
+    /// Nothing yet, for a table without a key whose rows are named by all of their values.
+    pub fn of_equal_rows() -> NetChanges {
+        NetChanges { equal: Some(EqualRows::default()), ..NetChanges::default() }
+    }
+
     /// Takes what there is, in the order in which the rows came first, and begins anew.
     pub fn take(&mut self) -> Vec<Net> {
+        if let Some(equal) = &mut self.equal {
+            return equal.take();
+        }
         self.places.clear();
         std::mem::take(&mut self.rows)
     }
 
     /// How many rows have an effect, or had one that was undone.
     pub fn len(&self) -> usize {
-        self.rows.len()
+        self.equal.as_ref().map_or(self.rows.len(), EqualRows::len)
     }
 
     /// Whether there is nothing to write.
     pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.len() == 0
     }
 
     /// A new row.
@@ -123,6 +136,10 @@ impl NetChanges {
     /// # Errors
     /// When the batch has that row already.
     pub fn insert(&mut self, message: &Bytes, new: Tuple<'_>) -> Result<(), NeedsSerialReplay> {
+        if let Some(equal) = &mut self.equal {
+            equal.insert(KeptTuple::of(message, new));
+            return Ok(());
+        }
         self.insert_row(KeptTuple::of(message, new))
     }
 
@@ -136,6 +153,9 @@ impl NetChanges {
         old: Option<OldTuple<'_>>,
         new: Tuple<'_>,
     ) -> Result<(), NeedsSerialReplay> {
+        if let Some(equal) = &mut self.equal {
+            return equal.update(message, old, new);
+        }
         if self.key.is_empty() {
             return Err(NeedsSerialReplay);
         }
@@ -152,7 +172,7 @@ impl NetChanges {
         }
         let hash = self.hash(&row);
         match self.find(hash, &row) {
-            None => self.push(Net { hash, effect: Effect::Update, row }),
+            None => self.push(Net { hash, effect: Effect::Update, row, times: 1 }),
             Some(place) => {
                 let net = &mut self.rows[place];
                 match net.effect {
@@ -169,6 +189,9 @@ impl NetChanges {
     /// # Errors
     /// When the batch does not have the row that should go.
     pub fn delete(&mut self, message: &Bytes, old: OldTuple<'_>) -> Result<(), NeedsSerialReplay> {
+        if let Some(equal) = &mut self.equal {
+            return equal.delete(message, old);
+        }
         if self.key.is_empty() {
             return Err(NeedsSerialReplay);
         }
@@ -190,12 +213,12 @@ impl NetChanges {
 
     fn insert_row(&mut self, row: KeptTuple) -> Result<(), NeedsSerialReplay> {
         if self.key.is_empty() {
-            self.rows.push(Net { hash: 0, effect: Effect::Insert, row });
+            self.rows.push(Net { hash: 0, effect: Effect::Insert, row, times: 1 });
             return Ok(());
         }
         let hash = self.hash(&row);
         match self.find(hash, &row) {
-            None => self.push(Net { hash, effect: Effect::Insert, row }),
+            None => self.push(Net { hash, effect: Effect::Insert, row, times: 1 }),
             Some(place) => {
                 let net = &mut self.rows[place];
                 net.effect = match net.effect {
@@ -212,7 +235,7 @@ impl NetChanges {
     fn delete_row(&mut self, key: KeptTuple) -> Result<(), NeedsSerialReplay> {
         let hash = self.hash(&key);
         match self.find(hash, &key) {
-            None => self.push(Net { hash, effect: Effect::Delete, row: key }),
+            None => self.push(Net { hash, effect: Effect::Delete, row: key, times: 1 }),
             Some(place) => {
                 let net = &mut self.rows[place];
                 net.effect = match net.effect {

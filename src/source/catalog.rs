@@ -147,9 +147,9 @@ impl Table {
         format!("{only}{}", self.qualified())
     }
 
-    /// What its changes are applied to: itself without what inherits from it, or the hypertable with all of its chunks.
+    /// What its changes are applied to: itself without what inherits from it, or the hypertable with all of its chunks, or the target's chunk.
     pub fn applied_to(&self) -> String {
-        self.chunk.as_ref().map_or_else(|| self.only_on_target(), ChunkOf::qualified)
+        self.chunk.as_ref().map_or_else(|| self.only_on_target(), ChunkOf::applied_to)
     }
 
     /// What new rows are copied into: itself or the hypertable.

@@ -68,15 +68,16 @@ pub(super) fn delete_text(table: &Table) -> String {
 /// Of the rows of a hypertable that are the same, one is removed, or gets other values (H26). The rows of compressed chunks have no
 /// `ctid` to name one of them by, so all are taken out, and all but one put back. Answers as many rows as it met: one, or none.
 fn exactly_one(table: &Table, parameters_before: usize, new_values: Option<Vec<String>>) -> String {
-    let (name, columns) = (table.applied_to(), table.column_list());
+    // What comes back may be in another chunk.
+    let (name, into, columns) = (table.applied_to(), table.inserted_into(), table.column_list());
     let gone = format!("gone AS (DELETE FROM {name} WHERE {} RETURNING *)", condition(table, parameters_before));
-    let back = format!("back AS (INSERT INTO {name} ({columns}) SELECT {columns} FROM gone OFFSET 1)");
+    let back = format!("back AS (INSERT INTO {into} ({columns}) SELECT {columns} FROM gone OFFSET 1)");
     match new_values {
         None => format!("WITH {gone}, {back} SELECT FROM gone LIMIT 1"),
         Some(values) => {
             let values = values.join(", ");
             format!(
-                "WITH {gone}, {back}, changed AS (INSERT INTO {name} ({columns}) SELECT {values} FROM gone LIMIT 1 RETURNING 1) \
+                "WITH {gone}, {back}, changed AS (INSERT INTO {into} ({columns}) SELECT {values} FROM gone LIMIT 1 RETURNING 1) \
                  SELECT FROM changed"
             )
         }
@@ -184,12 +185,24 @@ pub async fn has_another(writer: &mut Writer, table: &Table, old: Tuple<'_>, new
 /// What the server says.
 pub async fn update(writer: &mut Writer, table: &Table, old: Option<OldTuple<'_>>, new: Tuple<'_>) -> Result<u64> {
     let before = old.map_or(new, |old| old.tuple());
-    let moves = old.is_some() && table.hypertable.is_some();
-    let set = columns_to_set(table, new, moves || table.hypertable.is_none());
+    // The rows of a compressed chunk take no new key, and not even the one that they have.
+    let moves = match &table.chunk {
+        Some(_) => old.is_some_and(|old| !has_same_key(table, old.tuple(), new)),
+        None => old.is_some() && table.hypertable.is_some(),
+    };
+    let set = columns_to_set(table, new, moves || table.hypertable.is_none() && table.chunk.is_none());
     let text = if moves { rows::move_text(table, &set) } else { update_text(table, &set) };
     writer.plan_for(table).await?;
     let met = writer.execute(text, &update_values(table, &set, before, new)).await;
     met.context(|| format!("updating {} of {}", name_row(table, before), table.qualified()))
+}
+
+/// Whether a row keeps what names it. One that nothing but its values names does.
+fn has_same_key(table: &Table, old: Tuple<'_>, new: Tuple<'_>) -> bool {
+    let is_same = |(at, (old, new)): (usize, (Datum<'_>, Datum<'_>))| {
+        !table.key.contains(&at) || new == Datum::Unchanged || new == old
+    };
+    old.columns().zip(new.columns()).enumerate().all(is_same)
 }
 
 /// Removes a row; answers how many there were.

@@ -6,6 +6,7 @@
 //! | few changed or gone rows | a prepared statement each, by the key |
 //! | many changed rows | COPY into a temporary table of this session, then `UPDATE … FROM` it |
 //! | many gone rows | COPY of their keys into another, then `DELETE … USING` it |
+//! | many gone rows of a chunk that have no key | COPY of the rows into another, then `DELETE … USING` it; too many equal ones come back |
 //!
 //! What a session writes of a chunk, over all its tables, goes to the server as one pipeline without waiting for an answer in
 //! between, `BEGIN`, the preparing of statements and (with a unit's last chunk) its rows of the ledger included; the commit is
@@ -38,7 +39,9 @@ use crate::decode::{Datum, KeptTuple};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::source::catalog::Table;
+use crate::timescale::place::Places;
 use crate::timescale::rows;
+use crate::timescale::sets::{self, TimeRange};
 
 /// What every apply session sets for itself, besides what all of our sessions pin.
 ///
@@ -92,8 +95,21 @@ pub struct TableWrites {
     pub updates: BTreeMap<Vec<u16>, CopyRows>,
     /// The same, each by a statement of its own; unchanged columns have no value in them.
     pub single_updates: Vec<KeptTuple>,
+    /// Whole rows that go and that nothing else names, with how many equal ones go, by the columns that are NULL in them.
+    pub equal_deletes: BTreeMap<Vec<u16>, CopyRows>,
+    /// Of a chunk, the times of the rows that are deleted or updated as sets.
+    pub range: Option<TimeRange>,
     /// Whole rows.
     pub inserts: CopyRows,
+}
+
+impl TableWrites {
+    /// Whether rows that were there are changed or go.
+    fn has_changes(&self) -> bool {
+        let sets = [self.deletes.is_empty(), self.updates.is_empty(), self.equal_deletes.is_empty()];
+        let singly = [self.single_deletes.is_empty(), self.single_updates.is_empty()];
+        sets.into_iter().chain(singly).any(|none| !none)
+    }
 }
 
 /// Why a unit could not be written as a set.
@@ -128,6 +144,8 @@ pub struct Writer {
     staging_made: Vec<(usize, Staging)>,
     /// Those of them that this transaction has filled.
     staged: HashSet<(usize, Staging)>,
+    /// The target's chunks.
+    places: Places,
     role: ApplyRole,
     /// This transaction plans each statement for its values, as a hypertable needs it.
     custom_plans: bool,
@@ -178,6 +196,7 @@ impl Writer {
             staging: HashSet::new(),
             staging_made: Vec::new(),
             staged: HashSet::new(),
+            places: Places::default(),
             role,
             custom_plans: false,
             opened: Instant::now(),
@@ -199,6 +218,7 @@ impl Writer {
     /// # Errors
     /// [`WriteError`]; the transaction is then to be rolled back.
     pub async fn write(&mut self, tables: &(impl Tables + Sync), writes: &mut [TableWrites]) -> Result<(), WriteError> {
+        self.find_chunks(tables, writes).await?;
         let mut pipeline = Pipeline::default();
         self.add_begin(&mut pipeline).await?;
         self.add_writes(&mut pipeline, tables, writes)?;
@@ -216,6 +236,7 @@ impl Writer {
         sessions: &[(i32, Lsn)],
         applied: Lsn,
     ) -> Result<(), WriteError> {
+        self.find_chunks(tables, writes).await?;
         let mut pipeline = Pipeline::default();
         self.add_begin(&mut pipeline).await?;
         self.add_writes(&mut pipeline, tables, writes)?;
@@ -367,6 +388,16 @@ impl Writer {
         Ok(())
     }
 
+    /// Before rows of chunks are changed that this session has not changed yet.
+    async fn find_chunks(&mut self, tables: &(impl Tables + Sync), writes: &[TableWrites]) -> Result<()> {
+        let unknown = |writes: &&TableWrites| {
+            writes.has_changes() && self.places.is_unknown(writes.place, tables.table(writes.place))
+        };
+        let wanted: Vec<(usize, &Table)> =
+            writes.iter().filter(unknown).map(|writes| (writes.place, tables.table(writes.place))).collect();
+        if wanted.is_empty() { Ok(()) } else { self.places.find(&mut self.session, &wanted).await }
+    }
+
     fn add_writes(
         &mut self,
         pipeline: &mut Pipeline,
@@ -378,9 +409,17 @@ impl Writer {
             if !writes.single_deletes.is_empty() || !writes.single_updates.is_empty() {
                 self.add_plans(pipeline, table)?;
             }
+            let range: Vec<Value<'_>> =
+                writes.range.iter().flat_map(TimeRange::values).map(|datum| value(&datum)).collect();
             if !writes.deletes.is_empty() {
                 let staged = self.add_stage(pipeline, tables, place, Staging::Keys, &mut writes.deletes)?;
-                self.add(pipeline, tables, place, What::Delete, &[], ("deletes", staged))?;
+                self.add(pipeline, tables, place, What::Delete, &range, ("deletes", staged))?;
+            }
+            for (nulls, rows) in &mut writes.equal_deletes {
+                let staged = self.add_stage(pipeline, tables, place, Staging::Equal(nulls.clone()), rows)?;
+                pipeline.text(sets::PLAN_FREELY)?;
+                self.add(pipeline, tables, place, What::DeleteEqual(nulls.clone()), &range, ("deletes", staged))?;
+                pipeline.text(sets::PLAN_BY_KEY)?;
             }
             for row in writes.single_deletes.drain(..) {
                 let values: Vec<Value<'_>> = serial::delete_values(table, row.tuple()).iter().map(value).collect();
@@ -389,7 +428,7 @@ impl Writer {
             for (unchanged, rows) in &mut writes.updates {
                 let staging = Staging::Rows(unchanged.clone());
                 let staged = self.add_stage(pipeline, tables, place, staging.clone(), rows)?;
-                self.add(pipeline, tables, place, What::Update(staging), &[], ("updates", staged))?;
+                self.add(pipeline, tables, place, What::Update(staging), &range, ("updates", staged))?;
             }
             for row in writes.single_updates.drain(..) {
                 let set = serial::columns_to_set(table, row.tuple(), false);
@@ -462,8 +501,9 @@ impl Writer {
         place: usize,
         what: What,
     ) -> Result<Arc<str>> {
+        let table = self.places.get(place).unwrap_or_else(|| tables.table(place));
         self.statements.name(Key::Table(place, what), &mut pipeline.requests, |key| match key {
-            Key::Table(place, what) => text(tables.table(*place), what, tables.is_binary()),
+            Key::Table(_, what) => text(table, what, tables.is_binary()),
             Key::Text(text) => text.clone(),
         })
     }

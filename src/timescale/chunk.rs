@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
-use super::source::{self, Chunk, CompressedChunk, Database, Hypertable};
+use super::source::{self, Chunk, CompressedChunk, Database, Dimension, Hypertable};
 use crate::error::Result;
 use crate::source::catalog::Table;
 use crate::sql;
@@ -31,13 +31,16 @@ pub struct ChunkOf {
     pub chunk: i32,
     /// Columns of the hypertable's dimensions: a condition on them leaves the other chunks alone.
     pub dimensions: Vec<String>,
+    /// Its range in each of them, the end not in it; none where an earlier version recorded it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ranges: Vec<(i64, i64)>,
+    /// The target's chunk of just that range, as `"schema"."name"`, where a session has found it.
+    #[serde(skip)]
+    pub on_target: Option<String>,
     /// The relation of its compressed rows and the bits of its status, when the ledger took it up.
     pub compressed: Option<CompressedChunk>,
     /// Those bits (see [`Chunk::status`]).
     pub status: i32,
-    /// Where it lies: for each dimension's column from where to where, in the unit of [`source`].
-    #[serde(default)]
-    pub slices: BTreeMap<String, (i64, i64)>,
     /// It came after the slot, or hypertables are made again on the target: its rows go to the hypertable, and the target has no chunk of
     /// its name.
     #[serde(default)]
@@ -53,6 +56,10 @@ pub struct ChunkOf {
 impl ChunkOf {
     /// What a chunk of a hypertable belongs to.
     pub fn of(chunk: &Chunk, hypertable: &Hypertable) -> ChunkOf {
+        let range = |dimension: &Dimension| {
+            let slice = chunk.slices.iter().find(|slice| slice.dimension == dimension.id)?;
+            Some((slice.start, slice.end))
+        };
         ChunkOf {
             relid: hypertable.relid,
             schema: hypertable.schema.clone(),
@@ -60,33 +67,37 @@ impl ChunkOf {
             hypertable: hypertable.id,
             chunk: chunk.id,
             dimensions: hypertable.dimensions.iter().map(|dimension| dimension.column.clone()).collect(),
+            ranges: hypertable.dimensions.iter().map(range).collect::<Option<_>>().unwrap_or_default(),
+            on_target: None,
             compressed: chunk.compressed.clone(),
             status: chunk.status,
-            slices: chunk
-                .slices
-                .iter()
-                .filter_map(|slice| {
-                    let dimension = hypertable.dimensions.iter().find(|dimension| dimension.id == slice.dimension)?;
-                    Some((dimension.column.clone(), (slice.start, slice.end)))
-                })
-                .collect(),
             is_late: false,
             is_gone: false,
             stands_in: None,
         }
     }
 
+    /// What changes of its rows are applied to.
+    pub fn applied_to(&self) -> String {
+        self.on_target.clone().unwrap_or_else(|| self.qualified())
+    }
+
     /// The target's hypertable as `"schema"."name"`.
     pub fn qualified(&self) -> String {
-        let (schema, name) =
-            self.stands_in.as_ref().map_or((&self.schema, &self.name), |(schema, name)| (schema, name));
+        let (schema, name) = self.hypertable_on_target();
         sql::qualified(schema, name)
+    }
+
+    /// Schema and name of the target's hypertable, unquoted.
+    pub fn hypertable_on_target(&self) -> (&str, &str) {
+        self.stands_in.as_ref().map_or((&self.schema, &self.name), |(schema, name)| (schema, name))
     }
 
     /// Where it lies, as the extension's `create_chunk` takes it.
     pub fn slices_json(&self) -> String {
+        let slices: BTreeMap<&String, &(i64, i64)> = self.dimensions.iter().zip(&self.ranges).collect();
         // A map of strings and numbers always has a JSON form.
-        serde_json::to_string(&self.slices).unwrap_or_default()
+        serde_json::to_string(&slices).unwrap_or_default()
     }
 }
 

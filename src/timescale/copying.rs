@@ -78,7 +78,7 @@ pub(crate) async fn open_chunks(
 /// # Errors
 /// When the session breaks.
 pub(crate) async fn open_chunk(target: &Client, chunk: &ChunkOf) -> Result<()> {
-    if chunk.is_gone || chunk.slices.is_empty() {
+    if chunk.is_gone || chunk.ranges.is_empty() {
         return Ok(());
     }
     make_chunk(target, &chunk.qualified(), &chunk.slices_json()).await.map(drop)

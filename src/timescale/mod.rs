@@ -16,6 +16,7 @@
 //!  restore.rs       hypertables made on the target, between the schema and the rows
 //!  suggest.rs       such a file, proposed from the source's statistics
 //!  rows.rs          single rows of a hypertable on the target, whether compressed or not
+//!  sets.rs          many changed rows of a chunk at once; place.rs the target's chunk that they are in
 //!
 //!  chunks.rs        single chunks as a backfill copies them: ranges as conditions, how they are compressed now, their sizes
 //!  target.rs        chunks made on the target, and filled with compressed rows as they are
@@ -30,11 +31,13 @@ pub mod copying;
 pub mod create;
 pub mod declaration;
 pub mod live;
+pub(crate) mod place;
 pub mod policies;
 pub mod prepare;
 pub mod recreate;
 pub mod restore;
 pub(crate) mod rows;
+pub mod sets;
 pub mod settle;
 pub mod source;
 pub mod suggest;

@@ -38,13 +38,13 @@ pub(crate) fn move_text(table: &Table, set: &[usize]) -> String {
                 format!("{} OPERATOR({schema}.=) {}", sql::identifier(&column.name), parameter(number, column))
             };
             let row: Vec<String> = (set.len() + 1..).zip(table.key_columns()).map(equal).collect();
-            let gone = format!("DELETE FROM {} WHERE {} RETURNING *", table.qualified(), row.join(" AND "));
+            let gone = format!("DELETE FROM {} WHERE {} RETURNING *", table.applied_to(), row.join(" AND "));
             (format!("WITH gone AS ({gone})"), "")
         }
     };
     format!(
         "{gone} INSERT INTO {} ({}){PAST_IDENTITY} SELECT {} FROM gone{one}",
-        table.qualified(),
+        table.inserted_into(),
         table.column_list(),
         values.join(", ")
     )

@@ -11,5 +11,6 @@ mod hypertables;
 mod live;
 mod many_chunks;
 mod recreate;
+mod sets;
 mod source;
 mod verify;

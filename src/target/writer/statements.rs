@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::source::catalog::{Column, Table};
 use crate::sql;
 use crate::target::serial;
+use crate::timescale::sets;
 
 /// Prepared statements that a session keeps: each takes some ten kilobytes of the server's memory. With more of them, the half
 /// that was not used the longest goes.
@@ -22,6 +23,8 @@ pub(super) enum What {
     Delete,
     Update(Staging),
     Insert,
+    /// Rows that only their values name, NULL in the columns at these positions.
+    DeleteEqual(Vec<u16>),
     DeleteOne,
     /// Without the columns at these positions.
     UpdateOne(Vec<u16>),
@@ -95,16 +98,20 @@ pub(super) enum Staging {
     Keys,
     /// Rows that change, without the columns at these positions.
     Rows(Vec<u16>),
+    /// Whole rows that go, NULL in the columns at these positions, with how many equal ones.
+    Equal(Vec<u16>),
 }
 
 impl Staging {
     pub(super) fn name(&self, table: &Table) -> String {
+        let hash = |positions: &[u16]| {
+            let positions: Vec<u8> = positions.iter().flat_map(|at| at.to_be_bytes()).collect();
+            xxh3_64(&positions)
+        };
         match self {
             Staging::Keys => format!("walferry_keys_{}", table.relid),
-            Staging::Rows(unchanged) => {
-                let positions: Vec<u8> = unchanged.iter().flat_map(|at| at.to_be_bytes()).collect();
-                format!("walferry_rows_{}_{:x}", table.relid, xxh3_64(&positions))
-            }
+            Staging::Rows(unchanged) => format!("walferry_rows_{}_{:x}", table.relid, hash(unchanged)),
+            Staging::Equal(nulls) => format!("walferry_equal_{}_{:x}", table.relid, hash(nulls)),
         }
     }
 
@@ -115,6 +122,7 @@ impl Staging {
     fn columns<'a>(&self, table: &'a Table) -> Vec<&'a Column> {
         match self {
             Staging::Keys => table.key_columns().collect(),
+            Staging::Equal(_) => table.columns.iter().collect(),
             Staging::Rows(unchanged) => (0u16..)
                 .zip(&table.columns)
                 .filter(|(at, _)| !unchanged.contains(at))
@@ -124,16 +132,19 @@ impl Staging {
     }
 
     pub(super) fn column_list(&self, table: &Table) -> String {
-        sql::identifiers(self.columns(table).into_iter().map(|column| column.name.as_str()))
+        let list = sql::identifiers(self.columns(table).into_iter().map(|column| column.name.as_str()));
+        if matches!(self, Staging::Equal(_)) { format!("{list}, {}", sets::TIMES) } else { list }
     }
 
     /// Without the table's constraints: refusing is for the table itself.
     pub(super) fn create(&self, table: &Table) -> String {
+        let times =
+            if matches!(self, Staging::Equal(_)) { format!(", 0::int8 AS {}", sets::TIMES) } else { String::new() };
+        let columns = sql::identifiers(self.columns(table).into_iter().map(|column| column.name.as_str()));
         format!(
-            "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {} FROM ONLY {} WITH NO DATA",
+            "CREATE TEMPORARY TABLE IF NOT EXISTS {} ON COMMIT DELETE ROWS AS SELECT {columns}{times} FROM {} WITH NO DATA",
             sql::identifier(&self.name(table)),
-            self.column_list(table),
-            table.qualified()
+            table.applied_to()
         )
     }
 }
@@ -141,13 +152,17 @@ impl Staging {
 /// The SQL of a statement.
 pub(super) fn text(table: &Table, what: &What, binary: bool) -> String {
     let format = if binary { "binary" } else { "text" };
-    let target = table.qualified();
+    let target = table.applied_to();
     match what {
         What::Stage(staging) => {
             format!("COPY {} ({}) FROM STDIN (FORMAT {format})", staging.qualified(table), staging.column_list(table))
         }
         What::Delete => {
-            format!("DELETE FROM ONLY {target} t USING {} s WHERE {}", Staging::Keys.qualified(table), same_key(table))
+            let staging = Staging::Keys.qualified(table);
+            format!("DELETE FROM {target} t USING {staging} s WHERE {}{}", same_key(table), sets::condition(table))
+        }
+        What::DeleteEqual(nulls) => {
+            sets::delete_equal_text(table, nulls, &Staging::Equal(nulls.clone()).qualified(table))
         }
         What::Update(staging) => {
             let is_key = |column: &Column| table.key_columns().any(|key| key.number == column.number);
@@ -158,10 +173,11 @@ pub(super) fn text(table: &Table, what: &What, binary: bool) -> String {
             let set: Vec<String> =
                 set.iter().map(|column| format!("{0} = s.{0}", sql::identifier(&column.name))).collect();
             format!(
-                "UPDATE ONLY {target} t SET {} FROM {} s WHERE {}",
+                "UPDATE {target} t SET {} FROM {} s WHERE {}{}",
                 set.join(", "),
                 staging.qualified(table),
-                same_key(table)
+                same_key(table),
+                sets::condition(table)
             )
         }
         What::DeleteOne => serial::delete_text(table),
@@ -169,7 +185,9 @@ pub(super) fn text(table: &Table, what: &What, binary: bool) -> String {
             let is_set = |at: &usize| !table.key.contains(at) && !unchanged.contains(&(*at as u16));
             serial::update_text(table, &(0..table.columns.len()).filter(is_set).collect::<Vec<_>>())
         }
-        What::Insert if table.columns.is_empty() => format!("COPY {target} FROM STDIN (FORMAT {format})"),
+        What::Insert if table.columns.is_empty() => {
+            format!("COPY {} FROM STDIN (FORMAT {format})", table.inserted_into())
+        }
         What::Insert => {
             format!("COPY {} ({}) FROM STDIN (FORMAT {format})", table.inserted_into(), table.column_list())
         }
