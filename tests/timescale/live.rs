@@ -149,6 +149,9 @@ impl Application {
     }
 }
 
+/// What wakes at the cutover is compared before it has run.
+pub(super) const ASLEEP: [(&str, &str); 1] = [("timescaledb.max_background_workers", "0")];
+
 /// Everything above, with a version of the extension.
 pub(super) async fn fill(client: &Client, version: Option<&str>) {
     let version = version.map_or_else(String::new, |version| format!(" VERSION '{version}'"));
@@ -244,7 +247,7 @@ async fn a_whole_timescaledb_is_moved_live_under_compression_refresh_and_retenti
     if !timescale_available("TimescaleDB to TimescaleDB, live") {
         return;
     }
-    let servers = servers(&[], &[]).await;
+    let servers = servers(&[], &ASLEEP).await;
     let (migration, application) = begun(&servers, "live").await;
     let mut running = migration.migrate(&["--replica-identity-full", "--no-reverse", "--queue-max-bytes", "64MiB"]);
     migration.wait_for_phase(&mut running, "following").await;
@@ -284,7 +287,7 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     if !timescale_available("chunks that come late, and kill -9 with TimescaleDB") {
         return;
     }
-    let servers = servers(&[], &[]).await;
+    let servers = servers(&[], &ASLEEP).await;
     let migration = servers.migration("late").await;
     let source = migration.source().await;
     fill(&source, None).await;

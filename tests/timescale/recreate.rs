@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use tokio_postgres::Client;
 
-use super::live::{Application, fill, killed_and_begun_again, nothing_runs_on_the_target_yet};
+use super::live::{ASLEEP, Application, fill, killed_and_begun_again, nothing_runs_on_the_target_yet};
 use crate::support::timescale::{servers, timescale_available, timescale_has_version};
 use crate::support::{Migration, until};
 
@@ -158,8 +158,7 @@ async fn another_version_of_timescaledb_gets_everything_made_again_live() {
     if !timescale_available(what) || !timescale_has_version(OLD, what) {
         return;
     }
-    // What wakes at the cutover is compared before it has run.
-    let servers = servers(&[], &[("timescaledb.max_background_workers", "0")]).await;
+    let servers = servers(&[], &ASLEEP).await;
     let migration = servers.migration("again").await;
     let source = migration.source().await;
     fill(&source, Some(OLD)).await;
