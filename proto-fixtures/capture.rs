@@ -1,11 +1,13 @@
 //! Captures the fixtures beside this file from throwaway servers of each version, which lie in one directory as
-//! scripts/servers.sh gets them: `make fixtures`, or `cargo run --example capture-fixtures -- DIRECTORY`.
+//! scripts/servers.sh gets them: `make fixtures`, or `cargo run --example capture-fixtures -- DIRECTORY`; with names of directories
+//! beside this file (`15`, `timescaledb`) behind it, only those.
 //!
 //! Each scenario runs its SQL once. The same WAL is then decoded twice by the server's own pgoutput, in text and in
 //! binary mode, and each goes to one file. README.md explains their form.
 
 mod format;
 mod server;
+mod timescale;
 
 use std::error::Error;
 use std::path::Path;
@@ -150,13 +152,22 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // An interruption must not leave the server behind. From here on it no longer ends the process by itself.
     let mut interruption = signal(SignalKind::interrupt())?;
     let servers = std::env::args_os().nth(1).ok_or("the directory of the servers is missing: run `make fixtures`")?;
+    let only: Vec<String> = std::env::args().skip(2).collect();
+    let is_wanted = |name: &str| only.is_empty() || only.iter().any(|wanted| wanted == name);
     let mut files = Vec::new();
-    for major in 10..=18 {
+    for major in (10..=18).filter(|major| is_wanted(&major.to_string())) {
         let server = Server::start(Path::new(&servers).join(major.to_string()).join("bin"))?;
         tokio::select! {
             biased;
             _ = interruption.recv() => return Err("interrupted; the fixtures are as they were".into()),
             captured = capture(&server, major) => files.extend(captured.map_err(|error| format!("PostgreSQL {major}: {}", with_causes(error.as_ref())))?),
+        }
+    }
+    if is_wanted(timescale::DIRECTORY) {
+        tokio::select! {
+            biased;
+            _ = interruption.recv() => return Err("interrupted; the fixtures are as they were".into()),
+            captured = timescale::capture() => files.extend(captured.map_err(|error| format!("TimescaleDB: {}", with_causes(error.as_ref())))?),
         }
     }
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("proto-fixtures");

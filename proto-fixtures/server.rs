@@ -14,6 +14,11 @@ pub struct Server {
 impl Server {
     /// Makes a cluster with `wal_level=logical` and starts it.
     pub fn start(programs: PathBuf) -> Result<Server, Box<dyn Error>> {
+        Server::start_with(programs, "")
+    }
+
+    /// The same, with these options of `postgres` besides.
+    pub fn start_with(programs: PathBuf, options: &str) -> Result<Server, Box<dyn Error>> {
         // Made by the user that the server runs as, who must be able to write to it.
         let directory = run(as_server_user("mktemp").args(["-d", "/tmp/walferry-fixtures.XXXXXX"]))?;
         let server = Server { programs, directory: PathBuf::from(directory.trim()) };
@@ -23,7 +28,7 @@ impl Server {
             .arg(&data))?;
         // Autovacuum's transactions would be in the stream of servers that send empty ones. The last lets a table be made in pg_catalog.
         let settings = format!(
-            "-k {} -c listen_addresses= -c wal_level=logical -c fsync=off -c autovacuum=off -c allow_system_table_mods=on",
+            "-k {} -c listen_addresses= -c wal_level=logical -c fsync=off -c autovacuum=off -c allow_system_table_mods=on {options}",
             server.socket().display()
         );
         run(as_server_user(server.programs.join("pg_ctl"))

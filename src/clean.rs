@@ -20,6 +20,9 @@ use crate::timescale;
 const SOURCE_ATTEMPTS: usize = 5;
 const SOURCE_PAUSE: Duration = Duration::from_secs(2);
 
+/// How often it is asked whether a slot is still read, with pauses that double from 100 ms: 6 s in all.
+const READ_ATTEMPTS: usize = 6;
+
 /// Something that was removed, for people.
 pub type Removed = String;
 
@@ -39,6 +42,7 @@ pub async fn directory(
             .hint("If it is lost: `walferry clean --source … --target …` finds on the servers what is left."));
     }
     let locked = lock(&directory)?;
+    // From here on nobody runs in it.
     let Some(identity) = directory.identity()? else {
         locked.remove()?;
         return Ok(vec![format!("state directory {}", path.display())]);
@@ -46,6 +50,9 @@ pub async fn directory(
     let given = |spec: Option<ConnectionSpec>, known: &str| spec.map_or_else(|| ConnectionSpec::parse(known), Ok);
     let (source, target) = (given(source, &identity.source)?, given(target, &identity.target)?);
     let mut removed = servers(&source, &target, standby.as_ref(), Some(&identity.id)).await?;
+    // Where the ledger is gone, and with it what it knew.
+    let started = timescale::pause::resume_noted_in(path, &source, true).await?;
+    removed.extend(started.into_iter().map(|job| job_rests_no_more(&job)));
     locked.remove()?;
     removed.push(format!("state directory {}", path.display()));
     Ok(removed)
@@ -113,6 +120,9 @@ pub async fn servers(
     if cut_over && !reversed && migration.as_ref().is_some_and(|migration| migration.way_back == Some(WayBack::Armed)) {
         return Err(is_armed());
     }
+    if let (None, Some(migration)) = (id, &migration) {
+        is_not_read(&from, &migration.id).await?;
+    }
     if let Some(id) = id.map(str::to_owned).or_else(|| migration.as_ref().map(|migration| migration.id.clone())) {
         // A statement of ours there may be at work still: a server looks for its client only after it.
         migrate::end_sessions(&to, &application_name(&id)).await?;
@@ -124,6 +134,8 @@ pub async fn servers(
         give_identities_back((&from, &to), &noted, &mut removed).await?;
     } else {
         for id in orphans(&from, "").await? {
+            // Of several migrations from this database another may be at work.
+            is_not_read(&from, &id).await?;
             let noted = identity::noted(&from, &format!("walferry_{id}")).await?;
             source_of(&from, &id, &mut removed).await?;
             give_identities_back((&from, &to), &noted, &mut removed).await?;
@@ -175,10 +187,16 @@ pub async fn servers(
     let identities = ledger::replica_identities(&to).await?;
     give_identities_back((&from, &to), &identities, &mut removed).await?;
     removed.extend(timescale::prepare::put_back(&from, &to).await?);
+    let started = timescale::pause::resume(&from, &to).await?;
+    removed.extend(started.into_iter().map(|job| job_rests_no_more(&job)));
     say_what_is_not_validated(&to, &mut removed).await?;
     to.batch_execute("DROP SCHEMA walferry CASCADE").await.context(|| "removing the ledger from the target".into())?;
     removed.push("schema walferry (the ledger) on the target".into());
     Ok(removed)
+}
+
+fn job_rests_no_more(job: &str) -> Removed {
+    format!("the rest of the source's TimescaleDB job {job}, which runs again")
 }
 
 /// What tables were identified by before the migration, on both servers.
@@ -212,6 +230,29 @@ async fn give_back(server: &Client, tables: &[LedgerTable]) {
             tracing::debug!(%error, statement, "an identity column, trigger or rule was not given back");
         }
     }
+}
+
+/// Without its state directory, whose lock would say so, a running migration is known by its slot, which is read.
+async fn is_not_read(source: &Client, id: &str) -> Result<()> {
+    let name = format!("walferry_{id}");
+    let query = "SELECT s.active_pid, coalesce(pg_catalog.host(a.client_addr), 'a local socket') FROM pg_catalog.pg_replication_slots s \
+                 LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = s.active_pid WHERE s.slot_name = $1 AND s.active";
+    let mut pause = Duration::from_millis(100);
+    for _ in 0..READ_ATTEMPTS {
+        let read =
+            source.query_opt(query, &[&name]).await.context(|| format!("looking whether the slot {name} is read"))?;
+        let Some(row) = read else { return Ok(()) };
+        let (pid, place): (Option<i32>, String) = (row.get(0), row.get(1));
+        tracing::debug!(pid, place, "the slot {name} is read");
+        // One that was killed a moment ago is noticed as soon as the server writes to it, or hears that it is gone.
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
+    Err(Error::new(ErrorKind::Blocked, format!("the migration is still running: its slot {name} is being read")).hint(
+        "Stop it first where it runs (Ctrl-C or SIGTERM), or give its --dir; after a cutover `walferry finish` ends it. If its machine is gone, \
+         the server notices within its wal_sender_timeout (a minute): run the same command again then. SELECT client_addr FROM pg_stat_replication \
+         on the source says where it is.",
+    ))
 }
 
 fn is_armed() -> Error {

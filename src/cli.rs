@@ -3,10 +3,13 @@
 mod backfill;
 mod cutover;
 mod databases;
+mod filters;
+mod pieces;
 mod report;
 mod settings;
 mod standby;
 mod suggest;
+mod timescale;
 mod values;
 
 use std::ffi::OsString;
@@ -20,19 +23,21 @@ use crate::care::tune::Limit;
 use crate::care::wal::OnSourceWalMax;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
-use crate::source::scope::Scope;
 
 pub use backfill::Backfill;
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use databases::{AllDatabases, MigrateAll};
+use filters::PART_OPTIONS;
+pub use filters::{Filters, Place};
+pub use pieces::by_pieces;
 pub use report::Report;
 pub use settings::{Completions, ConfigCommand, ConfigOptions, ManOptions};
 pub use standby::StandbyOptions;
 pub use suggest::SuggestHypertables;
+pub use timescale::TimescaleOptions;
 pub use values::{HttpAddress, Hypertables, Time};
 use values::{
-    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_hypertables, parse_lag, parse_percent,
-    parse_rate, parse_role_map, parse_schemas,
+    at_least_one, parse_bytes, parse_duration, parse_http_address, parse_lag, parse_percent, parse_rate, parse_role_map,
 };
 
 /// walferry moves a live PostgreSQL database to another server: nothing lost, a short cutover, proven.
@@ -81,6 +86,7 @@ pub enum Command {
         With care for a busy source: walferry migrate … --copy-jobs 2 --copy-rate 50MiB --max-source-connections 13 \
         --source-wal-max 200GiB\n\
         Every database of a server: walferry migrate … --dir ./all --all-databases --roles --exclude-database 'test_*'\n\
+        A range of some tables, without a slot, is `walferry backfill`, and may be called so: walferry migrate … --tables … --from … --until …\n\
         Ctrl-C stops it; the same command goes on. It ends with a switchback or `walferry finish`, or with a cutover without a way back.\n\
         Exit codes: 0 cut over or switched back, 3 blocked, 130 interrupted"
     )]
@@ -202,60 +208,6 @@ pub struct Servers {
     /// A command that prints the target's password; run at every connect
     #[arg(long, value_name = "COMMAND")]
     pub target_password_command: Option<String>,
-}
-
-/// What of the database is moved. Patterns are those of pg_dump.
-#[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "A part of a database")]
-pub struct Filters {
-    /// Only tables that this pattern names (schema.table, * and ?); may be given again
-    #[arg(long, value_name = "PATTERN")]
-    pub include_table: Vec<String>,
-    /// No table that this pattern names, whatever includes it
-    #[arg(long, value_name = "PATTERN")]
-    pub exclude_table: Vec<String>,
-    /// Only what is in schemas that this pattern names, besides what --include-table names
-    #[arg(long, value_name = "PATTERN")]
-    pub include_schema: Vec<String>,
-    /// Nothing of schemas that this pattern names
-    #[arg(long, value_name = "PATTERN")]
-    pub exclude_schema: Vec<String>,
-}
-
-/// What DDL is not replicated with: a statement can speak of more than what is moved, and of names that the target does not have.
-const PART_OPTIONS: [&str; 7] =
-    ["include_table", "exclude_table", "include_schema", "exclude_schema", "data_only", "map_schema", "hypertables"];
-
-/// What of the database is moved where.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "A part of a database")]
-pub struct Place {
-    /// The target has the tables already, empty: only rows are moved, their columns found by name
-    #[arg(long)]
-    pub data_only: bool,
-    /// From the cutover on this schema has another name on the target; until then its own. There is no way back from that: with
-    /// --no-reverse only; may be given again
-    #[arg(long, value_parser = parse_schemas, value_name = "OLD=NEW", conflicts_with = "data_only")]
-    pub map_schema: Vec<(String, String)>,
-    /// A TOML file that says which tables are TimescaleDB hypertables on the target, with their chunks, compression and policies;
-    /// `walferry suggest-hypertables` writes one. There is no way back from that: with --no-reverse only
-    #[arg(long, value_parser = parse_hypertables, value_name = "FILE", conflicts_with_all = ["data_only", "map_schema"])]
-    pub hypertables: Option<Hypertables>,
-}
-
-impl Filters {
-    /// The same for the rest of the program.
-    pub fn scope(&self, place: Option<&Place>) -> Scope {
-        Scope {
-            include_tables: self.include_table.clone(),
-            exclude_tables: self.exclude_table.clone(),
-            include_schemas: self.include_schema.clone(),
-            exclude_schemas: self.exclude_schema.clone(),
-            data_only: place.is_some_and(|place| place.data_only),
-            map_schemas: place.map_or_else(Vec::new, |place| place.map_schema.clone()),
-            hypertables: place.and_then(|place| place.hypertables.clone()).unwrap_or_default().0,
-        }
-    }
 }
 
 /// How much is done at once.
@@ -383,6 +335,9 @@ pub struct Check {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub place: Place,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub timescale: TimescaleOptions,
     /// Copy rows for at most this long in a transaction that is rolled back, to estimate the time of the copy; 0 for no such trial
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "N")]
     pub estimate_seconds: u64,
@@ -448,6 +403,9 @@ pub struct Migrate {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub place: Place,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub timescale: TimescaleOptions,
     /// Tables larger than this are copied in ranges
     #[arg(long, default_value = "1GiB", value_parser = parse_bytes, value_name = "SIZE")]
     pub split_above: u64,

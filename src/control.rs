@@ -19,6 +19,7 @@ use crate::care::tune::{self, Tune, Tuned};
 use crate::cutover;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
+use crate::observe::history::Point;
 use crate::observe::status::{Phase, Status};
 use crate::pause::{Pause, Paused, What};
 use crate::state_directory::StateDirectory;
@@ -33,6 +34,8 @@ const BEGIN_GRACE: Duration = Duration::from_secs(5);
 pub enum Request {
     /// How it is.
     Status,
+    /// How it was in the last hour, for plots.
+    History,
     /// Switch over to the target, or back.
     Cutover(cutover::Options),
     /// End the way back.
@@ -63,6 +66,8 @@ pub enum Request {
 pub enum Answer {
     /// How it is; the last line.
     Status(Box<Status>),
+    /// How it was, oldest first; the last line.
+    History(Vec<Point>),
     /// A step of a cutover is done; more lines follow.
     Step(cutover::Step),
     /// The cutover went through; the last line.
@@ -226,6 +231,7 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
     };
     match request {
         Request::Status => send(&mut writer, &Answer::Status(Box::new(board.snapshot()))).await,
+        Request::History => send(&mut writer, &Answer::History(board.history())).await,
         Request::Pause { what, rest } => {
             let answer = pause.set(what, rest).map_or_else(|error| Answer::from(&error), Answer::Paused);
             send(&mut writer, &answer).await
@@ -237,6 +243,9 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
         Request::Cutover(options) => cut_over(options, false, (reader, writer), board, senders).await,
         Request::Rehearse(options) => cut_over(options, true, (reader, writer), board, senders).await,
         Request::TakePoint => {
+            if let Err(error) = is_prepared(board, "compared while writes go on") {
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
             let (answers, mut received) = mpsc::unbounded_channel();
             if senders.points.try_send(PointRequest { answers }).is_err() {
                 let error = Error::new(ErrorKind::Blocked, "other comparisons are waiting for their turn");
@@ -255,6 +264,9 @@ async fn serve(stream: UnixStream, board: &StatusBoard, pause: &Pause, tune: &Tu
             }
         }
         Request::Repair { tables } => {
+            if let Err(error) = is_prepared(board, "repaired") {
+                return send(&mut writer, &Answer::from(&error)).await;
+            }
             let (answers, mut received) = mpsc::unbounded_channel();
             if senders.repairs.try_send(RepairRequest { tables, answers }).is_err() {
                 let error = Error::new(ErrorKind::Blocked, "another repair is waiting for its turn");
@@ -288,7 +300,7 @@ async fn cut_over(
     senders: &Senders,
 ) -> Result<()> {
     let limit = Duration::try_from_secs_f64(options.timeout_seconds).unwrap_or(Duration::MAX);
-    if let Err(error) = may_be_cut_over(board) {
+    if let Err(error) = may_be_cut_over(board, options.back) {
         return send(&mut writer, &Answer::from(&error)).await;
     }
     let (answers, mut received) = mpsc::unbounded_channel();
@@ -323,13 +335,34 @@ async fn cut_over(
 }
 
 /// A request that could only wait is refused: it would be carried out when nobody looks any more.
-fn may_be_cut_over(board: &StatusBoard) -> Result<()> {
-    let (text, hint) = match board.phase() {
+fn may_be_cut_over(board: &StatusBoard, back: bool) -> Result<()> {
+    let phase = board.phase();
+    let (text, hint) = match phase {
         Phase::Following => return Ok(()),
-        Phase::CuttingOver => ("another cutover is running", "Wait for its end."),
-        _ => ("the migration does not follow yet", "`walferry status` says what it waits for."),
+        Phase::CuttingOver => ("another cutover is running".to_owned(), "Wait for its end."),
+        _ if back && !board.is_turned_back() => (
+            "there is nothing to switch back from: no cutover has been done".to_owned(),
+            "`walferry status` shows where the migration is; `walferry cutover` switches when it follows.",
+        ),
+        _ if !back && board.is_turned_back() => (
+            "this migration has been cut over already".to_owned(),
+            "`walferry switchback` switches back to the old primary; `walferry finish` ends the way back.",
+        ),
+        _ => (
+            format!("the migration does not follow yet: it is {}", phase.title()),
+            "Nothing was touched. Ask again when `walferry status` says that the cutover is ready; it also says how long that may take.",
+        ),
     };
     Err(Error::new(ErrorKind::Aborted, text).hint(hint))
+}
+
+/// While it prepares nobody takes such a request yet: whoever asks would wait for the whole copy.
+fn is_prepared(board: &StatusBoard, what: &str) -> Result<()> {
+    if board.phase() != Phase::Preparing || board.is_turned_back() {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Blocked, format!("the migration is preparing: only one that follows can be {what}"))
+        .hint("`walferry status` says what it waits for."))
 }
 
 async fn send(writer: &mut OwnedWriteHalf, answer: &Answer) -> Result<()> {

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use walferry::cli::Cli;
+use walferry::cli::{self, Cli};
 use walferry::error::{Error, ErrorKind};
 use walferry::observe::locale;
 use walferry::observe::logging::wants_colour;
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
 }
 
 async fn run() -> ExitCode {
-    let arguments = match settings::arguments(&Cli::command(), std::env::args_os().collect()) {
+    let arguments = match settings::arguments(&Cli::command(), cli::by_pieces(std::env::args_os().collect())) {
         Ok(arguments) => arguments,
         Err(error) => return failed(&error),
     };
@@ -66,6 +66,13 @@ fn wrong_usage(error: &clap::Error, arguments: &Arguments) -> ! {
                 text = text.replace(part, "(a connection string)");
             }
         }
+    }
+    let servers = error.get(clap::error::ContextKind::InvalidArg).map(ToString::to_string);
+    if let (clap::error::ErrorKind::UnknownArgument, Some("--source" | "--target")) = (error.kind(), servers.as_deref())
+    {
+        // What is like it by its letters means something else.
+        text.truncate(text.find("\n\n").map_or(text.len(), |end| end + 1));
+        text.push_str(" next: Leave it out: the migration that runs in --dir knows both servers.\n");
     }
     eprint!("{text}{}", arguments.origins(&styled.to_string()));
     if error.kind() == clap::error::ErrorKind::MissingRequiredArgument && text.contains("--dir") {

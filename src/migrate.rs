@@ -105,6 +105,8 @@ pub struct Config {
     pub on_conflict: OnConflict,
     /// Whether tables without a usable replica identity get `REPLICA IDENTITY FULL` for the time of the migration.
     pub replica_identity_full: bool,
+    /// Whether the source's TimescaleDB jobs rest for the time of the migration.
+    pub pause_source_jobs: bool,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
     /// Whether DDL is replicated. Fixed when the migration begins.
@@ -209,6 +211,12 @@ pub async fn run(config: Config, board: &StatusBoard) -> Result<()> {
         error = stop_signal() => Err(error),
         never = async { tokio::join!(keep_past(&mut past), keep_record(&record, &config)).0 } => match never {},
     };
+    let outcome = outcome.map_err(|error| match error.next_step() {
+        Some(_) => error,
+        None => error.hint(
+            "Mend what the error names, then run the same command again: it goes on where it was, and nothing is lost.",
+        ),
+    });
     if let Err(error) = &outcome {
         if error.kind() == ErrorKind::Interrupted {
             board.event(Level::Info, "stopped by the operator; the same command goes on from here");
@@ -276,7 +284,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         match identified.await {
             // Once begun, a server that is away for a while is waited for.
             Err(error) if error.is_transient() && directory.directory().identity()?.is_some() => {
-                board.event(Level::Warn, format!("trying again: {error}"));
+                board.try_again(&error);
                 backoff.wait().await;
             }
             identified => break identified?,
@@ -309,7 +317,7 @@ impl Running {
         let taken_up = loop {
             match self.take_up(&mut heal).await {
                 Err(error) if error.is_transient() => {
-                    self.board.event(Level::Warn, format!("trying again: {error}"));
+                    self.board.try_again(&error);
                     backoff.wait().await;
                 }
                 taken_up => break taken_up?,
@@ -391,6 +399,7 @@ impl Running {
         self.end_sessions(&self.config.target).await?;
         let mut target = self.target().await?;
         let migration = self.load(&target).await?;
+        self.board.goes_on();
         if migration.phase == Phase::CutOver {
             return Ok(None);
         }
@@ -398,11 +407,13 @@ impl Running {
         self.end_sessions_on_standbys().await;
         background::lift_fence(&self.config, &self.board).await?;
         self.config.care.caps.fit_apply_workers(migration.apply_workers)?;
+        ledger::renew_fingerprint(&self.config.source, &mut target, &self.application_name).await?;
         if *heal != Heal::Everything
             && let Some(given_up) = GivenUp::of(self.directory.directory(), &migration)?
         {
             return Err(self.give_up(&given_up).await);
         }
+        self.let_source_jobs_rest_or_run(&mut target).await?;
         let (migration, held) = match self.prepare(&mut target, migration).await? {
             (migration, None) => self.heal(&mut target, migration, heal).await?,
             // Its snapshot is that of a new slot: nothing can be wrong yet.
@@ -439,7 +450,7 @@ impl Running {
             }
             match outcome {
                 Err(error) if error.is_transient() => {
-                    self.board.event(Level::Warn, format!("trying again: {error}"));
+                    self.board.try_again(&error);
                     self.board.reconnected(Side::Target);
                     if begun.elapsed() > BACKOFF_MAX {
                         backoff = Backoff::new();
@@ -447,7 +458,7 @@ impl Running {
                     backoff.wait().await;
                     // What the phases had open there could still commit, and would meet what they begin again.
                     while let Err(error) = self.end_sessions(&self.config.target).await {
-                        self.board.event(Level::Warn, format!("trying again: {error}"));
+                        self.board.try_again(&error);
                         backoff.wait().await;
                     }
                 }

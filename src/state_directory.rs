@@ -14,6 +14,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::record;
 use crate::source::scope::Scope;
+use crate::timescale;
 
 /// The version of `migration.json` (H18).
 const FORMAT: u32 = 1;
@@ -293,6 +294,8 @@ impl LockedDirectory {
             "tuned.new",
             "given-up.json",
             "given-up.new",
+            timescale::pause::FILE,
+            "paused-jobs.new",
             "migration.json",
             "migration.new",
             "schema.dump",

@@ -115,6 +115,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         scope: &walferry::source::scope::WHOLE_DATABASE,
         resuming: false,
         replica_identity_full: false,
+        pause_source_jobs: false,
         replicate_ddl: false,
         estimate: Duration::ZERO,
     }
@@ -267,7 +268,7 @@ async fn settings_of_the_server_block_until_their_fix_and_a_restart() {
     let mut pair = Pair::start(&settings).await;
     let report = pair.check().await;
     assert_eq!(codes(&report, Severity::Blocker), ["wal-level", "replication-slots", "walsenders"], "{report}");
-    assert!(report.to_string().ends_with("\nblocked by 3 findings"));
+    assert!(report.to_string().contains("\nblocked by 3 findings: "));
     let client = pair.on_source().await;
     for finding in report.of(Severity::Blocker) {
         run(&client, finding.fix.as_ref().unwrap()).await;

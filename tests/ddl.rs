@@ -175,6 +175,32 @@ async fn outcomes(migration: &Migration, objects: &str) -> Vec<String> {
     migration.ledger(&query).await.iter().map(|row| row.get(0)).collect()
 }
 
+/// Somebody who may do nothing but connect to the source has the target run a statement as a superuser, or does not.
+async fn forge(migration: &Migration) {
+    let id: String = migration.ledger("SELECT id FROM walferry.migration").await[0].get(0);
+    let source = migration.source().await;
+    source.batch_execute("CREATE ROLE mallory; SET ROLE mallory").await.unwrap();
+    let caller = r#"{"role": "postgres", "search_path": "public", "settings": {}}"#;
+    let told = format!(r#"{{"tag": "CREATE TABLE", "query": "CREATE TABLE forged ()", "nth": 1, "caller": {caller}}}"#);
+    for message in [told.clone(), format!("{}{told}", "0".repeat(64))] {
+        source
+            .batch_execute(&format!("SELECT pg_logical_emit_message(true, 'walferry_{id}_ddl', '{message}')"))
+            .await
+            .unwrap();
+    }
+    let key = source.batch_execute(&format!("TABLE walferry_ddl_{id}.key")).await.unwrap_err();
+    assert_eq!(key.code().map(|code| code.code()), Some("42501"));
+    // Within a statement of which event triggers could tell, under a stack that ends as theirs does.
+    let by_hand = format!(
+        "CREATE TEMP TABLE by_hand AS SELECT walferry_ddl_{id}.emit('ddl_command_end', 'CREATE TABLE', '{caller}', '') /*\n\
+         PL/pgSQL function walferry_ddl_{id}.capture() line 13 at assignment */"
+    );
+    for by_hand in [by_hand.clone(), format!("DO $$ BEGIN EXECUTE '{}'; END $$", by_hand.replace('\'', "''"))] {
+        let refused = source.batch_execute(&by_hand).await.unwrap_err();
+        assert!(refused.as_db_error().unwrap().message().contains("only the event triggers"), "{refused:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_series_of_schema_migrations_under_load_is_replayed_and_cut_over() {
     let servers = Servers::start().await;
@@ -184,7 +210,9 @@ async fn a_series_of_schema_migrations_under_load_is_replayed_and_cut_over() {
     for step in STEPS {
         run(&migration.source_url, step).await;
     }
+    forge(&migration).await;
     all_is_applied(&migration, &mut running).await;
+    assert!(running.log().contains("looks like replicated DDL"), "{}", running.log());
     application.stop().await;
     all_is_applied(&migration, &mut running).await;
     let not_run = migration.ledger("SELECT tag || objects || outcome FROM walferry.ddl WHERE outcome <> 'run'").await;

@@ -13,6 +13,9 @@ mod support;
 use std::path::Path;
 use std::process::Stdio;
 
+use clap::CommandFactory;
+use walferry::observe::metrics::{self, Kind};
+
 use support::{Servers, load, programs};
 
 /// What stands in the documents for the reader's servers.
@@ -180,10 +183,112 @@ fn every_alert_has_a_place_in_the_runbook() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let rules = std::fs::read_to_string(root.join("dashboards/alerts.yml")).unwrap();
     let runbook = anchors(&std::fs::read_to_string(root.join("docs/operations.md")).unwrap());
-    let alerts: Vec<String> =
-        rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).map(str::to_lowercase).collect();
+    let alerts: Vec<&str> = rules.split("- alert: ").skip(1).collect();
     assert!(alerts.len() > 10);
-    for alert in alerts {
-        assert!(runbook.contains(&alert), "docs/operations.md has nothing of {alert}: {runbook:?}");
+    for rule in alerts {
+        let name = rule.lines().next().unwrap();
+        let first = rule.lines().find_map(|line| line.trim().strip_prefix("runbook: ")).unwrap();
+        let (_, anchor) = first
+            .trim_matches('"')
+            .rsplit_once("docs/operations.md#")
+            .unwrap_or_else(|| panic!("{name} leads nowhere: {first}"));
+        assert_eq!(anchor, name.to_lowercase(), "{name} leads to another's place");
+        assert!(runbook.contains(&anchor.to_owned()), "docs/operations.md has nothing of {name}: {runbook:?}");
+    }
+}
+
+/// A cell of a table.
+fn cell(text: &str) -> String {
+    text.replace('|', "\\|").replace('\n', " ").replace('<', "\\<")
+}
+
+/// `docs/options.md`, as the program has it.
+fn options() -> String {
+    let mut page = String::from(
+        "# Options\n\nEvery option of every command, as `walferry help COMMAND` has them; each is a key of the [settings file](reference.md#settings-in-a-file), too.\n\
+         This page is made of the program: `WRITE=1 cargo test --test docs reference`.\n",
+    );
+    let mut program = walferry::cli::Cli::command();
+    program.build();
+    let global =
+        program.get_arguments().filter(|argument| argument.is_global_set()).map(|argument| argument.get_id().clone());
+    let global: Vec<_> = global.collect();
+    let mut table = |heading: &str, about: &str, command: &clap::Command, with_global: bool| {
+        page.push_str(&format!("\n## {heading}\n\n{about}\n\n| option | default | what it does |\n|---|---|---|\n"));
+        for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+            let id = argument.get_id();
+            if id == "help" || id == "version" || global.contains(id) != with_global {
+                continue;
+            }
+            let values = argument.get_value_names().filter(|_| argument.get_action().takes_values());
+            let value = values.map_or(String::new(), |names| names.join(" "));
+            let name = match argument.get_long() {
+                Some(long) if value.is_empty() => format!("--{long}"),
+                Some(long) => format!("--{long} {value}"),
+                None => value,
+            };
+            let among: Vec<_> =
+                argument.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
+            let among = match argument.get_action().takes_values() && !among.is_empty() {
+                true => format!(": {}", among.join(", ")),
+                false => String::new(),
+            };
+            let default: Vec<_> = argument.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+            let default = if argument.get_action().takes_values() { default.join(" ") } else { String::new() };
+            let variable = argument.get_env().map_or(String::new(), |name| format!(" (`{}`)", name.to_string_lossy()));
+            let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+            page.push_str(&format!("| `{name}` | {} | {}{}{variable} |\n", cell(&default), cell(&help), cell(&among)));
+        }
+    };
+    table("Of every command", "", &program, true);
+    for command in program.get_subcommands() {
+        let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+        let options =
+            command.get_arguments().any(|argument| argument.get_id() != "help" && argument.get_id() != "version");
+        if options && command.get_name() != "help" {
+            table(command.get_name(), &about, command, false);
+        }
+    }
+    page.replace("\n\n\n", "\n\n")
+}
+
+/// `docs/metrics.md`, likewise.
+fn metrics_page() -> String {
+    let mut page = String::from(
+        "# Metrics\n\nWhat `/metrics` has, for Prometheus. [What to watch, and the alerts](operations.md#watch-it).\n\
+         This page is made of the program: `WRITE=1 cargo test --test docs reference`.\n\n| metric | kind | what it says |\n|---|---|---|\n",
+    );
+    for metric in metrics::ALL {
+        let kind = match metric.kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        };
+        page.push_str(&format!("| `{}` | {kind} | {} |\n", metric.name, cell(metric.description)));
+    }
+    page
+}
+
+#[test]
+fn the_reference_has_every_option_and_every_metric() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    for (name, page) in [("options.md", options()), ("metrics.md", metrics_page())] {
+        let file = docs.join(name);
+        if std::env::var_os("WRITE").is_some() {
+            std::fs::write(&file, &page).unwrap();
+        }
+        let written = std::fs::read_to_string(&file).unwrap();
+        // By name: the words may be newer than the page, what is there may not.
+        for row in page.lines().filter(|line| line.starts_with("| `") || line.starts_with("## ")) {
+            let key = row.split(" | ").next().unwrap();
+            assert!(
+                written.lines().any(|line| line.starts_with(key)),
+                "docs/{name} lacks {key}: WRITE=1 cargo test --test docs reference"
+            );
+        }
+        for row in written.lines().filter(|line| line.starts_with("| `")) {
+            let key = row.split(" | ").next().unwrap();
+            assert!(page.contains(key), "docs/{name} has {key}, which there is not any more");
+        }
     }
 }

@@ -2,8 +2,12 @@
 //! came to be). First each is compared with its own description; then, since the same decoder wrote that description,
 //! each is held to what its SQL must have caused.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 #[path = "../proto-fixtures/format.rs"]
 mod format;
+#[path = "proto_fixtures/timescale.rs"]
+mod timescale;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

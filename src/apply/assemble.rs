@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::change::{Announced, Change};
 use super::layout::Layout;
 use super::net::{Effect, NeedsSerialReplay, Net, NetChanges};
 use super::{MARKERS_MAX, Marker};
@@ -99,6 +100,14 @@ pub enum Assembled {
     Serial {
         /// End LSN of the last transaction before it.
         complete: Lsn,
+    },
+    /// The transaction that begins after `complete` announces a table that nobody knows: what the unit has before it is to be applied up
+    /// to there, and nothing of it before the table is known. Where the announcement comes, a replay may have had very many rows.
+    Unknown {
+        /// End LSN of the last transaction before it.
+        complete: Lsn,
+        /// The table.
+        change: Box<Change>,
     },
 }
 
@@ -205,8 +214,13 @@ impl Assembler {
                     format!("reading transaction {} that commits at {} from the queue", head.xid, head.commit_lsn)
                 })?;
                 if change == Err(NeedsSerialReplay) {
+                    let complete = self.complete;
+                    let assembled = match self.unknown(head, &bytes)? {
+                        Some(change) => Assembled::Unknown { complete, change: Box::new(change) },
+                        None => Assembled::Serial { complete },
+                    };
                     // Whoever takes this starts another assembler.
-                    let _ = sender.blocking_send(Ok(Assembled::Serial { complete: self.complete }));
+                    let _ = sender.blocking_send(Ok(assembled));
                     return Ok(false);
                 }
                 if !matches!(bytes.first(), Some(b'R' | b'Y')) {
@@ -245,6 +259,18 @@ impl Assembler {
         // Whoever looks is to find it among those that are remembered.
         let many = self.unit.markers.len() >= MARKERS_MAX / 2;
         wanted || awaited || many || self.chunk_bytes >= UNIT_BYTES
+    }
+
+    /// The announcement of a table that is not known, where such come and go by themselves.
+    fn unknown(&self, head: TransactionHead, bytes: &Bytes) -> Result<Option<Change>> {
+        Ok(match decode(bytes)? {
+            Message::Relation(relation)
+                if self.layout.has_hypertables && self.layout.find(relation.relid).is_none() =>
+            {
+                Some(Change { head, announced: Announced::of(&relation) })
+            }
+            _ => None,
+        })
     }
 
     fn change(&mut self, head: TransactionHead, bytes: &Bytes) -> Result<Result<(), NeedsSerialReplay>> {

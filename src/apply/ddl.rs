@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::queue::TransactionHead;
 use crate::source::catalog::{THERE, Table};
-use crate::source::ddl::Told;
+use crate::source::ddl::{Key, Told};
 use crate::source::slot;
 use crate::target::ddl::{self, Recorded};
 use crate::unstreamed::large_object::Owners;
@@ -36,6 +36,8 @@ const TYPE: u32 = 4;
 pub struct Ddl {
     /// What the messages of this migration begin with.
     pub prefix: String,
+    /// What proves that they are from our event triggers; `None` where an earlier version made those.
+    pub key: Option<Key>,
     /// Who runs it on the target.
     pub owners: Owners,
 }
@@ -50,7 +52,16 @@ impl Replay<'_> {
     /// `SchemaChanged` when the target does not become what the source did: with the statement, and what to do. `Transient` when
     /// it waits for a lock in vain.
     pub(super) async fn ddl(&mut self, head: &TransactionHead, content: &[u8]) -> Result<()> {
-        let told = Told::parse(content)?;
+        let key = self.layout.ddl.as_ref().and_then(|ddl| ddl.key.as_ref());
+        let Some(told) = Told::parse(key, head.xid, content)? else {
+            let text = format!(
+                "somebody on the source wrote a message that looks like replicated DDL, in transaction {} that commits at {}; nothing \
+                 of it is done",
+                head.xid, head.commit_lsn
+            );
+            self.board.event(Level::Warn, text);
+            return Ok(());
+        };
         if let Some(why) = &told.failed {
             let text = format!(
                 "the source ran {} and could not tell what it did ({why}); it is met like DDL that is not replicated",

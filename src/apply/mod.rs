@@ -128,6 +128,8 @@ enum Ended {
     Replay(Option<Lsn>),
     /// Bring the sessions up to this LSN, then replay one transaction.
     UpTo(Lsn),
+    /// Bring the sessions up to this LSN, then look again: a table comes that nobody knows.
+    Before(Lsn),
     /// Nothing more may be begun for now.
     Held,
 }
@@ -150,7 +152,7 @@ impl Apply {
             return Err(Error::new(ErrorKind::Other, text)
                 .hint("Somebody changed the ledger (walferry.apply_progress). Start anew: `walferry clean`, then `walferry migrate`."));
         }
-        let mut replay_after = None;
+        let (mut replay_after, mut stop_after) = (None, None);
         let begun_with = Arc::clone(&self.layout);
         loop {
             let (least, most) = self.range();
@@ -158,7 +160,7 @@ impl Apply {
             let recovering = least < most;
             // Sessions that do not agree are at no position, so they are not held.
             let limit = if recovering { None } else { self.gate.pass(least).await };
-            let unit = if recovering { Some(most) } else { replay_after.or(limit) };
+            let unit = if recovering { Some(most) } else { replay_after.or(stop_after.take()).or(limit) };
             let reader = self.queue.reader(least)?;
             let assembler = Assembler::start(Arc::clone(&self.layout), reader, least, unit, recovering)?;
             match self.consume(assembler, unit, until).await? {
@@ -167,6 +169,7 @@ impl Apply {
                     self.replay(through).await?;
                 }
                 Ended::UpTo(complete) => replay_after = Some(complete),
+                Ended::Before(complete) => stop_after = Some(complete),
                 // What cannot be merged is met again afterwards.
                 Ended::AtBoundary | Ended::Held if !self.gate.may_pass(self.range().0) => replay_after = None,
                 Ended::AtBoundary if replay_after.take().is_some() => self.replay(None).await?,
@@ -175,7 +178,7 @@ impl Apply {
             let (least, most) = self.range();
             let reached = until.is_some_and(|until| least >= until);
             let renew = self.sessions_are_old() || !Arc::ptr_eq(&begun_with, &self.layout);
-            if least == most && replay_after.is_none() && (reached || renew) {
+            if least == most && replay_after.is_none() && stop_after.is_none() && (reached || renew) {
                 return Ok(());
             }
         }
@@ -217,6 +220,16 @@ impl Apply {
                         return Ok(Ended::Held);
                     }
                     return Ok(if replay_now { Ended::Replay(None) } else { Ended::UpTo(complete) });
+                }
+                Assembled::Unknown { complete, change } => {
+                    self.roll_back().await?;
+                    if complete > self.range().0 && !self.is_recovering() {
+                        return Ok(Ended::Before(complete));
+                    }
+                    let announced = &change.announced;
+                    let name = crate::sql::qualified(&announced.schema, &announced.name);
+                    self.change = Some(*change);
+                    return Err(Error::new(ErrorKind::SchemaChanged, format!("{name} is new on the source")));
                 }
             };
             if begun.is_none() {

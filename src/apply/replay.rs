@@ -117,8 +117,8 @@ impl Replay<'_> {
                 tracing::debug!(%error, "rolling back after a failed replay");
             }
         }
-        let end = outcome.context(naming)?;
-        self.writer.commit().await.context(naming)?;
+        let end = outcome.context(naming).map_err(what_the_target_refuses)?;
+        self.writer.commit().await.context(naming).map_err(what_the_target_refuses)?;
         self.count_conflicts();
         self.board.ddl_replayed(self.ddl_replayed);
         for position in self.progress.iter_mut() {
@@ -389,4 +389,16 @@ fn read_batch(reader: &mut Reader) -> Result<Vec<Entry>> {
         batch.push(entry);
     }
     Ok(batch)
+}
+
+/// What waiting does not heal, and what nobody has said more of.
+fn what_the_target_refuses(error: Error) -> Error {
+    if error.kind() != ErrorKind::Server || error.next_step().is_some() {
+        return error;
+    }
+    error.hint(
+        "Nothing of that transaction or of later ones was applied, and the queue keeps them. Look for what makes the target refuse it and the source not (a \
+         constraint, a trigger, a type, a setting that only the target has), mend the target, and start the same command again: it goes on with this \
+         transaction. --log-detail logs what else the server says, values of rows included.",
+    )
 }

@@ -186,9 +186,24 @@ pub(super) async fn copied(
     if noted == 1 {
         return Ok(());
     }
-    let text = format!("the piece {place} of {relation} has been copied by somebody else meanwhile");
-    Err(Error::new(ErrorKind::Divergence, text)
-        .hint("Find the other walferry that works with this target, and stop one of them."))
+    // As by a session of ours whose connection broke with its commit on the way. Whoever tries again asks first whether it is there.
+    let text = format!("the piece {place} of {relation} has been copied meanwhile by another session");
+    Err(Error::new(ErrorKind::Transient, text))
+}
+
+/// Notes that pieces are to be copied again.
+pub(super) async fn forget(target: &Client, pieces: &[Recorded]) -> Result<()> {
+    let relations: Vec<&str> = pieces.iter().map(|piece| piece.relation.as_str()).collect();
+    let places: Vec<&str> = pieces.iter().map(|piece| piece.place.as_str()).collect();
+    target
+        .execute_typed(
+            "UPDATE walferry.backfill_piece SET copied = false, how = NULL, rows = 0, hash = NULL, copied_at = NULL \
+             WHERE (relation, place) IN (SELECT * FROM unnest($1::text[], $2::text[]))",
+            &[(&relations, Type::TEXT_ARRAY), (&places, Type::TEXT_ARRAY)],
+        )
+        .await
+        .context(|| "noting which pieces are copied again".into())?;
+    Ok(())
 }
 
 /// All is copied, and durable: this commit flushes those before it.

@@ -13,6 +13,7 @@
 mod compare;
 mod foreign_keys;
 pub mod ledger;
+mod lost;
 mod overlap;
 mod piece;
 pub mod plan;
@@ -302,7 +303,7 @@ async fn begin(options: &Options, directory: &LockedDirectory, board: &StatusBoa
     let id = identify(options, directory).await?;
     let name = application_name(&id);
     let mut outcome = Outcome { version: 1, ..Outcome::default() };
-    let (mut seen, mut known) = prepare(options, &id, &name).await?;
+    let (mut seen, mut known) = prepare(options, &id, &name, board).await?;
     if let Some(schema) = &seen.extension {
         let policies = policies::policies(&seen.target, &seen.relids()).await?;
         for warning in seen.warnings(&policies).await? {
@@ -323,6 +324,13 @@ async fn begin(options: &Options, directory: &LockedDirectory, board: &StatusBoa
         if !is_anything_left(&seen, &known) {
             break;
         }
+    }
+    if let Some(lost) = lost::find(&seen.target, &seen, &known).await?.first() {
+        let text =
+            format!("the target has dropped the chunk of {} of {} while it was filled", lost.place, lost.relation);
+        return Err(Error::new(ErrorKind::Different, text).hint(
+            "Its policies rest, so it was a job of your own, or somebody's drop_chunks. Stop that, then run the same command again: it copies again what is gone.",
+        ));
     }
     for how in [How::AsItIs, How::Rows, How::Merged, How::Found, How::Gone] {
         let count = pieces.how.iter().filter(|one| **one == how).count();
@@ -373,14 +381,26 @@ async fn ledger_of(options: &Options, name: &str) -> Result<Vec<Recorded>> {
 }
 
 /// Compares, makes the ledger and notes the plan in it.
-async fn prepare(options: &Options, id: &str, name: &str) -> Result<(Seen, Vec<Recorded>)> {
+async fn prepare(options: &Options, id: &str, name: &str, board: &StatusBoard) -> Result<(Seen, Vec<Recorded>)> {
     // Sessions of a walferry that died may be at work still: their piece would be in the way.
     for server in [&options.source, &options.target] {
         migrate::end_sessions(&server.connect("walferry").await?, name).await?;
     }
     let mut seen = look(options, name, &ledger_of(options, name).await?).await?;
     ledger::begin(&mut seen.target, id, &options.wanted()).await?;
-    let known = noted(&seen).await?;
+    let mut known = noted(&seen).await?;
+    let lost = lost::find(&seen.target, &seen, &known).await?;
+    if !lost.is_empty() {
+        let text = format!(
+            "{} pieces that were copied are gone from the target (retention, or drop_chunks) and are copied again; the first is {} of {}",
+            lost.len(),
+            lost[0].place,
+            lost[0].relation
+        );
+        board.event(Level::Warn, text);
+        ledger::forget(&seen.target, &lost).await?;
+        known = ledger::pieces(&seen.target).await?;
+    }
     Ok((seen, known))
 }
 

@@ -66,7 +66,13 @@ pub(super) async fn merge(
             format!("s.{name} OPERATOR({}.=) t.{name}", sql::identifier(schema))
         })
         .collect();
-    let same_key = format!("{} AND {condition}", same_key.join(" AND "));
+    // Where the key does not hold the time, the row of a key can be of another time on the target. Else the condition, which follows from the
+    // key then, keeps the other chunks out of it.
+    let has_time = |(column, _): &(String, _)| there.key.iter().any(|of_key| of_key.name == *column);
+    let same_key = match &work.time {
+        Some(time) if !has_time(time) => same_key.join(" AND "),
+        _ => format!("{} AND {condition}", same_key.join(" AND ")),
+    };
     let row = |alias: &str| {
         let columns: Vec<String> =
             work.table.columns.iter().map(|column| format!("{alias}.{}", sql::identifier(&column.name))).collect();
@@ -76,35 +82,14 @@ pub(super) async fn merge(
     let other = format!("{same_key} AND {} IS DISTINCT FROM {}", row("s"), row("t"));
     target.batch_execute(&format!("ANALYZE {STAGE}")).await.context(doing)?;
     match policy {
-        OnConflict::Stop => {
-            let key: Vec<String> =
-                there.key.iter().map(|column| format!("s.{}", sql::identifier(&column.name))).collect();
-            let statement = format!(
-                "SELECT ROW({})::text FROM {STAGE} s JOIN {name} t ON {other} LIMIT {}",
-                key.join(", "),
-                KEYS_MAX + 1
-            );
-            let rows = target.query_typed(&statement, &[]).await.context(doing)?;
-            if !rows.is_empty() {
-                let mut keys: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
-                if keys.len() > KEYS_MAX {
-                    keys[KEYS_MAX] = "and more".into();
-                }
-                let names: Vec<String> = there.key.iter().map(|column| sql::identifier(&column.name)).collect();
-                let text = format!(
-                    "rows of {name} are on the target already, and are not what the source has: ({})={}",
-                    names.join(", "),
-                    keys.join(", ")
-                );
-                return Err(Error::new(ErrorKind::Divergence, text).hint(
-                    "Nothing of this piece was written. Mend the rows and run the same command again; or decide for all such rows: \
-                     --on-conflict source (the source's win) or --on-conflict target (the target's stay).",
-                ));
-            }
-        }
+        OnConflict::Stop => none_is_other(target, work, there, &other).await?,
         OnConflict::Source => {
-            let statement = format!("DELETE FROM {name} t USING {STAGE} s WHERE {other}");
+            let (first, last) = (work.pieces.first().unwrap_or(piece), work.pieces.last().unwrap_or(piece));
+            let all = Piece { range: (first.range.0, last.range.1), further: Vec::new(), ..piece.clone() };
+            let statement = format!("DELETE FROM {name} t USING {STAGE} s WHERE {other} AND {}", work.condition(&all));
             target.batch_execute(&statement).await.context(doing)?;
+            // Of a time that this backfill is not about: it is not ours to touch.
+            none_is_other(target, work, there, &other).await?;
         }
         OnConflict::Target => {}
     }
@@ -114,4 +99,30 @@ pub(super) async fn merge(
          WHERE NOT EXISTS (SELECT FROM {name} t WHERE {same_key})"
     );
     target.batch_execute(&statement).await.context(doing)
+}
+
+/// No row of the stage meets another with its key.
+async fn none_is_other(target: &Client, work: &Work, there: &There, other: &str) -> Result<()> {
+    let name = work.table.qualified();
+    let key: Vec<String> = there.key.iter().map(|column| format!("s.{}", sql::identifier(&column.name))).collect();
+    let statement =
+        format!("SELECT ROW({})::text FROM {STAGE} s JOIN {name} t ON {other} LIMIT {}", key.join(", "), KEYS_MAX + 1);
+    let rows = target.query_typed(&statement, &[]).await.context(|| format!("looking for other rows in {name}"))?;
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let mut keys: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    if keys.len() > KEYS_MAX {
+        keys[KEYS_MAX] = "and more".into();
+    }
+    let names: Vec<String> = there.key.iter().map(|column| sql::identifier(&column.name)).collect();
+    let text = format!(
+        "rows of {name} are on the target already, and are not what the source has: ({})={}",
+        names.join(", "),
+        keys.join(", ")
+    );
+    Err(Error::new(ErrorKind::Divergence, text).hint(
+        "Nothing of this piece was written. Mend the rows and run the same command again; or decide for all such rows: \
+         --on-conflict source (the source's win, where the target's are older than --until too) or --on-conflict target (the target's stay).",
+    ))
 }

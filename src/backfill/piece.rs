@@ -23,7 +23,7 @@ use crate::observe::table_progress::PartProgress;
 use crate::sql;
 use crate::target::role::ApplyRole;
 use crate::timescale::chunks::{self, Chunk};
-use crate::timescale::target as to;
+use crate::timescale::{rows, target as to};
 use crate::verify::{RangeDigest, RangeHash};
 
 /// What is sent to the target at once, in bytes.
@@ -91,9 +91,10 @@ pub(super) async fn copy(
     target: &Client,
     mut begin_part: impl FnMut() -> Option<PartProgress>,
 ) -> Result<Copied> {
+    let mut merges = false;
     for attempt in 1.. {
         let mut progress = begin_part();
-        let outcome = attempt_copy(ways, piece, source, target, &mut progress).await;
+        let outcome = attempt_copy(ways, piece, source, target, merges, &mut progress).await;
         if outcome.is_err() {
             // Whatever they were doing; a session that is gone needs none.
             let _ = tokio::join!(source.batch_execute("ROLLBACK"), target.batch_execute("ROLLBACK"));
@@ -107,6 +108,8 @@ pub(super) async fn copy(
             }
             Err(error) if attempt < ATTEMPTS && is_met_by_others(&error) => {
                 tracing::debug!(%error, "a piece is tried again");
+                // A row with the same key is in the range of another piece, or has come since.
+                merges |= error.sqlstate() == Some(&SqlState::UNIQUE_VIOLATION);
             }
             Err(error) => {
                 let what = piece.chunk.as_ref().map_or_else(
@@ -133,6 +136,7 @@ async fn attempt_copy(
     piece: &Piece,
     source: &Client,
     target: &Client,
+    merges: bool,
     progress: &mut Option<PartProgress>,
 ) -> Result<Copied> {
     let (name, condition) = (ways.work.table.qualified(), ways.work.condition(piece));
@@ -151,6 +155,10 @@ async fn attempt_copy(
     };
     let begin = format!("BEGIN; SET LOCAL synchronous_commit = off; {}", ways.role.begin_statement());
     target.batch_execute(&begin).await?;
+    if ways.extension_schema.is_some() {
+        // What meets rows that are compressed on the target may have to decompress any number of them.
+        target.batch_execute(rows::SETTINGS).await?;
+    }
     let mut there = name.clone();
     let mut how = How::Rows;
     if let (Some(batches), Some(made), Some(chunk)) = (&batches, &made, &from.chunk) {
@@ -168,7 +176,7 @@ async fn attempt_copy(
     }
     let expected = ways.hash.of(source, &from.relation, &condition).await?;
     if how == How::Rows {
-        how = by_rows(ways, piece, (source, &from, &expected), target, progress).await?;
+        how = by_rows(ways, piece, (source, &from, &expected), target, merges, progress).await?;
     }
     let found = ways.hash.of(target, &there, &condition).await?;
     if found != expected && !(how == How::Merged && ways.on_conflict == OnConflict::Target) {
@@ -301,6 +309,7 @@ async fn by_rows(
     piece: &Piece,
     (source, from, expected): (&Client, &From, &RangeDigest),
     target: &Client,
+    merges: bool,
     progress: &mut Option<PartProgress>,
 ) -> Result<How> {
     let (table, format) = (&ways.work.table, format_of(ways.work));
@@ -309,8 +318,9 @@ async fn by_rows(
     if is_there && ways.hash.of(target, &name, &condition).await? == *expected {
         return Ok(How::Found);
     }
+    let merges = is_there || merges;
     let mut into = name.clone();
-    if is_there {
+    if merges {
         overlap::make_stage(target, ways.work, ways.there).await?;
         into = overlap::STAGE.to_owned();
     }
@@ -320,7 +330,7 @@ async fn by_rows(
         format!("COPY (SELECT {columns} FROM {} AS t WHERE {condition}) TO STDOUT (FORMAT {format})", from.relation);
     let into = format!("COPY {into}{list} FROM STDIN (FORMAT {format})");
     send(source, &out, target, &into, (ways.pace, true), progress).await?;
-    if !is_there {
+    if !merges {
         return Ok(How::Rows);
     }
     overlap::merge(target, ways.work, ways.there, piece, ways.on_conflict).await?;

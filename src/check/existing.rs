@@ -9,7 +9,7 @@ use tokio_postgres::Client;
 
 use super::report::{Finding, Severity, Side, first_ten};
 use crate::error::{Context, Result};
-use crate::source::catalog::Table;
+use crate::source::catalog::{Table, USER_TRIGGER};
 use crate::sql;
 use crate::target::role::ApplyRole;
 use crate::unstreamed::large_object::Owners;
@@ -230,13 +230,15 @@ async fn foreign_keys(source: &Client, target: &Client, tables: &[Table]) -> Res
 async fn always_fires(target: &Client, tables: &[Table]) -> Result<Option<Finding>> {
     let rows = target
         .query_typed(
-            "SELECT n.nspname::text, c.relname::text, t.tgname::text FROM pg_catalog.pg_trigger t \
-             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE NOT t.tgisinternal AND t.tgenabled IN ('A', 'R') \
-             UNION ALL \
-             SELECT n.nspname, c.relname, w.rulename FROM pg_catalog.pg_rewrite w \
-             JOIN pg_catalog.pg_class c ON c.oid = w.ev_class JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE c.relkind = 'r' AND w.ev_enabled IN ('A', 'R') ORDER BY 1, 2, 3",
+            &format!(
+                "SELECT n.nspname::text, c.relname::text, t.tgname::text FROM pg_catalog.pg_trigger t \
+                 JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE {USER_TRIGGER} AND t.tgenabled IN ('A', 'R') \
+                 UNION ALL \
+                 SELECT n.nspname, c.relname, w.rulename FROM pg_catalog.pg_rewrite w \
+                 JOIN pg_catalog.pg_class c ON c.oid = w.ev_class JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+                 WHERE c.relkind = 'r' AND w.ev_enabled IN ('A', 'R') ORDER BY 1, 2, 3"
+            ),
             &[],
         )
         .await

@@ -85,6 +85,8 @@ pub struct Inputs<'a> {
     pub owners: &'a Owners,
     /// Whether the migration will set `REPLICA IDENTITY FULL` where nothing else identifies a row.
     pub replica_identity_full: bool,
+    /// Whether the source's TimescaleDB jobs are to be paused.
+    pub pause_source_jobs: bool,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,
@@ -146,10 +148,13 @@ pub async fn run(inputs: &Inputs<'_>) -> Result<Report> {
         if server::supported(Side::Source).contains(&source.major()) {
             findings.extend(versions::identity_of_partitions(on_source, target).await?);
         }
+        if inputs.scope.moves_configuration() {
+            findings.extend(unstreamed::configuration(on_source, on_target, &target.role).await?);
+        }
         findings.extend(differing::settings(source, target));
         findings.extend(differing::of_the_database(on_source, on_target, &target.database).await?);
         findings.extend(scope::mapped(on_source, on_target, inputs.scope, inputs.resuming).await?);
-        findings.extend(timescale::findings((on_source, source), (on_target, target), inputs.scope).await?);
+        findings.extend(timescale::findings((on_source, source), (on_target, target), inputs).await?);
         if inputs.scope.data_only {
             findings.extend(existing::compare(on_source, on_target, &tables, inputs).await?);
         } else {
@@ -269,6 +274,7 @@ pub async fn schema(
         replicate_ddl: false,
         owners,
         replica_identity_full: false,
+        pause_source_jobs: false,
         estimate: Duration::ZERO,
     };
     let mut findings = Vec::new();
@@ -285,6 +291,7 @@ pub async fn schema(
         let references = both::references(on_source, selection.as_ref()).await?;
         findings.extend(both::missing(on_target, target, &references, &inputs).await?);
         findings.extend(both::servers(source, target));
+        findings.extend(timescale::of_schema(on_source, (on_target, target), scope).await?);
         findings.extend(target::emptiness(on_target, target).await?);
         findings.extend(objects::locks(source, Side::Source, references.dump_locks(), "Dumping the schema"));
         findings.extend(objects::locks(target, Side::Target, references.restore_locks(), "Restoring the schema"));

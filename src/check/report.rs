@@ -218,7 +218,12 @@ impl fmt::Display for Report {
         }
         match self.of(Severity::Blocker).count() {
             0 => write!(f, "\nready"),
-            blockers => write!(f, "\nblocked by {}", counted(blockers, "finding")),
+            blockers => {
+                // A terminal may have scrolled past them: their names once more.
+                let mut codes: Vec<&str> = self.of(Severity::Blocker).map(|finding| finding.code).collect();
+                codes.dedup();
+                write!(f, "\nblocked by {}: {}", counted(blockers, "finding"), codes.join(", "))
+            }
         }
     }
 }
@@ -316,7 +321,7 @@ mod tests {
         .to_string();
         let place = |code: &str| text.find(code).expect("every finding is shown");
         assert!(place("a-blocker") < place("a-warning") && place("a-warning") < place("an-info"));
-        assert!(text.ends_with("\nblocked by 1 finding"), "{text}");
+        assert!(text.ends_with("\nblocked by 1 finding: a-blocker"), "{text}");
         assert!(text.contains("      fix: ALTER SYSTEM;\n           -- restart\n"), "{text}");
         assert!(text.contains("moves   1,212 tables, 1.5 KiB, about 1,234,567 rows (not counting 1 table never"));
         assert!(text.contains("target  not reached"));

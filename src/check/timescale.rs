@@ -1,15 +1,17 @@
 //! TimescaleDB: whether what the source has of it can be moved, and how.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::Client;
 
 use super::report::{Finding, Severity, Side, first_ten};
 use super::server::Server;
+use super::{Inputs, Scope};
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
-use crate::source::scope::Scope;
-use crate::timescale::prepare;
 use crate::timescale::recreate::{self, Choice, Mode};
-use crate::timescale::source::{self, Database};
+use crate::timescale::source::{self, Database, Job};
+use crate::timescale::{pause, prepare};
 
 /// The tables that need an identity of their own: those of continuous aggregates get one for the time of the migration.
 ///
@@ -28,7 +30,7 @@ pub(crate) async fn without_aggregates(client: &Client, tables: &[Table]) -> Res
 pub(crate) async fn findings(
     (on_source, source): (&Client, &Server),
     (on_target, target): (&Client, &Server),
-    scope: &Scope,
+    inputs: &Inputs<'_>,
 ) -> Result<Vec<Finding>> {
     let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
     let mut findings = of_source(&database);
@@ -39,8 +41,46 @@ pub(crate) async fn findings(
         findings.extend(of_old_format(on_source).await?);
     }
     findings.extend(firing(on_source, &database).await?);
+    findings.extend(owners_of_jobs(on_target, &database, inputs).await?);
+    if inputs.pause_source_jobs {
+        findings.extend(of_jobs(on_source, source, &database).await?);
+    }
+    let scope = inputs.scope;
     if scope.is_part() || scope.data_only || !scope.map_schemas.is_empty() {
         let message = "A database with TimescaleDB is moved as a whole: filters, --data-only and --map-schema cannot be combined with it.";
+        findings.push(blocker(Side::Source, "timescaledb-scope", &database, message));
+    }
+    Ok(findings)
+}
+
+/// What stands against the schema alone, whose hypertables come without a chunk; nothing where the source does not have it.
+///
+/// # Errors
+/// Whatever the servers say.
+pub(crate) async fn of_schema(
+    on_source: &Client,
+    (on_target, target): (&Client, &Server),
+    scope: &Scope,
+) -> Result<Vec<Finding>> {
+    let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
+    let mut findings = of_source(&database);
+    let choice = recreate::choose(&database.extension, on_target).await?;
+    findings.extend(of_target(on_target, target, &database, choice.as_ref()).await?);
+    // The extension's catalog is taken over: nothing is made again here.
+    findings.retain(|found| !matches!(found.code, "timescaledb-tiered" | "timescaledb-mode"));
+    if let Some(Choice { mode: Mode::Recreated(why), .. }) = &choice {
+        findings.retain(|found| found.code != "timescaledb-version" || found.side != Side::Target);
+        let message = format!(
+            "The schema alone comes to a server with the same version only, by a superuser of it; but {why}. A migration makes all of it \
+             again on a target with a newer version."
+        );
+        let version = &database.extension.version;
+        findings.push(blocker(Side::Target, "timescaledb-version", &database, message).fix(format!(
+            "ALTER EXTENSION timescaledb UPDATE TO '{version}';  -- on the target, or the other way round on the source; as a superuser"
+        )));
+    }
+    if scope.is_part() || !scope.map_schemas.is_empty() {
+        let message = "The schema of a database with TimescaleDB comes as a whole: filters and --map-schema cannot be combined with it.";
         findings.push(blocker(Side::Source, "timescaledb-scope", &database, message));
     }
     Ok(findings)
@@ -105,6 +145,34 @@ async fn of_settings(client: &Client, server: &Server, database: &Database) -> R
                    what is to be compressed: chunks that are, are moved as they are.";
     let names: Vec<String> = database.hypertables.iter().filter(|of| of.compression).map(|of| of.qualified()).collect();
     findings.push(Finding::new(Severity::Info, Side::Source, "timescaledb-compression", first_ten(&names), message));
+    Ok(findings)
+}
+
+/// Which jobs `--pause-source-jobs` pauses, and which it may not.
+async fn of_jobs(client: &Client, server: &Server, database: &Database) -> Result<Vec<Finding>> {
+    if !database.extension.is_readable() {
+        return Ok(Vec::new());
+    }
+    let not_ours = pause::not_ours(client).await?;
+    let running: Vec<&Job> = database.jobs.iter().filter(|job| job.scheduled).collect();
+    let (others, ours): (Vec<&Job>, Vec<&Job>) = running.into_iter().partition(|job| not_ours.contains(&job.id));
+    let names = |jobs: &[&Job]| first_ten(&jobs.iter().map(|job| pause::shown(job)).collect::<Vec<_>>());
+    let mut findings = Vec::new();
+    if !ours.is_empty() {
+        let message =
+            "--pause-source-jobs pauses these jobs from before the slot on; `walferry clean` has them run again.";
+        findings.push(Finding::new(Severity::Info, Side::Source, "timescaledb-jobs", names(&ours), message));
+    }
+    if !others.is_empty() {
+        let mut owners: Vec<String> = others.iter().map(|job| crate::sql::identifier(&job.owner)).collect();
+        owners.sort();
+        owners.dedup();
+        let message = "--pause-source-jobs cannot pause these jobs: they belong to other roles, and run on.";
+        let fix = format!("GRANT {} TO {};", owners.join(", "), crate::sql::identifier(&server.role));
+        let found =
+            Finding::new(Severity::Warning, Side::Source, "timescaledb-jobs-of-others", names(&others), message);
+        findings.push(found.fix(fix));
+    }
     Ok(findings)
 }
 
@@ -233,6 +301,44 @@ async fn of_old_format(client: &Client) -> Result<Option<Finding>> {
         Finding::new(Severity::Blocker, Side::Source, "timescaledb-aggregate-format", first_ten(&names), message)
             .fix(fix())
     }))
+}
+
+/// Jobs keep their owner: it has to be there, and the extension starts no job as a role that may not log in.
+async fn owners_of_jobs(client: &Client, database: &Database, inputs: &Inputs<'_>) -> Result<Vec<Finding>> {
+    if inputs.owners.no_owner || inputs.resuming {
+        return Ok(Vec::new());
+    }
+    let owners: BTreeSet<&str> = database.jobs.iter().map(|job| inputs.owners.role(&job.owner)).collect();
+    let owners: Vec<&str> = owners.into_iter().collect();
+    let rows = client
+        .query(
+            "SELECT o.name, r.rolcanlogin FROM unnest($1::text[]) o(name) LEFT JOIN pg_catalog.pg_roles r ON r.rolname = o.name \
+             WHERE r.rolcanlogin IS NOT TRUE ORDER BY 1",
+            &[&owners],
+        )
+        .await
+        .context(|| "looking for the owners of jobs on the target".into())?;
+    let of = |is_there: bool| -> Vec<String> {
+        let fitting = rows.iter().filter(|row| row.get::<_, Option<bool>>(1).is_some() == is_there);
+        fitting.map(|row| crate::sql::identifier(row.get(0))).collect()
+    };
+    let mut findings = Vec::new();
+    let (missing, without_login) = (of(false), of(true));
+    if !missing.is_empty() && !inputs.owners.create_roles {
+        let message = "It owns jobs of TimescaleDB on the source, and the target has no such role.";
+        let fix = missing.iter().map(|role| format!("CREATE ROLE {role} LOGIN;")).collect::<Vec<_>>().join("\n");
+        let found =
+            Finding::new(Severity::Blocker, Side::Target, "timescaledb-job-owner", first_ten(&missing), message);
+        findings.push(found.fix(fix));
+    }
+    if !without_login.is_empty() {
+        let message = "It owns jobs of TimescaleDB, which the extension starts as no role that may not log in: they would not run on the target.";
+        let fix = without_login.iter().map(|role| format!("ALTER ROLE {role} LOGIN;")).collect::<Vec<_>>().join("\n");
+        let found =
+            Finding::new(Severity::Warning, Side::Target, "timescaledb-job-login", first_ten(&without_login), message);
+        findings.push(found.fix(fix));
+    }
+    Ok(findings)
 }
 
 /// Triggers that would fire for what is applied: on a hypertable they are on every chunk, also on those to come.

@@ -148,7 +148,10 @@ pub(crate) fn findings(found: &Result<Tools>, source_major: u32, target_major: u
                 "pg_dump, pg_restore".into(),
                 format!("{error}. The schema is moved by PostgreSQL's own tools."),
             )
-            .fix(format!("apt-get install postgresql-client-{target_major}")),
+            .fix(match std::env::var_os(DIRECTORY_VARIABLE).filter(|value| !value.is_empty()) {
+                Some(_) => format!("unset {DIRECTORY_VARIABLE}  -- or set it to the directory of pg_dump and pg_restore"),
+                None => format!("apt-get install postgresql-client-{target_major}"),
+            }),
         ],
         Ok(tools) if tools.major < source_major => vec![
             finding(

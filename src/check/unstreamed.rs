@@ -7,7 +7,7 @@ use super::server::Server;
 use crate::error::{Context, Result};
 use crate::source::scope::Scope;
 use crate::sql;
-use crate::unstreamed::configuration::LEFT_OUT;
+use crate::unstreamed::configuration::{self, LEFT_OUT};
 
 fn finding(severity: Severity, code: &'static str, object: impl Into<String>, message: impl Into<String>) -> Finding {
     Finding::new(severity, Side::Source, code, object, message)
@@ -103,6 +103,24 @@ pub(crate) async fn findings(client: &Client, server: &Server, scope: &Scope) ->
         None,
     );
     Ok(findings)
+}
+
+/// Rows of extensions' configuration that our role could not write on the target: found only after the copy otherwise.
+///
+/// # Errors
+/// Whatever the servers say.
+pub(crate) async fn configuration(source: &Client, target: &Client, role: &str) -> Result<Option<Finding>> {
+    let unwritable = configuration::unwritable(source, target, role).await?;
+    if unwritable.is_empty() {
+        return Ok(None);
+    }
+    let (names, grants): (Vec<String>, Vec<String>) = unwritable.into_iter().unzip();
+    let message =
+        "Users have rows in this configuration table of an extension, and our role may not write them on the target.";
+    Ok(Some(
+        Finding::new(Severity::Blocker, Side::Target, "extension-configuration-unwritable", first_ten(&names), message)
+            .fix(grants.join("\n")),
+    ))
 }
 
 /// They belong to no table, and so to no part of a database.

@@ -7,10 +7,8 @@ use std::time::Duration;
 use indicatif::MultiProgress;
 use serde_json::{Value, json};
 
-use super::{
-    Way, ask_on_terminal, both, cutover_options, either, end_the_way_back, parse, print, print_json, read_status,
-    standby_to_clean, standbys, verify,
-};
+use super::switch::{Way, ask_on_terminal, cutover_options, end_the_way_back, rehearsal_page};
+use super::{both, either, parse, print, print_json, read_status, standby_to_clean, standbys, verify};
 use crate::care::connections::Jobs;
 use crate::care::tune::COPY_JOBS;
 use crate::check;
@@ -77,6 +75,7 @@ pub(super) async fn check(options: cli::Check) -> Result<()> {
         replicate_ddl: options.replicate_ddl,
         owners: &owners,
         replica_identity_full: options.replica_identity_full,
+        pause_source_jobs: options.timescale.pause_source_jobs,
         // The trials come one after the other.
         estimate: Duration::from_secs(options.estimate_seconds) / u32::try_from(databases.len().max(1)).unwrap_or(1),
     };
@@ -457,7 +456,7 @@ fn show_rehearsals(rehearsed: &[(String, Result<Rehearsal>)], options: &cli::Swi
     } else {
         for (database, outcome) in rehearsed {
             match outcome {
-                Ok(rehearsal) => print(&format!("=== {database:?}\n{}", super::rehearsal_page(rehearsal)))?,
+                Ok(rehearsal) => print(&format!("=== {database:?}\n{}", rehearsal_page(rehearsal)))?,
                 Err(error) => print(&format!("=== {database:?}\n  NOT READY {error}\n"))?,
             }
         }

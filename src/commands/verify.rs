@@ -24,6 +24,7 @@ use crate::observe::status::{Direction, Phase};
 use crate::source::catalog::{self, Table};
 use crate::state_directory::StateDirectory;
 use crate::target::ledger::{self, LedgerTable};
+use crate::unstreamed;
 use crate::verify::online::Online;
 use crate::verify::point::{APPLICATION_NAME, CommonPoint};
 use crate::verify::{self, Progress, Report, Verification, record};
@@ -85,7 +86,9 @@ async fn compare_servers(
     let (source, target) = (source.with_connections_max(caps.source), target.with_connections_max(caps.target));
     // The tables that were migrated; without a ledger, those of the source.
     let ledger = target.connect(APPLICATION_NAME).await?;
-    let recorded: Option<Vec<LedgerTable>> = match ledger::load(&ledger).await? {
+    let migration = ledger::load(&ledger).await?;
+    let moves_large_objects = migration.as_ref().is_none_or(|migration| migration.scope.moves_large_objects());
+    let recorded: Option<Vec<LedgerTable>> = match migration {
         Some(migration) if migration.phase == ledger::Phase::CutOver && !migration.scope.map_schemas.is_empty() => {
             let text = "the cutover has given the target's schemas other names, and tables are compared by theirs";
             return Err(
@@ -139,6 +142,17 @@ async fn compare_servers(
         }
     };
     drop(shown);
+    // As of another moment than the tables, since no stream carries them.
+    let report =
+        match wanted.tables.is_none() && wanted.sample_percent.is_none() && !filters.is_part() && moves_large_objects {
+            true => {
+                let (source, target) =
+                    tokio::try_join!(source.connect(APPLICATION_NAME), target.connect(APPLICATION_NAME))?;
+                report
+                    .with_large_objects(unstreamed::compare::large_objects(&source, &target, recorded.is_some()).await?)
+            }
+            false => report,
+        };
     let report = with_insert_only(report, recorded.as_deref().unwrap_or_default());
     if directory.is_some() && recorded.is_some() {
         keep(&target, &report, point.as_ref(), options.tables.is_none() && !filters.is_part(), began.elapsed()).await?;
@@ -149,6 +163,17 @@ async fn compare_servers(
 
 fn verdict(report: &Report, online: bool) -> Result<()> {
     let differs = report.tables.iter().any(|table| !table.equal);
+    if let Some(found) = report.large_objects.as_ref().filter(|found| !differs && found.different_total > 0) {
+        let text = format!("{} large objects differ", found.different_total);
+        let oids: Vec<String> = found.different.iter().map(u32::to_string).collect();
+        let hint = format!(
+            "Find out who writes to the target. There, DELETE FROM walferry.large_object WHERE loid IN ({}); has these copied again \
+             within a minute while the migration follows, and by the cutover at the latest.",
+            oids.join(", ")
+        );
+        let error = Error::new(ErrorKind::Different, text);
+        return Err(if online { error.hint(hint) } else { error });
+    }
     if !differs {
         if !report.stale.is_empty() {
             let text = format!(
@@ -312,6 +337,10 @@ pub(super) async fn repair(options: cli::Repair) -> Result<()> {
     let directory = StateDirectory::at(path);
     let (_, target) = known(either_or_known(&options.servers, path)?, path).await?;
     let client = target.connect(APPLICATION_NAME).await?;
+    if ledger::load(&client).await?.is_none() {
+        return Err(Error::new(ErrorKind::Blocked, format!("{} holds no ledger of a migration", target.describe()))
+            .hint("`walferry status` shows what runs in --dir; only a migration that follows can be repaired."));
+    }
     let recorded: Vec<Table> = ledger::tables(&client).await?.into_iter().map(|entry| entry.table).collect();
     let Some(names) = what_to_repair(&client, options.tables).await? else {
         return if options.json {
@@ -335,7 +364,9 @@ pub(super) async fn repair(options: cli::Repair) -> Result<()> {
     };
     follows_again(&directory).await?;
     let relids: Vec<i64> = chosen.iter().map(|table| i64::from(table.relid)).collect();
-    let statement = "SELECT coalesce(sum(rows_copied), 0)::int8 FROM walferry.source_table WHERE relid = ANY ($1)";
+    // The rows of a hypertable are in its chunks.
+    let statement = "SELECT coalesce(sum(rows_copied), 0)::int8 FROM walferry.source_table \
+                     WHERE relid = ANY ($1) OR (definition->'chunk'->>'relid')::int8 = ANY ($1)";
     let row = client.query_typed_one(statement, &[(&relids, Type::INT8_ARRAY)]).await;
     let copied: i64 = row.context(|| "asking the ledger what was copied".into())?.get(0);
     let names: Vec<String> = chosen.iter().map(|table| table.qualified()).collect();

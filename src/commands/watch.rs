@@ -7,8 +7,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::{print, read_status};
+use crate::control::{Answer, Conversation, Request};
 use crate::error::{Context, Result};
 use crate::migrate::stop_signal;
+use crate::observe::history::Point;
 use crate::observe::render;
 use crate::observe::status::Status;
 use crate::observe::watch::{Look, Screen, Shown, Signal, draw};
@@ -34,6 +36,7 @@ pub(super) async fn watch(directory: &StateDirectory) -> Result<Status> {
     // Without a migration there is nothing to watch; later on it may go away and come back.
     let first = read_status(directory).await?;
     let mut shown = Shown::new(directory.path().display().to_string());
+    shown.remember(&remembered(directory).await);
     shown.take(first.clone());
     let look = Look::detect();
     let drawing = || "drawing on the terminal".to_owned();
@@ -59,6 +62,15 @@ pub(super) async fn watch(directory: &StateDirectory) -> Result<Status> {
     let last = shown.status().cloned().unwrap_or(first);
     print(&format!("{}\n", render::one_line(&last)))?;
     Ok(last)
+}
+
+/// The last hour, as the migration that runs remembers it; nothing where none runs, or an older one.
+async fn remembered(directory: &StateDirectory) -> Vec<Point> {
+    let asked = async { Conversation::begin(directory, &Request::History).await?.next().await };
+    match tokio::time::timeout(ANSWER_MAX, asked).await {
+        Ok(Ok(Answer::History(points))) => points,
+        _ => Vec::new(),
+    }
 }
 
 async fn ask(directory: StateDirectory, answers: mpsc::Sender<Result<Status, String>>) {

@@ -24,7 +24,8 @@ pub(super) fn parameters(text: &str) -> Result<Parameters> {
         Some(rest) => Url { text, rest, found: Vec::new() }.parse(),
         None if looks_like_another_url(text) => Err(wrong(
             "the connection string is a URL of another kind: it has to begin with postgresql:// or postgres://",
-        )),
+        )
+        .hint("A URL such as postgres://user@host:5432/database, or pairs such as host=… port=5432 user=… dbname=…")),
         None => key_values(text),
     }
 }

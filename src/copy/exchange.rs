@@ -23,7 +23,8 @@ use crate::observe::status::Level;
 use crate::source::catalog::Table;
 use crate::source::snapshot;
 use crate::target::ledger::{self, Part};
-use crate::timescale::rows;
+use crate::timescale::exchange::{self as chunk_exchange, Found, Hypertables};
+use crate::timescale::{self, ChunkOf, rows};
 use crate::verify::{self, Mismatch, Sessions};
 
 /// A table of more bytes is read in ranges, by all sessions.
@@ -40,11 +41,17 @@ pub(super) async fn exchange(
     part: &Part,
     jobs: usize,
     pairs: &mut Pairs,
+    hypertables: &mut Hypertables,
 ) -> Result<Outcome> {
     let Some(table) = copier.tables.get(&part.relid) else {
         return Err(Error::new(ErrorKind::Other, format!("the ledger has a part of an unknown table {}", part.relid)));
     };
-    let wanted = if table.bytes > READ_IN_RANGES_ABOVE_BYTES { jobs.max(1) } else { 1 };
+    if table.is_hypertable {
+        let target = copier.target.connect(&copier.application_name).await?;
+        return without_rows(table, part, &target).await;
+    }
+    let in_ranges = table.bytes > READ_IN_RANGES_ABOVE_BYTES && table.chunk.is_none();
+    let wanted = if in_ranges { jobs.max(1) } else { 1 };
     // One may have made way since.
     pairs.retain(|(source, target)| !source.is_closed() && !target.is_closed());
     // Nor does anybody need those that were tuned away.
@@ -57,10 +64,15 @@ pub(super) async fn exchange(
     }
     let rest = pairs.split_off(wanted);
     let mut same_file = true;
-    for (source, _) in pairs.iter() {
+    for (source, target) in pairs.iter() {
         snapshot::import(source, snapshot).await?;
         // In each of them: the watchdog can end one, and its lock with it, while the others go on reading.
-        same_file &= is_same_file(connection::first_row(source, &file_statements(table)).await, table)?;
+        let answer = connection::first_row(source, &file_statements(table)).await;
+        if timescale::copy::is_dropped(table, &answer) {
+            source.batch_execute("ROLLBACK").await?;
+            return without_rows(table, part, target).await;
+        }
+        same_file &= is_same_file(answer, table)?;
     }
     if !same_file {
         for (source, _) in pairs.iter() {
@@ -69,9 +81,17 @@ pub(super) async fn exchange(
         pairs.extend(rest);
         return Ok(Outcome::Stale);
     }
-    let sessions = Sessions::new(std::mem::take(pairs)).await?;
-    let outcome = in_sessions(copier, table, part, &sessions).await;
-    let used = sessions.into_inner();
+    let (outcome, used) = match (&table.chunk, pairs.pop()) {
+        (Some(chunk), Some((mut source, target))) => {
+            let outcome = of_chunk(copier, (table, chunk, part), &mut source, &target, hypertables).await;
+            (outcome, vec![(source, target)])
+        }
+        (_, last) => {
+            let sessions = Sessions::new(std::mem::take(pairs).into_iter().chain(last).collect()).await?;
+            let outcome = in_sessions(copier, table, part, &sessions).await;
+            (outcome, sessions.into_inner())
+        }
+    };
     // Ends the transactions on the source, and with them the locks (H9). It also shows which session is gone.
     let mut made_way = false;
     for (source, _) in &used {
@@ -89,6 +109,58 @@ pub(super) async fn exchange(
         }
         outcome => outcome.context(|| format!("comparing {} with the source", table.qualified())),
     }
+}
+
+/// The rows of a hypertable are in its chunks, and a chunk that the source has dropped has none: neither is compared.
+async fn without_rows(table: &Table, part: &Part, target: &Client) -> Result<Outcome> {
+    target.batch_execute("BEGIN").await?;
+    if table.chunk.is_some() {
+        timescale::live::note_gone(target, table).await?;
+    }
+    let complete = ledger::part_copied(target, part, 0).await?;
+    target.batch_execute("COMMIT").await?;
+    Ok(Outcome::Copied(complete))
+}
+
+/// A chunk, whose rows may stand in other chunks on the target.
+async fn of_chunk(
+    copier: &Copier,
+    (table, chunk, part): (&Table, &ChunkOf, &Part),
+    source: &mut Client,
+    target: &Client,
+    hypertables: &mut Hypertables,
+) -> Result<Outcome> {
+    let other = match chunk_exchange::look(source, target, (table, chunk), format_of(table), hypertables).await? {
+        Found::Stale => return Ok(Outcome::Stale),
+        Found::Same => None,
+        Found::Other(other) => Some(other),
+    };
+    target
+        .batch_execute(&format!("BEGIN; SET LOCAL synchronous_commit = off; {}", copier.role.begin_statement()))
+        .await?;
+    let mut progress = copier.board.table(table.relid).map(|progress| progress.begin_part());
+    let mut copied = 0;
+    if let Some(other) = &other {
+        target.batch_execute(rows::SETTINGS).await?;
+        let deleted = target.execute_typed(&other.delete, &[]).await?;
+        copied = send_rows(source, &other.out, target, &other.into, progress.as_mut(), copier.tune.pace()).await?;
+        if copied.cast_signed() != other.rows {
+            let text = format!("{copied} rows of {} came over, and it has {}", table.qualified(), other.rows);
+            return Err(Error::new(ErrorKind::Divergence, text).hint("Run the same command again."));
+        }
+        let text = format!(
+            "{}: its {copied} rows were copied again into {}, in the place of {deleted} on the target",
+            table.qualified(),
+            chunk.qualified()
+        );
+        copier.board.event(Level::Info, text);
+    }
+    let complete = ledger::part_copied(target, part, copied).await?;
+    target.batch_execute("COMMIT").await?;
+    if let Some(progress) = progress {
+        progress.committed();
+    }
+    Ok(Outcome::Copied(complete))
 }
 
 async fn in_sessions(copier: &Copier, table: &Table, part: &Part, sessions: &Sessions) -> Result<Outcome> {

@@ -44,6 +44,7 @@ use crate::target::ledger::Part;
 use crate::target::role::ApplyRole;
 use crate::timescale::copying;
 use crate::timescale::declaration::Hypertable;
+use crate::timescale::exchange::Hypertables;
 
 pub use plan::plan;
 
@@ -220,7 +221,7 @@ impl Copier {
         let _shown = Shown(&self.board);
         let all = async {
             let mut stale = BTreeSet::new();
-            let mut pairs = Vec::new();
+            let (mut pairs, mut hypertables) = (Vec::new(), Hypertables::default());
             let mut paused = self.paused.clone();
             for part in parts {
                 loop {
@@ -228,7 +229,7 @@ impl Copier {
                     self.tune.pace().may_go_on().await;
                     let jobs = *self.tune.copy_jobs().borrow();
                     self.board.set_copy_jobs(1);
-                    match exchange::exchange(self, snapshot, part, jobs, &mut pairs).await? {
+                    match exchange::exchange(self, snapshot, part, jobs, &mut pairs, &mut hypertables).await? {
                         Outcome::Copied(_) => {
                             // The receiver outlives the copy; if it is gone, so is the migration.
                             let _ = completed.send(part.relid);

@@ -38,6 +38,7 @@ mod record;
 mod rehearse;
 mod sequences;
 mod timer;
+mod trial;
 mod unique;
 pub(crate) mod unlogged;
 
@@ -217,7 +218,7 @@ impl Cutover<'_> {
         let look_at_most = timer.left() / 3;
         let known = timer.within(async {
             unique::hold(&sessions.checker, &tables).await?;
-            let late = AtCutover::plan(&sessions.target).await?;
+            let (late, restorable) = self.try_decision(&sessions, &tables).await?;
             if !late.later().is_empty() {
                 // It may take a part of the time, and leaves the rest for the cutover itself.
                 let skipped = orphans::none(&sessions.source, &sessions.checker, look_at_most).await?;
@@ -227,11 +228,6 @@ impl Cutover<'_> {
                         "foreign keys that there was no time to look at are validated after the release"
                     );
                 }
-            }
-            let mut restorable = schema::restorable(&sessions.target, &tables).await?;
-            if self.scope.data_only {
-                // Its triggers and rules were made there, and are as they were.
-                restorable.iter_mut().for_each(|table| table.firing.clear());
             }
             let margin = options.sequence_margin;
             let sequences = sequences::list(&sessions.source, &sessions.target, self.scope, margin).await?;

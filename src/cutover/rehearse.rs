@@ -114,7 +114,7 @@ fn milliseconds(duration: Duration) -> f64 {
 }
 
 impl Cutover<'_> {
-    /// Looks at everything that a cutover would, and touches nothing but the WAL, in which markers are sent.
+    /// Looks at everything that a cutover would, and touches nothing but the WAL, in which markers are sent, and our ledger.
     ///
     /// # Errors
     /// `Aborted` when a server cannot be asked, or it takes longer than the options' timeout.
@@ -145,6 +145,11 @@ impl Cutover<'_> {
         )?;
         let last_look = began.elapsed();
         preconditions.push(Finding::of("constraints", "the target's deferrable constraints hold", constraints)?);
+        let decision = self.try_decision(&sessions, &tables).await.map(drop).map_err(|error| match error.kind() {
+            ErrorKind::Aborted => error.with_kind(ErrorKind::Blocked),
+            _ => error,
+        });
+        preconditions.push(Finding::of("decision", "what the decision makes fits the target", decision)?);
         let sequences = sequences::list(&sessions.source, &sessions.target, self.scope, 0).await?.count();
         let patience = super::options::limit(options.max_write_stall_seconds);
         let measured = Measured::take(&sessions.source, &sessions.target, &self.applied, last_look);

@@ -175,6 +175,7 @@ impl Several {
             replicate_ddl: self.config.replicate_ddl,
             owners: &self.config.owners,
             replica_identity_full: self.config.replica_identity_full,
+            pause_source_jobs: self.config.pause_source_jobs,
             estimate: Duration::ZERO,
         };
         let checked = check::all(source, target, databases, &inputs, self.config.reverse).await?;

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::http::{Response, accept, bind_later, response};
 use crate::observe::metrics;
-use crate::observe::page::{self, History};
+use crate::observe::page;
 use crate::observe::status::Phase;
 
 /// The boards of the migrations of this process.
@@ -44,11 +44,11 @@ impl Boards {
 }
 
 /// A running server; it ends when this is dropped.
-pub struct Server(Vec<AbortHandle>);
+pub struct Server(AbortHandle);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.0.iter().for_each(AbortHandle::abort);
+        self.0.abort();
     }
 }
 
@@ -73,7 +73,6 @@ pub async fn serve(address: SocketAddr, boards: Boards) -> Result<Server> {
             return Err(Error::new(ErrorKind::Usage, message).hint("--http-addr takes an address of this machine"));
         }
     };
-    let mut tasks = Vec::new();
     let mut app = Router::new()
         .route("/", get(index))
         .route("/metrics", get(metrics_page))
@@ -82,10 +81,8 @@ pub async fn serve(address: SocketAddr, boards: Boards) -> Result<Server> {
         .fallback(not_found)
         .with_state(boards.clone());
     for (number, (_, board)) in (1..).zip(&boards.boards) {
-        let history = History::default();
-        tasks.push(tokio::spawn(history.clone().keep(board.clone())).abort_handle());
-        let one = page::router(board.clone(), history)
-            .merge(Router::new().route("/status", get(status_of)).with_state(board.clone()));
+        let one =
+            page::router(board.clone()).merge(Router::new().route("/status", get(status_of)).with_state(board.clone()));
         // With a slash at its end: the page asks for what lies beside it.
         app = app.nest(&format!("/databases/{number}/"), one);
     }
@@ -100,8 +97,7 @@ pub async fn serve(address: SocketAddr, boards: Boards) -> Result<Server> {
         };
         accept(listener, app).await;
     };
-    tasks.push(tokio::spawn(serving).abort_handle());
-    Ok(Server(tasks))
+    Ok(Server(tokio::spawn(serving).abort_handle()))
 }
 
 /// Where to find the page of each.

@@ -18,6 +18,7 @@ use crate::apply::layout::Layout;
 use crate::control::{Answer, CutoverRequest};
 use crate::cutover::{self, Arming, Closed, Cutover, GivenUp, Measured, SOURCE_BLOCKER, WayBack};
 use crate::error::{Error, ErrorKind, Result};
+use crate::observe::board::LAG_UNKNOWN;
 use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::queue::Queue;
 use crate::record::What;
@@ -165,6 +166,8 @@ impl Running {
             // Nobody has asked for the rest of the database to be closed.
             request.options.fence = cutover::FenceMode::Tables;
         }
+        // What stands against it on the source it looks at itself, and knows what is waived; the lag it measures.
+        let measured = |blocker: &String| blocker.starts_with(SOURCE_BLOCKER) || blocker == LAG_UNKNOWN;
         let blockers = self.board.snapshot().blockers;
         let cutover = Cutover {
             source: &self.config.source,
@@ -174,8 +177,7 @@ impl Running {
             scope: if self.direction == Direction::There { &scope } else { &WHOLE_DATABASE },
             unstreamed: &scope,
             applied: applied.clone(),
-            // What stands against it on the source it looks at itself, and knows what is waived.
-            blockers: blockers.into_iter().filter(|blocker| !blocker.starts_with(SOURCE_BLOCKER)).collect(),
+            blockers: blockers.into_iter().filter(|blocker| !measured(blocker)).collect(),
             way_back: way_back.clone(),
             owners: &self.config.owners,
             target_closed,

@@ -28,6 +28,7 @@ use crate::source::replication::ReplicationSession;
 use crate::source::slot;
 use crate::state_directory::queue_name;
 use crate::target::ledger::{self, Migration, Resynced, ThrownAway};
+use crate::timescale::live;
 use crate::{unstreamed, verify};
 
 impl Running {
@@ -52,11 +53,7 @@ impl Running {
                 self.compare_tables_again(target, &migration, names).await?;
                 None
             }
-            Heal::Everything => {
-                let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
-                hypertables::can_be_compared_again(&tables.iter().collect::<Vec<_>>())?;
-                Some(self.resync(target, &migration).await?)
-            }
+            Heal::Everything => Some(self.resync(target, &migration).await?),
         };
         *heal = Heal::Nothing;
         Ok((self.load(target).await?, held))
@@ -70,7 +67,7 @@ impl Running {
 
     async fn compare_tables_again(&self, target: &mut Client, migration: &Migration, names: &[String]) -> Result<()> {
         let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
-        let chosen = verify::choose(&tables, Some(names))?;
+        let chosen = hypertables::with_chunks(&tables, &verify::choose(&tables, Some(names))?);
         let source = self.config.source.connect(&self.application_name).await?;
         let lost = self.look_for_a_loss(migration, &source, target).await?;
         let up_to = match &lost {
@@ -101,7 +98,6 @@ impl Running {
         chosen: &[&Table],
         up_to: Option<Lsn>,
     ) -> Result<()> {
-        hypertables::can_be_compared_again(chosen)?;
         // Whatever was applied or lost is visible to a snapshot in which this transaction, which begins now, has ended (H1).
         let assigned: String = source
             .query_typed_one("SELECT pg_catalog.txid_current()::text", &[])
@@ -118,7 +114,10 @@ impl Running {
             self.make_way_for_queue(thrown_away.queue, migration)?;
         }
         ledger::compare_again(target, &tables, floor, thrown_away.as_ref()).await?;
-        let names: Vec<String> = chosen.iter().map(|table| format!("{}.{}", table.schema, table.name)).collect();
+        let named = chosen
+            .iter()
+            .filter(|table| table.chunk.as_ref().is_none_or(|of| !chosen.iter().any(|root| root.relid == of.relid)));
+        let names: Vec<String> = named.map(|table| format!("{}.{}", table.schema, table.name)).collect();
         self.board.event(Level::Info, format!("comparing with the source again: {}", names.join(", ")));
         if let Some(up_to) = up_to {
             let text = format!("the damaged queue is thrown away up to {up_to}; the source sends the rest again");
@@ -203,13 +202,16 @@ impl Running {
         let recorded: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
         let recorded: Vec<&Table> = recorded.iter().collect();
         let tables = reconcile::redefine(&source, target, &recorded, Stream::New).await?;
-        for gone in recorded.iter().filter(|table| !tables.iter().any(|now| now.table.relid == table.relid)) {
+        let is_gone =
+            |table: &&&Table| table.chunk.is_none() && !tables.iter().any(|now| now.table.relid == table.relid);
+        for gone in recorded.iter().filter(is_gone) {
             let name = gone.qualified();
             let text =
                 format!("{name} is gone from the source and is set aside: what the target has of it stays as it is");
             self.board.event(Level::Warn, text);
         }
-        let published: Vec<Table> = tables.iter().map(|table| table.table.clone()).collect();
+        let chunks = live::unknown(&source, &recorded).await?;
+        let published: Vec<Table> = tables.iter().map(|table| &table.table).chain(&chunks).cloned().collect();
         self.board.event(Level::Info, "a new slot is made, then every table is compared");
         self.drop_slot(&source, &migration.slot).await?;
         slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published)
@@ -218,8 +220,10 @@ impl Running {
         let new = self.make_slot(&source, &migration.slot).await?;
         let (before, mut after) = (identities(&published), identities(&catalog::tables(&source).await?));
         after.retain(|relid, _| before.contains_key(relid));
+        // Of one that the slot's snapshot shows, the stream has not all (H2).
+        let missed = live::unknown(&source, &published.iter().collect::<Vec<_>>()).await?;
         source.batch_execute("COMMIT").await?;
-        if before != after {
+        if before != after || !missed.is_empty() {
             return Err(Error::new(ErrorKind::Transient, "the source's tables changed while the slot was made"));
         }
 
@@ -234,6 +238,7 @@ impl Running {
             source_timeline: timeline,
             queue: &queue,
             tables: &tables,
+            chunks: &chunks,
         };
         self.make_way_for_queue(&queue, migration)?;
         unstreamed::forget(target).await?;
@@ -241,7 +246,7 @@ impl Running {
         GivenUp::forget(self.directory.directory());
         self.board.event(
             Level::Info,
-            format!("slot {} at {}: {} tables to compare", migration.slot, new.consistent_point, tables.len()),
+            format!("slot {} at {}: {} tables to compare", migration.slot, new.consistent_point, published.len()),
         );
         Ok(Held { snapshot: new.snapshot, is_recorded: true, was_planned: false })
     }

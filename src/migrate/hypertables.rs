@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::Type;
 
+use super::prepare::identities;
 use super::{Direction, Running};
 use crate::apply::change::Change;
 use crate::connection::ConnectionSpec;
@@ -11,8 +14,8 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::source::catalog;
 use crate::source::catalog::Table;
-use crate::target::ledger::{LedgerTable, SchemaItem};
-use crate::timescale::{self, live, prepare, recreate};
+use crate::target::ledger::{LedgerTable, Migration, SchemaItem};
+use crate::timescale::{self, live, pause, prepare, recreate};
 
 impl Running {
     /// Sets what the stream of hypertables needs, and has the whole row identify those of continuous aggregates, before the slot (H2).
@@ -30,6 +33,39 @@ impl Running {
         self.board.event(Level::Info, format!("on the source, until `walferry clean`: {}", set.join(", ")));
         let aggregates = prepare::of_aggregates(source, &catalog::tables(source).await?).await?;
         self.set_replica_identities(source, target, &aggregates).await
+    }
+
+    /// Pauses the source's jobs where that is asked for, and starts what an earlier run of this migration has paused where it is not.
+    pub(super) async fn let_source_jobs_rest_or_run(&self, target: &mut Client) -> Result<()> {
+        if self.direction == Direction::Back {
+            return Ok(());
+        }
+        let directory = self.directory.directory().path();
+        if self.config.pause_source_jobs {
+            let source = self.config.source.connect(&self.application_name).await?;
+            let paused = pause::pause(&source, target, directory).await?;
+            if !paused.paused.is_empty() {
+                let text =
+                    format!("jobs of the source are paused, until `walferry clean`: {}", paused.paused.join(", "));
+                self.board.event(Level::Info, text);
+            }
+            if !paused.not_ours.is_empty() {
+                let text = format!("jobs of other roles run on: {}", paused.not_ours.join(", "));
+                self.board.event(Level::Warn, text);
+            }
+            return Ok(());
+        }
+        let mut started = Vec::new();
+        if !pause::noted(target).await?.is_empty() {
+            let source = self.config.source.connect(&self.application_name).await?;
+            started = pause::resume(&source, target).await?;
+        }
+        started.extend(pause::resume_noted_in(directory, &self.config.source, false).await?);
+        if !started.is_empty() {
+            let text = format!("jobs of the source that were paused run again: {}", started.join(", "));
+            self.board.event(Level::Info, text);
+        }
+        Ok(())
     }
 
     /// Makes the extension on the target, where the source has it, and puts the session into restoring mode: to it, hypertables are
@@ -75,6 +111,7 @@ impl Running {
     pub(super) async fn take_up_chunks(&self, change: &Change) -> Result<()> {
         let (source, mut target) = (self.config.source.connect(&self.application_name).await?, self.target().await?);
         let migration = self.load(&target).await?;
+        live::until_visible(&source, change.head.xid).await?;
         let found = live::take_up(&source, &mut target, &migration, Some(&change.announced)).await?;
         self.say_what_was_taken_up(&found)
     }
@@ -147,17 +184,63 @@ pub(super) fn is_on_target(table: &Table) -> bool {
     }
 }
 
+/// Whether publishing these tables failed because one of them is gone: chunks go by retention, and the rest is looked at again then.
+///
+/// # Errors
+/// What it failed by otherwise.
+pub(super) fn is_only_gone(tables: &[Table], outcome: Result<()>) -> Result<bool> {
+    match outcome {
+        Err(error)
+            if error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE)
+                && tables.iter().any(|table| table.chunk.is_some()) =>
+        {
+            Ok(true)
+        }
+        outcome => outcome.map(|()| false),
+    }
+}
+
+/// Which tables are in the migration's publications, in the transaction under whose snapshot that is to be; nothing without chunks.
+pub(super) async fn published(source: &Client, migration: &Migration, tables: &[Table]) -> Result<BTreeSet<u32>> {
+    match tables.iter().any(|table| table.chunk.is_some()) {
+        true => Ok(live::published(source, migration).await?.into_keys().collect()),
+        false => Ok(BTreeSet::new()),
+    }
+}
+
+/// Whether what was published before the slot is what its snapshot shows. Chunks come and go in between: one that is gone is missed by
+/// nobody, and one that came is published too where its session did that, since its first moment and so since before the slot (H2).
+pub(super) fn are_published(before: &[Table], now: &[Table], in_publication: &BTreeSet<u32>) -> bool {
+    let chunks: BTreeSet<u32> = before.iter().chain(now).filter(|of| of.chunk.is_some()).map(|of| of.relid).collect();
+    let (before, now) = (identities(before), identities(now));
+    let stays = |relid: &u32| now.contains_key(relid) || chunks.contains(relid);
+    let fits = |(relid, shape)| match before.get(relid) {
+        Some(was) => was == shape,
+        None => chunks.contains(relid) && in_publication.contains(relid),
+    };
+    before.keys().all(stays) && now.iter().all(fits)
+}
+
+/// Whether one of these chunks has gone: `pg_dump` under an older snapshot cannot lock it.
+pub(super) async fn is_gone_since(source: &Client, tables: &[Table]) -> Result<bool> {
+    let chunks: Vec<u32> = tables.iter().filter(|table| table.chunk.is_some()).map(|table| table.relid).collect();
+    let gone = "SELECT count(*) < cardinality($1) FROM pg_catalog.pg_class WHERE oid = ANY ($1)";
+    Ok(!chunks.is_empty() && source.query_typed_one(gone, &[(&chunks, Type::OID_ARRAY)]).await?.get::<_, bool>(0))
+}
+
 /// The relation of compressed rows belongs to its chunk: so do the indexes of it.
 pub(super) fn chunk_of_compressed(tables: &[LedgerTable]) -> Vec<(u32, u32)> {
     let pair = |table: &Table| Some((table.chunk.as_ref()?.compressed.as_ref()?.relid, table.relid));
     tables.iter().filter_map(|entry| pair(&entry.table)).collect()
 }
 
-/// Rows of hypertables stand in other chunks on the target, and are not exchanged place by place.
-pub(super) fn can_be_compared_again(tables: &[&Table]) -> Result<()> {
-    let Some(table) = tables.iter().find(|table| table.is_hypertable || table.chunk.is_some()) else { return Ok(()) };
-    let text = format!("{} is a hypertable, and those are not compared and copied again", table.qualified());
-    Err(Error::new(ErrorKind::Blocked, text).hint("Begin anew: `walferry clean`, then `walferry migrate`."))
+/// The tables that are compared again where these are chosen: the rows of a hypertable are in its chunks.
+pub(super) fn with_chunks<'a>(tables: &'a [Table], chosen: &[&'a Table]) -> Vec<&'a Table> {
+    let roots: BTreeSet<u32> = chosen.iter().filter(|table| table.is_hypertable).map(|table| table.relid).collect();
+    let is_chosen = |table: &Table| chosen.iter().any(|other| other.relid == table.relid);
+    let is_of_root = |table: &Table| table.chunk.as_ref().is_some_and(|of| !of.is_gone && roots.contains(&of.relid));
+    let more = tables.iter().filter(|table| is_of_root(table) && !is_chosen(table));
+    chosen.iter().copied().chain(more).filter(|table| !live::is_gone(table)).collect()
 }
 
 /// The OIDs of chunks.

@@ -15,6 +15,7 @@ use crate::state_directory::{FIRST_QUEUE, Identity, LockedDirectory};
 use crate::target::ddl;
 use crate::target::ledger::{self, Migration, Phase};
 use crate::target::role::ApplyRole;
+use crate::timescale;
 
 /// How long the sessions of a process that died may take to end.
 const ALONE_WITHIN_SECONDS: u32 = 15;
@@ -41,7 +42,7 @@ pub(super) async fn identify(
                 {
                     // What died in the middle of it may still hold the ledger's locks (H18).
                     super::prepare::end_sessions(&target, &application_name(&migration.id)).await?;
-                    restore_replica_identities(config, &target, &application_name(&migration.id)).await?;
+                    give_back_to_the_source(config, &target, &application_name(&migration.id)).await?;
                     remove_unprepared(&mut target).await?;
                     None
                 }
@@ -129,6 +130,7 @@ pub(super) async fn identify(
         replicate_ddl: config.replicate_ddl,
         owners: &config.owners,
         replica_identity_full: config.replica_identity_full,
+        pause_source_jobs: config.pause_source_jobs,
         estimate: std::time::Duration::ZERO,
     })
     .await?;
@@ -301,13 +303,16 @@ async fn write_down(config: &Config, directory: &LockedDirectory, identity: Opti
 }
 
 /// What a preparation that was interrupted had changed on the source, as its ledger says, which goes.
-async fn restore_replica_identities(config: &Config, target: &tokio_postgres::Client, name: &str) -> Result<()> {
+async fn give_back_to_the_source(config: &Config, target: &tokio_postgres::Client, name: &str) -> Result<()> {
     let before = ledger::replica_identities(target).await?;
-    if !before.is_empty() {
+    let paused = timescale::pause::noted(target).await?;
+    if !before.is_empty() || !paused.is_empty() || timescale::prepare::is_of_timescaledb(target).await? {
         let source = config.source.connect("walferry").await?;
         // One that still waits for a table's lock would change it afterwards.
         super::prepare::end_sessions(&source, name).await?;
         identity::restore(&source, &before, identity::On::Source).await?;
+        timescale::prepare::put_back(&source, target).await?;
+        timescale::pause::resume(&source, target).await?;
     }
     Ok(())
 }

@@ -258,7 +258,9 @@ impl Running {
         layout.has_hypertables = timescale::prepare::is_of_timescaledb(target).await?;
         if ddl::is_replicated(target).await? {
             let prefix = crate::source::ddl::prefix(&migration.id);
-            layout.ddl = Some(Ddl { prefix, owners: self.config.owners.clone() });
+            let source = self.config.source.connect(&self.application_name).await?;
+            let key = crate::source::ddl::Key::read(&source, &migration.id).await?;
+            layout.ddl = Some(Ddl { prefix, key, owners: self.config.owners.clone() });
         }
         Ok(Arc::new(layout))
     }
@@ -368,10 +370,16 @@ impl Running {
         );
         // Event triggers are among the last of them.
         unstreamed::silence_event_triggers(target).await;
-        let chunks = hypertables::chunks(&ledger::tables(target).await?);
+        let entries = ledger::tables(target).await?;
+        let chunks = hypertables::chunks(&entries);
+        let tables: Vec<Table> = entries.into_iter().map(|entry| entry.table).collect();
         for (position, item) in &items {
             if item.relid.is_some_and(|relid| chunks.contains(&relid)) && hypertables::comes_with_hypertable(item) {
                 target.batch_execute(&ledger::mark_done(*position)).await?;
+                continue;
+            }
+            if schema::would_fire(item) {
+                schema::run_quieted_item(target, *position, item, &tables).await?;
                 continue;
             }
             if let Some(left_out) = schema::run_post_data_item(target, *position, item).await? {
@@ -392,7 +400,6 @@ impl Running {
             self.board.event(Level::Info, text);
         }
         // Before anything is applied with them in place.
-        let tables: Vec<Table> = ledger::tables(target).await?.into_iter().map(|entry| entry.table).collect();
         let migration = self.load(target).await?;
         let relaxed = match migration.apply_role {
             // What the target had before is as it was, and `check` has found nothing there that fires.

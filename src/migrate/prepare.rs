@@ -8,9 +8,8 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 
-use super::{Direction, Running};
+use super::{Direction, Running, hypertables};
 use crate::check::tools;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -79,17 +78,17 @@ impl Running {
         }
         self.prepare_hypertables(&source, target).await?;
         let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
-        let (publication, insert_only) = (&migration.publication, &migration.insert_only_publication);
-        match slot::create_publications(&source, publication, insert_only, &published).await {
-            // A chunk that has been dropped or compressed meanwhile.
-            Err(error) if error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
-            created => created?,
+        let created =
+            slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published);
+        if hypertables::is_only_gone(&published, created.await)? {
+            return Ok(None);
         }
         identity::note(&source, &migration.publication, &ledger::replica_identities(target).await?).await?;
         // Before the slot: of every transaction that it sends, the DDL is told of.
         if is_replicated(&self.target().await?).await? {
             ddl::create(&source, &migration.id, &migration.publication, &migration.insert_only_publication).await?;
         }
+        let paused = timescale::pause::noted(target).await?;
         let new = self.make_slot(&source, &migration.slot).await?;
 
         let selection = migration.scope.select(&source).await?;
@@ -105,10 +104,11 @@ impl Running {
         };
         let of_timescaledb = match migration.scope.data_only || again.is_some() {
             true => Vec::new(),
-            false => timescale::prepare::catalog_items(&source, &self.config.owners).await?,
+            false => timescale::prepare::catalog_items(&source, &paused, &self.config.owners).await?,
         };
+        let of_chunks = hypertables::published(&source, migration, &tables).await?;
         source.batch_execute("COMMIT").await?;
-        if identities(&published) != identities(&tables) {
+        if !hypertables::are_published(&published, &tables, &of_chunks) {
             return Ok(None);
         }
         if target.is_closed() {
@@ -131,11 +131,14 @@ impl Running {
                 without_schema: again.as_ref().map(|_| recreate::schema::OF_CHUNKS),
                 role: migration.apply_role,
             };
-            let dumped = dump.read().await?;
+            let dumped = dump.read().await;
+            if dumped.is_err() && hypertables::is_gone_since(&source, &tables).await? {
+                return Ok(None);
+            }
             match again {
-                Some(again) => make_again(target, again, &mut tables, dumped).await?,
+                Some(again) => make_again(target, again, &mut tables, dumped?).await?,
                 None => {
-                    let items = schema::wanted(dumped, selection.as_ref().zip(schemas.as_ref()))?;
+                    let items = schema::wanted(dumped?, selection.as_ref().zip(schemas.as_ref()))?;
                     self.fit_to_hypertables(target, migration, &mut tables, items).await?
                 }
             }

@@ -7,7 +7,7 @@
 
 use tokio::sync::mpsc;
 
-use super::Running;
+use super::{Running, hypertables};
 use crate::control::{Answer, RepairRequest};
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::{Level, Phase};
@@ -70,7 +70,7 @@ impl Running {
         let mut target = self.target().await?;
         let migration = self.load(&target).await?;
         let tables: Vec<Table> = ledger::tables(&target).await?.into_iter().map(|entry| entry.table).collect();
-        let chosen = verify::choose(&tables, Some(names))?;
+        let chosen = hypertables::with_chunks(&tables, &verify::choose(&tables, Some(names))?);
         let source = self.config.source.connect(&self.application_name).await?;
         // The queue is open and goes on: nothing of it is lost.
         self.have_compared(&source, &mut target, &migration, &chosen, None).await

@@ -16,6 +16,7 @@ use crate::source::version::Version;
 use crate::state_directory::StateDirectory;
 use crate::target::role::ApplyRole;
 use crate::target::{roles, schema};
+use crate::timescale::{bare::Bare, prepare};
 use crate::unstreamed::large_object::Owners;
 use crate::unstreamed::silence_event_triggers;
 
@@ -76,19 +77,32 @@ pub async fn schema_only(
         snapshot: &snapshot,
         directory: directory.directory().path(),
         owners,
-        // No row is written.
         without_schema: None,
+        // No row is written.
         role: ApplyRole::Replica,
     };
-    let items = schema::wanted(dump.read().await?, selection.as_ref().map(|selection| (selection, &schemas)))?;
+    let bare = Bare::read(&from, owners).await?;
+    let mut dumped = dump.read().await?;
+    if let Some(bare) = &bare {
+        dumped = schema::without(dumped, &bare.chunks);
+    }
+    let items = schema::wanted(dumped, selection.as_ref().map(|selection| (selection, &schemas)))?;
     from.batch_execute("COMMIT").await?;
     let mut said = Vec::new();
+    let mut at_the_end = scope.rename_schemas();
+    if let Some(bare) = &bare {
+        prepare::create_extension(target, APPLICATION_NAME, &bare.extension, true).await?;
+        // Another session than that in which it was made; to this one, hypertables are ordinary tables.
+        to.batch_execute("SET timescaledb.restoring = on").await?;
+        at_the_end.push_str(&bare.statements());
+        said.extend(bare.say());
+    }
     if owners.create_roles {
         said.extend(roles::create_missing(&from, &mut to, owners, true).await?);
     }
     silence_event_triggers(&to).await;
     let extensions = extension_versions(&from, &to).await?;
-    said.extend(schema::restore_all(&mut to, &items, &extensions, &scope.rename_schemas()).await?);
+    said.extend(schema::restore_all(&mut to, &items, &extensions, &at_the_end).await?);
     directory.remove()?;
     Ok(Brought { statements: items.len(), said })
 }

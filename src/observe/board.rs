@@ -1,4 +1,6 @@
-//! The one place where the parts of the migration say how they are doing.
+//! The one place where the parts of the migration say how they are doing. How all of it is read is in `board/read.rs`.
+
+mod read;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
@@ -11,16 +13,18 @@ use crate::connection::ConnectionCount;
 use crate::cutover::GivenUpTry;
 use crate::error::{Error, Result};
 use crate::lsn::Lsn;
+use crate::observe::history::{History, Point};
 use crate::observe::lag::Pending;
 use crate::observe::metrics;
-use crate::observe::rates::{Counters, RateWindow, Rates};
+use crate::observe::rates::{Counters, RateWindow};
 use crate::observe::status::{
-    Apply, ConflictKind, ConnectionNumbers, Connections, Copy, CutoverOutlook, Direction, Event, Failure, Indexes, Lag,
-    Level, Phase, Queue, STATUS_VERSION, Source, Status, Stream, Table, TableConflicts, TableState, Target, WayBack,
+    ConflictKind, CutoverOutlook, Event, Failure, Level, Phase, Queue, Source, Target, WayBack,
 };
 use crate::observe::table_progress::TableProgress;
 use crate::observe::wall_clock;
 use crate::verify::Verification;
+
+pub(crate) use read::LAG_UNKNOWN;
 
 /// Events that are kept.
 const EVENTS_MAX: usize = 50;
@@ -93,6 +97,8 @@ struct Shared {
     queue: Mutex<Queue>,
     tables: Mutex<Tables>,
     rates: Mutex<RateWindow>,
+    /// What the plots show.
+    history: Mutex<History>,
     text: Mutex<Text>,
 }
 
@@ -122,6 +128,8 @@ struct Text {
     left_by_cutover: Option<String>,
     /// Why metrics and page are not served.
     not_served: Option<String>,
+    /// What is waited for and tried again.
+    waits: Option<String>,
     blockers: Vec<String>,
     cutover: CutoverOutlook,
     source: Source,
@@ -170,6 +178,7 @@ impl StatusBoard {
             way_back_lacks: None,
             left_by_cutover: None,
             not_served: None,
+            waits: None,
             blockers: Vec::new(),
             cutover: CutoverOutlook::default(),
             source: Source::default(),
@@ -208,6 +217,7 @@ impl StatusBoard {
             queue: Mutex::default(),
             tables: Mutex::default(),
             rates: Mutex::default(),
+            history: Mutex::default(),
             text: Mutex::new(text),
         };
         StatusBoard { shared: Arc::new(shared) }
@@ -217,6 +227,7 @@ impl StatusBoard {
     pub fn set_phase(&self, phase: Phase) {
         let changed = {
             let mut text = lock(&self.shared.text);
+            text.waits = None;
             std::mem::replace(&mut text.phase, phase) != phase
         };
         if changed {
@@ -243,6 +254,22 @@ impl StatusBoard {
         text.blockers = Vec::new();
         text.source = Source { description: source.into(), ..Source::default() };
         text.target = Target { description: target.into(), ..Target::default() };
+    }
+
+    /// Whether it is about the way back: [`StatusBoard::turn_back`].
+    pub fn is_turned_back(&self) -> bool {
+        lock(&self.shared.text).turned_back
+    }
+
+    /// Something does not answer, or refuses for now, and is tried again: an event, and in the status until something goes on.
+    pub fn try_again(&self, error: &Error) {
+        self.event(Level::Warn, format!("trying again: {error}"));
+        lock(&self.shared.text).waits = Some(format!("it waits, and tries again: {error}"));
+    }
+
+    /// What was tried again goes on.
+    pub fn goes_on(&self) {
+        lock(&self.shared.text).waits = None;
     }
 
     /// What the migration does now; on the way back, as if it were a migration of its own.
@@ -477,7 +504,12 @@ impl StatusBoard {
         *lock(&self.shared.connections) = Some([source.clone(), target.clone()]);
     }
 
-    /// Samples the rates and brings the metrics up to date, every second until the guard is dropped. Needs a tokio runtime.
+    /// The last hour, oldest first: what the plots of the page and of the terminal begin with.
+    pub fn history(&self) -> Vec<Point> {
+        lock(&self.shared.history).points()
+    }
+
+    /// Samples the rates, keeps them for the plots, and brings the metrics up to date, every second until the guard is dropped. Needs a tokio runtime.
     pub fn start_ticker(&self) -> Ticker {
         let board = self.clone();
         let task = tokio::spawn(async move {
@@ -486,10 +518,12 @@ impl StatusBoard {
             loop {
                 interval.tick().await;
                 board.tick(Instant::now());
+                let status = board.snapshot();
+                lock(&board.shared.history).add(Point::of(&status));
                 match &board.shared.metrics {
                     Some(own) => own.fold_observations(),
                     None => {
-                        metrics::publish(&board.snapshot());
+                        metrics::publish(&status);
                         metrics::fold_observations();
                     }
                 }
@@ -515,155 +549,6 @@ impl StatusBoard {
         };
         lock(&self.shared.rates).sample(now, counters);
     }
-
-    /// Everything, as it is now.
-    pub fn snapshot(&self) -> Status {
-        let rates = lock(&self.shared.rates).rates();
-        let tables = self.tables();
-        let copy = self.copy(&rates, &tables);
-        let lag = self.lag();
-        let (stream, apply) = (self.stream(&rates), self.apply(&rates));
-        let queue = lock(&self.shared.queue).clone();
-        let text = lock(&self.shared.text);
-        let blockers = blockers(&text, &stream, &apply, &queue);
-        let eta_seconds = eta_seconds(text.phase, &copy, &lag, &rates);
-        let wal_lsn = Lsn(self.shared.source_wal_lsn.load(Relaxed));
-        let source = Source { wal_lsn, ..text.source.clone() };
-        let reconnects = self.shared.reconnects[Side::Target as usize].load(Relaxed);
-        Status {
-            version: STATUS_VERSION,
-            phase: text.shown_phase(),
-            way_back: text.way_back,
-            direction: if text.turned_back { Direction::Back } else { Direction::There },
-            ready_to_cutover: blockers.is_empty(),
-            blockers,
-            attention: attention(&source, &copy, &text),
-            process_alive: true,
-            updated_at: wall_clock::now_rfc3339(),
-            lag,
-            copy,
-            tables,
-            indexes: Indexes {
-                total: self.shared.indexes_total.load(Relaxed),
-                done: self.shared.indexes_done.load(Relaxed),
-            },
-            queue,
-            stream,
-            apply,
-            source,
-            target: Target { reconnects, ..text.target.clone() },
-            connections: self.connections(),
-            cutover: text.cutover.clone(),
-            verification: text.verification.clone(),
-            events: text.events.iter().cloned().collect(),
-            error: text.error.clone(),
-            eta_seconds,
-        }
-    }
-
-    fn tables(&self) -> Vec<Table> {
-        lock(&self.shared.tables).in_order.iter().map(|table| table.snapshot()).collect()
-    }
-
-    fn copy(&self, rates: &Rates, tables: &[Table]) -> Copy {
-        let limits = lock(&self.shared.copy_limits).clone();
-        let copied = |state: TableState| matches!(state, TableState::Indexing | TableState::Done);
-        Copy {
-            tables_total: tables.len() as u64,
-            tables_done: tables.iter().filter(|table| copied(table.state)).count() as u64,
-            bytes_total: tables.iter().map(|table| table.bytes_total).sum(),
-            bytes_done: tables.iter().map(|table| table.bytes_done).sum(),
-            rows_done: tables.iter().map(|table| table.rows_done).sum(),
-            bytes_per_second: rates.copied_bytes,
-            paused: self.shared.copy_paused.load(Relaxed),
-            jobs: self.shared.copy_jobs.load(Relaxed),
-            jobs_max: limits.jobs as u64,
-            rate_max_bytes_per_second: limits.rate,
-            waits_for: limits.waits_for,
-        }
-    }
-
-    fn connections(&self) -> Connections {
-        let numbers = |count: &ConnectionCount| ConnectionNumbers {
-            now: count.now() as u64,
-            peak: count.peak() as u64,
-            max: count.max().map(|max| max as u64),
-        };
-        let counts = lock(&self.shared.connections);
-        counts.as_ref().map_or_else(Connections::default, |[source, target]| Connections {
-            source: numbers(source),
-            target: numbers(target),
-        })
-    }
-
-    fn stream(&self, rates: &Rates) -> Stream {
-        Stream {
-            connected: self.shared.connected.load(Relaxed),
-            received_lsn: lock(&self.shared.pending).received_lsn(),
-            reconnects: self.shared.reconnects[Side::Source as usize].load(Relaxed),
-            bytes: self.shared.received_bytes.load(Relaxed),
-            transactions: self.shared.received_transactions.load(Relaxed),
-            changes: self.shared.received_changes.load(Relaxed),
-            bytes_per_second: rates.received_bytes,
-        }
-    }
-
-    fn apply(&self, rates: &Rates) -> Apply {
-        let mut conflicts_by_kind: BTreeMap<String, u64> =
-            ConflictKind::ALL.iter().map(|kind| (kind.name().to_string(), 0)).collect();
-        let mut conflicts_by_table = Vec::new();
-        for ((schema, name, kind), &changes) in lock(&self.shared.conflicts).iter() {
-            let (schema, name, kind) = (schema.clone(), name.clone(), kind.name().to_string());
-            *conflicts_by_kind.entry(kind.clone()).or_insert(0) += changes;
-            conflicts_by_table.push(TableConflicts { schema, name, kind, changes });
-        }
-        Apply {
-            transactions: self.shared.applied_transactions.load(Relaxed),
-            changes: self.shared.applied_changes.load(Relaxed),
-            batches: self.shared.applied_batches.load(Relaxed),
-            transactions_per_second: rates.applied_transactions,
-            changes_per_second: rates.applied_changes,
-            applied_lsn: lock(&self.shared.pending).applied_lsn(),
-            serial_replays: self.shared.serial_replays.load(Relaxed),
-            ddl_replayed: self.shared.ddl_replayed.load(Relaxed),
-            conflicts: conflicts_by_kind.values().sum(),
-            conflicts_by_kind,
-            conflicts_by_table,
-            paused: self.shared.apply_paused.load(Relaxed),
-            held: self.shared.apply_held.load(Relaxed),
-        }
-    }
-
-    fn lag(&self) -> Lag {
-        // Read first: what is heard in between can then only make the lag larger.
-        let streamed = Lsn(self.shared.streamed_lsn.load(Relaxed));
-        let (applied, all_applied, oldest) = {
-            let pending = lock(&self.shared.pending);
-            (pending.applied_lsn(), pending.is_empty(), pending.oldest_commit_time())
-        };
-        let newest = Lsn(self.shared.source_wal_lsn.load(Relaxed));
-        // Where all that was received is applied, the source has nothing for us up to the position it has sent.
-        let applied = if all_applied { applied.max(streamed) } else { applied };
-        let bytes = (newest > Lsn::ZERO && applied > Lsn::ZERO).then(|| newest.bytes_since(applied));
-
-        let offset = self.shared.source_clock_offset.load(Relaxed);
-        let heard_at = (offset != i64::MIN).then(|| self.shared.source_heard_at.load(Relaxed));
-        let seconds = heard_at.and_then(|heard_at| {
-            let since = |time: i64| (self.our_clock() + offset - time).max(0) as f64 / 1e6;
-            match (self.shared.connected.load(Relaxed), all_applied) {
-                (true, true) => Some(0.0),
-                // Nobody knows what was committed since the source was last heard.
-                (false, true) => Some(since(heard_at)),
-                (_, false) => oldest.map(since),
-            }
-        });
-        Lag { bytes, seconds }
-    }
-
-    /// Microseconds since the board was made.
-    fn our_clock(&self) -> i64 {
-        i64::try_from(self.shared.started.elapsed().as_micros()).unwrap_or(i64::MAX)
-    }
 }
 
 /// Ends the ticker when it is dropped.
@@ -676,51 +561,6 @@ impl Drop for Ticker {
     fn drop(&mut self) {
         self.task.abort();
     }
-}
-
-/// What stands in the way of a cutover. A migration is ready exactly when this is empty.
-fn blockers(text: &Text, stream: &Stream, apply: &Apply, queue: &Queue) -> Vec<String> {
-    let mut blockers = Vec::new();
-    match text.phase {
-        Phase::Following => {}
-        Phase::CuttingOver => blockers.push("a cutover is running".to_string()),
-        Phase::CutOver if text.turned_back => blockers.push("the migration was switched back".to_string()),
-        Phase::CutOver => blockers.push("the cutover is done".to_string()),
-        Phase::Reversed => blockers.push("the migration was switched back".to_string()),
-        Phase::Failed => blockers.push("the migration failed".to_string()),
-        phase => blockers.push(format!("the target does not follow yet: {}", phase.title())),
-    }
-    if text.phase == Phase::Following {
-        if !stream.connected {
-            blockers.push("the source is not connected".to_string());
-        }
-        if apply.paused {
-            blockers.push("the apply is paused; walferry resume lets it go on".to_string());
-        }
-        if queue.full {
-            blockers.push("the queue is full".to_string());
-        }
-    }
-    blockers.extend(text.blockers.iter().cloned());
-    blockers
-}
-
-/// What does not stop a cutover, but somebody should look after.
-fn attention(source: &Source, copy: &Copy, text: &Text) -> Vec<String> {
-    let waits = copy.waits_for.as_ref().map(|whom| format!("the copy waits for {whom}"));
-    let way_back = text.way_back_lacks.as_ref().map(|why| format!("a cutover has no way back: {why}"));
-    let texts = [waits, way_back, text.left_by_cutover.clone(), text.not_served.clone()];
-    source.too_much_wal().into_iter().chain(texts.into_iter().flatten()).collect()
-}
-
-/// Seconds until the copy or the catch-up is done; `None` where nothing moves, or nobody knows.
-fn eta_seconds(phase: Phase, copy: &Copy, lag: &Lag, rates: &Rates) -> Option<f64> {
-    let (left, rate) = match phase {
-        Phase::Copying => (copy.bytes_total.saturating_sub(copy.bytes_done), rates.copied_bytes),
-        Phase::CatchingUp => (lag.bytes?, rates.lag_bytes_shrinking),
-        _ => return None,
-    };
-    (rate > 0.0).then(|| left as f64 / rate)
 }
 
 /// A poisoned lock holds counts that are at worst one event old: still better than no status.

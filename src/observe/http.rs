@@ -27,7 +27,7 @@ use tokio::time::Sleep;
 use crate::error::{Context as _, Error, ErrorKind, Result};
 use crate::observe::board::StatusBoard;
 use crate::observe::metrics;
-use crate::observe::page::{self, History};
+use crate::observe::page;
 use crate::observe::status::{Level, Phase};
 
 /// Where it listens unless told otherwise.
@@ -40,7 +40,7 @@ const AGAIN: Duration = if cfg!(test) { Duration::from_millis(20) } else { Durat
 #[derive(Debug)]
 pub struct HttpServer {
     address: Option<SocketAddr>,
-    tasks: [AbortHandle; 2],
+    task: AbortHandle,
 }
 
 impl HttpServer {
@@ -52,7 +52,7 @@ impl HttpServer {
 
 impl Drop for HttpServer {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(AbortHandle::abort);
+        self.task.abort();
     }
 }
 
@@ -79,9 +79,7 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
     };
     let listens_on = listener.as_ref().map(TcpListener::local_addr).transpose();
     let listens_on = listens_on.context(|| format!("listening on {address} for metrics"))?;
-    let history = History::default();
-    let keeping = tokio::spawn(history.clone().keep(board.clone()));
-    let app = router(Served { board: board.clone(), metrics }).merge(page::router(board.clone(), history));
+    let app = router(Served { board: board.clone(), metrics }).merge(page::router(board.clone()));
     // A port of 0 is chosen by the system: only this says which.
     let announce = |address| format!("its page is http://{address}/, and metrics are at /metrics");
     if let Some(address) = listens_on {
@@ -99,7 +97,7 @@ pub async fn serve(address: SocketAddr, board: StatusBoard, metrics: PrometheusH
         };
         accept(listener, app).await;
     });
-    Ok(HttpServer { address: listens_on, tasks: [serving.abort_handle(), keeping.abort_handle()] })
+    Ok(HttpServer { address: listens_on, task: serving.abort_handle() })
 }
 
 /// Serves on a listener, with the bounds of this module, until it is dropped.
@@ -399,7 +397,7 @@ mod tests {
         while !board.snapshot().attention.is_empty() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        let served = HttpServer { address: Some(address), tasks: server.tasks.clone() };
+        let served = HttpServer { address: Some(address), task: server.task.clone() };
         assert_eq!(request(&served, "GET", "/healthz").await.0, 200);
         // 192.0.2.0/24 is for documentation (RFC 5737) and no machine's own.
         let error = serve("192.0.2.1:0".parse().unwrap(), board, handle).await.unwrap_err();

@@ -30,8 +30,16 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Positions that an earlier process left: the queue holds what lies between, of unknown age.
+    /// Positions from which the apply goes on. What an earlier process left between them is of unknown age; what this one has received keeps
+    /// the age that it has.
     pub fn resume(&mut self, received_lsn: Lsn, applied_lsn: Lsn) {
+        if received_lsn <= self.received_lsn && applied_lsn >= self.applied_lsn {
+            self.applied_lsn = applied_lsn;
+            while self.marks.front().is_some_and(|mark| mark.last_end_lsn <= applied_lsn) {
+                self.marks.pop_front();
+            }
+            return;
+        }
         *self = Pending { received_lsn, applied_lsn, ..Pending::default() };
     }
 
@@ -155,6 +163,22 @@ mod tests {
         assert_eq!(pending.oldest_commit_time(), None);
         pending.applied(Lsn(200), 20 * SECOND);
         assert_eq!(pending.oldest_commit_time(), Some(20 * SECOND));
+    }
+
+    #[test]
+    fn an_apply_that_begins_or_begins_again_does_not_forget_how_old_its_backlog_is() {
+        let mut pending = Pending::default();
+        pending.resume(Lsn(100), Lsn(100));
+        for second in 2..=10 {
+            pending.received(Lsn(second * 100), second as i64 * SECOND);
+        }
+        pending.resume(Lsn(900), Lsn(100));
+        assert_eq!((pending.oldest_commit_time(), pending.received_lsn()), (Some(2 * SECOND), Lsn(1000)));
+        pending.resume(Lsn(1000), Lsn(500));
+        assert_eq!(pending.oldest_commit_time(), Some(6 * SECOND));
+        // The target was put back: nobody knows what lies before.
+        pending.resume(Lsn(1000), Lsn(200));
+        assert_eq!(pending.oldest_commit_time(), None);
     }
 
     #[test]

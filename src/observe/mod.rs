@@ -14,6 +14,7 @@
 
 pub mod board;
 pub mod format;
+pub mod history;
 pub mod http;
 pub mod locale;
 pub mod logging;

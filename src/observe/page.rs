@@ -1,10 +1,9 @@
 //! The status page: one page for people, at `/`, with what it needs beside it and nothing from elsewhere. It only reads.
 //!
-//! What moves comes by server-sent events; what was before somebody looked comes from a short history that is kept in memory.
+//! What moves comes by server-sent events; what was before somebody looked comes from the board (`history.rs`).
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -15,12 +14,10 @@ use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::stream::{self, Stream};
-use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::observe::board::StatusBoard;
 use crate::observe::status::{Status, TableState};
-use crate::observe::wall_clock;
 
 const PAGE: &str = include_str!("page/index.html");
 const SCRIPT: &str = concat!(include_str!("page/uplot.js"), include_str!("page/page.js"));
@@ -38,73 +35,14 @@ const VIEWERS_MAX: usize = 8;
 /// How many tables an event names. The sums speak of all of them.
 const TABLES_SHOWN: usize = 100;
 
-/// How often a point of the history is taken.
-const HISTORY_INTERVAL: Duration = Duration::from_secs(2);
-/// An hour of it.
-const HISTORY_POINTS: usize = 1800;
-
-/// What the plots show, at one moment.
-#[derive(Clone, Debug, Serialize)]
-struct Point {
-    /// Milliseconds since 1970.
-    time: i64,
-    lag_seconds: Option<f64>,
-    changes_per_second: f64,
-    received_bytes_per_second: f64,
-    copied_bytes_per_second: f64,
-    queue_bytes: u64,
-    retained_wal_bytes: Option<u64>,
-}
-
-impl Point {
-    fn of(status: &Status) -> Point {
-        Point {
-            time: wall_clock::now_milliseconds(),
-            lag_seconds: status.lag.seconds,
-            changes_per_second: status.apply.changes_per_second,
-            received_bytes_per_second: status.stream.bytes_per_second,
-            copied_bytes_per_second: status.copy.bytes_per_second,
-            queue_bytes: status.queue.bytes,
-            retained_wal_bytes: status.source.retained_wal_bytes,
-        }
-    }
-}
-
-/// The last hour, a point every other second.
-#[derive(Clone, Default)]
-pub(crate) struct History(Arc<Mutex<VecDeque<Point>>>);
-
-impl History {
-    /// Takes points for as long as it is polled.
-    pub(crate) async fn keep(self, board: StatusBoard) -> Infallible {
-        loop {
-            self.add(Point::of(&board.snapshot()));
-            tokio::time::sleep(HISTORY_INTERVAL).await;
-        }
-    }
-
-    fn add(&self, point: Point) {
-        let mut points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if points.len() == HISTORY_POINTS {
-            points.pop_front();
-        }
-        points.push_back(point);
-    }
-
-    fn json(&self) -> serde_json::Result<String> {
-        serde_json::to_string(&*self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
 #[derive(Clone)]
 struct Served {
     board: StatusBoard,
-    history: History,
     viewers: Arc<Semaphore>,
 }
 
 /// The page and what it asks for.
-pub(crate) fn router(board: StatusBoard, history: History) -> Router {
+pub(crate) fn router(board: StatusBoard) -> Router {
     let text = |content_type: &'static str, body: &'static str| get(move || async move { asset(content_type, body) });
     Router::new()
         .route("/", text("text/html; charset=utf-8", PAGE))
@@ -112,7 +50,7 @@ pub(crate) fn router(board: StatusBoard, history: History) -> Router {
         .route("/page.css", text("text/css; charset=utf-8", STYLE))
         .route("/history", get(history_page))
         .route("/events", get(events))
-        .with_state(Served { board, history, viewers: Arc::new(Semaphore::new(VIEWERS_MAX)) })
+        .with_state(Served { board, viewers: Arc::new(Semaphore::new(VIEWERS_MAX)) })
 }
 
 fn asset(content_type: &'static str, body: &'static str) -> Response {
@@ -128,7 +66,7 @@ fn asset(content_type: &'static str, body: &'static str) -> Response {
 }
 
 async fn history_page(State(served): State<Served>) -> Response {
-    match served.history.json() {
+    match serde_json::to_string(&served.board.history()) {
         Ok(json) => ([(header::CONTENT_TYPE, "application/json"), (header::CONNECTION, "close")], json).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
@@ -192,16 +130,6 @@ mod tests {
         status.tables.push(table("at work", TableState::Copying, 3));
         let names: Vec<String> = shown(status).tables.into_iter().map(|table| table.name).collect();
         assert_eq!((names.len(), names[0].as_str(), names[1].as_str()), (TABLES_SHOWN, "at work", "waiting"));
-    }
-
-    #[test]
-    fn the_history_is_an_hour_and_no_more() {
-        let history = History::default();
-        for _ in 0..HISTORY_POINTS + 5 {
-            history.add(Point::of(&Status::not_running(Phase::Copying)));
-        }
-        let points: serde_json::Value = serde_json::from_str(&history.json().unwrap()).unwrap();
-        assert_eq!(points.as_array().unwrap().len(), HISTORY_POINTS);
     }
 
     #[test]

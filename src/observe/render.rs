@@ -5,6 +5,9 @@ use crate::observe::format::{count, counted, duration, percent, printable, size,
 use crate::observe::status::{Direction, Level, Phase, Status, Table, TableState, WayBack};
 use crate::verify::Verification;
 
+/// What to do where no migration runs and none has failed.
+pub const HOW_TO_GO_ON: &str = "`walferry migrate` with the same options goes on where it was.";
+
 /// Where the text of a line begins, after its label.
 const LABEL_WIDTH: usize = 10;
 /// A terminal narrower than this is treated as if it were this wide.
@@ -44,6 +47,9 @@ pub fn render(status: &Status, width: usize) -> String {
     } else {
         let done = if back { "done; no switchback: " } else { "not yet: " };
         page.line("cutover", &format!("{done}{}", status.blockers.join("; ")));
+    }
+    if status.error.is_none() && !status.process_alive && !matches!(status.phase, Phase::CutOver | Phase::Reversed) {
+        page.line("next", HOW_TO_GO_ON);
     }
     if let Some(last) = &status.cutover.last_given_up {
         page.line("last try", &format!("given up during {}, {}: {}", last.step, last.at, last.reason));
@@ -92,7 +98,10 @@ pub fn one_line(status: &Status) -> String {
         (status.apply.paused, "apply paused"),
         (copy.paused && status.phase == Phase::Copying, "copy paused"),
         (copy.waits_for.is_some(), "copy waits for a standby of the source"),
-        (!status.stream.connected && status.phase > Phase::Preparing, "source not connected"),
+        (
+            !status.stream.connected && status.phase > Phase::Preparing && status.phase != Phase::Failed,
+            "source not connected",
+        ),
     ] {
         if holds {
             line.push_str(if line.len() == status.phase.title().len() { ": " } else { ", " });

@@ -6,6 +6,7 @@
 //! function counts wherever in a query it stands.
 
 mod kinds;
+mod timescale;
 
 use std::sync::LazyLock;
 
@@ -48,6 +49,10 @@ pub enum When {
     MapSchema,
     /// Not with `--data-only`.
     WithSchema,
+    /// `--hypertables`
+    Hypertables,
+    /// `--pause-source-jobs`
+    PauseSourceJobs,
 }
 
 /// For which options the plan is.
@@ -67,6 +72,10 @@ pub struct Options {
     pub data_only: bool,
     /// `--map-schema`
     pub map_schema: bool,
+    /// `--hypertables`
+    pub hypertables: bool,
+    /// `--pause-source-jobs`
+    pub pause_source_jobs: bool,
 }
 
 impl When {
@@ -82,6 +91,8 @@ impl When {
             When::Whole => true,
             When::MapSchema => options.map_schema,
             When::WithSchema => !options.data_only,
+            When::Hypertables => options.hypertables,
+            When::PauseSourceJobs => options.pause_source_jobs,
         }
     }
 }
@@ -133,6 +144,9 @@ pub struct Line {
     pub position: usize,
     /// `source`, `target` or `both` (the other one on the way back).
     pub server: &'static str,
+    /// Of one on `both`: the server on which it runs without a way back, where it is one of them.
+    #[serde(skip)]
+    pub without_way_back: Option<&'static str>,
     /// In which phase.
     pub phase: &'static str,
     /// What the record calls it.
@@ -147,10 +161,7 @@ pub struct Line {
 
 /// What a migration with these options may run, in the order in which it comes to it.
 pub fn plan(options: &Options) -> Vec<Line> {
-    let (before, after) =
-        KINDS.split_at(KINDS.iter().position(|kind| kind.name == "identity column").unwrap_or(KINDS.len()));
-    let all = before.iter().chain([&SCHEMA]).chain(after).chain([&REPLICATED]);
-    let wanted = all.filter(|kind| kind.when.holds(options));
+    let wanted = in_order().into_iter().filter(|kind| kind.when.holds(options));
     wanted
         .enumerate()
         .map(|(at, kind)| Line {
@@ -161,6 +172,9 @@ pub fn plan(options: &Options) -> Vec<Line> {
                 On::Both if options.no_reverse => on_one_way(kind),
                 On::Both => "both",
             },
+            without_way_back: (kind.on == On::Both && kind.when != When::WayBack)
+                .then(|| on_one_way(kind))
+                .filter(|server| *server != "both"),
             phase: kind.phase,
             kind: kind.name,
             statement: kind.statement,
@@ -168,6 +182,21 @@ pub fn plan(options: &Options) -> Vec<Line> {
             reverted_by: kind.reverted_by,
         })
         .collect()
+}
+
+/// All of it: the schema's statements stand where the schema is made, and each group of TimescaleDB's before what follows it.
+fn in_order() -> Vec<&'static Kind> {
+    let first = |(name, phase): (&str, &str)| KINDS.iter().position(|kind| (kind.name, kind.phase) == (name, phase));
+    let schema = KINDS.iter().position(|kind| kind.name == "identity column");
+    let groups = timescale::GROUPS.map(|(before, kinds)| (first(before), kinds));
+    let mut all = Vec::new();
+    for (at, kind) in KINDS.iter().enumerate() {
+        all.extend((schema == Some(at)).then_some(&SCHEMA));
+        all.extend(groups.iter().filter(|(before, _)| *before == Some(at)).flat_map(|(_, kinds)| kinds.iter()));
+        all.push(kind);
+    }
+    all.push(&REPLICATED);
+    all
 }
 
 /// Without a way back most of it is one server's.
@@ -203,7 +232,9 @@ struct Compiled {
     calls: Option<String>,
 }
 
-static COMPILED: LazyLock<Vec<Compiled>> = LazyLock::new(|| KINDS.iter().map(compile).collect());
+static COMPILED: LazyLock<Vec<Compiled>> = LazyLock::new(|| {
+    KINDS.iter().chain(timescale::GROUPS.iter().flat_map(|(_, kinds)| kinds.iter())).map(compile).collect()
+});
 
 fn compile(kind: &'static Kind) -> Compiled {
     let statements = split(kind.statement).unwrap_or_default();
@@ -291,15 +322,16 @@ pub(super) fn classify(server: Server, tokens: &[&str], is_schema_item: bool) ->
     let first = *tokens.first()?;
     let is_read_lock = first == "LOCK" && tokens.windows(3).any(|three| three == ["IN", "ACCESS", "SHARE"]);
     let is_temporary = first == "CREATE" && tokens.get(1).is_some_and(|second| second.starts_with("TEMP"));
-    if HARMLESS.contains(&first) || is_read_lock || is_temporary {
+    if (HARMLESS.contains(&first) && !is_of_an_extensions_catalog(tokens)) || is_read_lock || is_temporary {
         return None;
     }
     if first == "SELECT" {
-        let is_called = |name: &String| tokens.windows(2).any(|two| two[0] == *name && two[1] == "(");
+        let is_named = |token: &str, name: &str| token == name || token.trim_matches('"').to_uppercase() == *name;
+        let is_called = |name: &String| tokens.windows(2).any(|two| two[1] == "(" && is_named(two[0], name));
         return COMPILED.iter().find(|compiled| compiled.calls.as_ref().is_some_and(is_called)).map(|found| found.kind);
     }
     // What begins otherwise is no statement of a schema, though the decision runs it beside some.
-    let is_ours = matches!(tokens, ["ALTER", "DATABASE", ..] | ["DO", ..])
+    let is_ours = matches!(tokens, ["ALTER", "DATABASE", ..] | ["DO", ..] | ["INSERT" | "DELETE", ..])
         || matches!(tokens, ["ALTER", "TABLE", .., "SET", "GENERATED", "ALWAYS"]);
     if is_schema_item && !is_ours {
         return Some(&SCHEMA);
@@ -316,6 +348,12 @@ pub(super) fn classify(server: Server, tokens: &[&str], is_schema_item: bool) ->
     // The one that says the most.
     let exactness = |compiled: &&Compiled| compiled.words.iter().filter(|word| matches!(word, Word::Is(_))).count();
     Some(COMPILED.iter().filter(fitting).max_by_key(exactness).map_or(&UNPLANNED, |found| found.kind))
+}
+
+/// Whether it writes rows that are no rows of users, but say what an extension makes of their tables.
+fn is_of_an_extensions_catalog(tokens: &[&str]) -> bool {
+    matches!(tokens, ["INSERT", "INTO", schema, ".", ..] | ["DELETE", "FROM", schema, ".", ..] | ["UPDATE", schema, ".", ..]
+        if schema.trim_matches('"').eq_ignore_ascii_case("_timescaledb_catalog"))
 }
 
 #[cfg(test)]
@@ -352,11 +390,29 @@ mod tests {
             ("CREATE SCHEMA \"walferry_trial_7\"", Some("trial")),
             ("CREATE SCHEMA shop", Some("unplanned")),
             ("ALTER TABLE \"a\".\"b\" ALTER COLUMN \"c\" SET GENERATED ALWAYS", Some("decision")),
+            ("SELECT \"public\".\"alter_job\"(j.id, scheduled => true) FROM walferry.timescaledb_job j", Some("job")),
+            ("INSERT INTO \"_timescaledb_catalog\".\"bgw_job\" SELECT r.* FROM x r", Some("hypertable")),
+            ("INSERT INTO walferry.timescaledb_job SELECT 1", None),
+            ("DELETE FROM _timescaledb_catalog.bgw_job WHERE id >= 1000", Some("hypertable")),
+            ("UPDATE _timescaledb_catalog.chunk SET status = 0", Some("unplanned")),
+            ("SELECT _timescaledb_functions.drop_chunk('a'::regclass)", Some("chunk")),
+            (
+                "ALTER TABLE \"a\".\"b\" SET (timescaledb.compress, timescaledb.compress_segmentby = '')",
+                Some("hypertable"),
+            ),
+            ("ALTER TABLE \"a\".\"b\" SET (fillfactor = 10)", Some("unplanned")),
         ] {
             assert_eq!(of(Server::Target, text), kind, "{text}");
         }
         // What is the target's own may not run on the source.
         assert_eq!(of(Server::Source, "CREATE ROLE x LOGIN"), Some("unplanned"));
+        for text in ["ALTER DATABASE \"d\" SET timescaledb.a = 'on'", "ALTER SYSTEM RESET timescaledb.a"] {
+            assert_eq!(
+                (of(Server::Source, text), of(Server::Target, text)),
+                (Some("setting"), Some("unplanned")),
+                "{text}"
+            );
+        }
         assert_eq!(of(Server::Source, "CREATE EXTENSION pg_prewarm SCHEMA walferry"), Some("unplanned"));
     }
 
@@ -368,6 +424,13 @@ mod tests {
         let plain = plan(&Options::default());
         let has = |lines: &[Line], text: &str| lines.iter().any(|line| line.statement.contains(text));
         assert!(!has(&plain, "EVENT TRIGGER") && !has(&plain, "CREATE ROLE") && has(&plain, "pg_create_logical"));
+        assert!(!has(&plain, "create_hypertable") && has(&plain, "_timescaledb_catalog"));
+        let number = |text: &str| plain.iter().position(|line| line.statement.contains(text)).unwrap();
+        assert!(number("SET timescaledb.") < number("CREATE_REPLICATION_SLOT"), "before the slot");
+        assert!(
+            number("pg_dump") < number("INTO <_timescaledb_catalog")
+                && number("$decide$") > number("FROM <_timescaledb")
+        );
         let all = Options { replicate_ddl: true, roles: true, no_reverse: true, ..Options::default() };
         let all = plan(&all);
         assert!(has(&all, "EVENT TRIGGER") && has(&all, "CREATE ROLE") && !has(&all, "pg_create_logical"));

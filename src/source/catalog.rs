@@ -5,6 +5,7 @@
 //! `attnum` ("Logical Replication Message Formats" in the manual), which is exactly [`Table::columns`].
 
 mod fingerprint;
+mod older;
 mod schemas;
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use crate::timescale::{self, ChunkOf};
 
 pub(crate) use fingerprint::{Hash, Objects, Others, THERE, file_of_table, fingerprint_query};
 pub use fingerprint::{changed_objects, fingerprint, fingerprint_of};
+pub use older::fingerprint_of_format_3;
 pub use schemas::{Schemas, schemas_of_objects};
 
 /// A table that holds rows of its own: an ordinary table or a leaf of a partitioned one.
@@ -196,9 +198,14 @@ impl Table {
 
 /// A relation that is not one of ours to migrate: a system schema, an extension's, or walferry's own.
 pub(crate) const USER_RELATION: &str = "n.nspname NOT IN ('pg_catalog', 'information_schema', 'walferry') \
-     AND n.nspname NOT LIKE 'pg\\_toast%' AND n.nspname NOT LIKE 'pg\\_temp\\_%' \
+     AND n.nspname NOT LIKE 'pg\\_toast%' AND n.nspname NOT LIKE 'pg\\_temp\\_%' AND n.nspname NOT LIKE 'walferry\\_ddl\\_%' \
      AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::regclass \
                      AND d.objid = c.oid AND d.deptype = 'e')";
+
+/// A trigger (`t`) that somebody made, and none behind a constraint. What PostgreSQL makes of it for each partition is internal in
+/// 11 to 14.
+pub(crate) const USER_TRIGGER: &str = "(NOT t.tgisinternal OR t.tgconstraint = 0 \
+     OR EXISTS (SELECT FROM pg_catalog.pg_constraint k WHERE k.oid = t.tgconstraint AND k.contype = 't'))";
 
 /// Types whose binary form is the same on every server and version: no OID of anything, no locale (H13).
 ///
@@ -383,10 +390,12 @@ pub async fn column_of_type(client: &Client, name: &str, oid: u32, modifier: i32
 async fn firing(client: &Client) -> Result<BTreeMap<u32, Vec<Firing>>> {
     let rows = client
         .query_typed(
-            "SELECT tgrelid, tgname::text, false, tgenabled = 'A' FROM pg_catalog.pg_trigger \
-             WHERE NOT tgisinternal AND tgenabled IN ('A', 'R') \
-             UNION ALL SELECT ev_class, rulename::text, true, ev_enabled = 'A' FROM pg_catalog.pg_rewrite \
-             WHERE ev_enabled IN ('A', 'R') ORDER BY 1, 3, 2",
+            &format!(
+                "SELECT tgrelid, tgname::text, false, tgenabled = 'A' FROM pg_catalog.pg_trigger t \
+                 WHERE {USER_TRIGGER} AND tgenabled IN ('A', 'R') \
+                 UNION ALL SELECT ev_class, rulename::text, true, ev_enabled = 'A' FROM pg_catalog.pg_rewrite \
+                 WHERE ev_enabled IN ('A', 'R') ORDER BY 1, 3, 2"
+            ),
             &[],
         )
         .await

@@ -6,6 +6,7 @@
 //! same transaction are in the stream, so it is complete without a copy.
 
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tokio_postgres::Client;
 
 use std::collections::BTreeMap;
@@ -62,6 +63,8 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
     let [name, name_drop, name_rewrite] = triggers(id);
     for (place, text) in [
         ("{schema}", sql::identifier(&schema(id))),
+        ("{schema_name}", schema(id)),
+        ("{others}", others_that_may_read(client).await?),
         ("{prefix}", sql::literal(&prefix(id))),
         ("{prefix_end}", sql::literal(&format!("{}_end", prefix(id)))),
         ("{publication}", sql::literal(publication)),
@@ -88,6 +91,61 @@ pub async fn create(client: &Client, id: &str, publication: &str, insert_only: &
     }
     let made = format!("BEGIN;\n{made}\nCOMMIT");
     client.batch_execute(&made).await.context(|| "making the event triggers for --replicate-ddl on the source".into())
+}
+
+/// Whom default privileges could let read a new table of ours.
+async fn others_that_may_read(client: &Client) -> Result<String> {
+    let rows = client
+        .query_typed(
+            "SELECT DISTINCT pg_catalog.quote_ident(r.rolname) FROM pg_catalog.pg_default_acl d, pg_catalog.aclexplode(d.defaclacl) a \
+             JOIN pg_catalog.pg_roles r ON r.oid = a.grantee \
+             WHERE d.defaclobjtype = 'r' AND d.defaclrole = current_user::regrole AND a.grantee <> d.defaclrole ORDER BY 1",
+            &[],
+        )
+        .await
+        .context(|| "reading the default privileges of our role on the source".into())?;
+    let others = std::iter::once("PUBLIC").chain(rows.iter().map(|row| row.get(0)));
+    Ok(others.collect::<Vec<&str>>().join(", "))
+}
+
+/// What proves that a message is from the event triggers.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Key(Vec<u8>);
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Key(…)")
+    }
+}
+
+impl Key {
+    /// Reads it; `None` where an earlier version made the event triggers, whose messages prove nothing.
+    ///
+    /// # Errors
+    /// Whatever the server says.
+    pub async fn read(client: &Client, id: &str) -> Result<Option<Key>> {
+        let table = sql::qualified(&schema(id), "key");
+        let exists = format!("SELECT pg_catalog.to_regclass({}) IS NOT NULL", sql::literal(&table));
+        let reading = || "reading what proves the messages of --replicate-ddl on the source".into();
+        if !client.query_typed_one(&exists, &[]).await.context(reading)?.get::<_, bool>(0) {
+            return Ok(None);
+        }
+        let row = client.query_typed_one(&format!("SELECT key FROM {table}"), &[]).await.context(reading)?;
+        Ok(Some(Key(row.get(0))))
+    }
+
+    /// What a message of a transaction says, if it is from the event triggers.
+    fn proven<'a>(&self, xid: u32, content: &'a [u8]) -> Option<&'a [u8]> {
+        let (proof, said) = content.split_at_checked(64)?;
+        let hash = |parts: &[&[u8]]| {
+            let mut hash = Sha256::new();
+            parts.iter().for_each(|part| hash.update(part));
+            hash.finalize()
+        };
+        let inner = hash(&[&self.0, format!("{xid}/").as_bytes(), said]);
+        let outer: String = hash(&[&self.0, &inner]).iter().map(|byte| format!("{byte:02x}")).collect();
+        (outer.as_bytes() == proof).then_some(said)
+    }
 }
 
 /// Removes them, where they are there. Answers what was.
@@ -272,11 +330,21 @@ struct ToldIndex {
 }
 
 impl Told {
-    /// Reads a message.
+    /// Reads a message of a transaction; `None` for one that does not come from the event triggers.
+    ///
+    /// That something could not be told proves nothing, and nothing follows from it.
     ///
     /// # Errors
     /// `Other` for one that this version does not understand.
-    pub fn parse(content: &[u8]) -> Result<Told> {
+    pub fn parse(key: Option<&Key>, xid: u32, content: &[u8]) -> Result<Option<Told>> {
+        let Some(key) = key else { return Told::read(content).map(Some) };
+        match key.proven(xid, content) {
+            Some(said) => Told::read(said).map(Some),
+            None => Ok(Told::read(content).ok().filter(|told| told.failed.is_some())),
+        }
+    }
+
+    fn read(content: &[u8]) -> Result<Told> {
         serde_json::from_slice(content)
             .map_err(|error| Error::new(ErrorKind::Other, format!("reading what the source told of DDL: {error}")))
     }
@@ -373,9 +441,29 @@ mod tests {
 
     #[test]
     fn a_message_without_anything_but_its_failure_is_understood() {
-        let told = Told::parse(br#"{"tag": "ALTER TABLE", "query": "ALTER TABLE a", "failed": "no"}"#).unwrap();
-        assert_eq!(told.failed.as_deref(), Some("no"));
-        assert!(told.tables().is_empty());
-        assert!(Told::parse(b"{}").is_err());
+        let content = br#"{"tag": "ALTER TABLE", "query": "ALTER TABLE a", "failed": "no"}"#;
+        for key in [None, Some(&Key(vec![7; 32]))] {
+            let told = Told::parse(key, 5, content).unwrap().unwrap();
+            assert_eq!(told.failed.as_deref(), Some("no"));
+            assert!(told.tables().is_empty());
+        }
+        assert!(Told::parse(None, 5, b"{}").is_err());
+    }
+
+    #[test]
+    fn only_what_the_event_triggers_said_in_this_very_transaction_is_believed() {
+        let said = r#"{"tag": "DROP TABLE", "query": "DROP TABLE a"}"#;
+        // SELECT encode(sha256(k || sha256(k || convert_to('5/' || said, 'UTF8'))), 'hex') FROM (VALUES (decode(repeat('07', 32), 'hex'))) v(k)
+        let proof = "6b3cb433c048dc6ace3340eb47cb788256c464e5b495df77013c3513e59b452e";
+        let content = format!("{proof}{said}");
+        let key = Key(vec![7; 32]);
+        let parse =
+            |xid, content: &str| Told::parse(Some(&key), xid, content.as_bytes()).unwrap().map(|told| told.query);
+        assert_eq!(parse(5, &content).as_deref(), Some("DROP TABLE a"));
+        assert_eq!(parse(6, &content), None, "said once, and said again in another transaction");
+        assert_eq!(parse(5, &content.replace("TABLE a", "TABLE b")), None);
+        assert_eq!(parse(5, said), None);
+        assert_eq!(parse(5, ""), None);
+        assert_eq!(format!("{key:?}"), "Key(…)");
     }
 }

@@ -14,7 +14,7 @@ use super::writer::Writer;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
 use crate::record::wire::REPLICATED_MARK;
-use crate::source::catalog::{self, Firing, Hash, Objects, Table};
+use crate::source::catalog::{self, Firing, Hash, Objects, Table, USER_TRIGGER};
 use crate::source::ddl::{Caller, Told, ToldColumn};
 use crate::source::version::Version;
 use crate::sql;
@@ -180,7 +180,7 @@ pub async fn relax_firing(
     let name = sql::literal(&table.qualified());
     let query = format!(
         "SELECT tgname, false, tgenabled, pg_catalog.format('trigger %I on table %I.%I', tgname, {schema}, {relation}) \
-         FROM pg_catalog.pg_trigger WHERE tgrelid = {name}::pg_catalog.regclass AND NOT tgisinternal \
+         FROM pg_catalog.pg_trigger t WHERE tgrelid = {name}::pg_catalog.regclass AND {USER_TRIGGER} \
          UNION ALL SELECT rulename, true, ev_enabled, pg_catalog.pg_describe_object('pg_catalog.pg_rewrite'::pg_catalog.regclass, oid, 0) \
          FROM pg_catalog.pg_rewrite WHERE ev_class = {name}::pg_catalog.regclass",
         schema = sql::literal(&table.schema),

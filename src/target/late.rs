@@ -74,6 +74,17 @@ pub struct AtCutover {
     statements: Vec<String>,
     /// Foreign keys that are valid only later: as the catalog's fingerprint names them.
     later: Vec<String>,
+    /// The items, each with the place of its first statement.
+    items: Vec<(usize, Waiting)>,
+}
+
+/// An item of the schema that waits for the cutover.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Its position in the ledger.
+    pub position: i32,
+    /// What it is.
+    pub item: SchemaItem,
 }
 
 impl AtCutover {
@@ -91,6 +102,7 @@ impl AtCutover {
             target.query_typed_one("SELECT pg_catalog.current_setting('server_version_num')::int4", &[]).await?.get(0);
         plan.statements.push(ITEM_SETTINGS.to_owned());
         for (position, item) in &items {
+            plan.items.push((plan.statements.len(), Waiting { position: *position, item: item.clone() }));
             match ForeignKey::parse(item) {
                 Some(key) if key.is_partitioned && version < PARTITIONED_NOT_VALID_FROM => {
                     plan.add_by_leaves(target, &key, item).await?;
@@ -108,6 +120,16 @@ impl AtCutover {
     pub fn statements(&self) -> String {
         // Each on a line of its own, whatever comment the one before ends with.
         self.statements.iter().map(|statement| format!("\n{statement}\n;")).collect()
+    }
+
+    /// One by one, as [`AtCutover::statements`] has them.
+    pub fn each(&self) -> impl Iterator<Item = &str> {
+        self.statements.iter().map(String::as_str)
+    }
+
+    /// The item that the statement at a place of [`AtCutover::each`] comes from.
+    pub fn item_at(&self, place: usize) -> Option<&Waiting> {
+        self.items.iter().take_while(|(first, _)| *first <= place).last().map(|(_, waiting)| waiting)
     }
 
     /// The foreign keys that are not valid yet when the target takes over, as the catalog's fingerprint names them.

@@ -44,6 +44,7 @@ pub use heal::{Redefinition, Resynced, ThrownAway, compare_again, record_resynce
 pub use part::{Part, part_copied, plan_copy};
 pub use replica_identity::{note_replica_identities, replica_identities};
 pub use schema_item::{SchemaItem, Section, mark_done, pending_items};
+pub use upgrade::renew_fingerprint;
 pub use way_back::{Draft, WayBack, begin_at, complete_fingerprint, decide, draft, finished, prepared};
 
 /// The version of the ledger's tables that this walferry writes (H18).

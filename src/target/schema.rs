@@ -19,18 +19,19 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use futures_util::future::join_all;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::harmless;
 use super::ledger::{self, SchemaItem, Section};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::source::catalog::{Firing, Table};
+use crate::source::catalog::{Firing, Table, USER_TRIGGER};
 use crate::sql;
 use crate::timescale::restore;
 
 pub use dump::{Dump, Dumped};
 pub use instead::{Instead, View, instead};
-pub use wanted::wanted;
+pub use wanted::{wanted, without};
 
 /// Runs everything of the schema that comes before the rows, as one transaction with its rows in the ledger.
 ///
@@ -222,25 +223,68 @@ pub async fn relax_identity(client: &Client, tables: &[Table]) -> Result<()> {
             alter_beside_readers(client, statement).await?;
         }
     }
-    for table in tables.iter().filter(|table| !table.firing.is_empty()) {
-        let fire = client
-            .query(
-                "SELECT tgname::text, false FROM pg_catalog.pg_trigger WHERE tgrelid = pg_catalog.to_regclass($1) \
-                   AND NOT tgisinternal AND tgenabled IN ('A', 'R') \
-                 UNION ALL SELECT rulename::text, true FROM pg_catalog.pg_rewrite \
-                 WHERE ev_class = pg_catalog.to_regclass($1) AND ev_enabled IN ('A', 'R')",
-                &[&table.qualified()],
-            )
-            .await
-            .context(|| format!("looking for triggers and rules of {}", table.qualified()))?;
-        let fires = |firing: &&Firing| {
-            fire.iter().any(|row| (row.get::<_, &str>(0), row.get::<_, bool>(1)) == (&*firing.name, firing.is_rule))
-        };
-        for firing in table.firing.iter().filter(fires) {
-            alter_beside_readers(client, alter_firing(table, firing, "")).await?;
+    let firing: Vec<&Table> = tables.iter().filter(|table| !table.firing.is_empty()).collect();
+    for (table, fires) in firing_now(client, &firing).await? {
+        if table.firing.iter().any(|firing| (&firing.name, firing.is_rule) == (&fires.name, fires.is_rule)) {
+            alter_beside_readers(client, alter_firing(table, &fires, "")).await?;
         }
     }
     Ok(())
+}
+
+/// Whether an item of the schema makes something that would fire for what is applied.
+pub fn would_fire(item: &SchemaItem) -> bool {
+    let fires = |when: &str| item.statement.contains(when);
+    matches!(item.kind.as_str(), "TRIGGER" | "RULE") && (fires(" ENABLE ALWAYS ") || fires(" ENABLE REPLICA "))
+}
+
+/// Runs an item that [`would_fire`] with its row in the ledger. In the same transaction what it made becomes ordinary: whoever applies
+/// next, after whatever death, must not meet it as it is on the source.
+///
+/// # Errors
+/// What the server says, with the item; nothing has happened then.
+pub async fn run_quieted_item(client: &Client, position: i32, item: &SchemaItem, tables: &[Table]) -> Result<()> {
+    let made = async {
+        let make =
+            format!("BEGIN; SET LOCAL synchronous_commit = off; {};\n{RESET_SETTINGS}", with_mark(position, item));
+        client.batch_execute(&make).await?;
+        let tables: Vec<&Table> = tables.iter().collect();
+        let relaxed = firing_now(client, &tables).await?;
+        let relaxed = relaxed.iter().map(|(table, fires)| format!("{}; ", alter_firing(table, fires, "")));
+        client.batch_execute(&format!("{}COMMIT", relaxed.collect::<String>())).await.map_err(Error::from)
+    };
+    let outcome = made.await.context(|| restoring(item));
+    if outcome.is_err() {
+        // The session is in a failed transaction, or gone.
+        let _ = client.batch_execute("ROLLBACK").await;
+    }
+    outcome
+}
+
+/// What of these tables fires in replica sessions at this moment.
+async fn firing_now<'a>(client: &Client, tables: &[&'a Table]) -> Result<Vec<(&'a Table, Firing)>> {
+    if tables.is_empty() {
+        return Ok(Vec::new());
+    }
+    let names: Vec<String> = tables.iter().map(|table| table.qualified()).collect();
+    let rows = client
+        .query_typed(
+            &format!(
+                "WITH those AS (SELECT place, pg_catalog.to_regclass(name)::oid AS relid FROM unnest($1) WITH ORDINALITY n(name, place)) \
+                 SELECT place, tgname::text, false, tgenabled = 'A' FROM those JOIN pg_catalog.pg_trigger t ON t.tgrelid = relid \
+                 WHERE {USER_TRIGGER} AND tgenabled IN ('A', 'R') \
+                 UNION ALL SELECT place, rulename::text, true, ev_enabled = 'A' FROM those JOIN pg_catalog.pg_rewrite ON ev_class = relid \
+                 WHERE ev_enabled IN ('A', 'R') ORDER BY 1, 3, 2"
+            ),
+            &[(&names, Type::TEXT_ARRAY)],
+        )
+        .await
+        .context(|| "looking for triggers and rules that would fire for what is applied".into())?;
+    let of = |row: &tokio_postgres::Row| {
+        let place = usize::try_from(row.get::<_, i64>(0)).ok()?.checked_sub(1)?;
+        Some((*tables.get(place)?, Firing { name: row.get(1), is_rule: row.get(2), always: row.get(3) }))
+    };
+    Ok(rows.iter().filter_map(of).collect())
 }
 
 /// Readers are there: nobody waits behind it for long, and it is tried again.
@@ -278,6 +322,13 @@ pub async fn run_post_data_item(client: &Client, position: i32, item: &SchemaIte
     let statement =
         format!("BEGIN; SET LOCAL synchronous_commit = off; {};\n{RESET_SETTINGS}; COMMIT", with_mark(position, item));
     let outcome = client.batch_execute(&statement).await.context(|| restoring(item));
+    let outcome = outcome.map_err(|error| match error.sqlstate() {
+        Some(&SqlState::FOREIGN_KEY_VIOLATION) => error.hint(
+            "The source has rows that its own foreign key forbids (written with session_replication_role, or with triggers disabled). \
+             Mend them there, then run the same command again.",
+        ),
+        _ => error,
+    });
     if outcome.is_err() {
         // The session is in a failed transaction, or gone.
         let _ = client.batch_execute("ROLLBACK").await;

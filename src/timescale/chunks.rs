@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
+use super::source;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
 
@@ -191,6 +192,14 @@ impl Chunk {
         further.filter_map(|dimension| dimension.condition(*self.slices.get(&dimension.column)?)).collect()
     }
 
+    /// The condition on the alias `t` that exactly this chunk's rows fulfil.
+    pub fn condition(&self, hypertable: &Hypertable) -> String {
+        let all = hypertable.dimensions.iter();
+        let conditions: Vec<String> =
+            all.filter_map(|dimension| dimension.condition(*self.slices.get(&dimension.column)?)).collect();
+        if conditions.is_empty() { "true".into() } else { conditions.join(" AND ") }
+    }
+
     /// As `create_chunk` takes it.
     pub fn slices_json(&self) -> String {
         let slices: BTreeMap<&String, [i64; 2]> =
@@ -211,15 +220,7 @@ impl Chunk {
 /// # Errors
 /// Whatever the server says.
 pub async fn extension(client: &Client) -> Result<Option<(String, String)>> {
-    let rows = client
-        .query_typed(
-            "SELECT e.extversion, n.nspname::text FROM pg_catalog.pg_extension e \
-             JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'timescaledb'",
-            &[],
-        )
-        .await
-        .context(|| "looking for TimescaleDB".into())?;
-    Ok(rows.first().map(|row| (row.get(0), row.get(1))))
+    Ok(source::extension(client).await?.map(|extension| (extension.version, extension.schema)))
 }
 
 /// Every hypertable of a database that has the extension.
@@ -227,15 +228,27 @@ pub async fn extension(client: &Client) -> Result<Option<(String, String)>> {
 /// # Errors
 /// Whatever the server says.
 pub async fn hypertables(client: &Client) -> Result<Vec<Hypertable>> {
+    read(client, None).await
+}
+
+/// The hypertable with an id, also one that holds the rows of a continuous aggregate.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn hypertable_with_id(client: &Client, id: i32) -> Result<Option<Hypertable>> {
+    Ok(read(client, Some(id)).await?.pop())
+}
+
+async fn read(client: &Client, id: Option<i32>) -> Result<Vec<Hypertable>> {
     let doing = || "reading the hypertables".to_owned();
     let rows = client
         .query_typed(
             "SELECT h.id, h.schema_name::text, h.table_name::text, h.compressed_hypertable_id IS NOT NULL, \
                     EXISTS (SELECT FROM _timescaledb_catalog.chunk_column_stats s WHERE s.hypertable_id = h.id) \
              FROM _timescaledb_catalog.hypertable h \
-             WHERE h.compression_state <> 2 \
-               AND NOT EXISTS (SELECT FROM _timescaledb_catalog.continuous_agg a WHERE a.mat_hypertable_id = h.id) ORDER BY 2, 3",
-            &[],
+             WHERE h.compression_state <> 2 AND CASE WHEN $1::int4 IS NOT NULL THEN h.id = $1 \
+               ELSE NOT EXISTS (SELECT FROM _timescaledb_catalog.continuous_agg a WHERE a.mat_hypertable_id = h.id) END ORDER BY 2, 3",
+            &[(&id, Type::INT4)],
         )
         .await
         .context(doing)?;

@@ -60,42 +60,12 @@ pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) ->
         return Ok(if table.is_hypertable { How::Nothing } else { How::AsTable });
     };
     let rows = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
-    let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name) \
-         FROM _timescaledb_catalog.chunk k LEFT JOIN _timescaledb_catalog.chunk z ON z.id = k.compressed_chunk_id \
-         LEFT JOIN pg_catalog.pg_class zn ON zn.relname = z.table_name \
-              AND zn.relnamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = z.schema_name)";
-    let now = source.first_row(&format!("{state} WHERE k.id = {}", chunk.chunk)).await?;
-    let field = |at: usize| now.get(at).and_then(Option::as_deref);
-    let relation = match (field(1), field(2), field(3)) {
-        (Some(relid), Some(schema), Some(name)) => Some((relid.to_owned(), format!("{schema}.{name}"))),
-        _ => None,
-    };
-    if let Some((_, relation)) = &relation {
-        // Held until the copy is over. What decompression has dropped, or recompression emptied since, the snapshot does not show.
-        let lock = format!("LOCK TABLE ONLY {relation} IN ACCESS SHARE MODE");
-        match source.simple_query(&lock).await {
-            Ok(_) => {}
-            Err(error) if error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(How::Stale),
-            Err(error) => return Err(error),
-        }
-        let same = format!(
-            "SELECT c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) FROM pg_catalog.pg_class c \
-             WHERE c.oid = {}::pg_catalog.regclass",
-            sql::literal(relation)
-        );
-        if source.first_row(&same).await?.first().and_then(Option::as_deref) != Some("t") {
-            return Ok(How::Stale);
-        }
-    }
-    if !shows_rows_beside(source, table, field(0)).await? {
-        return Ok(How::Stale);
-    }
+    let Some(Now { status, relation }) = look(source, table, chunk).await? else { return Ok(How::Stale) };
     if chunk.is_late {
         return Ok(How::Rows(rows));
     }
     let recorded = chunk.compressed.as_ref().map(|compressed| compressed.relid.to_string());
-    let unchanged = field(0) == Some(chunk.status.to_string().as_str())
-        && relation.as_ref().map(|(relid, _)| relid) == recorded.as_ref();
+    let unchanged = status.as_deref() == Some(chunk.status.to_string().as_str()) && relation == recorded;
     Ok(match (&chunk.compressed, unchanged) {
         (_, false) => How::Rows(rows),
         (None, true) => How::AsTable,
@@ -109,12 +79,54 @@ pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) ->
     })
 }
 
+/// How the source has a chunk in a snapshot.
+pub(super) struct Now {
+    /// The extension's bits, as text.
+    status: Option<String>,
+    /// The OID of the relation of its compressed rows, as text.
+    relation: Option<String>,
+}
+
+/// Looks at a chunk in the session's snapshot, and locks the relation of its compressed rows; `None` where the snapshot does not show
+/// its rows any more (H4).
+///
+/// # Errors
+/// Whatever the server says.
+pub(super) async fn look<S: Session>(source: &mut S, table: &Table, chunk: &ChunkOf) -> Result<Option<Now>> {
+    let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name) \
+         FROM _timescaledb_catalog.chunk k LEFT JOIN _timescaledb_catalog.chunk z ON z.id = k.compressed_chunk_id \
+         LEFT JOIN pg_catalog.pg_class zn ON zn.relname = z.table_name \
+              AND zn.relnamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = z.schema_name)";
+    let now = source.first_row(&format!("{state} WHERE k.id = {}", chunk.chunk)).await?;
+    let field = |at: usize| now.get(at).cloned().flatten();
+    let (Some(relid), Some(schema), Some(name)) = (field(1), field(2), field(3)) else {
+        return Ok(Some(Now { status: field(0), relation: None }));
+    };
+    let relation = format!("{schema}.{name}");
+    // Locked until the copy is over. What decompression has dropped, or recompression emptied since, the snapshot does not show.
+    let is_same = format!(
+        "LOCK TABLE ONLY {relation} IN ACCESS SHARE MODE; \
+         SELECT c.relfilenode = pg_catalog.pg_relation_filenode(c.oid) FROM pg_catalog.pg_class c \
+         WHERE c.oid = {}::pg_catalog.regclass",
+        sql::literal(&relation)
+    );
+    let is_same = match source.first_row(&is_same).await {
+        Ok(row) => row.first().and_then(Option::as_deref) == Some("t"),
+        Err(error) if error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if !is_same || !shows_rows_beside(source, table, field(0).as_deref()).await? {
+        return Ok(None);
+    }
+    Ok(Some(Now { status: field(0), relation: Some(relid) }))
+}
+
 /// Whether the rows beside the compressed ones are read that the snapshot shows, by the chunk's status in it.
 ///
 /// The extension reads its catalog as it is now, whatever the snapshot: of a chunk that has been recompressed since, and has no such rows now,
 /// it reads the compressed ones only, and those are as the snapshot shows them. From the lock on, nobody can change that: whoever
 /// takes the mark of such rows away needs EXCLUSIVE, and writers do not meet the lock.
-async fn shows_rows_beside(source: &mut RawSession, table: &Table, status: Option<&str>) -> Result<bool> {
+async fn shows_rows_beside<S: Session>(source: &mut S, table: &Table, status: Option<&str>) -> Result<bool> {
     let is_partial = |status: Option<&str>| {
         status.and_then(|status| status.parse().ok()).is_some_and(|bits: i32| bits & PARTIAL != 0)
     };

@@ -18,7 +18,7 @@ use tokio_postgres::types::Type;
 
 use super::chunk::ChunkOf;
 use super::recreate::places;
-use super::source::{self, Chunk};
+use super::source::{self, Chunk, Slice};
 use crate::apply::change::Announced;
 use crate::apply::layout::Layout;
 use crate::decode::Relation;
@@ -88,8 +88,7 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
     let alone = emptied.iter().find(|table| table.chunk.as_ref().is_some_and(|chunk| !relids.contains(&chunk.relid)));
     if let Some(chunk) = alone {
         let text = format!("{} was emptied by TRUNCATE on the source, without its hypertable", chunk.qualified());
-        return Err(Error::new(ErrorKind::Divergence, text)
-            .hint("Delete the rows of this range from the hypertable on the target and begin anew: `walferry clean`, `walferry migrate`."));
+        return Err(Error::new(ErrorKind::Divergence, text).hint(copied_again(chunk)));
     }
     // Copied late, after this, though the target's TRUNCATE would take its rows too.
     let newer = layout.tables.iter().map(|entry| &entry.table).find(|table| {
@@ -100,9 +99,7 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
     if let Some(newer) = newer {
         let text =
             format!("a TRUNCATE of the source came before the copy of {} and is applied after it", newer.qualified());
-        return Err(
-            Error::new(ErrorKind::Divergence, text).hint("Begin anew: `walferry clean`, then `walferry migrate`.")
-        );
+        return Err(Error::new(ErrorKind::Divergence, text).hint(copied_again(newer)));
     }
     let of_hypertables: BTreeSet<u32> = emptied.iter().filter_map(|table| Some(table.chunk.as_ref()?.relid)).collect();
     let (hypertables, others): (Vec<&Table>, Vec<&Table>) =
@@ -117,6 +114,13 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
         writer.execute(statement.clone(), &[]).await.context(|| statement)?;
     }
     if others.is_empty() { Ok(()) } else { serial::truncate(writer, &others, restart_identity).await }
+}
+
+/// What goes past a TRUNCATE: a snapshot that has seen it.
+fn copied_again(chunk: &Table) -> String {
+    let (schema, name) =
+        chunk.chunk.as_ref().map_or((&chunk.schema, &chunk.name), |chunk| (&chunk.schema, &chunk.name));
+    format!("The same command with `--recopy {schema}.{name}` takes the hypertable as it is now.")
 }
 
 /// What [`take_up`] found.
@@ -194,6 +198,25 @@ pub async fn take_up(
     Ok(taken_up)
 }
 
+/// Waits until a transaction that has come in the stream is visible: its commit record is decoded before it is (H1), and a chunk that it
+/// has made would be taken for one that is gone already.
+///
+/// # Errors
+/// Whatever the source says.
+pub async fn until_visible(source: &Client, xid: u32) -> Result<()> {
+    // Released when it is visible.
+    let running = "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'transactionid' AND granted \
+                   AND mode = 'ExclusiveLock' AND transactionid::text = $1)";
+    let xid = xid.to_string();
+    loop {
+        let row = source.query_typed_one(running, &[(&xid, Type::TEXT)]).await;
+        if !row.context(|| format!("waiting for transaction {xid} of the source"))?.get::<_, bool>(0) {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
 /// Notes in the ledger that the source has dropped a chunk: nothing more of it is applied.
 ///
 /// # Errors
@@ -218,7 +241,7 @@ async fn read(source: &Client, migration: &Migration) -> Result<Read> {
 
 /// Which tables are in the migration's publications; true for those that were published in the statement that made them: the rows of
 /// the catalog that never change, those of its system columns, have the same `xmin` then.
-pub(super) async fn published(source: &Client, migration: &Migration) -> Result<BTreeMap<u32, bool>> {
+pub(crate) async fn published(source: &Client, migration: &Migration) -> Result<BTreeMap<u32, bool>> {
     let rows = source
         .query_typed(
             "SELECT r.prrelid, bool_or(r.xmin = a.xmin) FROM pg_catalog.pg_publication_rel r \
@@ -269,7 +292,25 @@ async fn publish(
     Ok(Some(assigned.cast_unsigned()))
 }
 
-async fn record(target: &Client, table: &Table, complete: bool) -> Result<()> {
+/// The source's chunks that are not among these tables, as chunks that came late.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn unknown(source: &Client, known: &[&Table]) -> Result<Vec<Table>> {
+    let known: BTreeSet<u32> = known.iter().map(|table| table.relid).collect();
+    let mut unknown = catalog::tables(source).await?;
+    unknown.retain(|table| table.chunk.is_some() && !known.contains(&table.relid));
+    for chunk in unknown.iter_mut().filter_map(|table| table.chunk.as_mut()) {
+        chunk.is_late = true;
+    }
+    Ok(unknown)
+}
+
+/// Writes a new chunk into the ledger: all of it comes in the stream, or it has to be copied.
+///
+/// # Errors
+/// Whatever the server says.
+pub async fn record(target: &Client, table: &Table, complete: bool) -> Result<()> {
     let definition = serde_json::to_string(table).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
     // Of one that is whole in the stream, no snapshot of before has seen anything.
     let statement = format!(
@@ -334,7 +375,12 @@ pub async fn drop_what_is_gone(target: &Client, living: &[Chunk]) -> Result<Vec<
     for chunk in living {
         of_source.entry(chunk.hypertable).or_default().push(chunk);
     }
+    let ranges: BTreeSet<(i32, &[Slice])> = living.iter().map(|chunk| (chunk.hypertable, &chunk.slices[..])).collect();
     for chunk in of_target {
+        // Nearly always; to compare each with each would take the square of their number.
+        if ranges.contains(&(chunk.hypertable, &chunk.slices[..])) {
+            continue;
+        }
         let others = of_source.get(&chunk.hypertable).map(Vec::as_slice).unwrap_or_default();
         if others.iter().any(|other| overlap(&chunk, other)) {
             continue;

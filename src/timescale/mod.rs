@@ -7,9 +7,12 @@
 //!  chunk.rs         TimescaleDB to TimescaleDB: a chunk as a table of the migration, applied to its hypertable
 //!  prepare.rs       what is set on the source before the slot, and the extension's catalog as statements for the target
 //!  copy.rs          a chunk with its compressed rows, as one
+//!  exchange.rs      a chunk compared with the source again, and exchanged where it differs
 //!  live.rs          the extension's own work in the stream, chunks that come and go
+//!  pause.rs         the source's jobs at rest, and running again
 //!  settle.rs        what is carried and compared at the cutover
 //!  recreate.rs      where the target cannot take over that catalog: all of it is made again there
+//!  bare.rs          hypertables, aggregates and jobs without a chunk (`--schema-only`)
 //!
 //!  declaration.rs   plain tables to hypertables: what a table is to become, as a file says it; create.rs the SQL for that
 //!  copying.rs       the rows of a plain table into it, by several sessions at once; compress.rs its chunks, while that goes on
@@ -23,6 +26,7 @@
 //!  policies.rs      jobs that rest while a hypertable is filled, and aggregates that are refreshed behind it
 //! ```
 
+pub mod bare;
 pub mod chunk;
 pub mod chunks;
 pub mod compress;
@@ -30,7 +34,9 @@ pub mod copy;
 pub mod copying;
 pub mod create;
 pub mod declaration;
+pub(crate) mod exchange;
 pub mod live;
+pub mod pause;
 pub(crate) mod place;
 pub mod policies;
 pub mod prepare;

@@ -15,6 +15,8 @@
 //! that (`timescaledb.restoring`, which `timescaledb_pre_restore()` sets for the whole database): nothing is left behind that would have
 //! to be undone, wherever the process dies. Jobs are written as not scheduled, and sleep until the cutover.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
@@ -219,10 +221,31 @@ pub async fn create_extension(
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<SchemaItem>> {
+pub async fn catalog_items(source: &Client, paused: &BTreeSet<i32>, owners: &Owners) -> Result<Vec<SchemaItem>> {
     if source::extension(source).await?.is_none() {
         return Ok(Vec::new());
     }
+    let item = |(name, statement)| SchemaItem {
+        section: Section::PreData,
+        kind: "TIMESCALEDB CATALOG".into(),
+        name,
+        relid: None,
+        statement,
+    };
+    let mut items: Vec<SchemaItem> = catalog_rows(source, owners, |_| Some("")).await?.into_iter().map(item).collect();
+    items.push(remember_jobs(source, paused).await?);
+    Ok(items)
+}
+
+/// The same, by the names of the catalog's tables and sequences, with those rows of each that a condition on `t` chooses, or without any.
+///
+/// # Errors
+/// Whatever the server says.
+pub(super) async fn catalog_rows(
+    source: &Client,
+    owners: &Owners,
+    chosen: impl Fn(&str) -> Option<&'static str>,
+) -> Result<Vec<(String, String)>> {
     let configured = source
         .query_typed(
             "SELECT n.nspname::text, c.relname::text, c.relkind = 'S', coalesce(u.condition, '') \
@@ -233,7 +256,7 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
         )
         .await
         .context(|| "reading which tables of TimescaleDB hold the users' rows".into())?;
-    let mut items = Vec::new();
+    let mut statements = Vec::new();
     for row in &configured {
         let (schema, name, is_sequence, condition): (&str, &str, bool, &str) =
             (row.get(0), row.get(1), row.get(2), row.get(3));
@@ -241,6 +264,8 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
         if name == "continuous_aggs_jobs_refresh_ranges" {
             continue;
         }
+        let Some(narrower) = chosen(name) else { continue };
+        let condition = if narrower.is_empty() { condition } else { narrower };
         let qualified = sql::qualified(schema, name);
         let statement = if is_sequence {
             let value = source
@@ -253,16 +278,9 @@ pub async fn catalog_items(source: &Client, owners: &Owners) -> Result<Vec<Schem
             let rows = rows_as_json(source, &qualified, name, condition, owners).await?;
             insert_statement(&qualified, name, &rows, owners)
         };
-        items.push(SchemaItem {
-            section: Section::PreData,
-            kind: "TIMESCALEDB CATALOG".into(),
-            name: name.to_owned(),
-            relid: None,
-            statement,
-        });
+        statements.push((name.to_owned(), statement));
     }
-    items.push(remember_jobs(source).await?);
-    Ok(items)
+    Ok(statements)
 }
 
 /// The rows of a catalog table, by the names of their columns: another order, or a column more, does no harm.
@@ -310,9 +328,10 @@ pub(super) fn insert_statement(qualified: &str, name: &str, rows: &str, owners: 
 }
 
 /// Which jobs are to run after the cutover, for the ledger.
-async fn remember_jobs(source: &Client) -> Result<SchemaItem> {
+async fn remember_jobs(source: &Client, paused: &BTreeSet<i32>) -> Result<SchemaItem> {
     let jobs = source::jobs(source).await?;
-    let scheduled: Vec<String> = jobs.iter().filter(|job| job.scheduled).map(|job| job.id.to_string()).collect();
+    let scheduled: Vec<String> =
+        jobs.iter().filter(|job| job.scheduled || paused.contains(&job.id)).map(|job| job.id.to_string()).collect();
     let rows = scheduled.iter().map(|id| format!("({id})")).collect::<Vec<_>>().join(", ");
     let insert =
         if rows.is_empty() { String::new() } else { format!("; INSERT INTO walferry.timescaledb_job VALUES {rows}") };

@@ -18,7 +18,7 @@ use tokio_postgres::Client;
 
 use super::recreate::places::{self, Places};
 use super::source::{self, Chunk, Database};
-use super::{live, prepare, recreate};
+use super::{live, pause, prepare, recreate};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
 use crate::target::ledger::{self, Migration};
@@ -126,11 +126,12 @@ async fn rows_of_compressed_chunks_are_equal(source: &Client, target: &Client, o
                 "the hypertable {} has {here} rows on the source and {there} on the target",
                 hypertable.qualified()
             );
-            return Err(Error::new(ErrorKind::Different, text).hint(
+            return Err(Error::new(ErrorKind::Different, text).hint(format!(
                 "A session that began before the migration, or set timescaledb.enable_compressed_direct_batch_delete itself, has deleted \
-                 whole segments of compressed rows, which no stream shows. End those sessions; then begin anew: `walferry clean`, \
-                 `walferry migrate`.",
-            ));
+                 whole segments of compressed rows, which no stream shows. End those sessions; then `walferry repair --tables {}.{}`, and \
+                 cut over again.",
+                hypertable.schema, hypertable.name
+            )));
         }
     }
     Ok(())
@@ -177,8 +178,10 @@ async fn carry(source: &Client, target: &Client, owners: &Owners) -> Result<()> 
     let jobs = sql::qualified("_timescaledb_catalog", "bgw_job");
     let rows = prepare::rows_as_json(source, &jobs, "bgw_job", "WHERE id >= 1000", owners).await?;
     let insert = prepare::insert_statement(&jobs, "bgw_job", &rows, owners);
-    let scheduled =
-        source::jobs(source).await?.iter().filter(|job| job.scheduled).map(|job| job.id).collect::<Vec<_>>();
+    let paused = pause::noted(target).await?;
+    let jobs_now = source::jobs(source).await?;
+    let running = jobs_now.iter().filter(|job| job.scheduled || paused.contains(&job.id));
+    let scheduled: Vec<i32> = running.map(|job| job.id).collect();
     target
         .batch_execute(&format!(
             "DELETE FROM {jobs} WHERE id >= 1000; {insert}; DELETE FROM walferry.timescaledb_job; \

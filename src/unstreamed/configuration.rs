@@ -73,6 +73,56 @@ async fn list(source: &Client) -> Result<Vec<Configured>> {
         .collect())
 }
 
+/// Those that hold something of the users', and that our role may not make the same on the target: each with the SQL that lets it.
+///
+/// # Errors
+/// Whatever the servers say.
+pub(crate) async fn unwritable(source: &Client, target: &Client, role: &str) -> Result<Vec<(String, String)>> {
+    let mut unwritable = Vec::new();
+    for this in list(source).await? {
+        let Configured { extension, name, condition, .. } = &this;
+        let doing = || format!("looking whether {name} may be written on the target");
+        let is_used = match this.is_sequence {
+            true => format!("SELECT is_called FROM {name}"),
+            false => format!("SELECT EXISTS (SELECT FROM {name} {condition})"),
+        };
+        if !source.query_typed_one(&is_used, &[]).await.context(doing)?.get::<_, bool>(0) {
+            continue;
+        }
+        let row = target
+            .query_typed_one(
+                &format!(
+                    // What a trusted extension brings belongs to the superuser whose rights it was made with.
+                    "SELECT relid IS NOT NULL, CASE WHEN relid IS NULL \
+                         THEN (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user) \
+                              OR NOT EXISTS (SELECT FROM pg_catalog.pg_available_extension_versions v \
+                                             WHERE v.name = {} AND v.superuser AND v.trusted) \
+                         WHEN {} THEN pg_catalog.has_sequence_privilege(relid, 'SELECT') AND pg_catalog.has_sequence_privilege(relid, 'UPDATE') \
+                         ELSE (SELECT bool_and(pg_catalog.has_table_privilege(relid, p)) FROM unnest('{{SELECT,INSERT,DELETE}}'::text[]) p) END \
+                     FROM (SELECT pg_catalog.to_regclass({})::oid AS relid) r",
+                    sql::literal(extension),
+                    this.is_sequence,
+                    sql::literal(name)
+                ),
+                &[],
+            )
+            .await
+            .context(doing)?;
+        let (is_there, is_writable): (bool, bool) = (row.get(0), row.get(1));
+        if is_writable {
+            continue;
+        }
+        let create = match is_there {
+            true => String::new(),
+            false => format!("CREATE EXTENSION {}; ", sql::identifier(extension)),
+        };
+        let grant = if this.is_sequence { "SELECT, UPDATE ON SEQUENCE" } else { "SELECT, INSERT, DELETE ON" };
+        let grant = format!("{create}GRANT {grant} {name} TO {};  -- as its owner", sql::identifier(role));
+        unwritable.push((format!("{name} of extension {extension}"), grant));
+    }
+    Ok(unwritable)
+}
+
 async fn sync_extension(source: &Client, target: &Client, configured: &[Configured]) -> Result<usize> {
     let mut differing = Vec::new();
     for this in configured {

@@ -72,7 +72,7 @@ pub async fn sync(source: &Client, target: &Client, owners: &Owners) -> Result<S
     loop {
         let page = page(source, &marker, after).await?;
         // Behind the last of the source, everything is too much.
-        let last = page.last().filter(|_| page.len() as i64 == PAGE).map_or(u32::MAX, |object| object.oid);
+        let last = last_of(&page);
         let page_synced = sync_page(source, target, owners, &page, after, last).await;
         if page_synced.is_err() {
             let _ = tokio::join!(source.batch_execute("ROLLBACK"), target.batch_execute("ROLLBACK"));
@@ -120,18 +120,18 @@ impl Owners {
 }
 
 /// A large object of the source, with what tells whether it has changed.
-struct Object {
-    oid: u32,
+pub(super) struct Object {
+    pub(super) oid: u32,
     owner: String,
     /// Grantee (none for everybody), privilege, whether it may be passed on; `None` for the built-in ones.
     privileges: Option<Vec<(Option<String>, String, bool)>>,
     comment: Option<String>,
-    marker: String,
+    pub(super) marker: String,
 }
 
 /// The part of a marker that speaks of the content. A page's visible row is another whenever anything of it has changed, and so is its
 /// `xmin`; transaction ids come again after four billion, and then only on the same page by chance.
-async fn marker_query(source: &Client) -> Result<String> {
+pub(super) async fn marker_query(source: &Client) -> Result<String> {
     let may_read: bool = source
         .query_typed_one("SELECT pg_catalog.has_table_privilege('pg_catalog.pg_largeobject', 'SELECT')", &[])
         .await
@@ -170,7 +170,7 @@ fn content_hash() -> String {
 }
 
 /// The next objects behind an OID. The source's session is in a transaction afterwards, whose snapshot also shows their content.
-async fn page(source: &Client, query: &str, after: u32) -> Result<Vec<Object>> {
+pub(super) async fn page(source: &Client, query: &str, after: u32) -> Result<Vec<Object>> {
     let doing = || "reading the source's large objects".to_owned();
     source.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await.context(doing)?;
     let rows = match source.query_typed(query, &[(&after, Type::OID)]).await {
@@ -215,25 +215,13 @@ async fn sync_page(
     // Another session of ours, whose connection broke, may still have a commit on its way.
     let known = "BEGIN; LOCK TABLE walferry.large_object IN SHARE ROW EXCLUSIVE MODE";
     target.batch_execute(known).await.context(doing)?;
-    // What a managed service has of its own is not the migration's.
-    let rows = target
-        .query_typed(
-            &format!(
-                "SELECT coalesce(m.oid, l.loid), m.oid IS NOT NULL, l.marker \
-                 FROM (SELECT oid FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2 \
-                         AND (pg_catalog.pg_get_userbyid(lomowner) NOT IN ({SERVICE_OWNERS}) \
-                              OR pg_catalog.pg_get_userbyid(lomowner) = current_user)) m \
-                 FULL JOIN (SELECT loid, marker FROM walferry.large_object WHERE loid > $1 AND loid <= $2) l ON l.loid = m.oid"
-            ),
-            &[(&after, Type::OID), (&last, Type::OID)],
-        )
-        .await
-        .context(doing)?;
-    let there: BTreeMap<u32, (bool, Option<&str>)> =
-        rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect();
+    let there = there(target, true, after, last).await?;
     let of_source: BTreeSet<u32> = page.iter().map(|object| object.oid).collect();
     let gone: Vec<u32> = there.keys().copied().filter(|oid| !of_source.contains(oid)).collect();
-    let changed = |object: &&Object| there.get(&object.oid) != Some(&(true, Some(object.marker.as_str())));
+    let is_known = |object: &Object| {
+        there.get(&object.oid).is_some_and(|(is_there, known)| *is_there && known.as_ref() == Some(&object.marker))
+    };
+    let changed = |object: &&Object| !is_known(object);
     let changed: Vec<&Object> = page.iter().filter(changed).collect();
     if !gone.is_empty() {
         remove(target, &gone).await.context(|| "removing large objects that the source has no more".into())?;
@@ -259,6 +247,41 @@ async fn sync_page(
     Ok(Synced { copied, removed: gone.len() as u64 })
 }
 
+/// Where the page ends that these objects are: behind the last of the source, everything is too much.
+pub(super) fn last_of(page: &[Object]) -> u32 {
+    page.last().filter(|_| page.len() as i64 == PAGE).map_or(u32::MAX, |object| object.oid)
+}
+
+/// What the target has with OIDs behind `after` and up to `last`: whether it is there, and what the ledger knows of it, where there is one.
+/// What a managed service has of its own is not the migration's.
+pub(super) async fn there(
+    target: &Client,
+    is_kept: bool,
+    after: u32,
+    last: u32,
+) -> Result<BTreeMap<u32, (bool, Option<String>)>> {
+    let doing = || "comparing large objects".to_owned();
+    let table = "SELECT pg_catalog.to_regclass('walferry.large_object') IS NOT NULL";
+    let known = match is_kept && target.query_typed_one(table, &[]).await.context(doing)?.get::<_, bool>(0) {
+        true => "SELECT loid, marker FROM walferry.large_object WHERE loid > $1 AND loid <= $2",
+        false => "SELECT NULL::oid AS loid, NULL::text AS marker WHERE false",
+    };
+    let rows = target
+        .query_typed(
+            &format!(
+                "SELECT coalesce(m.oid, l.loid), m.oid IS NOT NULL, l.marker \
+                 FROM (SELECT oid FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2 \
+                         AND (pg_catalog.pg_get_userbyid(lomowner) NOT IN ({SERVICE_OWNERS}) \
+                              OR pg_catalog.pg_get_userbyid(lomowner) = current_user)) m \
+                 FULL JOIN ({known}) l ON l.loid = m.oid"
+            ),
+            &[(&after, Type::OID), (&last, Type::OID)],
+        )
+        .await
+        .context(doing)?;
+    Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+}
+
 async fn remove(target: &Client, oids: &[u32]) -> Result<()> {
     let parameter = [(&oids as &(dyn ToSql + Sync), Type::OID_ARRAY)];
     tokio::try_join!(
@@ -272,7 +295,7 @@ async fn remove(target: &Client, oids: &[u32]) -> Result<()> {
 }
 
 /// Those of some objects that both sides have with the same content.
-async fn equal_content(source: &Client, target: &Client, oids: &[u32]) -> Result<BTreeSet<u32>> {
+pub(super) async fn equal_content(source: &Client, target: &Client, oids: &[u32]) -> Result<BTreeSet<u32>> {
     if oids.is_empty() {
         return Ok(BTreeSet::new());
     }
@@ -329,15 +352,18 @@ async fn describe(target: &Client, owners: &Owners, objects: &[&Object]) -> Resu
     let doing = || format!("giving the large objects {oids:?} their comments, privileges and owners");
     let granted = target
         .query_typed(
-            "SELECT m.oid, pg_catalog.array_agg(DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' \
-                 ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END) \
-             FROM pg_catalog.pg_largeobject_metadata m, pg_catalog.aclexplode(m.lomacl) a WHERE m.oid = ANY ($1) GROUP BY 1",
+            "SELECT m.oid, pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(m.lomowner)), \
+                    (SELECT pg_catalog.array_agg(DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' \
+                         ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END) \
+                     FROM pg_catalog.aclexplode(m.lomacl) a) \
+             FROM pg_catalog.pg_largeobject_metadata m WHERE m.oid = ANY ($1)",
             &[(&oids, Type::OID_ARRAY)],
         )
         .await
         .context(doing)?;
-    let granted: BTreeMap<u32, Vec<String>> = granted.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let statements = |object: &&Object| metadata_statements(object, owners, granted.get(&object.oid));
+    let there: BTreeMap<u32, There> =
+        granted.iter().map(|row| (row.get(0), There { owner: row.get(1), granted: row.get(2) })).collect();
+    let statements = |object: &&Object| metadata_statements(object, owners, there.get(&object.oid));
     let statements: Vec<String> = objects.iter().flat_map(statements).collect();
     target.batch_execute(&statements.join("; ")).await.context(doing)?;
     let markers: Vec<&str> = objects.iter().map(|object| object.marker.as_str()).collect();
@@ -388,8 +414,15 @@ async fn put(target: &Client, oid: u32, at: i64, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Comment, owner and privileges. `granted` has the roles, ready for SQL, that have been granted something on the target.
-fn metadata_statements(object: &Object, owners: &Owners, granted: Option<&Vec<String>>) -> Vec<String> {
+/// Whose an object is on the target, and who has been granted something there (`None` for the built-in privileges): ready for SQL.
+struct There {
+    owner: String,
+    granted: Option<Vec<String>>,
+}
+
+/// Comment, owner and privileges.
+fn metadata_statements(object: &Object, owners: &Owners, there: Option<&There>) -> Vec<String> {
+    let granted = there.and_then(|there| there.granted.as_ref());
     let this = format!("LARGE OBJECT {}", object.oid);
     let comment = object.comment.as_deref().map_or("NULL".to_owned(), sql::literal);
     let mut statements = vec![format!("COMMENT ON {this} IS {comment}")];
@@ -400,7 +433,12 @@ fn metadata_statements(object: &Object, owners: &Owners, granted: Option<&Vec<St
     if owners.no_privileges || object.privileges.is_none() && granted.is_none() {
         return statements;
     }
-    let own = if owners.no_owner { "CURRENT_USER" } else { &owner };
+    // Without owners it stays whose it is there: on the way back the old server's own.
+    let own = match there {
+        Some(there) if owners.no_owner => &there.owner,
+        _ if owners.no_owner => "CURRENT_USER",
+        _ => &owner,
+    };
     for role in granted.into_iter().flatten() {
         statements.push(format!("REVOKE ALL ON {this} FROM {role}"));
     }
@@ -419,4 +457,35 @@ fn metadata_statements(object: &Object, owners: &Owners, granted: Option<&Vec<St
         statements.push(format!("GRANT {privilege} ON {this} TO {grantee}{passing_on}"));
     }
     statements
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_owners_what_the_owner_may_is_granted_to_whose_it_is_there() {
+        let object = Object {
+            oid: 7,
+            owner: "migrator".into(),
+            privileges: Some(vec![
+                (Some("migrator".into()), "SELECT".into(), false),
+                (Some("reader".into()), "SELECT".into(), false),
+            ]),
+            comment: None,
+            marker: String::new(),
+        };
+        let owners = Owners { no_owner: true, ..Owners::default() };
+        let there = There { owner: "app".into(), granted: Some(vec!["app".into(), "reader".into()]) };
+        let statements = metadata_statements(&object, &owners, Some(&there));
+        let expected = [
+            "COMMENT ON LARGE OBJECT 7 IS NULL",
+            "REVOKE ALL ON LARGE OBJECT 7 FROM app",
+            "REVOKE ALL ON LARGE OBJECT 7 FROM reader",
+            "REVOKE ALL ON LARGE OBJECT 7 FROM app",
+            "GRANT SELECT ON LARGE OBJECT 7 TO app",
+            "GRANT SELECT ON LARGE OBJECT 7 TO \"reader\"",
+        ];
+        assert_eq!(statements, expected);
+    }
 }

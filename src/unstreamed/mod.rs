@@ -13,6 +13,7 @@
 //!
 //! A marker is whatever changes when the thing does: cheap to read, and compared for equality only.
 
+pub mod compare;
 pub mod configuration;
 pub mod large_object;
 pub mod materialized_view;

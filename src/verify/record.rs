@@ -44,6 +44,9 @@ pub struct Verification {
     pub differing_rows: u64,
     /// Tables that differ, as `"schema"."name"`.
     pub differing_tables: Vec<String>,
+    /// Large objects that differ.
+    #[serde(default)]
+    pub differing_large_objects: u64,
     /// How long it took.
     pub seconds: f64,
 }
@@ -63,6 +66,7 @@ impl Verification {
             rows: report.tables.iter().map(|table| table.rows_source.max(0).cast_unsigned()).sum(),
             differing_rows: differing().map(|table| table.differences_total).sum(),
             differing_tables: differing().map(|table| table.table.clone()).collect(),
+            differing_large_objects: report.large_objects.as_ref().map_or(0, |found| found.different_total),
             seconds: took.as_secs_f64(),
         }
     }
@@ -70,6 +74,9 @@ impl Verification {
     /// In a line, for people.
     pub fn text(&self) -> String {
         let what = match self.differing_tables.as_slice() {
+            [] if self.differing_large_objects > 0 => {
+                format!("DIFFERENT: {} large objects", self.differing_large_objects)
+            }
             [] => "equal".to_owned(),
             [one] => format!("DIFFERENT: {one}"),
             [one, others @ ..] => format!("DIFFERENT: {one} and {} more", others.len()),

@@ -4,12 +4,14 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::unstreamed::compare::LargeObjects;
+
 /// Everything one comparison found.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Of this object's format: 1.
     pub version: u32,
-    /// Whether no table differs.
+    /// Whether no table differs, and no large object.
     pub equal: bool,
     /// Every table that was compared, in the order of their names.
     pub tables: Vec<TableReport>,
@@ -19,6 +21,9 @@ pub struct Report {
     /// Tables that were not compared, because they were truncated, rewritten or dropped since the snapshots were taken.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub stale: Vec<String>,
+    /// What was found in large objects, where there are any and they were compared: those of a whole database.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub large_objects: Option<LargeObjects>,
 }
 
 /// What was found in one table.
@@ -88,7 +93,15 @@ impl Report {
     pub fn new(mut tables: Vec<TableReport>) -> Report {
         tables.sort_by(|a, b| a.table.cmp(&b.table));
         let equal = tables.iter().all(|table| table.equal);
-        Report { version: 1, equal, tables, sample_percent: None, stale: Vec::new() }
+        Report { version: 1, equal, tables, sample_percent: None, stale: Vec::new(), large_objects: None }
+    }
+
+    /// The same with what was found in large objects.
+    #[must_use]
+    pub fn with_large_objects(mut self, found: Option<LargeObjects>) -> Report {
+        self.equal &= found.as_ref().is_none_or(|found| found.different_total == 0);
+        self.large_objects = found;
+        self
     }
 }
 
@@ -113,6 +126,21 @@ impl fmt::Display for Report {
             if !table.equal {
                 table.explain(f)?;
             }
+        }
+        if let Some(LargeObjects { compared, pending, different, different_total }) = &self.large_objects {
+            write!(f, "{compared} large objects compared")?;
+            if *different_total > 0 {
+                let named: Vec<String> = different.iter().map(u32::to_string).collect();
+                let more = if *different_total > different.len() as u64 { ", …" } else { "" };
+                write!(f, ", {different_total} DIFFERENT: {}{more}", named.join(", "))?;
+            }
+            if *pending > 0 {
+                write!(
+                    f,
+                    "; {pending} were changed since they were last copied, and are copied again by the cutover at the latest"
+                )?;
+            }
+            writeln!(f)?;
         }
         let different = self.tables.iter().filter(|table| !table.equal).count();
         if let Some(percent) = self.sample_percent {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_postgres::Client;
 use walferry::demo::server::{ServerPrograms, ThrowawayServer};
+use walferry::source::catalog;
 
 use crate::support::{Gate, Pair, Walferry, until, value};
 
@@ -176,10 +177,23 @@ async fn h18_a_migration_that_an_older_walferry_began_goes_on() {
          ALTER TABLE walferry.source_table DROP compared",
     )
     .await;
+    // It recorded less of each object. One has changed since.
+    let source = pair.source.connect("postgres").await.unwrap();
+    source.batch_execute("SET search_path = pg_catalog").await.unwrap();
+    let mut recorded = catalog::fingerprint_of_format_3(&source).await.unwrap();
+    recorded.insert("table public.t".into(), "as it was".into());
+    let (objects, hashes): (Vec<&str>, Vec<&str>) = recorded.iter().map(|(a, b)| (a.as_str(), b.as_str())).unzip();
+    let on_target = target(&pair).await;
+    on_target.batch_execute("TRUNCATE walferry.fingerprint").await.unwrap();
+    let record = "INSERT INTO walferry.fingerprint SELECT * FROM unnest($1::text[], $2::text[])";
+    on_target.execute(record, &[&objects, &hashes]).await.unwrap();
     let walferry = pair.run(pair.migrate());
     pair.caught_up().await;
     assert_eq!(pair.same("SELECT id FROM t ORDER BY 1").await, ["1", "2"]);
     assert_eq!(value(&target(&pair).await, floor).await, floor_before);
+    let renewed = walferry::target::ledger::fingerprint(&on_target).await.unwrap();
+    let now = catalog::fingerprint(&source).await.unwrap();
+    assert_eq!(catalog::changed_objects(&renewed, &now).collect::<Vec<_>>(), ["table public.t"]);
     walferry.kill();
     until("SELECT NOT bool_or(active) FROM pg_replication_slots", &pair.source).await;
 

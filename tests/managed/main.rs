@@ -9,6 +9,7 @@ mod shop;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod configuration;
 mod origin;
 mod poolers;
 mod services;

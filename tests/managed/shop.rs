@@ -40,6 +40,10 @@ CREATE TABLE note (
     customer bigint
 );
 CREATE TABLE room (id int PRIMARY KEY, during int4range, EXCLUDE USING gist (during WITH &&) DEFERRABLE INITIALLY DEFERRED);
+CREATE TABLE lodging (id int PRIMARY KEY);
+INSERT INTO lodging VALUES (1), (2);
+CREATE TABLE rental (id int PRIMARY KEY, room int REFERENCES lodging);
+INSERT INTO rental VALUES (1, 1), (2, 2);
 CREATE TABLE gone (id bigint PRIMARY KEY);
 CREATE TABLE audit (id bigserial PRIMARY KEY, what text NOT NULL);
 
@@ -50,6 +54,7 @@ CREATE FUNCTION one_more() RETURNS trigger LANGUAGE plpgsql AS $$
 CREATE FUNCTION never() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN RAISE 'this trigger must not fire'; END $$;
 CREATE TRIGGER audited AFTER INSERT OR DELETE ON item FOR EACH ROW EXECUTE FUNCTION audit();
+CREATE TRIGGER rented BEFORE UPDATE OF room ON rental FOR EACH ROW EXECUTE FUNCTION never();
 COMMENT ON TRIGGER audited ON item IS 'writes to audit';
 CREATE TRIGGER counted BEFORE UPDATE ON item FOR EACH ROW EXECUTE FUNCTION one_more();
 ALTER TABLE item ENABLE ALWAYS TRIGGER counted;

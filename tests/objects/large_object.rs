@@ -24,6 +24,34 @@ async fn h14_large_objects_are_copied_and_what_changes_until_the_fence_is_copied
     migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
     assert_eq!(same(&migration, ALL).await.len(), 611, "the first copy");
 
+    // Somebody writes to one on the target, removes one and makes one there: the comparison says which. A change of the source only waits.
+    let verified = migration.with_directory("verify", &["--json"]).await;
+    assert_eq!(verified.code, Some(0), "{}", verified.stderr);
+    assert_eq!(
+        verified.json()["large_objects"],
+        serde_json::json!({"compared": 611, "pending": 0, "different": [], "different_total": 0})
+    );
+    target
+        .batch_execute(
+            "SELECT lo_put(108, 0, 'not the source''s'); SELECT lo_unlink(109); SELECT lo_from_bytea(130, '')",
+        )
+        .await
+        .unwrap();
+    let verified = migration.with_directory("verify", &["--json"]).await;
+    assert_eq!(verified.code, Some(4), "{}", verified.stderr);
+    let found = &verified.json()["large_objects"];
+    assert_eq!(
+        (&found["different_total"], verified.json()["equal"].as_bool()),
+        (&serde_json::json!(3), Some(false)),
+        "{found}"
+    );
+    let mut different: Vec<u64> =
+        found["different"].as_array().unwrap().iter().map(|oid| oid.as_u64().unwrap()).collect();
+    different.sort_unstable();
+    assert_eq!(different, [108, 109, 130]);
+    assert!(verified.stderr.contains("DELETE FROM walferry.large_object WHERE loid IN ("), "{}", verified.stderr);
+    target.batch_execute("DELETE FROM walferry.large_object WHERE loid IN (108, 109, 130)").await.unwrap();
+
     // Found before the fence: of each kind of change one.
     source
         .batch_execute(

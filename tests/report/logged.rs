@@ -121,8 +121,23 @@ pub fn is_of_rows_or_the_session(statement: &str) -> bool {
             "pg_switch_wal(",
             "pg_create_restore_point(",
             "pg_rotate_logfile(",
+            "alter_job(",
+            "create_hypertable(",
+            "add_dimension(",
+            "set_integer_now_func(",
+            "_policy(",
+            "create_chunk(",
+            "drop_chunk(",
+            "compress_chunk(",
+            "timescaledb_pre_restore(",
+            "timescaledb_post_restore(",
         ];
         return !changing.iter().any(|call| squeezed.contains(call));
+    }
+    let of_a_catalog = ["insertinto_timescaledb_", "deletefrom_timescaledb_", "update_timescaledb_"];
+    if of_a_catalog.iter().any(|begins| squeeze(statement).starts_with(begins)) {
+        // No rows of users, but what an extension makes of their tables.
+        return statement.contains("_hyper_");
     }
     let plain = [
         "begin",

@@ -5,6 +5,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod judge;
 mod logged;
 mod page;
 mod plan;

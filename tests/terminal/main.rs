@@ -6,6 +6,7 @@
 mod support;
 
 mod about;
+mod newcomer;
 mod pictures;
 mod schema;
 mod screen;

@@ -14,6 +14,8 @@ pub struct Terminal {
     script: Child,
     keys: Option<ChildStdin>,
     written: PathBuf,
+    /// Columns and rows.
+    size: (usize, usize),
 }
 
 impl Drop for Terminal {
@@ -30,7 +32,9 @@ impl Terminal {
     pub fn start(command: &str, variables: &[(&str, &str)], files: &std::path::Path) -> Terminal {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let written = files.join(format!("screen-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
-        let sized = format!("stty rows {ROWS} cols {COLUMNS}; {command}; echo \"ended with $?\"");
+        let device = written.with_extension("tty");
+        let sized =
+            format!("tty > '{}'; stty rows {ROWS} cols {COLUMNS}; {command}; echo \"ended with $?\"", device.display());
         let mut script = Command::new("script")
             .args(["-qfc", &sized])
             .arg(&written)
@@ -43,13 +47,21 @@ impl Terminal {
             .spawn()
             .unwrap();
         let keys = script.stdin.take();
-        Terminal { script, keys, written }
+        Terminal { script, keys, written, size: (COLUMNS, ROWS) }
     }
 
     pub fn press(&mut self, keys: &str) {
         let keyboard = self.keys.as_mut().unwrap();
         keyboard.write_all(keys.as_bytes()).unwrap();
         keyboard.flush().unwrap();
+    }
+
+    /// Gives it another size, as somebody does who pulls at the window; the program is told.
+    pub fn resize(&mut self, columns: usize, rows: usize) {
+        let device = std::fs::read_to_string(self.written.with_extension("tty")).unwrap();
+        let size = ["rows", &rows.to_string(), "cols", &columns.to_string()].map(str::to_owned);
+        assert!(Command::new("stty").args(["-F", device.trim()]).args(size).status().unwrap().success());
+        self.size = (columns, rows);
     }
 
     /// Everything that was written to the terminal.
@@ -59,20 +71,37 @@ impl Terminal {
 
     /// What stands on it now.
     pub fn shown(&self) -> String {
-        Screen::of(&self.written()).lines.iter().map(|line| line.iter().collect::<String>() + "\n").collect()
+        self.screen().text()
+    }
+
+    /// What stands on it now, cell by cell.
+    pub fn screen(&self) -> Screen {
+        Screen::of(&self.written(), self.size)
     }
 }
 
+/// A place on the screen.
+#[derive(Clone, Copy, PartialEq)]
+pub struct Cell {
+    pub symbol: char,
+    /// One of the terminal's 16 colours, where it is not its own.
+    pub colour: Option<u8>,
+    pub bold: bool,
+}
+
+const EMPTY: Cell = Cell { symbol: ' ', colour: None, bold: false };
+
 /// What is on a terminal after this was written to it; as much of a terminal as the view needs.
-struct Screen {
-    lines: Vec<Vec<char>>,
+pub struct Screen {
+    pub lines: Vec<Vec<Cell>>,
     row: usize,
     column: usize,
+    pen: Cell,
 }
 
 impl Screen {
-    fn of(written: &str) -> Screen {
-        let mut screen = Screen { lines: vec![vec![' '; COLUMNS]; ROWS], row: 0, column: 0 };
+    fn of(written: &str, (columns, rows): (usize, usize)) -> Screen {
+        let mut screen = Screen { lines: vec![vec![EMPTY; columns]; rows], row: 0, column: 0, pen: EMPTY };
         let mut letters = written.chars().peekable();
         while let Some(letter) = letters.next() {
             match letter {
@@ -88,12 +117,13 @@ impl Screen {
                         parameters.push(next);
                     }
                 }
-                '\n' => screen.row = (screen.row + 1).min(ROWS - 1),
+                '\n' => screen.row = (screen.row + 1).min(rows - 1),
                 '\r' => screen.column = 0,
                 letter if letter.is_control() => {}
                 letter => {
-                    if screen.column < COLUMNS {
-                        screen.lines[screen.row][screen.column] = letter;
+                    // What was drawn for another size may be outside of this one.
+                    if let Some(cell) = screen.lines.get_mut(screen.row).and_then(|line| line.get_mut(screen.column)) {
+                        *cell = Cell { symbol: letter, ..screen.pen };
                     }
                     screen.column += 1;
                 }
@@ -106,11 +136,60 @@ impl Screen {
         let number = |place: usize| parameters.split(';').nth(place).and_then(|text| text.parse::<usize>().ok());
         match command {
             'H' => {
-                self.row = number(0).unwrap_or(1).clamp(1, ROWS) - 1;
-                self.column = number(1).unwrap_or(1).clamp(1, COLUMNS) - 1;
+                self.row = number(0).unwrap_or(1).max(1) - 1;
+                self.column = number(1).unwrap_or(1).max(1) - 1;
             }
-            'J' => self.lines = vec![vec![' '; COLUMNS]; ROWS],
+            'J' => self.lines.iter_mut().for_each(|line| line.fill(EMPTY)),
+            'm' => self.dip(parameters),
             _ => {}
         }
     }
+
+    /// Select graphic rendition: colours and weight.
+    fn dip(&mut self, parameters: &str) {
+        let mut codes = parameters.split(';').map(|code| code.parse::<u8>().unwrap_or(0));
+        while let Some(code) = codes.next() {
+            match code {
+                0 => self.pen = EMPTY,
+                1 => self.pen.bold = true,
+                22 => self.pen.bold = false,
+                30..=37 => self.pen.colour = Some(code - 30),
+                90..=97 => self.pen.colour = Some(code - 82),
+                38 => self.pen.colour = codes.nth(1),
+                39 => self.pen.colour = None,
+                48 => drop(codes.nth(1)),
+                _ => {}
+            }
+        }
+    }
+
+    fn text(&self) -> String {
+        self.lines.iter().map(|line| line.iter().map(|cell| cell.symbol).collect::<String>() + "\n").collect()
+    }
+}
+
+/// What [`a_view_that_panics_gives_the_terminal_back`] runs on a terminal.
+#[test]
+#[ignore = "it panics: another test runs it on a terminal of its own"]
+fn a_view_that_panics() {
+    let mut screen = walferry::observe::watch::Screen::take().unwrap();
+    screen.draw(|frame| frame.render_widget("drawn", frame.area())).unwrap();
+    panic!("in the middle of a picture");
+}
+
+#[tokio::test]
+async fn a_view_that_panics_gives_the_terminal_back() {
+    let files = tempfile::tempdir().unwrap();
+    let tests = std::env::current_exe().unwrap();
+    let command = format!("'{}' --ignored --exact screen::a_view_that_panics --nocapture", tests.display());
+    let terminal = Terminal::start(&command, &[], files.path());
+    let written = crate::support::until("the view has ended", || {
+        let written = terminal.written();
+        async move { written.contains("ended with 101").then_some(written) }
+    })
+    .await;
+    let place = |text: &str| written.find(text).unwrap_or_else(|| panic!("no {text:?} in {written:?}"));
+    let (entered, left, said) = (place("\x1b[?1049h"), place("\x1b[?1049l"), place("in the middle of a picture"));
+    assert!(entered < place("drawn") && left < said, "what it says has to be readable: {written:?}");
+    assert!(written.rfind("\x1b[?25h") > Some(said), "the cursor is back: {written:?}");
 }

@@ -13,9 +13,9 @@ use crate::support::{Migration, Servers, is_blocked};
 const DOCUMENT: &str = include_str!("../../docs/backfill.md");
 
 /// The moment from which on the application writes to both; it lies in the tenth chunk.
-const UNTIL: &str = "2026-01-10T12:00:00Z";
+pub(crate) const UNTIL: &str = "2026-01-10T12:00:00Z";
 
-const SCHEMA: [&str; 5] = [
+pub(crate) const SCHEMA: [&str; 5] = [
     "CREATE TABLE device (id int PRIMARY KEY, name text)",
     "CREATE TABLE conditions (time timestamptz NOT NULL, device int NOT NULL REFERENCES device, value float8, note text, PRIMARY KEY (time, device))",
     "SELECT create_hypertable('conditions', 'time', chunk_time_interval => interval '1 day')",
@@ -25,7 +25,7 @@ const SCHEMA: [&str; 5] = [
 ];
 
 /// Ten days of rows; seven chunks are compressed, and a row came late into the second of them.
-const ROWS: [&str; 4] = [
+pub(crate) const ROWS: [&str; 4] = [
     "INSERT INTO device SELECT i, 'device ' || i FROM generate_series(1, 20) i",
     "INSERT INTO conditions SELECT t, d, extract(epoch FROM t)::int8 % 977 / 7.0, 'note ' || d \
      FROM generate_series('2026-01-01 00:00Z'::timestamptz, '2026-01-10 11:50Z', '10 min') t, generate_series(1, 10) d",
@@ -33,7 +33,7 @@ const ROWS: [&str; 4] = [
     "INSERT INTO conditions VALUES ('2026-01-02 00:00:01Z', 17, 1, 'late')",
 ];
 
-async fn run_all(client: &Client, statements: &[&str]) {
+pub(crate) async fn run_all(client: &Client, statements: &[&str]) {
     client.batch_execute("SET TimeZone = 'UTC'").await.unwrap();
     for statement in statements {
         client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -41,14 +41,14 @@ async fn run_all(client: &Client, statements: &[&str]) {
 }
 
 /// Rows of a query as one text.
-async fn text(client: &Client, query: &str) -> String {
+pub(crate) async fn text(client: &Client, query: &str) -> String {
     let query =
         format!("SELECT coalesce(string_agg(x::text, E'\\n' ORDER BY x::text COLLATE \"C\"), '') FROM ({query}) x");
     client.query_one(&query, &[]).await.unwrap_or_else(|error| panic!("{query}: {error:?}")).get(0)
 }
 
 /// The same on both sides, and something.
-async fn assert_same(migration: &Migration, query: &str) {
+pub(crate) async fn assert_same(migration: &Migration, query: &str) {
     let (source, target) = (migration.source().await, migration.target().await);
     for client in [&source, &target] {
         client.batch_execute("SET TimeZone = 'UTC'").await.unwrap();

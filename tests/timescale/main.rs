@@ -6,10 +6,23 @@
 #[allow(dead_code)]
 mod support;
 
+#[path = "../report/judge.rs"]
+#[allow(dead_code)]
+mod judge;
+#[path = "../report/logged.rs"]
+#[allow(dead_code)]
+mod logged;
+
+mod again;
 mod backfill;
 mod hypertables;
+mod killed;
 mod live;
 mod many_chunks;
+mod newer;
+mod owner;
+mod pieces;
+mod plan;
 mod recreate;
 mod sets;
 mod source;

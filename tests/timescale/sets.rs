@@ -117,6 +117,7 @@ async fn many_changed_rows_of_chunks_are_written_as_sets_and_end_as_on_the_sourc
         let target = migration.target().await;
         is_applied(&source, &target, &mut running).await;
         let before = replays(&migration).await;
+        assert_eq!(before, 0, "what comes with a new chunk is not replayed row by row");
         for statement in SERIALLY {
             source.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
         }

@@ -63,6 +63,9 @@ pub async fn filled(source: u32, target: u32) -> Option<(Servers, Migration)> {
     let client = migration.source().await;
     load::fill_schema(&client, &application(source), 500).await;
     client.batch_execute(KINDS).await.unwrap();
+    if source >= 11 {
+        client.batch_execute(FIRES).await.unwrap();
+    }
     Some((servers, migration))
 }
 
@@ -74,6 +77,20 @@ const KINDS: &str = "
         jsonb_build_object('i', i / 3.0), md5(i::text)::uuid, i * interval '1 mon 2 days 03:04:05.6', decode(md5(i::text), 'hex'),
         i / 3.0, timestamptz '2020-01-01 00:00:00.1+00' + i * interval '1.000001 s' FROM generate_series(1, 200) i;
     INSERT INTO app.kinds (id, f4, f8, n) VALUES (-1, 'Infinity', '-0', 'NaN'), (-2, '1e-37', '-Infinity', 0), (-3, 'NaN', 'NaN', NULL)";
+
+/// A trigger of a partitioned table that fires for replicas too; what it is for the partitions, 11 to 14 call internal.
+const FIRES: &str = "
+    CREATE TABLE app.fired (id bigserial PRIMARY KEY, event int);
+    CREATE FUNCTION app.fire() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO app.fired (event) VALUES (NEW.id); RETURN NULL; END $$;
+    CREATE TRIGGER fires AFTER INSERT ON app.event FOR EACH ROW EXECUTE PROCEDURE app.fire();
+    ALTER TABLE app.event ENABLE ALWAYS TRIGGER fires";
+
+/// The partitions for which it does.
+async fn firing(client: &Client) -> Vec<String> {
+    let query = "SELECT tgrelid::regclass::text FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid \
+         WHERE tgname = 'fires' AND tgenabled = 'A' AND relkind = 'r' ORDER BY 1";
+    client.query(query, &[]).await.unwrap().into_iter().map(|row| row.get(0)).collect()
+}
 
 /// The application's schema as a version understands it.
 fn application(version: u32) -> String {
@@ -119,6 +136,8 @@ async fn there_and_back(source: u32, target: u32) {
         empty.await.unwrap();
     }
     migration.wait_for_status(&mut running, "the way back", |status| status["direction"] == "back").await;
+    let fires: &[&str] = if source >= 11 { &["app.event_2024", "app.event_later"] } else { &[] };
+    assert_eq!(firing(&migration.target().await).await, fires);
     assert_same(&migration).await;
 
     let application = Application::start(&migration.target_url, 2);
@@ -133,6 +152,7 @@ async fn there_and_back(source: u32, target: u32) {
     application.stop().await;
     let ended = running.wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert_eq!(firing(&migration.source().await).await, fires);
     assert_same(&migration).await;
 
     let application = Application::start(&migration.source_url, 1);
@@ -187,7 +207,8 @@ async fn objects(client: &Client) -> Vec<String> {
          UNION ALL SELECT format('constraint %I %I %s %s', relname, conname, contype, convalidated) \
              FROM ours JOIN pg_constraint k ON k.conrelid = ours.oid WHERE contype <> 'n' \
          UNION ALL SELECT format('index %I %s %s', relname, indisvalid, indisreplident) FROM ours JOIN pg_index i ON i.indexrelid = ours.oid \
-         UNION ALL SELECT format('trigger %I %I %s', relname, tgname, tgenabled) FROM ours JOIN pg_trigger t ON t.tgrelid = ours.oid AND NOT tgisinternal \
+         UNION ALL SELECT format('trigger %I %I %s', relname, tgname, CASE WHEN tgname <> 'fires' THEN tgenabled END) \
+             FROM ours JOIN pg_trigger t ON t.tgrelid = ours.oid AND (NOT tgisinternal OR tgname = 'fires') \
          UNION ALL SELECT format('function %I %s', proname, prosrc) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = 'app' \
          ORDER BY 1";
     client.query(query, &[]).await.unwrap().into_iter().map(|row| row.get(0)).collect()

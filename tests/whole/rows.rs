@@ -288,3 +288,32 @@ async fn what_fires_in_replica_sessions_is_quiet_for_what_is_applied_there_and_b
     migration.assert_equal().await;
     assert_cleans_up(&migration, &before).await;
 }
+
+#[tokio::test]
+async fn what_would_fire_is_quiet_from_the_moment_that_it_is_made() {
+    let servers = Servers::start().await;
+    let migration = servers.migration("made").await;
+    let source = migration.source().await;
+    source
+        .batch_execute(
+            "CREATE TABLE p (id int PRIMARY KEY); CREATE TABLE t (id int PRIMARY KEY, p int REFERENCES p); CREATE TABLE trace (id bigserial PRIMARY KEY); \
+             CREATE FUNCTION trace() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO public.trace DEFAULT VALUES; RETURN NULL; END $$; \
+             CREATE TRIGGER a AFTER INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION trace(); ALTER TABLE t ENABLE ALWAYS TRIGGER a; \
+             SET session_replication_role = replica; INSERT INTO t VALUES (1, 1); RESET session_replication_role",
+        )
+        .await
+        .unwrap();
+    // The schema ends at a foreign key that the rows do not hold, behind the trigger.
+    let ended = migration.migrate(&[]).wait().await;
+    ended.assert_refused(1, &["t_p_fkey"]);
+    let target = migration.target().await;
+    let enabled = "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'a'";
+    assert_eq!(target.query_one(enabled, &[]).await.unwrap().get::<_, String>(0), "O");
+    // What is applied before it goes on does not fire it.
+    source.batch_execute("INSERT INTO p VALUES (1); UPDATE t SET p = 1; INSERT INTO t VALUES (2, 1)").await.unwrap();
+    let running = migration.migrate(&[]);
+    migration.cut_over(running).await;
+    assert_eq!(target.query_one(enabled, &[]).await.unwrap().get::<_, String>(0), "A");
+    let traces = "SELECT count(*) FROM trace";
+    assert_eq!(target.query_one(traces, &[]).await.unwrap().get::<_, i64>(0), 3);
+}

@@ -1,5 +1,6 @@
 use super::*;
 use crate::error::ErrorKind;
+use crate::observe::status::TableState;
 
 const SECOND: i64 = 1_000_000;
 
@@ -12,6 +13,7 @@ fn following() -> StatusBoard {
     let board = StatusBoard::new();
     board.set_phase(Phase::Following);
     board.set_connected(true);
+    board.source_clock(0);
     board
 }
 
@@ -34,6 +36,26 @@ fn a_migration_is_ready_exactly_when_nothing_blocks() {
         board.set_phase(phase);
         assert_eq!(blockers(&board), 1, "{phase:?}");
     }
+}
+
+#[test]
+fn a_target_of_which_nobody_knows_how_far_it_is_behind_is_not_ready() {
+    let board = StatusBoard::new();
+    board.set_phase(Phase::Following);
+    board.set_connected(true);
+    let status = board.snapshot();
+    assert!(status.lag.seconds.is_none() && !status.ready_to_cutover, "{status:?}");
+    board.source_clock(0);
+    assert!(board.snapshot().ready_to_cutover);
+}
+
+#[test]
+fn what_is_tried_again_is_to_be_looked_after_until_something_goes_on() {
+    let board = following();
+    board.try_again(&Error::new(ErrorKind::Transient, "cannot reach db1"));
+    assert_eq!(board.snapshot().attention, ["it waits, and tries again: cannot reach db1"]);
+    board.goes_on();
+    assert_eq!(board.snapshot().attention, Vec::<String>::new());
 }
 
 #[test]

@@ -49,15 +49,38 @@ function showPhase(status) {
       item.setAttribute("aria-current", "step");
       if (status.phase === "failed") item.textContent += ": failed";
       if (status.phase === "reversed") item.textContent = "switched back";
-      else if (status.direction === "back") item.textContent = "way back: " + status.phase.replace("_", " ");
     }
     return item;
   });
   byId("phases").replaceChildren(...steps);
 }
 
+/* What can be typed now; as the terminal says it. */
+function whatNext(status) {
+  const back = status.direction === "back";
+  if (status.error) return null;
+  if (status.phase === "cut_over" && back) return ["good", "The target is the primary", "The old one is kept current: walferry switchback leads back, walferry finish ends that."];
+  if (status.phase === "cut_over") return ["good", "Done", "The target is the primary now."];
+  if (status.phase === "reversed") return ["good", "Switched back", "The old primary is the primary again."];
+  if (status.phase === "cutting_over") return ["", "Cutting over", "Writers are held, or about to be. It ends by itself: switched, or given up after --timeout and --max-write-stall, and then it follows as before."];
+  if (!status.ready_to_cutover) return null;
+  const way = status.way_back === "ready" ? "With a way back. " : "";
+  return ["good", "Ready to cut over", `${way}walferry cutover --dry-run rehearses it, walferry cutover does it.`];
+}
+
+function showNext(status) {
+  const next = whatNext(status);
+  byId("next").hidden = !next;
+  if (!next) return;
+  byId("next").className = `notice ${next[0]}`;
+  set("next-title", next[1]);
+  set("next-text", next[2]);
+}
+
 function showTables(status) {
   const copy = status.copy;
+  /* On the way back nothing is copied. */
+  byId("copy").hidden = status.direction === "back" || copy.tables_total === 0;
   const done = copy.bytes_total === 0 ? 1 : Math.min(1, copy.bytes_done / copy.bytes_total);
   const left = status.eta_seconds === null || done === 1 ? "" : `, about ${duration(status.eta_seconds)} left`;
   const rate = copy.bytes_per_second > 0 ? `, ${size(copy.bytes_per_second)}/s` : "";
@@ -92,6 +115,7 @@ function show(status) {
   set("source", status.source.description || "source");
   set("target", status.target.description || "target");
   showPhase(status);
+  showNext(status);
   byId("failure").hidden = !status.error;
   if (status.error) {
     set("failure-message", status.error.message);
@@ -100,23 +124,28 @@ function show(status) {
   const lag = status.lag.seconds;
   set("lag", duration(lag), lag === null ? "" : lag > 60 ? "bad" : lag > 10 ? "warn" : "good");
   set("lag-bytes", status.lag.bytes === null ? "" : `${size(status.lag.bytes)} of WAL`);
-  set("ready", status.ready_to_cutover ? "ready" : "not yet", status.ready_to_cutover ? "good" : "");
+  set("switch", status.direction === "back" ? "Switchback" : "Cutover");
+  const over = ["cut_over", "reversed"].includes(status.phase);
+  const running = status.phase === "cutting_over";
+  set("ready", status.ready_to_cutover ? "ready" : over ? "done" : running ? "running" : "not yet", status.ready_to_cutover || over ? "good" : running ? "warn" : "");
   const wait = status.cutover.expected_downtime_ms;
   set("expected", wait === null ? "" : `writers would wait about ${duration(wait / 1000)}`);
   set("applied", `${count(status.apply.changes_per_second)}/s`);
   const held = status.apply.paused ? "held by the operator" : `${count(status.apply.transactions_per_second)} transactions/s`;
-  set("received", held + (status.stream.connected ? `, ${size(status.stream.bytes_per_second)}/s received` : ", the source is not connected"));
+  if (status.phase === "preparing") set("received", "");
+  else set("received", held + (status.stream.connected ? `, ${size(status.stream.bytes_per_second)}/s received` : ", the source is not connected"));
   const queue = status.queue;
   set("queue", size(queue.bytes), queue.full ? "bad" : queue.bytes > 0.8 * queue.limit_bytes && queue.limit_bytes ? "warn" : "");
   byId("queue-share").value = queue.limit_bytes ? queue.bytes / queue.limit_bytes : 0;
-  set("queue-limit", queue.full ? "full: the source is not read" : `of ${size(queue.limit_bytes)}`);
+  set("queue-limit", queue.full ? "full: the source is not read" : queue.limit_bytes ? `of ${size(queue.limit_bytes)}` : "");
   const { retained_wal_bytes: retained, wal_max_bytes: max } = status.source;
   set("retained", size(retained), retained !== null && max !== null && retained > max ? "bad" : "");
   set("retained-max", max === null ? "" : `may be ${size(max)}`);
   const verified = status.verification;
   set("compared", !verified ? "not yet" : verified.equal ? "equal" : "different", !verified ? "" : verified.equal ? "good" : "bad");
   set("compared-rows", !verified ? "walferry verify" : `${count(verified.rows)} rows, ${duration(verified.age_seconds)} ago`);
-  list("blockers", "blocking", status.ready_to_cutover || !["following", "catching_up"].includes(status.phase) ? [] : status.blockers);
+  const asked = ["following", "catching_up"].includes(status.phase) || (status.direction === "back" && status.phase === "cut_over");
+  list("blockers", "blocking", status.ready_to_cutover || !asked ? [] : status.blockers);
   list("attention", "looking", status.attention);
   showTables(status);
   byId("events").replaceChildren(...[...status.events].reverse().slice(0, 30).map((event) => {
@@ -133,7 +162,7 @@ const MAX_POINTS = 3600;
 
 const clock = (time) => new Date(time * 1000).toTimeString().slice(0, 8);
 
-function plot(id, names) {
+function plot(id, names, least) {
   const host = byId(id);
   const axis = { stroke: () => color("--muted"), grid: { stroke: () => color("--line"), width: 1 }, ticks: { stroke: () => color("--line") } };
   const format = (_, value) => (value === null || value === undefined ? "–" : value.toFixed(value < 10 ? 2 : 0));
@@ -141,7 +170,7 @@ function plot(id, names) {
   const data = [[], ...names.map(() => [])];
   const options = {
     width: host.clientWidth || 300, height: 150, series: [{ label: "at", value: (_, time) => (time ? clock(time) : "–") }, ...lines],
-    axes: [{ ...axis, space: 70, values: (_, times) => times.map(clock) }, { ...axis, size: 52 }], scales: { y: { range: (_, low, high) => [0, Math.max(high || 0, 1e-3) * 1.1] } },
+    axes: [{ ...axis, space: 70, values: (_, times) => times.map(clock) }, { ...axis, size: 52 }], scales: { y: { range: (_, low, high) => [0, Math.max(high || 0, least) * 1.1] } },
   };
   const chart = new uPlot(options, data, host);
   new ResizeObserver(() => chart.setSize({ width: host.clientWidth, height: 150 })).observe(host);
@@ -160,10 +189,10 @@ const mebibytes = (bytes) => (bytes === null ? null : bytes / 1048576);
 
 function start() {
   const plots = {
-    lag: plot("plot-lag", ["behind"]),
-    changes: plot("plot-changes", ["changes/s"]),
-    bytes: plot("plot-bytes", ["copied", "received"]),
-    disk: plot("plot-disk", ["queue", "WAL"]),
+    lag: plot("plot-lag", ["behind"], 0.1),
+    changes: plot("plot-changes", ["changes/s"], 10),
+    bytes: plot("plot-bytes", ["copied", "received"], 0.1),
+    disk: plot("plot-disk", ["queue", "WAL"], 1),
   };
   const point = (time, lag, changes, copied, received, queue, retained) => {
     plots.lag.add(time, [lag]);

@@ -1,11 +1,15 @@
-//! What was measured since the view was opened, for the plots.
+//! What was measured in the last hour, for the plots: what the migration remembers, and then what the view sees.
 
 use std::collections::VecDeque;
 
+use crate::observe::history;
 use crate::observe::status::Status;
 
 /// An hour, with a point a second.
 const POINTS_MAX: usize = 3600;
+
+/// For how long a remembered point speaks: a little longer than they are apart.
+const KNOWN_FOR_SECONDS: usize = 4;
 
 /// What is measured at one moment; `None` where it is not known.
 type Point = [Option<f64>; MEASURES];
@@ -48,6 +52,28 @@ impl History {
             bytes(status.queue.bytes),
             status.source.retained_wal_bytes.and_then(bytes),
         ]);
+    }
+
+    /// What the migration remembers of the time before, oldest first. Seconds between its points are like the point before them; a time
+    /// without points is a gap.
+    pub fn remember(&mut self, points: &[history::Point]) {
+        let bytes = |bytes: u64| Some(bytes as f64);
+        for (place, point) in points.iter().enumerate() {
+            let measured = [
+                point.lag_seconds,
+                Some(point.changes_per_second),
+                Some(point.copied_bytes_per_second),
+                Some(point.received_bytes_per_second),
+                bytes(point.queue_bytes),
+                point.retained_wal_bytes.and_then(bytes),
+            ];
+            let until_next = points.get(place + 1).map_or(1000, |next| next.time - point.time);
+            let seconds = usize::try_from((until_next + 500) / 1000).unwrap_or(1).clamp(1, POINTS_MAX);
+            for second in 0..seconds {
+                let known = second < KNOWN_FOR_SECONDS;
+                self.push(if known { measured } else { [None; MEASURES] });
+            }
+        }
     }
 
     /// A second of which nothing is known.
@@ -135,6 +161,23 @@ mod tests {
         history.add_gap();
         assert_eq!(history.columns(Measure::Lag, 40), [Some(1.0), Some(2.0), None]);
         assert_eq!(history.now(Measure::Lag), None);
+    }
+
+    #[test]
+    fn what_the_migration_remembers_comes_first_with_a_second_for_each_and_gaps_where_it_was_away() {
+        let point = |time, lag_seconds| history::Point {
+            time,
+            lag_seconds,
+            ..history::Point::of(&Status::not_running(Phase::Following))
+        };
+        let mut history = History::default();
+        history.remember(&[point(10_000, Some(1.0)), point(12_004, Some(2.0)), point(20_001, Some(3.0))]);
+        let mut status = Status::not_running(Phase::Following);
+        status.lag.seconds = Some(4.0);
+        history.add(&status);
+        let (one, two) = (Some(1.0), Some(2.0));
+        let expected = [one, one, two, two, two, two, None, None, None, None, Some(3.0), Some(4.0)];
+        assert_eq!(history.columns(Measure::Lag, 40), expected);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style};
 use ratatui::text::{Line, Text};
 
+use crate::observe::history::Point;
 use crate::observe::render;
 use crate::observe::status::{Direction, Phase, Status, TableState};
 use history::History;
@@ -46,6 +47,11 @@ impl Shown {
     /// Nothing yet, of the migration in this state directory.
     pub fn new(directory: impl Into<String>) -> Shown {
         Shown { directory: directory.into(), ..Shown::default() }
+    }
+
+    /// Takes what the migration remembers of the last hour, before anything else: what the page's plots begin with, too.
+    pub fn remember(&mut self, points: &[Point]) {
+        self.history.remember(points);
     }
 
     /// Takes a new status.

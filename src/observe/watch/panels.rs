@@ -10,7 +10,7 @@ use super::history::Measure;
 use super::text::{cut, cut_middle, filled, width, wrapped};
 use super::{Shown, TableState};
 use crate::observe::format::{count, duration, percent, printable, size, size_rate};
-use crate::observe::render::{copy_text, table_name};
+use crate::observe::render::{HOW_TO_GO_ON, copy_text, table_name};
 use crate::observe::status::{Direction, Level, Phase, Status, Table, WayBack};
 
 const ACCENT: Color = Color::Cyan;
@@ -22,7 +22,10 @@ const MUTED: Color = Color::DarkGray;
 /// Columns that a figure takes at least.
 const FIGURE_WIDTH: u16 = 13;
 /// Columns that a plot takes at least.
-const PLOT_WIDTH: u16 = 29;
+const PLOT_WIDTH: u16 = 27;
+
+/// What somebody wants to know who looks at a cutover.
+const HOW_IT_ENDS: &str = "Writers are held, or about to be. It ends by itself: switched, or given up after --timeout and --max-write-stall, and then it follows as before.";
 
 fn muted() -> Style {
     Style::new().fg(MUTED)
@@ -141,6 +144,7 @@ fn figures_of(status: &Status) -> [Figure; 6] {
     let (ready, of_ready) = match (status.ready_to_cutover, status.phase) {
         (true, _) => ("ready", bold(GOOD)),
         (false, Phase::CutOver | Phase::Reversed) => ("done", bold(GOOD)),
+        (false, Phase::CuttingOver) => ("running", bold(WARN)),
         (false, _) => ("not yet", Style::new().add_modifier(Modifier::BOLD)),
     };
     let queue = &status.queue;
@@ -266,20 +270,10 @@ pub(super) fn notice(shown: &Shown, status: &Status, columns: usize) -> Notice {
     if let Some(error) = &status.error {
         (notice.title, notice.colour) = ("It has stopped", BAD);
         notice.say(columns, bold(BAD), "", &error.message);
-        notice.say(
-            columns,
-            plain,
-            "next: ",
-            error.hint.as_deref().unwrap_or("`walferry migrate` with the same options goes on where it was."),
-        );
+        notice.say(columns, plain, "next: ", error.hint.as_deref().unwrap_or(HOW_TO_GO_ON));
     } else if !status.process_alive && !over {
         notice.title = "No migration is running";
-        notice.say(
-            columns,
-            plain,
-            "",
-            "This is how it was when it ended. `walferry migrate` with the same options goes on where it was.",
-        );
+        notice.say(columns, plain, "", &format!("This is how it was when it ended. {HOW_TO_GO_ON}"));
     } else if over && status.direction == Direction::There {
         (notice.title, notice.colour) = ("Done", GOOD);
         let who = if status.phase == Phase::Reversed {
@@ -302,6 +296,9 @@ pub(super) fn notice(shown: &Shown, status: &Status, columns: usize) -> Notice {
     } else if over {
         (notice.title, notice.colour) = ("Switched back", GOOD);
         notice.say(columns, plain, "", "The old primary is the primary again.");
+    } else if status.phase == Phase::CuttingOver {
+        notice.title = "Cutting over";
+        notice.say(columns, plain, "", HOW_IT_ENDS);
     } else if status.ready_to_cutover {
         (notice.title, notice.colour) = ("Ready to cut over", GOOD);
         let with = if status.way_back == WayBack::Ready { "With a way back. " } else { "" };
@@ -428,7 +425,7 @@ pub(super) fn copy(frame: &mut Frame<'_>, area: Rect, status: &Status) {
     frame.render_widget(Text::from(lines), inner);
 }
 
-/// What is measured, over the time since the view was opened.
+/// What is measured, over the last hour at most: what the page plots. In a wide terminal all of it, in a narrow one what matters most now.
 pub(super) fn plots(frame: &mut Frame<'_>, area: Rect, shown: &Shown, status: &Status) {
     if area.height == 0 {
         return;
@@ -439,16 +436,16 @@ pub(super) fn plots(frame: &mut Frame<'_>, area: Rect, shown: &Shown, status: &S
     let byte_rate = size_rate;
     type Plot<'a> = (&'static str, Measure, &'a dyn Fn(f64) -> String, Color);
     let lag: Plot<'_> = ("Behind", Measure::Lag, &seconds, Color::Yellow);
-    let changes: Plot<'_> = ("Changes applied", Measure::Changes, &rate, Color::Green);
+    let changes: Plot<'_> = ("Applied", Measure::Changes, &rate, Color::Green);
     let received: Plot<'_> = ("Received", Measure::Received, &byte_rate, Color::Blue);
     let copied: Plot<'_> = ("Copied", Measure::Copied, &byte_rate, Color::Cyan);
     let queue: Plot<'_> = ("Queue", Measure::Queue, &bytes, Color::Magenta);
     let wal: Plot<'_> = ("WAL kept", Measure::Wal, &bytes, Color::Magenta);
     let order = match status.phase {
-        Phase::Preparing | Phase::Copying | Phase::Indexing => [copied, queue, received, wal],
-        _ => [lag, changes, received, queue],
+        Phase::Preparing | Phase::Copying | Phase::Indexing => [copied, queue, received, wal, lag, changes],
+        _ => [lag, changes, received, queue, wal, copied],
     };
-    let beside = (area.width / PLOT_WIDTH).clamp(1, 4);
+    let beside = (area.width / PLOT_WIDTH).clamp(1, 6);
     let areas = Layout::horizontal((0..beside).map(|_| Constraint::Fill(1))).split(area);
     for ((title, measure, text, colour), at) in order.into_iter().zip(areas.iter()) {
         plot(frame, *at, shown, title, measure, text, colour);

@@ -124,7 +124,7 @@ fn following_shows_that_it_is_ready_and_what_to_do() {
             "equal",
             "2m 10s ago",
             "Behind",
-            "Changes applied",
+            "╭ Applied",
         ] {
             assert!(text.contains(said), "{said:?} at {width}x{height}:\n{text}");
         }

@@ -4,16 +4,16 @@ use super::On::{Both, Source, Target};
 use super::When::{Always, MapSchema, Part, ReplicaIdentityFull, ReplicateDdl, Roles, WayBack, Whole, WithSchema};
 use super::{Kind, durable, kind, redacted};
 
-const ITSELF: &str = "nothing: it changes nothing that stays";
-const CLEAN: &str = "walferry clean";
+pub(super) const ITSELF: &str = "nothing: it changes nothing that stays";
+pub(super) const CLEAN: &str = "walferry clean";
 const END: &str = "the end of its transaction";
-const DECISION: &str = "nothing: the target is the primary now (walferry switchback leads back)";
+pub(super) const DECISION: &str = "nothing: the target is the primary now (walferry switchback leads back)";
 
-const PREPARING: &str = "preparing";
-const COPYING: &str = "copying";
-const FOLLOWING: &str = "following";
-const CUTOVER: &str = "cutting over";
-const CLEANING: &str = "clean";
+pub(super) const PREPARING: &str = "preparing";
+pub(super) const COPYING: &str = "copying";
+pub(super) const FOLLOWING: &str = "following";
+pub(super) const CUTOVER: &str = "cutting over";
+pub(super) const CLEANING: &str = "clean";
 
 /// A statement that fits none of the list.
 pub static UNPLANNED: Kind = redacted(durable(kind(
@@ -190,6 +190,20 @@ pub static KINDS: &[Kind] = &[
         Source,
         (PREPARING, ReplicateDdl, "their schema"),
         "GRANT USAGE ON SCHEMA <walferry_ddl> TO PUBLIC",
+        CLEAN,
+    ),
+    kind(
+        "event trigger",
+        Source,
+        (PREPARING, ReplicateDdl, "what proves their messages, for our role to read"),
+        "CREATE TABLE <walferry_ddl>.key ( … )",
+        CLEAN,
+    ),
+    kind(
+        "event trigger",
+        Source,
+        (PREPARING, ReplicateDdl, "the same"),
+        "REVOKE ALL ON TABLE <walferry_ddl>.key FROM …",
         CLEAN,
     ),
     redacted(kind(

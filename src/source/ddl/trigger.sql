@@ -2,8 +2,13 @@
 CREATE SCHEMA {schema};
 GRANT USAGE ON SCHEMA {schema} TO PUBLIC;
 
+-- What only its owner reads: by it a message proves that it comes from here. Anybody may write messages of any prefix.
+CREATE TABLE {schema}.key (key bytea NOT NULL);
+REVOKE ALL ON TABLE {schema}.key FROM {others};
+INSERT INTO {schema}.key VALUES (pg_catalog.uuid_send(pg_catalog.gen_random_uuid()) OPERATOR(pg_catalog.||) pg_catalog.uuid_send(pg_catalog.gen_random_uuid()));
+
 -- What happened, as its owner sees it: whoever runs DDL need not own the publications. It is told what only the caller knows.
-CREATE FUNCTION {schema}.emit(v_event text, v_tag text, v_caller jsonb, v_context text) RETURNS void
+CREATE FUNCTION {schema}.emit(v_event text, v_tag text, v_caller jsonb, v_context text) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '500ms'
 SET DateStyle = 'ISO, YMD' SET IntervalStyle = 'postgres' SET TimeZone = 'UTC' SET extra_float_digits = '3'
@@ -27,7 +32,16 @@ DECLARE
     v_unpublished jsonb := '[]';
     v_again text[] := '{}';
     v_statement text;
+    v_content text;
+    v_key bytea;
+    v_stack text;
 BEGIN
+    -- Called by hand it would be told anything of the caller. The stack is in any language; its lines for functions begin alike, and
+    -- nobody else makes functions in this schema.
+    GET DIAGNOSTICS v_stack = PG_CONTEXT;
+    IF NOT starts_with(split_part(v_stack, E'\n', 2), split_part(v_stack, '{schema_name}.emit(', 1) || '{schema_name}.capture()') THEN
+        RAISE 'only the event triggers of walferry call this function';
+    END IF;
     IF v_event = 'sql_drop' THEN
         SELECT jsonb_agg(jsonb_build_object('type', d.object_type, 'identity', d.object_identity, 'names', to_jsonb(d.address_names),
                    'object', CASE WHEN d.object_type IN ('table column', 'table constraint', 'trigger') THEN
@@ -39,13 +53,13 @@ BEGIN
             WHERE NOT d.is_temporary AND d.object_identity NOT LIKE '%pg\_temp%' AND d.object_identity NOT LIKE 'pg\_toast.%'
               AND d.object_type NOT IN ('publication', 'publication relation', 'subscription');
         PERFORM set_config('walferry.dropped', coalesce(v_dropped, '[]')::text, true);
-        RETURN;
+        RETURN true;
     END IF;
     IF v_event = 'table_rewrite' THEN
         v_rewritten := coalesce(nullif(current_setting('walferry.rewritten', true), ''), '[]')::jsonb
             || jsonb_build_object('relid', pg_event_trigger_table_rewrite_oid()::int8, 'reason', pg_event_trigger_table_rewrite_reason());
         PERFORM set_config('walferry.rewritten', v_rewritten::text, true);
-        RETURN;
+        RETURN true;
     END IF;
 
     -- Which of the statements of its string it is, among those with its tag.
@@ -75,7 +89,7 @@ BEGIN
         FROM pg_event_trigger_ddl_commands() d
         WHERE d.schema_name IS DISTINCT FROM 'pg_temp' AND (NOT d.in_extension OR v_tag LIKE '% EXTENSION');
     IF v_commands IS NULL AND v_dropped = '[]' THEN
-        RETURN;
+        RETURN true;
     END IF;
 
     -- The tables that it is about, and the parts of partitioned ones.
@@ -166,7 +180,7 @@ BEGIN
             SELECT FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid
             WHERE r.prrelid = t.oid AND p.pubname IN ({publication}, {inserts}))));
 
-    PERFORM pg_logical_emit_message(true, {prefix}, convert_to(jsonb_build_object(
+    v_content := jsonb_build_object(
         'tag', v_tag, 'query', current_query(), 'nth', v_nth, 'context', v_context, 'caller', v_caller, 'statement', v_statement,
         'commands', coalesce(v_commands, '[]'), 'dropped', v_dropped, 'rewritten', v_rewritten,
         'unpublished', v_unpublished,
@@ -191,7 +205,12 @@ BEGIN
             FROM ({indexes}) q(relid, columns, is_primary, is_identity, names_one_row)), '[]'),
         'fingerprint', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({fingerprint}) q(object, hash) WHERE q.object IS NOT NULL), '{}'),
         'definition', coalesce((SELECT jsonb_object_agg(q.object, q.hash) FROM ({definition}) q(object, hash) WHERE q.object IS NOT NULL), '{}')
-    )::text, 'UTF8'));
+    )::text;
+    -- A hash over this transaction and what is said, nested so that nothing can be appended to it.
+    SELECT k.key INTO STRICT v_key FROM {schema}.key k;
+    PERFORM pg_logical_emit_message(true, {prefix}, convert_to(
+        encode(sha256(v_key || sha256(v_key || convert_to(pg_current_xact_id()::xid::text || '/' || v_content, 'UTF8'))), 'hex') || v_content,
+        'UTF8'));
     -- A message is decoded at the end of its record, which is where the next one begins: beside the subtransaction that this is, the
     -- row of that one could come first. This one is in between.
     PERFORM pg_logical_emit_message(true, {prefix_end}, '');
@@ -199,6 +218,7 @@ BEGIN
     FOREACH v_statement IN ARRAY v_again LOOP
         EXECUTE format('WITH gone AS (DELETE FROM ONLY %s RETURNING *) INSERT INTO %s SELECT * FROM gone', v_statement, v_statement);
     END LOOP;
+    RETURN true;
 END
 $walferry$;
 
@@ -206,6 +226,7 @@ $walferry$;
 CREATE FUNCTION {schema}.capture() RETURNS event_trigger LANGUAGE plpgsql AS $walferry$
 DECLARE
     v_context pg_catalog.text;
+    v_told pg_catalog.bool;
 BEGIN
     IF tg_tag OPERATOR(pg_catalog.~) '(PUBLICATION|SUBSCRIPTION|REINDEX)$'::pg_catalog.text
         OR pg_catalog.starts_with(pg_catalog.current_setting('application_name'), 'walferry')
@@ -213,7 +234,8 @@ BEGIN
         RETURN;
     END IF;
     GET DIAGNOSTICS v_context = PG_CONTEXT;
-    PERFORM {schema}.emit(tg_event, tg_tag, pg_catalog.jsonb_build_object(
+    -- Not PERFORM, which would stand between the two on the stack.
+    v_told := {schema}.emit(tg_event, tg_tag, pg_catalog.jsonb_build_object(
         'role', current_user, 'search_path', pg_catalog.current_setting('search_path'),
         'settings', pg_catalog.jsonb_build_object(
             'TimeZone', pg_catalog.current_setting('TimeZone'),

@@ -12,6 +12,7 @@ use crate::source::catalog::Table;
 use crate::source::snapshot::SnapshotData;
 use crate::target::adopt;
 use crate::target::route::Routing;
+use crate::timescale::live;
 
 /// Back to the copy, wherever a migration was after it.
 const BACK_TO_COPYING: &str = "phase = CASE WHEN phase IN ('catching_up', 'following') THEN 'copying' ELSE phase END";
@@ -103,6 +104,8 @@ pub struct Resynced<'a> {
     /// Every table that the source still has, as it has it now. The others are the migration's no more; that they are gone stays in
     /// the fingerprint (I11).
     pub tables: &'a [Redefinition],
+    /// Chunks of hypertables that nobody knew: what the target has in their ranges is compared too.
+    pub chunks: &'a [Table],
 }
 
 /// Records a new slot, and has every table compared again; one transaction. What was copied so far is what is compared; what was
@@ -130,6 +133,11 @@ pub async fn record_resynced(client: &mut Client, resynced: &Resynced<'_>) -> Re
             "UPDATE walferry.source_table SET compared = copied OR compared, copied = false, rows_copied = 0",
         )
         .await?;
+    for chunk in resynced.chunks {
+        live::record(transaction.client(), chunk, false).await?;
+        let compared = format!("UPDATE walferry.source_table SET compared = true WHERE relid = {}", chunk.relid);
+        transaction.batch_execute(&compared).await?;
+    }
     let begins = PgLsn::from(resynced.consistent_point);
     let binary = resynced.tables.iter().all(|now| now.table.binary_safe());
     transaction.execute("UPDATE walferry.apply_progress SET applied = $1", &[&begins]).await?;

@@ -70,6 +70,25 @@ pub fn wanted(dumped: Vec<Dumped>, part: Option<(&Selection, &Schemas)>) -> Resu
     Ok(dumped.into_iter().filter(|item| kept.contains(&item.dump_id)).map(|dumped| dumped.item).collect())
 }
 
+/// The items without some relations, by their OIDs, and without everything that needs one of them.
+pub fn without(dumped: Vec<Dumped>, relations: &BTreeSet<u32>) -> Vec<Dumped> {
+    let mut gone: BTreeSet<u32> = BTreeSet::new();
+    // An item can stand before one that it needs.
+    loop {
+        let before = gone.len();
+        for item in &dumped {
+            let is_one = item.class == CLASS_RELATION && relations.contains(&item.oid);
+            if is_one || item.dependencies.iter().any(|needed| gone.contains(needed)) {
+                gone.insert(item.dump_id);
+            }
+        }
+        if gone.len() == before {
+            break;
+        }
+    }
+    dumped.into_iter().filter(|item| !gone.contains(&item.dump_id)).collect()
+}
+
 struct Graph<'a> {
     items: HashMap<u32, &'a Dumped>,
     needed_by: HashMap<u32, Vec<&'a Dumped>>,
@@ -202,6 +221,20 @@ mod tests {
             item(13, (0, 0), "ACL", &[999]),
         ];
         assert_eq!(kept(&dumped, &relations(&[100]), &[((TYPE, 60), 50), ((TYPE, 61), 50)]), [1, 2, 4, 5, 7, 8, 9]);
+    }
+
+    #[test]
+    fn relations_are_left_out_with_all_that_hangs_on_them() {
+        let dumped = [
+            item(1, (CLASS_RELATION, 100), "TABLE", &[]),
+            item(2, (2606, 90), "FK CONSTRAINT", &[4, 3]),
+            item(3, (CLASS_RELATION, 101), "TABLE", &[1]),
+            item(4, (2606, 91), "CONSTRAINT", &[1]),
+            item(5, (0, 0), "ACL", &[3]),
+            item(6, (2606, 92), "FK CONSTRAINT", &[1, 4]),
+        ];
+        let left: Vec<u32> = without(dumped.to_vec(), &BTreeSet::from([101])).iter().map(|item| item.dump_id).collect();
+        assert_eq!(left, [1, 4, 6]);
     }
 
     #[test]

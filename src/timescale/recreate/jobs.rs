@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 use tokio_postgres::Client;
 
-use super::super::{settle, source};
+use super::super::{pause, settle, source};
 use super::places::Places;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
@@ -127,8 +127,13 @@ pub async fn bring_in_line(source: &Client, target: &Client, owners: &Owners) ->
     {
         make(target, job, &extension.schema, has_name, owners).await?;
     }
-    let scheduled: Vec<String> =
-        jobs.iter().filter(|job| job.job.scheduled).map(|job| job.job.id.to_string()).collect();
+    // To whoever asks what is to run, what rests for the migration runs.
+    let paused = pause::noted(target).await?;
+    let scheduled: Vec<String> = jobs
+        .iter()
+        .filter(|job| job.job.scheduled || paused.contains(&job.job.id))
+        .map(|job| job.job.id.to_string())
+        .collect();
     let finish = format!(
         "{} WHERE pg_catalog.has_sequence_privilege(s.name, 'UPDATE'); \
          CREATE TABLE IF NOT EXISTS walferry.timescaledb_job (id integer PRIMARY KEY); DELETE FROM walferry.timescaledb_job; \

@@ -1,0 +1,219 @@
+//! The list's part of TimescaleDB.
+
+use super::On::{Source, Target};
+use super::When::{Always, Hypertables, PauseSourceJobs};
+use super::kinds::{CLEAN, CLEANING, COPYING, CUTOVER, DECISION, FOLLOWING, ITSELF, PREPARING};
+use super::{Kind, durable, kind, redacted};
+
+const DROP_DATABASE: &str = "dropping the target database";
+
+/// Each group with the kind of the rest of the list that it comes before, by name and phase.
+pub(super) static GROUPS: [((&str, &str), &[Kind]); 5] = [
+    (("replica identity", PREPARING), BEFORE_THE_SLOT),
+    (("identity column", PREPARING), WITH_THE_SCHEMA),
+    (("maintenance", COPYING), WITH_THE_ROWS),
+    (("decision", CUTOVER), AT_THE_CUTOVER),
+    (("slot", CLEANING), AT_ITS_END),
+];
+
+const BEFORE_THE_SLOT: &[Kind] = &[
+    durable(kind(
+        "job",
+        Source,
+        (PREPARING, PauseSourceJobs, "for each job that runs; noted in the ledger and the state directory before"),
+        "SELECT alter_job( <job>, scheduled => <false, or true when it is given back> )",
+        "walferry clean, or a migration that goes on without the option",
+    )),
+    durable(kind(
+        "setting",
+        Source,
+        (
+            PREPARING,
+            Always,
+            "where the source has TimescaleDB: new chunks are published, deletions of segments streamed",
+        ),
+        "ALTER DATABASE <database> SET timescaledb.<setting> = <value>",
+        CLEAN,
+    )),
+    durable(kind(
+        "setting",
+        Source,
+        (
+            PREPARING,
+            Always,
+            "the same for sessions that are there already, where our role is a superuser of the source",
+        ),
+        "ALTER SYSTEM SET timescaledb.<setting> = <value>",
+        CLEAN,
+    )),
+    kind("setting", Source, (PREPARING, Always, "after that"), "SELECT pg_reload_conf( )", ITSELF),
+];
+
+const WITH_THE_SCHEMA: &[Kind] = &[
+    kind(
+        "extension",
+        Target,
+        (PREPARING, Always, "where the source has TimescaleDB and the target has not"),
+        "CREATE SCHEMA IF NOT EXISTS <schema of the extension>",
+        DROP_DATABASE,
+    ),
+    durable(kind(
+        "extension",
+        Target,
+        (PREPARING, Always, "the same, in the source's version"),
+        "CREATE EXTENSION IF NOT EXISTS timescaledb WITH SCHEMA <schema> VERSION <version>",
+        DROP_DATABASE,
+    )),
+    durable(kind(
+        "extension",
+        Target,
+        (PREPARING, Hypertables, "where the target has not"),
+        "CREATE EXTENSION timescaledb SCHEMA public",
+        DROP_DATABASE,
+    )),
+    // Jobs have options of the users' own.
+    redacted(kind(
+        "hypertable",
+        Target,
+        (
+            "preparing, cutting over (what has changed since)",
+            Always,
+            "where the source has TimescaleDB: the rows of the extension's catalog, jobs asleep",
+        ),
+        "INSERT INTO <_timescaledb_catalog>.<table> …",
+        DROP_DATABASE,
+    )),
+    kind(
+        "hypertable",
+        Target,
+        (PREPARING, Hypertables, "for each table that is declared"),
+        "SELECT create_hypertable( <table>, <dimension>, create_default_indexes => <whether> )",
+        DROP_DATABASE,
+    ),
+    kind(
+        "hypertable",
+        Target,
+        (PREPARING, Hypertables, "its further dimensions"),
+        "SELECT add_dimension( <table>, <dimension> )",
+        DROP_DATABASE,
+    ),
+    kind(
+        "hypertable",
+        Target,
+        (PREPARING, Hypertables, "of integers: what is now"),
+        "SELECT set_integer_now_func( <table>, <function> )",
+        DROP_DATABASE,
+    ),
+    kind(
+        "hypertable",
+        Target,
+        (PREPARING, Hypertables, "its compression"),
+        "ALTER TABLE <table> SET ( timescaledb.compress … )",
+        DROP_DATABASE,
+    ),
+    kind(
+        "hypertable",
+        Target,
+        (PREPARING, Hypertables, "its compression policy, asleep"),
+        "SELECT add_compression_policy( <table>, <when> )",
+        DROP_DATABASE,
+    ),
+    kind(
+        "hypertable",
+        Target,
+        (PREPARING, Hypertables, "its retention policy, asleep"),
+        "SELECT add_retention_policy( <table>, <when> )",
+        DROP_DATABASE,
+    ),
+];
+
+const WITH_THE_ROWS: &[Kind] = &[
+    kind(
+        "copy",
+        Source,
+        (
+            COPYING,
+            Always,
+            "a compressed chunk that has uncompressed rows too, while it is read: holds up its recompression, and no writer",
+        ),
+        "LOCK TABLE ONLY <chunk> IN ROW SHARE MODE",
+        ITSELF,
+    ),
+    kind(
+        "chunk",
+        Target,
+        (COPYING, Hypertables, "the chunks of a large table, before its rows"),
+        "SELECT create_chunk( <table>, <ranges> )",
+        DROP_DATABASE,
+    ),
+    kind(
+        "chunk",
+        Target,
+        (COPYING, Hypertables, "chunks that are older than declared; again behind late changes"),
+        "SELECT compress_chunk( <chunk> )",
+        "SELECT decompress_chunk(…)",
+    ),
+    kind(
+        "chunk",
+        Target,
+        (
+            COPYING,
+            Always,
+            "a chunk whose compressed rows were changed on the source since the slot: its rows come decompressed",
+        ),
+        "SELECT decompress_chunk( <chunk>, true )",
+        "SELECT compress_chunk(…)",
+    ),
+    kind(
+        "publication",
+        Source,
+        (FOLLOWING, Always, "a chunk that a session made without publishing it"),
+        "ALTER PUBLICATION <name> ADD TABLE <chunk>",
+        CLEAN,
+    ),
+    kind(
+        "chunk",
+        Target,
+        (FOLLOWING, Always, "a chunk that the source has dropped"),
+        "SELECT drop_chunk( <chunk> )",
+        "nothing: the source has dropped its rows",
+    ),
+];
+
+const AT_THE_CUTOVER: &[Kind] = &[
+    kind(
+        "hypertable",
+        Target,
+        (
+            CUTOVER,
+            Always,
+            "where the source has TimescaleDB: the state of continuous aggregates and jobs, before it is carried over",
+        ),
+        "DELETE FROM <_timescaledb_catalog>.<table> …",
+        DECISION,
+    ),
+    kind(
+        "job",
+        Target,
+        (CUTOVER, Always, "part of the decision: the jobs that ran on the source run from now on"),
+        "SELECT alter_job( <job>, scheduled => true )",
+        DECISION,
+    ),
+];
+
+const AT_ITS_END: &[Kind] = &[
+    kind(
+        "setting",
+        Source,
+        (CLEANING, Always, "where it was set for the migration and there was none before"),
+        "ALTER DATABASE <database> RESET timescaledb.<setting>",
+        ITSELF,
+    ),
+    kind(
+        "setting",
+        Source,
+        (CLEANING, Always, "the same of the server"),
+        "ALTER SYSTEM RESET timescaledb.<setting>",
+        ITSELF,
+    ),
+];
