@@ -48,6 +48,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use crate::apply::Applied;
 use crate::connection::ConnectionSpec;
@@ -82,6 +83,8 @@ use timer::Timer;
 
 /// How a blocker of the status begins that a cutover looks at itself, because it can be waived or does not matter to every fence.
 pub(crate) const SOURCE_BLOCKER: &str = "on the source, ";
+/// How often the source's catalog is read where that ends in a deadlock.
+const CATALOG_ATTEMPTS: u32 = 3;
 
 /// What a cutover works on.
 pub struct Cutover<'a> {
@@ -509,7 +512,15 @@ impl Cutover<'_> {
     /// I11: nothing that the stream does not show has come, gone or changed.
     async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
         let selection = self.scope.select(source).await?;
-        let now = catalog::fingerprint_of(source, selection.as_ref()).await?;
+        let mut attempts = 1..CATALOG_ATTEMPTS;
+        let now = loop {
+            match catalog::fingerprint_of(source, selection.as_ref()).await {
+                // Describing the catalog locks what it describes, in another order than somebody who drops or alters it.
+                Err(error)
+                    if error.sqlstate() == Some(&SqlState::T_R_DEADLOCK_DETECTED) && attempts.next().is_some() => {}
+                now => break now?,
+            }
+        };
         let mut changed: Vec<String> = changes(before, &now)
             .into_iter()
             .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
