@@ -176,11 +176,12 @@ impl Running {
     }
 }
 
-/// Whether the target has a table by this name: not a chunk whose rows go to its hypertable, nor the inner table of an aggregate.
-pub(super) fn is_on_target(table: &Table) -> bool {
+/// Whether the target has a table by this name: not a chunk whose rows go to its hypertable, nor, where aggregates are made again, the
+/// inner table of one.
+pub(super) fn is_on_target(table: &Table, is_recreated: bool) -> bool {
     match &table.chunk {
         Some(chunk) => !chunk.is_late,
-        None => !table.schema.starts_with("_timescaledb_"),
+        None => !is_recreated || !table.schema.starts_with("_timescaledb_"),
     }
 }
 

@@ -108,9 +108,10 @@ impl Running {
         for entry in tables.iter().filter(|entry| entry.copied && items.contains_key(&entry.table.relid)) {
             let _ = copied.send(entry.table.relid);
         }
+        let is_recreated = timescale::recreate::is_recreated(target).await?;
         let names = tables
             .iter()
-            .filter(|entry| hypertables::is_on_target(&entry.table))
+            .filter(|entry| hypertables::is_on_target(&entry.table, is_recreated))
             .map(|entry| (entry.table.relid, entry.table.qualified()))
             .collect();
         let into = self.target_of_copies(target).await?;

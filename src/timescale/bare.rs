@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use tokio_postgres::Client;
 
 use super::prepare;
+use super::settle;
 use super::source::{self, Extension, Job};
 use crate::error::{Context, Result};
 use crate::sql;
@@ -60,6 +61,8 @@ pub struct Bare {
     pub chunks: BTreeSet<u32>,
     catalog: Vec<String>,
     jobs: Vec<Job>,
+    /// The argument of `alter_job` without which a job would lose its time zone.
+    timezone: String,
 }
 
 impl Bare {
@@ -91,15 +94,22 @@ impl Bare {
         })
         .await?;
         let catalog = catalog.into_iter().map(|(_, statement)| statement).collect();
-        Ok(Some(Bare { extension: database.extension, chunks, catalog, jobs: database.jobs }))
+        // The target has the same version.
+        let timezone = settle::with_timezone(source, "pg_catalog.to_jsonb(b)->>'timezone'").await?;
+        Ok(Some(Bare { extension: database.extension, chunks, catalog, jobs: database.jobs, timezone }))
     }
 
     /// What comes behind the schema, in its transaction.
     pub fn statements(&self) -> String {
         let alter_job = sql::qualified(&self.extension.schema, "alter_job");
         let awake = self.jobs.iter().filter(|job| job.scheduled && is_policy(job));
-        let awake: Vec<String> =
-            awake.map(|job| format!("SELECT {alter_job}({}, scheduled => true);", job.id)).collect();
+        let wake = |job: &Job| {
+            format!(
+                "SELECT {alter_job}(b.id, scheduled => true{}) FROM _timescaledb_catalog.bgw_job b WHERE b.id = {};",
+                self.timezone, job.id
+            )
+        };
+        let awake: Vec<String> = awake.map(wake).collect();
         format!(";{};{NOTHING_COMPUTED}{}", self.catalog.join(";\n"), awake.concat())
     }
 

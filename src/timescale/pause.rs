@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
+use super::settle;
 use super::source::{self, Job};
 use crate::connection::ConnectionSpec;
 use crate::crashsafe;
@@ -146,8 +147,11 @@ async fn start(source: &Client, ids: &BTreeSet<i32>) -> Result<Vec<String>> {
 }
 
 async fn alter(source: &Client, schema: &str, id: i32, scheduled: bool) -> Result<()> {
-    let statement =
-        format!("SELECT {}({id}, scheduled => {scheduled}, if_exists => true)", sql::qualified(schema, "alter_job"));
+    let statement = format!(
+        "SELECT {}(b.id, scheduled => {scheduled}, if_exists => true{}) FROM _timescaledb_catalog.bgw_job b WHERE b.id = {id}",
+        sql::qualified(schema, "alter_job"),
+        settle::with_timezone(source, "pg_catalog.to_jsonb(b)->>'timezone'").await?
+    );
     let doing = if scheduled { "starting" } else { "pausing" };
     source.batch_execute(&statement).await.context(|| format!("{doing} the job {id} of TimescaleDB on the source"))
 }

@@ -77,8 +77,9 @@ pub async fn policies(client: &Client, hypertables: &[u32]) -> Result<Vec<Policy
 /// `Blocked` when our role may not; else what the server says.
 pub async fn schedule(client: &Client, extension_schema: &str, id: i32, scheduled: bool) -> Result<()> {
     let statement = format!(
-        "SELECT {}.alter_job(id, scheduled => {scheduled}) FROM _timescaledb_config.bgw_job WHERE id = {id}",
-        sql::identifier(extension_schema)
+        "SELECT {}.alter_job(b.id, scheduled => {scheduled}{}) FROM _timescaledb_config.bgw_job b WHERE b.id = {id}",
+        sql::identifier(extension_schema),
+        super::settle::with_timezone(client, "pg_catalog.to_jsonb(b)->>'timezone'").await?
     );
     client.batch_execute(&statement).await.context(|| format!("setting job {id} on the target")).map_err(|error| {
         if error.is_transient() {

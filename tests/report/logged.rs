@@ -122,6 +122,8 @@ pub fn is_of_rows_or_the_session(statement: &str) -> bool {
             "pg_create_restore_point(",
             "pg_rotate_logfile(",
             "alter_job(",
+            "add_job(",
+            "delete_job(",
             "create_hypertable(",
             "add_dimension(",
             "set_integer_now_func(",

@@ -39,6 +39,12 @@ async fn jobs_rest(migration: &Migration, ran: &BTreeSet<i32>) {
     assert!(set.await.unwrap().is_empty(), "nobody is put into restoring mode");
 }
 
+async fn zones_of_jobs(source: &Client) -> String {
+    let zones = "SELECT string_agg(id || ' ' || coalesce(to_jsonb(j)->>'timezone', '-'), ', ' ORDER BY id) \
+                 FROM _timescaledb_catalog.bgw_job j WHERE id >= 1000";
+    source.query_one(zones, &[]).await.unwrap().get(0)
+}
+
 async fn takes_writes(migration: &Migration) -> bool {
     migration.source().await.batch_execute("INSERT INTO plain (n) VALUES (1)").await.is_ok()
 }
@@ -59,6 +65,8 @@ async fn killed_in_each_phase_jobs_and_restoring_mode_are_right_and_it_goes_on()
     source.batch_execute("CREATE TABLE plain (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, n int)").await.unwrap();
     let ran = running_jobs(&source).await;
     assert!(ran.len() >= 4, "{ran:?}");
+    let zones = zones_of_jobs(&source).await;
+    assert!(zones.contains("Europe/Berlin"), "{zones}");
     let resting = "SELECT count(*) >= 1 AND NOT bool_or(scheduled) FROM _timescaledb_catalog.bgw_job WHERE id >= 1000";
     let held = migration.source().await;
     let holder = migration.target().await;
@@ -102,6 +110,7 @@ async fn killed_in_each_phase_jobs_and_restoring_mode_are_right_and_it_goes_on()
     let mut running = migration.migrate(&["--replica-identity-full", "--no-reverse", "--queue-max-bytes", "64MiB"]);
     follows(&migration, &mut running).await;
     assert_eq!(running_jobs(&source).await, ran);
+    assert_eq!(zones_of_jobs(&source).await, zones, "of jobs that rested and run again");
     running.kill().await;
     let mut running = migration.migrate(&PAUSED);
     until_true(&source, resting).await;
