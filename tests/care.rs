@@ -181,8 +181,7 @@ async fn h28_the_copy_rests_while_a_standby_of_the_source_lags() {
     let shown = shown.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(shown.contains("the copy waits for the source's standby reserve"), "{shown}");
     tune(&migration, &["--max-standby-lag", "off"]).await;
-    // Never ready: a table is new on the source.
-    migration.wait_for_phase(&mut running, "following").await;
+    migration.ready_but_for_the_source(&mut running).await;
     application.stop().await;
     running.terminate().await;
 }

@@ -30,17 +30,7 @@ async fn nothing_has_happened(migration: &Migration, running: &mut Running, appl
     let fence = migration.ledger("SELECT FROM walferry.migration WHERE fence IS NULL AND phase = 'following'").await;
     assert_eq!(fence.len(), 1);
     application.goes_on(20).await;
-    ready_but_for_the_source(migration, running).await;
-}
-
-/// What has changed on the source is looked for now and then, and stands in the status until it is dealt with.
-async fn ready_but_for_the_source(migration: &Migration, running: &mut Running) {
-    let is_ready = |status: &serde_json::Value| {
-        let blockers = status["blockers"].as_array().unwrap();
-        status["phase"] == "following"
-            && blockers.iter().all(|blocker| blocker.as_str().unwrap().starts_with("on the source, "))
-    };
-    migration.wait_for_status(running, "ready but for the source", is_ready).await;
+    migration.ready_but_for_the_source(running).await;
 }
 
 async fn shown(client: &Client, setting: &str) -> String {
@@ -150,7 +140,7 @@ async fn what_the_stream_does_not_show_is_refused_by_name_until_it_is_waived() {
     // The same on the target, as the hint says; then it goes through.
     migration.target().await.batch_execute(function).await.unwrap();
     application.goes_on(10).await;
-    ready_but_for_the_source(&migration, &mut running).await;
+    migration.ready_but_for_the_source(&mut running).await;
     let cutover = migration.with_directory("cutover", &["--yes", "--no-reverse", "--waive", &added]).await;
     assert_eq!(cutover.code, Some(0), "{}", cutover.stderr);
     for step in ["check", "fence", "drain", "close", "settle", "switch", "release", "Switched at"] {
@@ -255,7 +245,7 @@ async fn an_identity_or_a_trigger_that_went_on_both_sides_stands_in_nobodys_way(
     let change = "ALTER TABLE t ALTER id DROP IDENTITY; DROP TRIGGER gone ON kept";
     source.batch_execute(change).await.unwrap();
     migration.target().await.batch_execute(change).await.unwrap();
-    ready(&migration, &mut running).await;
+    migration.ready_but_for_the_source(&mut running).await;
     let mut options = vec!["--yes", "--no-reverse"];
     for waived in ["column id of table public.t", "trigger gone on table public.kept", "sequence public.t_id_seq"] {
         options.extend(["--waive", waived]);

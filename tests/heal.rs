@@ -359,7 +359,7 @@ async fn a_resync_sets_tables_aside_that_the_source_dropped_and_the_cutover_stil
     migration.migrate(&["--recopy", "public.day_1"]).wait().await.assert_refused(1, &["walferry resync"]);
 
     let mut running = resync(&migration);
-    ready(&migration, &mut running).await;
+    migration.ready_but_for_the_source(&mut running).await;
     assert_eq!(number(&target, "SELECT count(*) FROM walferry.source_table").await, 2);
     assert_eq!(number(&target, "SELECT count(*) FROM day_1").await, 250, "what the target has of it stays");
     source.batch_execute("INSERT INTO day VALUES (2, -2); INSERT INTO t VALUES (2)").await.unwrap();

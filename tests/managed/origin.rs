@@ -33,7 +33,7 @@ async fn h23_foreign_keys_come_with_the_cutover_are_looked_at_before_and_validat
         .await
         .unwrap();
     until_true(&target, "SELECT count(*) = 3 FROM shop.rental").await;
-    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    migration.ready_but_for_the_source(&mut running).await;
     let waived = ["constraint rental_room_fkey of table shop.rental", "trigger rented on table shop.rental"];
     let waived = ["--no-reverse", "--waive", waived[0], "--waive", waived[1]];
     let rehearsed = migration.with_directory("cutover", &[&["--dry-run"], &waived[..]].concat()).await;

@@ -192,6 +192,17 @@ impl Migration {
         }
     }
 
+    /// Waits until nothing stands against a cutover but what has changed on the source. That is looked for now and then, and stands in
+    /// the status until it is dealt with.
+    pub async fn ready_but_for_the_source(&self, running: &mut Running) {
+        let is_ready = |status: &Value| {
+            let blockers = status["blockers"].as_array().unwrap();
+            status["phase"] == "following"
+                && blockers.iter().all(|blocker| blocker.as_str().unwrap().starts_with("on the source, "))
+        };
+        self.wait_for_status(running, "ready but for the source", is_ready).await;
+    }
+
     /// Cuts over as soon as that may begin, and waits for the end of `migrate`.
     pub async fn cut_over(&self, mut running: Running) -> Value {
         self.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;

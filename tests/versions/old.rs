@@ -1,12 +1,14 @@
 //! Sources that lack what newer ones have: logical messages and scans of page ranges (before 14), TRUNCATE in the stream (before 11).
 
+use std::time::{Duration, Instant};
+
 use walferry::connection::ConnectionSpec;
 use walferry::source::replication::ReplicationSession;
 use walferry::source::version::Version;
 
 use crate::pair::{assert_same, filled, ready};
 use crate::servers;
-use crate::support::{Servers, is_blocked, until_true};
+use crate::support::{PATIENCE, Servers, is_blocked, until_true};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_messages_a_cutover_waits_for_every_change_and_an_idle_source_is_drained() {
@@ -53,7 +55,12 @@ async fn a_truncate_that_is_not_in_the_stream_stops_the_cutover_and_a_new_column
     stopped.assert_refused(1, &["changed on the source", "\"app\".\"event\" ADD COLUMN \"extra\" text"]);
     target.batch_execute(alter).await.unwrap();
     let mut running = migration.migrate(&[]);
-    until_true(&target, "SELECT count(*) = 1 FROM app.event WHERE extra = 'new'").await;
+    let has_it = "SELECT count(*) = 1 FROM app.event WHERE extra = 'new'";
+    let deadline = Instant::now() + PATIENCE;
+    while !target.query_one(has_it, &[]).await.unwrap().get::<_, bool>(0) {
+        assert!(running.is_alive() && Instant::now() < deadline, "{}", running.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     ready(&migration, &mut running).await;
 
     source.batch_execute("TRUNCATE app.kinds; INSERT INTO app.kinds (id) VALUES (-5)").await.unwrap();

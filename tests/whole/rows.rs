@@ -77,11 +77,7 @@ async fn partitions_that_come_and_go_on_the_way_are_named_and_what_is_attached_g
     area.change(&migration.source_url, 3).await;
     // The same partition again; what the attaching made anew is waived by name.
     let changed = changed().await;
-    let caught_up = |status: &serde_json::Value| {
-        let blockers = status["blockers"].as_array().unwrap();
-        blockers.iter().all(|blocker| blocker.as_str().unwrap().starts_with("on the source, "))
-    };
-    migration.wait_for_status(&mut running, "caught up", caught_up).await;
+    migration.ready_but_for_the_source(&mut running).await;
     let mut arguments = vec!["--yes", "--no-reverse", "--max-write-stall", "25s"];
     for change in &changed {
         let object = [" is new", " is gone", " has changed"].iter().find_map(|end| change.strip_suffix(end)).unwrap();
