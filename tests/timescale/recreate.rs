@@ -198,7 +198,10 @@ async fn another_version_of_timescaledb_gets_everything_made_again_live() {
     application.stop().await;
     // A job that changes, one that goes and one that comes while it follows.
     source
-        .batch_execute("SELECT alter_job(1001, schedule_interval => '7 hours'); SELECT delete_job(1002)")
+        .batch_execute(
+            "SELECT alter_job(1001, schedule_interval => '7 hours'); \
+             SELECT delete_job(job_id) FROM timescaledb_information.jobs WHERE proc_name = 'kept'",
+        )
         .await
         .unwrap();
     source.batch_execute("SELECT add_retention_policy('spans', interval '300 years')").await.unwrap();
