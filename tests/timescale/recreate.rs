@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 
 use tokio_postgres::Client;
 
+use super::again::are_copied_again;
+use super::killed::is_killed_in_each_phase;
 use super::live::{ASLEEP, Application, fill, killed_and_begun_again, nothing_runs_on_the_target_yet};
 use crate::support::timescale::{servers, timescale_available, timescale_has_version};
-use crate::support::{Migration, until};
+use crate::support::{Migration, Servers, until};
 
-const OLD: &str = "2.26.4";
+pub(super) const OLD: &str = "2.26.4";
 
 /// What another version has to be told besides: indexes, compression and policies of an aggregate, who owns and reads what, views upon
 /// aggregates, keys between tables, ranges of other lengths, jobs of another owner.
@@ -228,4 +230,31 @@ async fn another_version_of_timescaledb_gets_everything_made_again_live() {
     let new = "SELECT count(*) FROM public.hourly WHERE device = 77";
     assert_eq!(target.query_one(new, &[]).await.unwrap().get::<_, i64>(0), 1);
     assert_eq!(target.query_one(kept, &[]).await.unwrap().get::<_, i64>(0), before);
+}
+
+/// Two databases, the target's with the newer version; nothing where this machine has only one.
+async fn another_version(name: &str, what: &str) -> Option<(Servers, Migration)> {
+    if !timescale_available(what) || !timescale_has_version(OLD, what) {
+        return None;
+    }
+    let servers = servers(&[], &ASLEEP).await;
+    let migration = servers.migration(name).await;
+    migration.target().await.batch_execute("CREATE EXTENSION timescaledb").await.unwrap();
+    Some((servers, migration))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn made_again_and_killed_in_each_phase_jobs_are_right_and_it_goes_on() {
+    let what = "kill -9 in each phase of a migration to another version of TimescaleDB, --pause-source-jobs";
+    let Some((_servers, migration)) = another_version("killed", what).await else { return };
+    is_killed_in_each_phase(&migration, Some(OLD)).await;
+    assert_equal(&migration).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn made_again_chunks_that_differ_are_copied_again_by_repair_recopy_and_resync() {
+    let what = "repair, --recopy and resync of hypertables that are made again";
+    let Some((_servers, migration)) = another_version("again", what).await else { return };
+    are_copied_again(&migration, Some(OLD)).await;
+    assert_equal(&migration).await;
 }
