@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use crate::live::{assert_equal, fill};
+use crate::live::{ASLEEP, assert_equal, fill};
 use crate::support::process::Running;
 use crate::support::timescale::{servers, timescale_available};
 use crate::support::{Migration, until, until_true};
@@ -23,7 +23,7 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
     if !timescale_available("repair, --recopy and resync of hypertables") {
         return;
     }
-    let servers = servers(&[], &[]).await;
+    let servers = servers(&[], &ASLEEP).await;
     let migration = servers.migration("again").await;
     are_copied_again(&migration, None).await;
     assert_equal(&migration).await;
