@@ -145,6 +145,12 @@ async fn shows_rows_beside<S: Session>(source: &mut S, table: &Table, status: Op
 /// Of a chunk's status: rows stand beside the compressed ones.
 const PARTIAL: i32 = 8;
 
+/// Whether a statement of `pg_dump` makes an index of a relation with compressed rows.
+pub fn is_of_compressed_rows(statement: &str) -> bool {
+    let on = statement.split_once(" ON ").map_or("", |(_, on)| on.trim_start_matches("ONLY "));
+    on.starts_with("_timescaledb_internal.compress_hyper_")
+}
+
 /// Makes the target's chunk ready for what comes, in the open transaction: empty, and an ordinary one where the rows come decompressed.
 ///
 /// # Errors

@@ -95,6 +95,10 @@ pub(super) async fn is_killed_in_each_phase(migration: &Migration, version: Opti
     holder.batch_execute("BEGIN; CREATE TABLE public.devices ()").await.unwrap();
     let running = migration.migrate(&PAUSED);
     is_blocked(&migration.target().await, "CREATE TABLE public.devices").await;
+    // A chunk whose compressed rows are gone when it is its turn, and whose indexes are among the items of the schema.
+    let decompress = "SELECT decompress_chunk(c) FROM show_chunks('metrics', newer_than => '2025-01-04 00:00Z'::timestamptz, \
+                      older_than => '2025-01-05 00:00Z'::timestamptz) c";
+    source.batch_execute(decompress).await.unwrap();
     running.kill().await;
     jobs_rest(migration, &ran).await;
     // What it left is ended by the next start; nothing of it has become visible.
