@@ -124,6 +124,7 @@ pub fn is_of_rows_or_the_session(statement: &str) -> bool {
             "alter_job(",
             "add_job(",
             "delete_job(",
+            "alter_job_set_hypertable_id(",
             "create_hypertable(",
             "add_dimension(",
             "set_integer_now_func(",

@@ -161,8 +161,12 @@ pub(super) async fn is_killed_in_each_phase(migration: &Migration, version: Opti
 
     // The deciding commit waits for a reader, and never comes.
     holder.batch_execute("BEGIN; LOCK TABLE public.plain IN ACCESS SHARE MODE").await.unwrap();
-    let cutover = migration.start("cutover", &CUTOVER);
-    is_blocked(&migration.target().await, "cut_over").await;
+    let mut cutover = migration.start("cutover", &CUTOVER);
+    let blocked = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND strpos(query, 'cut_over') > 0 AND pid <> pg_backend_pid()";
+    while !migration.ledger(blocked).await[0].get::<_, bool>(0) {
+        assert!(cutover.is_alive(), "{}\n{}", cutover.log(), running.log());
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
     running.kill().await;
     cutover.wait().await;
     jobs_rest(migration, &ran).await;
