@@ -26,4 +26,5 @@ mod plan;
 mod recreate;
 mod sets;
 mod source;
+mod unseen;
 mod verify;
