@@ -6,7 +6,8 @@
 //! opening the tables again locks none of them. Rows, not statements: who writes through a partitioned table meets the triggers of
 //! its partitions only row by row. Sessions that apply changes (`session_replication_role = replica`) fire no such trigger.
 
-use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Row};
 
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
@@ -98,7 +99,31 @@ pub(super) async fn is_up(client: &Client) -> Result<bool> {
     Ok(row.get(0))
 }
 
+/// A table that is guarded and not among these: another part of this database has moved. There is one function for all, so to open these
+/// tables again would open that one too.
+///
+/// # Errors
+/// Whatever the server says.
+pub(super) async fn of_another_part(client: &Client, tables: &[&Table]) -> Result<Option<String>> {
+    let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
+    let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
+    let row = client
+        .query_typed_opt(
+            "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_trigger t \
+             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             WHERE t.tgfoid = pg_catalog.to_regprocedure('walferry.moved()') \
+               AND (n.nspname, c.relname) NOT IN (SELECT * FROM unnest($1::text[], $2::text[])) ORDER BY 1 LIMIT 1",
+            &[(&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY)],
+        )
+        .await
+        .context(|| "looking for tables that another migration has closed to writers".into())?;
+    Ok(row.map(|row| row.get(0)))
+}
+
 /// Removes triggers and function, for `clean`; the schema too, where nothing else is in it. Answers whether there was a guard.
+///
+/// To drop a trigger locks its table against everybody. So each goes in a transaction of its own: whoever holds one lock and waits for
+/// none cannot be part of a deadlock, in whatever order others (applications, or a cutover that reads the catalog) lock those tables.
 ///
 /// # Errors
 /// Whatever the server says.
@@ -109,13 +134,34 @@ pub(crate) async fn remove(client: &Client) -> Result<bool> {
         .context(|| "looking for the guard of tables that have moved".into())?
         .get(0);
     if exists {
+        for statement in drop_triggers(client).await? {
+            client.batch_execute(&statement).await.context(|| "removing a trigger of the guard".into())?;
+        }
         client
             .batch_execute(
-                "DROP FUNCTION walferry.moved() CASCADE; \
+                "DROP FUNCTION walferry.moved(); \
                  DO $clean$ BEGIN IF pg_catalog.to_regclass('walferry.migration') IS NULL THEN DROP SCHEMA walferry; END IF; END $clean$",
             )
             .await
             .context(|| "removing the guard of tables that have moved".into())?;
     }
     Ok(exists)
+}
+
+/// The statements that drop the triggers, a transaction each.
+async fn drop_triggers(client: &Client) -> Result<Vec<String>> {
+    let rows = client
+        .query_typed(
+            "SELECT n.nspname::text, c.relname::text, t.tgname::text FROM pg_catalog.pg_trigger t \
+             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             WHERE t.tgfoid = pg_catalog.to_regprocedure('walferry.moved()') ORDER BY t.oid",
+            &[],
+        )
+        .await
+        .context(|| "looking for the triggers of the guard".into())?;
+    let drop = |row: &Row| {
+        let (schema, table, trigger): (&str, &str, &str) = (row.get(0), row.get(1), row.get(2));
+        format!("DROP TRIGGER IF EXISTS {} ON {}", sql::identifier(trigger), sql::qualified(schema, table))
+    };
+    Ok(rows.iter().map(drop).collect())
 }
