@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio_postgres::Client;
+use walferry::demo::server::StopMode;
 
 use crate::support::load::{self, Application};
 use crate::support::process::Running;
@@ -356,4 +357,35 @@ async fn h28_a_migration_never_opens_more_connections_than_it_may() {
     verify.assert_refused(2, &["needs 2 connections"]);
     let verify = migration.with_directory("verify", &["--max-source-connections", "2"]).await;
     assert_eq!(verify.code, Some(0), "{}", verify.stderr);
+}
+
+/// The server's own rule is to wait until a walsender has sent all WAL, for as long as the other side says that it is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_shuts_down_does_not_wait_for_a_queue_that_is_full() {
+    let mut servers = Servers::start().await;
+    let migration = servers.migration("shop").await;
+    let source = migration.source().await;
+    source.batch_execute("CREATE TABLE large (id int PRIMARY KEY, body text NOT NULL)").await.unwrap();
+    let mut running = migration.migrate(&["--queue-max-bytes", "2MiB"]);
+    ready(&migration, &mut running).await;
+
+    let holder = migration.target().await;
+    holder.batch_execute("BEGIN; LOCK TABLE large").await.unwrap();
+    // More than the queue and the sockets on the way hold, in transactions as small as a queue of this size wants them.
+    for part in 0..14 {
+        let rows = format!(
+            "INSERT INTO large SELECT i + {part} * 2000, (SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 30 + i % 2)) \
+             FROM generate_series(1, 2000) i"
+        );
+        source.batch_execute(&rows).await.unwrap();
+    }
+    migration.wait_for_status(&mut running, "a full queue", |status| status["queue"]["full"] == true).await;
+    drop(source);
+    servers.source.stop(StopMode::Fast).await.unwrap();
+    servers.source.restart().await.unwrap();
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    // Ready before all of that has come it may show itself, for a moment, and not be.
+    until_true(&holder, "SELECT count(*) = 28000 FROM large").await;
+    migration.cut_over(running).await;
+    migration.assert_equal().await;
 }

@@ -1,6 +1,6 @@
 //! What goes on beside the phases: trimming the queue, watching the source, writing the status down.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
@@ -302,22 +302,35 @@ pub(super) async fn lift_fence_if_possible(config: &Config, board: &StatusBoard)
 }
 
 /// Writes the status into the state directory every few seconds, so that `walferry status` has something to show when no
-/// process answers. Ends when the handle is dropped.
+/// process answers. Ends when the handle is dropped, and nothing of it is written after that.
 pub(crate) fn keep_status(directory: StateDirectory, board: StatusBoard) -> StatusWriter {
-    StatusWriter(tokio::spawn(async move {
+    let goes_on = Arc::new(Mutex::new(true));
+    let may_write = Arc::clone(&goes_on);
+    let task = tokio::spawn(async move {
         loop {
-            write_status(&directory, &board);
+            {
+                let may_write = may_write.lock().unwrap_or_else(PoisonError::into_inner);
+                if *may_write {
+                    write_status(&directory, &board);
+                }
+            }
             tokio::time::sleep(STATUS_INTERVAL).await;
         }
-    }))
+    });
+    StatusWriter { task, goes_on }
 }
 
 /// See [`keep_status`].
-pub(crate) struct StatusWriter(JoinHandle<()>);
+pub(crate) struct StatusWriter {
+    task: JoinHandle<()>,
+    goes_on: Arc<Mutex<bool>>,
+}
 
 impl Drop for StatusWriter {
     fn drop(&mut self) {
-        self.0.abort();
+        // Waits for the one that is being written, a few milliseconds: else that one, older, could replace the last one.
+        *self.goes_on.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.task.abort();
     }
 }
 

@@ -57,6 +57,8 @@ const LET_BE_LONG: Duration = Duration::from_millis(4);
 const MUCH_BYTES: u64 = 16 << 10;
 /// The longest wait between two attempts to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// How long a server may take to say that it shuts down; it says so before it asks who we are.
+const SHUTDOWN_ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// What the receiver needs to know of the slot, and of the server it was made on.
 #[derive(Clone, Debug)]
@@ -200,7 +202,8 @@ async fn receive(
         .context(|| format!("starting replication from the slot {} at {from}", subscription.slot))?;
     board.set_connected(true);
     board.event(Level::Info, format!("receiving changes from the source at {from}"));
-    let outcome = Receiver::new(queue, appender, board, from, sends_markers).run(&mut stream).await;
+    let server = Server { source, application_name: &subscription.application_name };
+    let outcome = Receiver::new(queue, appender, board, from, sends_markers).run(&mut stream, server).await;
     if outcome.is_ok() {
         stream.stop().await?;
     }
@@ -310,6 +313,31 @@ async fn end_stale_walsender(session: &mut ReplicationSession, subscription: &Su
     Ok(())
 }
 
+/// Where the stream comes from.
+#[derive(Clone, Copy)]
+struct Server<'a> {
+    source: &'a ConnectionSpec,
+    application_name: &'a str,
+}
+
+impl Server<'_> {
+    /// A server that is told to shut down waits until each walsender has sent all WAL, for as long as the other side says that it
+    /// is there. While the queue is full we read nothing and say so: it would wait until the apply has made room, or for ever. So
+    /// the stream is given up; what was not read comes again.
+    ///
+    /// # Errors
+    /// `Transient` when the server takes no sessions any more, though it streams to us.
+    async fn goes_on(self) -> Result<()> {
+        let connecting = self.source.connect(self.application_name);
+        match tokio::time::timeout(SHUTDOWN_ANSWER_MAX, connecting).await {
+            Ok(Err(error)) if error.sqlstate() == Some(&SqlState::CANNOT_CONNECT_NOW) => Err(error.context(
+                "the queue is full and the server shuts down: it would wait for our stream, which is closed therefore",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The state of one connection.
 struct Receiver<'a> {
     queue: &'a Queue,
@@ -354,7 +382,7 @@ impl<'a> Receiver<'a> {
         Receiver { queue, appender, board, sends_markers, end, transaction: None, position: None, position_at }
     }
 
-    async fn run(&mut self, stream: &mut ReplicationStream) -> Result<()> {
+    async fn run(&mut self, stream: &mut ReplicationStream, server: Server<'_>) -> Result<()> {
         let mut progress = self.queue.subscribe();
         let mut status = tokio::time::interval(STATUS_INTERVAL);
         status.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -405,6 +433,7 @@ impl<'a> Receiver<'a> {
                     }
                     if full {
                         heard = Instant::now();
+                        server.goes_on().await?;
                     }
                     confirmed = self.queue.durable_end();
                     stream.send_status(confirmed, true).await?;

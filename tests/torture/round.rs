@@ -348,11 +348,16 @@ async fn migrate(
             control.stop.store(true, Ordering::Relaxed);
             while writers.join_next().await.is_some() {}
             sleep(Duration::from_secs(5)).await;
-            let (left, right) =
-                tokio::try_join!(connect(&sides[0].server, DATABASE), connect(&sides[1].server, DATABASE))
-                    .map_err(sql)?;
-            let different = compare::differences(&left, &right, false).await.map_err(sql)?;
-            return Err(format!("{error}\nby then, the target differed from the source:\n{}", different.join("\n")));
+            let different = async {
+                let (left, right) =
+                    tokio::try_join!(connect(&sides[0].server, DATABASE), connect(&sides[1].server, DATABASE))?;
+                compare::differences(&left, &right, false).await
+            };
+            let different = match different.await {
+                Ok(different) => different.join("\n"),
+                Err(unknown) => format!("unknown: {unknown:?}"),
+            };
+            return Err(format!("{error}\nby then, the target differed from the source:\n{different}"));
         }
     };
 
