@@ -175,7 +175,7 @@ async fn finish_ends_the_way_back_with_or_without_a_process_and_with_the_old_pri
     application.goes_on(10).await;
     application.stop().await;
     let late = migration.with_directory("switchback", &["--yes"]).await;
-    late.assert_refused(5, &["there is no way back any more: `walferry finish` has ended it"]);
+    late.assert_refused(5, &["there is no way back: `walferry finish` has ended it"]);
     let late = migration.with_directory("cutover", &["--yes"]).await;
     late.assert_refused(5, &["has been cut over already"]);
     let ended = migration.migrate(&[]).wait().await;
@@ -229,7 +229,7 @@ async fn finish_undoes_a_switchback_that_was_cut_off_and_refuses_one_that_was_de
     let finished = migration.with_directory("finish", &[]).await;
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
     let late = migration.with_directory("switchback", &["--yes"]).await;
-    late.assert_refused(5, &["there is no way back any more"]);
+    late.assert_refused(5, &["there is no way back: `walferry finish` has ended it"]);
     application.goes_on(30).await;
     application.stop().await;
     assert_eq!(

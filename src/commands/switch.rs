@@ -15,7 +15,7 @@ use crate::crashsafe;
 use crate::cutover;
 use crate::error::{Error, ErrorKind, Result};
 use crate::migrate;
-use crate::observe::status::{Direction, Phase, Status, WayBack};
+use crate::observe::status::{Phase, Status, WayBack};
 use crate::state_directory::StateDirectory;
 
 /// Which way a switch goes.
@@ -76,10 +76,9 @@ fn over(status: &Status, way: Way, directory: &Path) -> Option<Error> {
         (Phase::CutOver, WayBack::None | WayBack::Impossible, Way::There { .. }) => {
             "this migration has been cut over already"
         }
-        (Phase::CutOver, WayBack::None | WayBack::Impossible, Way::Back) => match status.direction {
-            Direction::Back => "there is no way back any more: `walferry finish` has ended it",
-            Direction::There => "there is no way back: the cutover made none, or `walferry finish` has ended it",
-        },
+        (Phase::CutOver, WayBack::None | WayBack::Impossible, Way::Back) => {
+            "there is no way back: `walferry finish` has ended it, or the cutover made none"
+        }
         _ => return None,
     };
     let hint =
@@ -91,7 +90,8 @@ fn over(status: &Status, way: Way, directory: &Path) -> Option<Error> {
 fn note_finished(directory: &StateDirectory) -> Result<()> {
     let Ok(written) = std::fs::read(directory.status()) else { return Ok(()) };
     let Ok(mut status) = serde_json::from_slice::<Status>(&written) else { return Ok(()) };
-    status.way_back = WayBack::None;
+    // A switchback that was cut off is undone by then.
+    (status.phase, status.way_back) = (Phase::CutOver, WayBack::None);
     let written = serde_json::to_vec(&status).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
     crashsafe::replace(&directory.status(), &written)
 }

@@ -344,6 +344,8 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     let cutover =
         migration.start("cutover", &["--yes", "--no-reverse", "--timeout", "110s", "--max-write-stall", "25s"]);
     migration.wait_for_phase(&mut running, "cutting_over").await;
+    // The refused cutover had ended all sessions.
+    let source = migration.source().await;
     source.batch_execute("INSERT INTO metrics VALUES ('2025-03-01 00:00Z', 1, 'in between', 1)").await.unwrap();
     until_true(&target, "SELECT count(*) = 1 FROM public.metrics WHERE room = 'in between'").await;
     holder.batch_execute("ROLLBACK").await.unwrap();
