@@ -165,6 +165,9 @@ pub async fn servers(
             target.database()
         ));
     }
+    if timescale::unseen::remove(source, &from, "walferry").await? {
+        removed.push("triggers that keep changes of compressed rows in the stream, on the source".into());
+    }
     for (server, side) in [(&from, "source"), (&to, "target")] {
         if cutover::guard::remove(server).await? {
             removed.push(format!("triggers that refuse writes to tables that have moved, on the {side}"));

@@ -111,6 +111,8 @@ pub struct Cutover<'a> {
     pub target_closed: Option<Closed>,
     /// As the ledger has it.
     pub migration: &'a Migration,
+    /// The hypertables whose rows were counted before.
+    pub counted: timescale::unseen::Counted,
 }
 
 /// A cutover that did not go through.
@@ -436,7 +438,7 @@ impl Cutover<'_> {
         }
         // A session of its own, since it holds transactions.
         let mut own = self.target.connect(self.application_name).await?;
-        timescale::settle::settle(source, &mut own, self.migration, self.owners).await?;
+        timescale::settle::settle(source, &mut own, (self.migration, &self.counted), self.owners).await?;
         // Without the chunks that the source has dropped, which are gone only now.
         self.insert_only_tables_are_equal(sessions, |table| table.is_hypertable).await?;
         timescale::settle::wake_jobs(target).await

@@ -25,6 +25,7 @@ use crate::record::What;
 use crate::source::catalog::{self, Table};
 use crate::source::scope::WHOLE_DATABASE;
 use crate::target::{ddl, ledger, warm};
+use crate::timescale::unseen::Counted;
 use crate::{unstreamed, verify};
 
 /// How often the source's catalog is compared with what was migrated (I11).
@@ -110,7 +111,7 @@ impl Running {
             warming.abort_all();
             // A cutover is never just dropped: it gives up by itself when the apply ends, and then lifts its fence.
             // On the heap: it is large, and the stack of an unoptimized build is not.
-            let mut cutover = Box::pin(self.answer(&watching, &way_back, request));
+            let mut cutover = Box::pin(self.answer(queue, &watching, &way_back, request));
             let (went_through, ended) = tokio::select! {
                 went_through = &mut cutover => (went_through, None),
                 outcome = &mut applying => (cutover.await, Some(outcome)),
@@ -132,6 +133,7 @@ impl Running {
     /// Does it, or rehearses it, and tells whoever asked.
     async fn answer(
         &self,
+        queue: &Queue,
         applied: &watch::Receiver<Applied>,
         way_back: &Option<(WayBack, watch::Receiver<Arming>)>,
         mut request: CutoverRequest,
@@ -167,6 +169,19 @@ impl Running {
         // What stands against it on the source it looks at itself, and knows what is waived; the lag it measures.
         let measured = |blocker: &String| blocker.starts_with(SOURCE_BLOCKER) || blocker == LAG_UNKNOWN;
         let blockers = self.board.snapshot().blockers;
+        let blockers: Vec<String> = blockers.into_iter().filter(|blocker| !measured(blocker)).collect();
+        let counted = match request.dry_run || !blockers.is_empty() {
+            true => Ok(Counted::default()),
+            false => Box::pin(self.count_hypertables(&migration, queue, &request)).await,
+        };
+        let counted = match counted {
+            Ok(counted) => counted,
+            Err(error) => {
+                self.board.event(Level::Warn, error.to_string());
+                let _ = request.answers.send(Answer::from(&error.with_kind(ErrorKind::Aborted)));
+                return CutOver::GivenUp;
+            }
+        };
         let cutover = Cutover {
             source: &self.config.source,
             target: &self.config.target,
@@ -175,11 +190,12 @@ impl Running {
             scope: if self.direction == Direction::There { &scope } else { &WHOLE_DATABASE },
             unstreamed: &scope,
             applied: applied.clone(),
-            blockers: blockers.into_iter().filter(|blocker| !measured(blocker)).collect(),
+            blockers,
             way_back: way_back.clone(),
             owners: &self.config.owners,
             target_closed,
             migration: &migration,
+            counted,
         };
         if request.dry_run {
             let rehearsed = Box::pin(cutover.rehearse(&request.options)).await;

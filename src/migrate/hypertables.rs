@@ -1,6 +1,7 @@
 //! Where the phases meet TimescaleDB: what is set before the slot, and chunks that come and go while it follows.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -10,12 +11,15 @@ use super::prepare::identities;
 use super::{Direction, Running};
 use crate::apply::change::Change;
 use crate::connection::ConnectionSpec;
+use crate::control::CutoverRequest;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::status::Level;
+use crate::queue::Queue;
 use crate::source::catalog;
 use crate::source::catalog::Table;
 use crate::target::ledger::{LedgerTable, Migration, SchemaItem};
-use crate::timescale::{self, live, pause, prepare};
+use crate::timescale::unseen::{self, Counted};
+use crate::timescale::{self, ChunkOf, live, pause, prepare};
 
 impl Running {
     /// Sets what the stream of hypertables needs, and has the whole row identify those of continuous aggregates, before the slot (H2).
@@ -118,6 +122,45 @@ impl Running {
         }
     }
 
+    /// Counts the rows of hypertables on both sides while applications go on, and has nothing of them change unseen from then on. What
+    /// could not be counted is counted behind the fence.
+    ///
+    /// # Errors
+    /// `Different` where there are not as many; `Aborted` when the cutover's time is up.
+    pub(super) async fn count_hypertables(
+        &self,
+        migration: &Migration,
+        queue: &Queue,
+        request: &CutoverRequest,
+    ) -> Result<Counted> {
+        if self.direction == Direction::Back || !self.has_hypertables().await? {
+            return Ok(Counted::default());
+        }
+        let points = self.point_taker(migration, queue);
+        let limit = Duration::from_secs_f64(request.options.timeout_seconds);
+        let counting = unseen::count(&points, &self.application_name);
+        match tokio::time::timeout(limit, Box::pin(counting)).await {
+            Ok(Ok(counted)) => {
+                let text = "hypertables have as many rows on both sides, counted before the fence";
+                self.board.event(Level::Info, format!("{} {text}", counted.len()));
+                Ok(counted)
+            }
+            Ok(Err(error)) if error.kind() == ErrorKind::Different => Err(error),
+            Ok(Err(error)) => {
+                self.board.event(Level::Warn, format!("the rows of hypertables are counted behind the fence: {error}"));
+                Ok(Counted::default())
+            }
+            Err(_) => {
+                let text = format!(
+                    "the rows of hypertables were not counted within the {:.0} s of --timeout",
+                    limit.as_secs_f64()
+                );
+                Err(Error::new(ErrorKind::Aborted, text)
+                    .hint("Nothing was touched. Give more with --timeout: applications do not wait for it."))
+            }
+        }
+    }
+
     /// Whether the source's hypertables are moved.
     pub(super) async fn has_hypertables(&self) -> Result<bool> {
         prepare::is_of_timescaledb(&self.target().await?).await
@@ -198,9 +241,13 @@ pub(super) fn are_published(before: &[Table], now: &[Table], in_publication: &BT
     before.keys().all(stays) && now.iter().all(fits)
 }
 
-/// Whether one of these chunks has gone: `pg_dump` under an older snapshot cannot lock it.
+/// Whether one of these chunks has gone, or the relation of its compressed rows by another compression: `pg_dump` under an older
+/// snapshot cannot lock it.
 pub(super) async fn is_gone_since(source: &Client, tables: &[Table]) -> Result<bool> {
-    let chunks: Vec<u32> = tables.iter().filter(|table| table.chunk.is_some()).map(|table| table.relid).collect();
+    let chunks = tables.iter().filter_map(|table| Some((table.relid, table.chunk.as_ref()?)));
+    let relations =
+        |(relid, chunk): (u32, &ChunkOf)| std::iter::once(relid).chain(chunk.compressed.as_ref().map(|of| of.relid));
+    let chunks: Vec<u32> = chunks.flat_map(relations).collect();
     let gone = "SELECT count(*) < cardinality($1) FROM pg_catalog.pg_class WHERE oid = ANY ($1)";
     Ok(!chunks.is_empty() && source.query_typed_one(gone, &[(&chunks, Type::OID_ARRAY)]).await?.get::<_, bool>(0))
 }

@@ -364,20 +364,8 @@ fn dropped_before_it_was_seen(announced: &Announced) -> Table {
 pub async fn drop_what_is_gone(target: &Client, living: &[Chunk]) -> Result<Vec<String>> {
     let mut dropped = Vec::new();
     let of_target = source::chunks(target).await?;
-    let mut of_source: BTreeMap<i32, Vec<&Chunk>> = BTreeMap::new();
-    for chunk in living {
-        of_source.entry(chunk.hypertable).or_default().push(chunk);
-    }
-    let ranges: BTreeSet<(i32, &[Slice])> = living.iter().map(|chunk| (chunk.hypertable, &chunk.slices[..])).collect();
-    for chunk in of_target {
-        // Nearly always; to compare each with each would take the square of their number.
-        if ranges.contains(&(chunk.hypertable, &chunk.slices[..])) {
-            continue;
-        }
-        let others = of_source.get(&chunk.hypertable).map(Vec::as_slice).unwrap_or_default();
-        if others.iter().any(|other| overlap(&chunk, other)) {
-            continue;
-        }
+    let (_, gone) = by_range(&of_target, &living.iter().collect::<Vec<_>>());
+    for chunk in gone {
         let name = chunk.qualified();
         let statement =
             format!("SELECT _timescaledb_functions.drop_chunk({}::pg_catalog.regclass)", sql::literal(&name));
@@ -385,6 +373,22 @@ pub async fn drop_what_is_gone(target: &Client, living: &[Chunk]) -> Result<Vec<
         dropped.push(name);
     }
     Ok(dropped)
+}
+
+/// Chunks of the target: those in whose range the source has one, and those in whose range it has none any more.
+pub(super) fn by_range<'a>(of_target: &'a [Chunk], living: &[&Chunk]) -> (Vec<&'a Chunk>, Vec<&'a Chunk>) {
+    let mut of_source: BTreeMap<i32, Vec<&Chunk>> = BTreeMap::new();
+    for chunk in living {
+        of_source.entry(chunk.hypertable).or_default().push(chunk);
+    }
+    let ranges: BTreeSet<(i32, &[Slice])> = living.iter().map(|chunk| (chunk.hypertable, &chunk.slices[..])).collect();
+    of_target.iter().partition(|chunk| {
+        // Nearly always; to compare each with each would take the square of their number.
+        ranges.contains(&(chunk.hypertable, &chunk.slices[..])) || {
+            let others = of_source.get(&chunk.hypertable).map(Vec::as_slice).unwrap_or_default();
+            others.iter().any(|other| overlap(chunk, other))
+        }
+    })
 }
 
 /// Whether two chunks of one hypertable have a place in common. Its dimensions have the same ids on both servers.

@@ -10,6 +10,7 @@
 //!  exchange.rs      a chunk compared with the source again, and exchanged where it differs
 //!  live.rs          the extension's own work in the stream, chunks that come and go
 //!  pause.rs         the source's jobs at rest, and running again
+//!  unseen.rs        changes of compressed rows that no stream shows, found before the fence and held back from then on
 //!  settle.rs        what is carried and compared at the cutover
 //!  bare.rs          hypertables, aggregates and jobs without a chunk (`--schema-only`)
 //!
@@ -46,6 +47,7 @@ pub mod settle;
 pub mod source;
 pub mod suggest;
 pub mod target;
+pub mod unseen;
 
 /// A condition on `c`, a row of `pg_class`: its rows are in chunks, so that `ONLY` would read none of them.
 pub(crate) const HAS_CHUNKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_inherits i JOIN pg_catalog.pg_class k ON k.oid = i.inhrelid \

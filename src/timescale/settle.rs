@@ -4,8 +4,9 @@
 //!
 //! 1. Every chunk of the source's catalog must be known to the ledger, or have been published from its first moment and be empty still:
 //!    then nothing of it was missed. What the source has dropped is dropped on the target.
-//! 2. The rows of compressed chunks are counted on both sides: the deletion of a whole segment by a session that the settings did not
-//!    reach is in no stream, and is found here.
+//! 2. The rows of compressed chunks were as many on both sides: the deletion of a whole segment by a session that the settings did not
+//!    reach is in no stream. That was counted before the fence, and a guard shows that nothing was deleted so since ([`unseen`]); where there
+//!    is none, it is counted here.
 //! 3. What the extension knows of the state of continuous aggregates is carried over: their rows have come through the stream like those
 //!    of any hypertable, so watermarks, thresholds and invalidations fit them, and nothing has to be computed anew. Jobs likewise, as
 //!    they are now, and still asleep.
@@ -16,7 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
 
-use super::source::{self, Chunk, Database};
+use super::source::{self, Chunk, Database, Hypertable};
+use super::unseen::{self, Counted};
 use super::{live, pause, prepare};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
@@ -54,7 +56,12 @@ pub async fn fingerprint(client: &Client) -> Result<BTreeMap<String, String>> {
 ///
 /// # Errors
 /// `Blocked` naming a chunk that was not published in time, `Different` naming one whose rows are not as many; else what the servers say.
-pub async fn settle(source: &Client, target: &mut Client, migration: &Migration, owners: &Owners) -> Result<()> {
+pub async fn settle(
+    source: &Client,
+    target: &mut Client,
+    (migration, counted): (&Migration, &Counted),
+    owners: &Owners,
+) -> Result<()> {
     let Some(of_source) = source::read(source).await? else { return Ok(()) };
     let known = every_chunk_is_known(source, target, &of_source, migration).await?;
     // A chunk that nothing has come of is empty, and nothing on the target is of it.
@@ -65,7 +72,7 @@ pub async fn settle(source: &Client, target: &mut Client, migration: &Migration,
         tracing::info!(chunks = dropped.len(), "chunks that the source has dropped are dropped on the target");
     }
     transaction.commit().await.context(|| "dropping chunks on the target".into())?;
-    rows_of_compressed_chunks_are_equal(source, target, &of_source).await?;
+    rows_of_compressed_chunks_are_equal(source, target, &of_source, counted).await?;
     let transaction = target.transaction().await?;
     carry(source, transaction.client(), owners).await?;
     transaction.commit().await.context(|| "carrying over the state of continuous aggregates and jobs".into())
@@ -91,8 +98,13 @@ async fn every_chunk_is_known(
         .hint("It is being copied now. Try again when `walferry status` says that it is ready."))
 }
 
-/// How many rows there are in the ranges of compressed chunks.
-async fn rows_of_compressed_chunks_are_equal(source: &Client, target: &Client, of_source: &Database) -> Result<()> {
+/// The rows of hypertables with compressed chunks, where these were not counted before the fence.
+async fn rows_of_compressed_chunks_are_equal(
+    source: &Client,
+    target: &Client,
+    of_source: &Database,
+    counted: &Counted,
+) -> Result<()> {
     let of_target = source::read(target).await?;
     let Some(of_target) = of_target else {
         return Err(Error::new(ErrorKind::Different, "the extension timescaledb is gone from the target"));
@@ -105,51 +117,20 @@ async fn rows_of_compressed_chunks_are_equal(source: &Client, target: &Client, o
         .filter(|chunk| chunk.compressed.is_some())
         .map(|chunk| chunk.hypertable)
         .collect();
-    for hypertable in of_source.hypertables.iter().filter(|of| compressed.contains(&of.id)) {
-        let (here, there) = futures_util::future::try_join(
-            rows(source, of_source, hypertable.id),
-            rows(target, &of_target, hypertable.id),
-        )
-        .await?;
+    let guarded = counted.guarded(source).await?;
+    let in_question = |of: &&Hypertable| compressed.contains(&of.id) && !guarded.contains(&of.id);
+    for hypertable in of_source.hypertables.iter().filter(in_question) {
+        let of_it = |database: &Database| -> Vec<Chunk> {
+            database.chunks.iter().filter(|chunk| chunk.hypertable == hypertable.id).cloned().collect()
+        };
+        let (here, there) = (of_it(of_source), of_it(&of_target));
+        let counts = futures_util::future::try_join(unseen::rows(source, &here), unseen::rows(target, &there));
+        let (here, there) = counts.await?;
         if here != there {
-            let text = format!(
-                "the hypertable {} has {here} rows on the source and {there} on the target",
-                hypertable.qualified()
-            );
-            return Err(Error::new(ErrorKind::Different, text).hint(format!(
-                "A session that began before the migration, or set timescaledb.enable_compressed_direct_batch_delete itself, has deleted \
-                 whole segments of compressed rows, which no stream shows. End those sessions; then `walferry repair --tables {}.{}`, and \
-                 cut over again.",
-                hypertable.schema, hypertable.name
-            )));
+            return Err(unseen::different(hypertable, here, there));
         }
     }
     Ok(())
-}
-
-/// The rows of a hypertable, without decompressing any: each compressed row says how many it stands for.
-async fn rows(client: &Client, database: &Database, hypertable: i32) -> Result<i64> {
-    let mut counts = Vec::new();
-    for chunk in database.chunks.iter().filter(|chunk| chunk.hypertable == hypertable) {
-        counts.push(format!("SELECT pg_catalog.count(*)::int8 AS n FROM ONLY {}", chunk.qualified()));
-        if let Some(compressed) = &chunk.compressed {
-            counts.push(format!(
-                "SELECT coalesce(pg_catalog.sum(_ts_meta_count), 0)::int8 AS n FROM ONLY {}",
-                compressed.qualified()
-            ));
-        }
-    }
-    let mut sum = 0;
-    // Each of them is locked: not too many at once (H10).
-    for counts in counts.chunks(100) {
-        let query = format!("SELECT coalesce(pg_catalog.sum(n), 0)::int8 FROM ({}) counts", counts.join(" UNION ALL "));
-        sum += client
-            .query_typed_one(&query, &[])
-            .await
-            .context(|| "counting the rows of chunks".into())?
-            .get::<_, i64>(0);
-    }
-    Ok(sum)
 }
 
 /// The state of continuous aggregates and the jobs, as the source has them now.

@@ -194,7 +194,8 @@ async fn seen(client: &Client) -> BTreeMap<String, String> {
         ("indexes", "SELECT to_jsonb(i) FROM pg_indexes i WHERE schemaname = 'public'"),
         (
             "triggers",
-            "SELECT to_jsonb(pg_get_triggerdef(oid)) FROM pg_trigger WHERE tgrelid = 'metrics'::regclass AND NOT tgisinternal",
+            "SELECT to_jsonb(pg_get_triggerdef(oid)) FROM pg_trigger \
+             WHERE tgrelid = 'metrics'::regclass AND NOT tgisinternal AND tgname NOT LIKE '!walferry%'",
         ),
     ] {
         let query = format!("SELECT coalesce(string_agg(r::text, E'\\n' ORDER BY r::text), '') FROM ({query}) q(r)");

@@ -25,4 +25,5 @@ mod pieces;
 mod plan;
 mod sets;
 mod source;
+mod unseen;
 mod verify;

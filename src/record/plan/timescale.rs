@@ -182,6 +182,41 @@ const WITH_THE_ROWS: &[Kind] = &[
 
 const AT_THE_CUTOVER: &[Kind] = &[
     kind(
+        "guard",
+        Source,
+        (CUTOVER, Always, "where the source has TimescaleDB with compression, before the fence: the guard's home"),
+        "CREATE SCHEMA IF NOT EXISTS walferry",
+        CLEAN,
+    ),
+    kind(
+        "guard",
+        Source,
+        (CUTOVER, Always, "so that the owners of hypertables find its function"),
+        "GRANT USAGE ON SCHEMA walferry TO PUBLIC",
+        CLEAN,
+    ),
+    kind(
+        "guard",
+        Source,
+        (CUTOVER, Always, "the function of its triggers, which is never called"),
+        "CREATE OR REPLACE FUNCTION walferry.seen ( ) …",
+        CLEAN,
+    ),
+    kind(
+        "guard",
+        Source,
+        (CUTOVER, Always, "the same"),
+        "GRANT EXECUTE ON FUNCTION walferry.seen ( ) TO PUBLIC",
+        CLEAN,
+    ),
+    kind(
+        "guard",
+        Source,
+        (CUTOVER, Always, "on each hypertable: keeps changes of compressed rows in the stream, and fires for no row"),
+        "CREATE TRIGGER <name> AFTER DELETE ON <hypertable> FOR EACH ROW WHEN ( false ) EXECUTE FUNCTION walferry.seen ( )",
+        CLEAN,
+    ),
+    kind(
         "hypertable",
         Target,
         (
@@ -202,6 +237,20 @@ const AT_THE_CUTOVER: &[Kind] = &[
 ];
 
 const AT_ITS_END: &[Kind] = &[
+    kind(
+        "guard",
+        Source,
+        (CLEANING, Always, "where hypertables have a guard"),
+        "DROP FUNCTION walferry.seen ( ) CASCADE",
+        ITSELF,
+    ),
+    kind(
+        "guard",
+        Source,
+        (CLEANING, Always, "the guard's home, where nothing else is in it"),
+        "DO $clean$ … $clean$",
+        ITSELF,
+    ),
     kind(
         "setting",
         Source,

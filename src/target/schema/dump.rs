@@ -81,10 +81,10 @@ impl Dump<'_> {
             let entries = list.lines().filter_map(Entry::in_list).collect();
             items.extend(split(section, &entries, &script, &mut relations, self.role)?);
         }
-        // Our own (--replicate-ddl, and the guard of an earlier cutover).
+        // Our own (--replicate-ddl, and the guards of an earlier cutover).
         items.retain(|Dumped { item, .. }| match item.kind.as_str() {
             "EVENT TRIGGER" => !item.name.contains("walferry_"),
-            "TRIGGER" => !item.name.contains(" !walferry_moved"),
+            "TRIGGER" => !item.name.contains(" !walferry_moved") && !item.name.contains(" !walferry_seen"),
             _ => true,
         });
         for Dumped { item, .. } in &mut items {
