@@ -144,7 +144,7 @@ pub async fn insert(writer: &mut Writer, table: &Table, new: Tuple<'_>) -> Resul
         format!("INSERT INTO {} DEFAULT VALUES", table.inserted_into())
     } else {
         let (name, columns, placeholders) = (table.inserted_into(), table.column_list(), placeholders.join(", "));
-        let past = if table.hypertable.is_some() { rows::PAST_IDENTITY } else { "" };
+        let past = if table.hypertable.is_some() || table.chunk.is_some() { rows::PAST_IDENTITY } else { "" };
         if table.key.is_empty() {
             format!("INSERT INTO {name} ({columns}){past} VALUES ({placeholders})")
         } else {

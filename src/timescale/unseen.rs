@@ -35,6 +35,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::live;
+use super::recreate::places::Places;
 use super::source::{self, Chunk, Hypertable};
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -243,12 +244,15 @@ async fn are_equal(
     let (Some(of_source), Some(of_target)) = (of_source, of_target) else { return Ok(false) };
     let known: BTreeSet<u32> = known.iter().map(|entry| entry.table.relid).collect();
     let living: Vec<&Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).collect();
-    let (there_are, _) = live::by_range(&of_target.chunks, &living);
+    let places = Places::of(&of_source, &of_target);
+    let living_there: Vec<Chunk> = living.iter().filter_map(|chunk| places.chunk(chunk)).collect();
+    let (there_are, _) = live::by_range(&of_target.chunks, &living_there.iter().collect::<Vec<_>>());
     for hypertable in of_source.hypertables.iter().filter(|of| guarded.contains_key(&of.id)) {
-        let of_it = |chunks: &[&Chunk]| -> Vec<Chunk> {
-            chunks.iter().filter(|chunk| chunk.hypertable == hypertable.id).map(|chunk| (*chunk).clone()).collect()
+        let of_it = |chunks: &[&Chunk], id: i32| -> Vec<Chunk> {
+            chunks.iter().filter(|chunk| chunk.hypertable == id).map(|chunk| (*chunk).clone()).collect()
         };
-        let (living, there_are) = (of_it(&living), of_it(&there_are));
+        let on_target = places.hypertable(hypertable)?;
+        let (living, there_are) = (of_it(&living, hypertable.id), of_it(&there_are, on_target.id));
         let counts = try_join(rows_under(&source, &here, &living), rows_under(&target, &there, &there_are));
         match counts.await? {
             (Some(here), Some(there)) if here == there => {}

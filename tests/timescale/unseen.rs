@@ -36,7 +36,7 @@ async fn what_a_session_deletes_past_the_stream_behind_the_count_is_streamed_by_
     let servers = servers(&[], &[]).await;
     let migration = servers.migration("unseen").await;
     let (source, target) = (migration.source().await, migration.target().await);
-    fill(&source).await;
+    fill(&source, None).await;
     // Who makes a chunk does it by the hand of the hypertable's owner.
     for server in [&source, &target] {
         server.batch_execute("CREATE ROLE plain").await.unwrap();
