@@ -6,7 +6,6 @@
 //! opening the tables again locks none of them. Rows, not statements: who writes through a partitioned table meets the triggers of
 //! its partitions only row by row. Sessions that apply changes (`session_replication_role = replica`) fire no such trigger.
 
-use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Row};
 
 use crate::error::{Context, Result};
@@ -97,27 +96,6 @@ pub(super) async fn is_up(client: &Client) -> Result<bool> {
         .await
         .context(|| "looking whether writes to tables that have moved are refused".into())?;
     Ok(row.get(0))
-}
-
-/// A table that is guarded and not among these: another part of this database has moved. There is one function for all, so to open these
-/// tables again would open that one too.
-///
-/// # Errors
-/// Whatever the server says.
-pub(super) async fn of_another_part(client: &Client, tables: &[&Table]) -> Result<Option<String>> {
-    let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
-    let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
-    let row = client
-        .query_typed_opt(
-            "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_trigger t \
-             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
-             WHERE t.tgfoid = pg_catalog.to_regprocedure('walferry.moved()') \
-               AND (n.nspname, c.relname) NOT IN (SELECT * FROM unnest($1::text[], $2::text[])) ORDER BY 1 LIMIT 1",
-            &[(&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY)],
-        )
-        .await
-        .context(|| "looking for tables that another migration has closed to writers".into())?;
-    Ok(row.map(|row| row.get(0)))
 }
 
 /// Removes triggers and function, for `clean`; the schema too, where nothing else is in it. Answers whether there was a guard.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use super::options::{FenceMode, Options, limit};
-use super::{Arming, Cutover, Sessions, fence, guard, record, unlogged};
+use super::{Arming, Cutover, Sessions, fence, record, unlogged};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
@@ -196,7 +196,6 @@ pub(crate) async fn obstacles(
         // The database stays open: who may close it does not matter.
         return Ok(vec![
             rights_to_guard(source).await?,
-            no_other_guard(source, tables).await?,
             subscriptions(source, waive).await?,
             background_workers(source).await?,
             vacuum_against_wraparound(source, tables, mode).await?,
@@ -280,20 +279,6 @@ async fn rights_to_guard(source: &Client) -> Result<Finding> {
     let text = format!("the role {us} may not make the schema walferry, and so cannot close the tables to writers");
     let fix =
         format!("GRANT CREATE ON DATABASE {} TO {}; on the source.", sql::identifier(database), sql::identifier(us));
-    Ok(Finding::blocks(NAME, text, fix))
-}
-
-/// Whether another part of the database has moved by another migration, whose guard ours would take back together with its own.
-async fn no_other_guard(source: &Client, tables: &[&Table]) -> Result<Finding> {
-    const NAME: &str = "guard";
-    let Some(table) = guard::of_another_part(source, tables).await? else {
-        return Ok(Finding::ok(NAME, "no other part of the database has moved by another migration"));
-    };
-    let text = format!(
-        "{table} has moved by another migration, and a cutover that is given up would open it to writers again"
-    );
-    let fix = "When nobody can write to what has moved there any more (drop those tables, or revoke the rights to write to them): \
-               `walferry clean` of that migration, then cut over.";
     Ok(Finding::blocks(NAME, text, fix))
 }
 
