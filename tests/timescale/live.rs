@@ -361,4 +361,13 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     let ended = running.wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert_equal(&migration).await;
+    // What was invalid on the source when it was left is what the new primary's policies compute now: of the whole segment, nothing is left.
+    let target = migration.target().await;
+    let raw = "SELECT time_bucket('1 hour', time), device, count(*) FROM metrics GROUP BY 1, 2";
+    let aggregate = "SELECT bucket, device, n FROM hourly WHERE bucket >= '2025-01-02 00:00Z'";
+    let differ = format!("SELECT count(*) FROM (({raw} EXCEPT {aggregate}) UNION ALL ({aggregate} EXCEPT {raw})) rows");
+    let differ = async || target.query_one(&differ, &[]).await.unwrap().get::<_, i64>(0);
+    assert!(differ().await > 40, "hours of which all rows are deleted");
+    target.batch_execute("CALL refresh_continuous_aggregate('hourly', NULL, NULL)").await.unwrap();
+    assert_eq!(differ().await, 0);
 }
