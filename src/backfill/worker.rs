@@ -82,7 +82,7 @@ impl<'a> Shared<'a> {
         // What the tables have in common is asked once for each.
         let mut hashes = Vec::new();
         for work in &self.seen.work {
-            hashes.push(RangeHash::new(&work.table, &self.seen.source, &self.seen.target).await?);
+            hashes.push(RangeHash::new((&work.table, &self.seen.source), (&work.table, &self.seen.target)).await?);
         }
         let jobs = *self.tune.copy_jobs().borrow();
         self.board.set_copy_jobs(jobs);

@@ -9,6 +9,7 @@ use super::server::Server;
 use super::{Inputs, Scope};
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
+use crate::timescale::recreate::{self, Choice, Mode};
 use crate::timescale::source::{self, Database, Job};
 use crate::timescale::{pause, prepare};
 
@@ -34,7 +35,11 @@ pub(crate) async fn findings(
     let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
     let mut findings = of_source(&database);
     findings.extend(of_settings(on_source, source, &database).await?);
-    findings.extend(of_target(on_target, target, &database).await?);
+    let choice = recreate::choose(&database.extension, on_target).await?;
+    findings.extend(of_target(on_target, target, &database, choice.as_ref()).await?);
+    if choice.is_some_and(|choice| choice.mode != Mode::AsItIs) {
+        findings.extend(of_old_format(on_source).await?);
+    }
     findings.extend(firing(on_source, &database).await?);
     findings.extend(owners_of_jobs(on_target, &database, inputs).await?);
     if inputs.pause_source_jobs {
@@ -59,8 +64,21 @@ pub(crate) async fn of_schema(
 ) -> Result<Vec<Finding>> {
     let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
     let mut findings = of_source(&database);
-    findings.extend(of_target(on_target, target, &database).await?);
+    let choice = recreate::choose(&database.extension, on_target).await?;
+    findings.extend(of_target(on_target, target, &database, choice.as_ref()).await?);
+    // The extension's catalog is taken over: nothing is made again here.
     findings.retain(|found| !matches!(found.code, "timescaledb-tiered" | "timescaledb-mode"));
+    if let Some(Choice { mode: Mode::Recreated(why), .. }) = &choice {
+        findings.retain(|found| found.code != "timescaledb-version" || found.side != Side::Target);
+        let message = format!(
+            "The schema alone comes to a server with the same version only, by a superuser of it; but {why}. A migration makes all of it \
+             again on a target with a newer version."
+        );
+        let version = &database.extension.version;
+        findings.push(blocker(Side::Target, "timescaledb-version", &database, message).fix(format!(
+            "ALTER EXTENSION timescaledb UPDATE TO '{version}';  -- on the target, or the other way round on the source; as a superuser"
+        )));
+    }
     if scope.is_part() || !scope.map_schemas.is_empty() {
         let message = "The schema of a database with TimescaleDB comes as a whole: filters and --map-schema cannot be combined with it.";
         findings.push(blocker(Side::Source, "timescaledb-scope", &database, message));
@@ -158,43 +176,32 @@ async fn of_jobs(client: &Client, server: &Server, database: &Database) -> Resul
     Ok(findings)
 }
 
-async fn of_target(client: &Client, server: &Server, database: &Database) -> Result<Vec<Finding>> {
-    let wanted = &database.extension.version;
+async fn of_target(
+    client: &Client,
+    server: &Server,
+    database: &Database,
+    choice: Option<&Choice>,
+) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
+    match choice {
+        Some(choice) => findings.extend(mode(server, choice, database)),
+        None => findings.push(blocker(
+            Side::Target,
+            "timescaledb-version",
+            database,
+            "The target does not offer the extension timescaledb.",
+        )),
+    }
     let installed = source::extension(client).await?;
-    let offered: bool = client
-        .query_typed_one(
-            &format!(
-                "SELECT EXISTS (SELECT FROM pg_catalog.pg_available_extension_versions WHERE name = 'timescaledb' AND version = {})",
-                crate::sql::literal(wanted)
-            ),
-            &[],
-        )
-        .await
-        .context(|| "looking for the extension timescaledb on the target".into())?
-        .get(0);
-    match &installed {
-        Some(installed) if installed.version != *wanted => {
-            let message = format!(
-                "The target has TimescaleDB {}, and the source {wanted}: only the same version is moved as it is, with its chunks and \
-                 compressed rows.",
-                installed.version
-            );
-            findings.push(blocker(Side::Target, "timescaledb-version", database, message).fix(format!(
-                "ALTER EXTENSION timescaledb UPDATE TO '{}';  -- on the source, or the other way round on the target",
-                installed.version
-            )));
-        }
-        None if !offered => {
-            let message = format!("The target does not offer TimescaleDB {wanted}, the version of the source.");
-            findings.push(blocker(Side::Target, "timescaledb-version", database, message));
-        }
-        _ => {
-            let message = "Same version on both servers: the whole database is moved with its chunks, compressed ones as they are, \
-                           continuous aggregates with their rows, and jobs, which sleep on the target until the cutover. There is no way back.";
-            let object = format!("timescaledb {wanted}");
-            findings.push(Finding::new(Severity::Info, Side::Target, "timescaledb-mode", object, message));
-        }
+    if let Some(installed) = installed.filter(|installed| installed.schema != database.extension.schema) {
+        let message = format!(
+            "The target has the extension in the schema {}, and the source in {}, by which views and defaults name its functions.",
+            installed.schema, database.extension.schema
+        );
+        findings.push(blocker(Side::Target, "timescaledb-schema", database, message).fix(format!(
+            "DROP EXTENSION timescaledb;\nCREATE EXTENSION timescaledb SCHEMA {};  -- on the target, in a session of its own",
+            crate::sql::identifier(&database.extension.schema)
+        )));
     }
     if !server.setting("shared_preload_libraries").is_some_and(|loaded| loaded.contains("timescaledb")) {
         let message = "The target does not load TimescaleDB at its start.";
@@ -202,10 +209,6 @@ async fn of_target(client: &Client, server: &Server, database: &Database) -> Res
             blocker(Side::Target, "timescaledb-preload", database, message)
                 .fix("ALTER SYSTEM SET shared_preload_libraries = 'timescaledb';  -- with what is there already; then restart the server"),
         );
-    }
-    if !server.superuser {
-        let message = "The rows of the extension's catalog can only be written by a superuser of the target.";
-        findings.push(blocker(Side::Target, "timescaledb-superuser", database, message));
     }
     let license: Option<String> =
         client.query_typed_one("SELECT pg_catalog.current_setting('timescaledb.license', true)", &[]).await?.get(0);
@@ -218,6 +221,86 @@ async fn of_target(client: &Client, server: &Server, database: &Database) -> Res
         );
     }
     Ok(findings)
+}
+
+/// Which way is chosen, why, and what stands against it.
+fn mode(server: &Server, choice: &Choice, database: &Database) -> Vec<Finding> {
+    let object = format!("timescaledb {}", choice.version);
+    let why = match &choice.mode {
+        Mode::AsItIs => {
+            let message = "Same version on both servers: the whole database is moved with its chunks, compressed ones as they are, \
+                           continuous aggregates with their rows, and jobs, which sleep on the target until the cutover. There is no way back.";
+            return vec![Finding::new(Severity::Info, Side::Target, "timescaledb-mode", object, message)];
+        }
+        Mode::Recreated(why) => why,
+    };
+    let message = format!(
+        "Made again on the target, because {why}: hypertables, settings, continuous aggregates, policies and jobs by what the extension \
+         offers; rows are read decompressed and compressed there again where they are on the source; rows of aggregates are carried over, so \
+         that nothing is lost that can no longer be computed. There is no way back."
+    );
+    let mut findings = vec![Finding::new(Severity::Info, Side::Target, "timescaledb-mode", object, message)];
+    if choice.is_older_than(&database.extension) {
+        let message = format!(
+            "The target has TimescaleDB {}, older than the source's {}: it may lack what the source uses.",
+            choice.version, database.extension.version
+        );
+        let fix = match choice.is_installed {
+            true => {
+                format!("ALTER EXTENSION timescaledb UPDATE TO '{}';  -- on the target", database.extension.version)
+            }
+            false => format!("# Install TimescaleDB {} or newer on the target.", database.extension.version),
+        };
+        findings.push(blocker(Side::Target, "timescaledb-version", database, message).fix(fix));
+    }
+    if !server.superuser {
+        let message =
+            "Up to where continuous aggregates are materialized can only be written by a superuser of the target.";
+        findings.push(blocker(Side::Target, "timescaledb-superuser", database, message));
+    }
+    let own: Vec<String> = database
+        .hypertables
+        .iter()
+        .filter(|hypertable| recreate::schema::own_partitioning(hypertable).is_some())
+        .map(|hypertable| hypertable.qualified())
+        .collect();
+    if !own.is_empty() {
+        let message = "It is partitioned by a function of the user's own, which is moved only where both servers have the same version and \
+                       our role is a superuser of the target.";
+        findings.push(Finding::new(
+            Severity::Blocker,
+            Side::Source,
+            "timescaledb-partitioning",
+            first_ten(&own),
+            message,
+        ));
+    }
+    findings
+}
+
+/// Aggregates in the format of versions before 2.7, which no newer one makes.
+async fn of_old_format(client: &Client) -> Result<Option<Finding>> {
+    let rows = client
+        .query_typed(
+            "SELECT format('%I.%I', user_view_schema, user_view_name) FROM _timescaledb_catalog.continuous_agg a \
+             WHERE pg_catalog.to_jsonb(a)->>'finalized' = 'false' ORDER BY 1",
+            &[],
+        )
+        .await
+        .context(|| "reading the format of continuous aggregates".into())?;
+    let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    let message = "It is in the format of TimescaleDB before 2.7, which cannot be made again by another version.";
+    let fix = || {
+        let calls: Vec<String> = names
+            .iter()
+            .map(|name| format!("CALL cagg_migrate({}, override => true);", crate::sql::literal(name)))
+            .collect();
+        calls.join("\n")
+    };
+    Ok((!names.is_empty()).then(|| {
+        Finding::new(Severity::Blocker, Side::Source, "timescaledb-aggregate-format", first_ten(&names), message)
+            .fix(fix())
+    }))
 }
 
 /// Jobs keep their owner: it has to be there, and the extension starts no job as a role that may not log in.

@@ -296,6 +296,9 @@ impl Job {
                 ));
             };
             if !self.is_stale(next.relid) {
+                if let Some(chunk) = table.chunk.as_ref().filter(|chunk| chunk.is_late) {
+                    copying::open_chunk(&target, chunk).await?;
+                }
                 if !next.is_whole() {
                     copying::open_chunks(&mut source, &target, table, &next, &copier.declared).await?;
                 }

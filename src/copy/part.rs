@@ -99,6 +99,7 @@ async fn copy_rows(
     let own = copy_out_statement(table, part, format_of(table), sorted_by);
     let statements = match how {
         How::Stale => return Ok(Outcome::Stale),
+        How::Nothing => Vec::new(),
         How::AsTable => vec![(own, copy_in_statement(table, frozen))],
         How::Rows(out) => vec![(out, timescale::copy::copy_in_statement(table, format_of(table)))],
         How::Raw { out, into } => vec![(own, copy_in_statement(table, false)), (out, into)],

@@ -25,6 +25,7 @@ use crate::record::What;
 use crate::source::catalog::{self, Table};
 use crate::source::scope::WHOLE_DATABASE;
 use crate::target::{ddl, ledger, warm};
+use crate::timescale::recreate;
 use crate::timescale::unseen::Counted;
 use crate::{unstreamed, verify};
 
@@ -64,6 +65,7 @@ impl Running {
             warming.spawn(warm::keep_warm(target, name, is_close, Arc::clone(&turn)).in_current_span());
         };
         let scope = self.load(&self.target().await?).await?.scope;
+        let as_on_source = recreate::is_recreated(&self.target().await?).await?;
         let (tell_obstacles, obstacles) = watch::channel(Vec::new());
         let keep_current = |working: &mut JoinSet<Infallible>| {
             let keeper = unstreamed::Keeper {
@@ -78,7 +80,7 @@ impl Running {
                 turn: Arc::clone(&turn),
             };
             working.spawn(keeper.run().in_current_span());
-            working.spawn(self.compressor(scope.clone(), Arc::clone(&turn)).run().in_current_span());
+            working.spawn(self.compressor(scope.clone(), as_on_source, Arc::clone(&turn)).run().in_current_span());
         };
         keep_warm(&mut warming);
         keep_current(&mut warming);

@@ -12,14 +12,14 @@ use super::{Direction, Running};
 use crate::apply::change::Change;
 use crate::connection::ConnectionSpec;
 use crate::control::CutoverRequest;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::observe::status::Level;
 use crate::queue::Queue;
 use crate::source::catalog;
 use crate::source::catalog::Table;
 use crate::target::ledger::{LedgerTable, Migration, SchemaItem};
 use crate::timescale::unseen::{self, Counted};
-use crate::timescale::{self, ChunkOf, live, pause, prepare};
+use crate::timescale::{self, ChunkOf, live, pause, prepare, recreate};
 
 impl Running {
     /// Sets what the stream of hypertables needs, and has the whole row identify those of continuous aggregates, before the slot (H2).
@@ -28,8 +28,11 @@ impl Running {
             return Ok(());
         }
         let set = prepare::set_up(source, target).await?;
-        if set.is_empty() {
-            return Ok(());
+        let extension = timescale::source::extension(source).await?;
+        let Some(extension) = extension.filter(|_| !set.is_empty()) else { return Ok(()) };
+        if recreate::decide(&extension, target).await? {
+            self.board
+                .event(Level::Info, "TimescaleDB is made again on the target: another version, or no superuser there");
         }
         self.board.event(Level::Info, format!("on the source, until `walferry clean`: {}", set.join(", ")));
         let aggregates = prepare::of_aggregates(source, &catalog::tables(source).await?).await?;
@@ -74,8 +77,9 @@ impl Running {
     pub(super) async fn make_timescaledb(&self, target: &Client) -> Result<()> {
         let source = self.config.source.connect(&self.application_name).await?;
         let Some(extension) = timescale::source::extension(&source).await? else { return Ok(()) };
-        prepare::create_extension(&self.config.target, &self.application_name, &extension).await?;
-        self.restoring(target, true).await
+        let recreated = recreate::is_recreated(target).await?;
+        prepare::create_extension(&self.config.target, &self.application_name, &extension, !recreated).await?;
+        if recreated { Ok(()) } else { self.restoring(target, true).await }
     }
 
     /// Puts a session of the target into restoring mode, or out of it, where the target has the extension.
@@ -89,8 +93,19 @@ impl Running {
 
     /// Where rows are copied to and indexes built: in sessions to which hypertables are ordinary tables.
     pub(super) async fn target_of_copies(&self, target: &Client) -> Result<ConnectionSpec> {
-        let is_there = prepare::is_of_timescaledb(target).await?;
+        let is_there = prepare::is_of_timescaledb(target).await? && !recreate::is_recreated(target).await?;
         Ok(if is_there { prepare::restoring(&self.config.target) } else { self.config.target.clone() })
+    }
+
+    /// At the end of the schema: jobs are made, asleep, where they do not come with the extension's catalog.
+    pub(super) async fn make_jobs(&self, target: &mut Client) -> Result<()> {
+        if self.direction == Direction::Back || !recreate::is_recreated(target).await? {
+            return Ok(());
+        }
+        let source = self.config.source.connect(&self.application_name).await?;
+        let transaction = target.transaction().await?;
+        recreate::jobs::bring_in_line(&source, transaction.client(), &self.config.owners).await?;
+        transaction.commit().await.context(|| "making the jobs of TimescaleDB on the target".into())
     }
 
     /// The apply has come to a table that nobody knows: a new chunk, or one that is gone again already.
@@ -156,7 +171,10 @@ impl Running {
                     limit.as_secs_f64()
                 );
                 Err(Error::new(ErrorKind::Aborted, text)
-                    .hint("Nothing was touched. Give more with --timeout: applications do not wait for it."))
+                    .hint(
+                        "Nothing was touched. Transactions that have been writing to hypertables for long are waited for: end them, or give more \
+                         with --timeout; applications do not wait for it.",
+                    ))
             }
         }
     }
@@ -201,6 +219,15 @@ impl Running {
             few(&found.late)
         );
         Err(Error::new(ErrorKind::Transient, text))
+    }
+}
+
+/// Whether the target has a table by this name: not a chunk whose rows go to its hypertable, nor, where aggregates are made again, the
+/// inner table of one.
+pub(super) fn is_on_target(table: &Table, is_recreated: bool) -> bool {
+    match &table.chunk {
+        Some(chunk) => !chunk.is_late,
+        None => !is_recreated || !table.schema.starts_with("_timescaledb_"),
     }
 }
 

@@ -22,6 +22,7 @@ use crate::lsn::Lsn;
 use crate::observe::status::{Level, Phase as ShownPhase, TableState};
 use crate::queue::Queue;
 use crate::source::catalog::Table;
+use crate::source::ddl::Key;
 use crate::source::marker;
 use crate::source::scope::Scope;
 use crate::source::slot::ServerIdentity;
@@ -108,10 +109,12 @@ impl Running {
         for entry in tables.iter().filter(|entry| entry.copied && items.contains_key(&entry.table.relid)) {
             let _ = copied.send(entry.table.relid);
         }
-        // The rows of a chunk that came late are in others of the target.
-        let own_name = |table: &Table| table.chunk.as_ref().is_none_or(|chunk| !chunk.is_late);
-        let named = tables.iter().filter(|entry| own_name(&entry.table));
-        let names = named.map(|entry| (entry.table.relid, entry.table.qualified())).collect();
+        let is_recreated = timescale::recreate::is_recreated(target).await?;
+        let names = tables
+            .iter()
+            .filter(|entry| hypertables::is_on_target(&entry.table, is_recreated))
+            .map(|entry| (entry.table.relid, entry.table.qualified()))
+            .collect();
         let into = self.target_of_copies(target).await?;
         let indexing =
             index::run(&into, &self.application_name, items, names, self.config.index, of_index_jobs, &self.board);
@@ -127,8 +130,11 @@ impl Running {
             self.board.set_phase(ShownPhase::Indexing);
             Ok(())
         };
-        let compressor = self.compressor(self.load(&self.target().await?).await?.scope, Arc::default());
-        let has_hypertables = !compressor.declared.is_empty();
+        let session = self.target().await?;
+        let as_on_source = timescale::recreate::is_recreated(&session).await?;
+        let compressor = self.compressor(self.load(&session).await?.scope, as_on_source, Arc::default());
+        drop(session);
+        let has_hypertables = as_on_source || !compressor.declared.is_empty();
         tokio::select! {
             // Boxed: the states of the copy are more than a thread's stack should hold.
             outcome = Box::pin(async { tokio::try_join!(copying, indexing) }) => outcome.map(drop)?,
@@ -148,12 +154,13 @@ impl Running {
     }
 
     /// Who keeps chunks of the target compressed.
-    pub(super) fn compressor(&self, scope: Scope, turn: Arc<Mutex<()>>) -> Compressor {
+    pub(super) fn compressor(&self, scope: Scope, as_on_source: bool, turn: Arc<Mutex<()>>) -> Compressor {
         Compressor {
             source: self.config.source.clone(),
             target: self.config.target.clone(),
             application_name: self.application_name.clone(),
             declared: scope.hypertables,
+            as_on_source,
             turn,
         }
     }
@@ -253,8 +260,11 @@ impl Running {
         layout.has_hypertables = timescale::prepare::is_of_timescaledb(target).await?;
         if ddl::is_replicated(target).await? {
             let prefix = crate::source::ddl::prefix(&migration.id);
-            let source = self.config.source.connect(&self.application_name).await?;
-            let key = crate::source::ddl::Key::read(&source, &migration.id).await?;
+            let read = async {
+                let source = self.config.source.connect(&self.application_name).await?;
+                Key::read(&source, &migration.id).await
+            };
+            let key = self.ddl_key.get_or_try_init(|| read).await?.clone();
             layout.ddl = Some(Ddl { prefix, key, owners: self.config.owners.clone() });
         }
         Ok(Arc::new(layout))
@@ -382,6 +392,7 @@ impl Running {
             }
         }
         self.refresh_materialized_views(target).await?;
+        self.make_jobs(target).await?;
         // Waking a policy is nothing that rows could stand against.
         let policies =
             self.load(target).await?.scope.hypertables.iter().filter(|declared| declared.has_policies()).count();

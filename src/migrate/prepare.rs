@@ -22,8 +22,7 @@ use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared, SchemaItem};
 use crate::target::{existing, schema};
-use crate::timescale;
-use crate::timescale::restore;
+use crate::timescale::{self, recreate, restore};
 use crate::unstreamed::materialized_view;
 
 /// How often the preparation is made anew when the schema changes under it.
@@ -99,7 +98,11 @@ impl Running {
             Some(_) => Some(catalog::schemas_of_objects(&source).await?),
             None => None,
         };
-        let of_timescaledb = match migration.scope.data_only {
+        let again = match recreate::is_recreated(&self.target().await?).await? {
+            true => recreate::schema::read(&source).await?,
+            false => None,
+        };
+        let of_timescaledb = match migration.scope.data_only || again.is_some() {
             true => Vec::new(),
             false => timescale::prepare::catalog_items(&source, &paused, &self.config.owners).await?,
         };
@@ -125,14 +128,20 @@ impl Running {
                 snapshot: &new.snapshot.name,
                 directory: self.directory.directory().path(),
                 owners: &self.config.owners,
+                without_schema: again.as_ref().map(|_| recreate::schema::OF_CHUNKS),
                 role: migration.apply_role,
             };
             let dumped = dump.read().await;
             if dumped.is_err() && hypertables::is_gone_since(&source, &tables).await? {
                 return Ok(None);
             }
-            let items = schema::wanted(dumped?, selection.as_ref().zip(schemas.as_ref()))?;
-            self.fit_to_hypertables(target, migration, &mut tables, items).await?
+            match again {
+                Some(again) => make_again(target, again, &mut tables, dumped?).await?,
+                None => {
+                    let items = schema::wanted(dumped?, selection.as_ref().zip(schemas.as_ref()))?;
+                    self.fit_to_hypertables(target, migration, &mut tables, items).await?
+                }
+            }
         };
         items.extend(of_timescaledb);
         let binary = tables.iter().all(Table::binary_safe);
@@ -220,6 +229,19 @@ impl Running {
         }
         Ok(())
     }
+}
+
+/// The tables and the items of their schema where the hypertables of the source are made again; noted in the ledger.
+async fn make_again(
+    target: &Client,
+    (recreation, instead): (recreate::Recreation, schema::Instead),
+    tables: &mut [Table],
+    dumped: Vec<schema::Dumped>,
+) -> Result<Vec<SchemaItem>> {
+    recreate::note(target, &recreation).await?;
+    recreate::arrange(tables);
+    let items = schema::wanted(schema::instead(dumped, instead), None)?;
+    Ok(restore::fit_items(items, tables, &recreation.hypertables, ""))
 }
 
 /// How often it is looked who keeps the slot waiting.

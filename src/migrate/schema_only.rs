@@ -77,6 +77,7 @@ pub async fn schema_only(
         snapshot: &snapshot,
         directory: directory.directory().path(),
         owners,
+        without_schema: None,
         // No row is written.
         role: ApplyRole::Replica,
     };
@@ -90,7 +91,7 @@ pub async fn schema_only(
     let mut said = Vec::new();
     let mut at_the_end = scope.rename_schemas();
     if let Some(bare) = &bare {
-        prepare::create_extension(target, APPLICATION_NAME, &bare.extension).await?;
+        prepare::create_extension(target, APPLICATION_NAME, &bare.extension, true).await?;
         // Another session than that in which it was made; to this one, hypertables are ordinary tables.
         to.batch_execute("SET timescaledb.restoring = on").await?;
         at_the_end.push_str(&bare.statements());

@@ -424,7 +424,7 @@ mod tests {
         let plain = plan(&Options::default());
         let has = |lines: &[Line], text: &str| lines.iter().any(|line| line.statement.contains(text));
         assert!(!has(&plain, "EVENT TRIGGER") && !has(&plain, "CREATE ROLE") && has(&plain, "pg_create_logical"));
-        assert!(!has(&plain, "create_hypertable") && has(&plain, "_timescaledb_catalog"));
+        assert!(!has(&plain, "add_compression_policy") && has(&plain, "_timescaledb_catalog"));
         let number = |text: &str| plain.iter().position(|line| line.statement.contains(text)).unwrap();
         assert!(number("SET timescaledb.") < number("CREATE_REPLICATION_SLOT"), "before the slot");
         assert!(

@@ -421,10 +421,11 @@ pub async fn tables(client: &Client) -> Result<Vec<LedgerTable>> {
         .context(|| "reading the ledger's tables".into())?;
     let declared: Option<&str> = rows.first().and_then(|row| row.get(7));
     let declared: Vec<Hypertable> = declared.map(from_json).transpose()?.unwrap_or_default();
+    let marks = timescale::recreate::marks(client).await?;
     rows.iter()
         .map(|row| {
             Ok(LedgerTable {
-                table: timescale::marked(from_json(row.get(0))?, &declared),
+                table: marks.mark(timescale::marked(from_json(row.get(0))?, &declared)),
                 insert_only: row.get(1),
                 snapshot: row.get(2),
                 copied: row.get(3),

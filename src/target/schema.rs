@@ -11,6 +11,7 @@
 
 mod attribute_version;
 mod dump;
+mod instead;
 pub(super) mod tokens;
 mod wanted;
 
@@ -29,6 +30,7 @@ use crate::sql;
 use crate::timescale::restore;
 
 pub use dump::{Dump, Dumped};
+pub use instead::{Instead, View, instead};
 pub use wanted::{wanted, without};
 
 /// Runs everything of the schema that comes before the rows, as one transaction with its rows in the ledger.
@@ -302,8 +304,9 @@ fn alter_identity(table: &Table, column: &str, action: &str) -> String {
 fn identity_statements(action: &'static str) -> impl Fn(&Table) -> Vec<String> {
     move |table| {
         // A partition's identity is its own up to PostgreSQL 16. TimescaleDB alters none where compression is enabled: rows of a
-        // hypertable are written past it.
-        let always = table.columns.iter().filter(|column| column.identity_always && table.hypertable.is_none());
+        // hypertable are written past it. A chunk that the target does not have has none.
+        let is_there = table.hypertable.is_none() && table.chunk.as_ref().is_none_or(|chunk| !chunk.is_late);
+        let always = table.columns.iter().filter(|column| column.identity_always && is_there);
         always.map(|column| alter_identity(table, &column.name, action)).collect()
     }
 }

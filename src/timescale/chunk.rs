@@ -41,12 +41,16 @@ pub struct ChunkOf {
     pub compressed: Option<CompressedChunk>,
     /// Those bits (see [`Chunk::status`]).
     pub status: i32,
-    /// It came after the slot: its rows go to the hypertable, and the target has no chunk of its name.
+    /// It came after the slot, or hypertables are made again on the target: its rows go to the hypertable, and the target has no chunk of
+    /// its name.
     #[serde(default)]
     pub is_late: bool,
     /// The source has dropped it: nothing more of it is applied.
     #[serde(default)]
     pub is_gone: bool,
+    /// What the target calls the hypertable where that is another name: schema and name, unquoted. Read with the ledger, not kept in it.
+    #[serde(skip)]
+    pub stands_in: Option<(String, String)>,
 }
 
 impl ChunkOf {
@@ -69,6 +73,7 @@ impl ChunkOf {
             status: chunk.status,
             is_late: false,
             is_gone: false,
+            stands_in: None,
         }
     }
 
@@ -77,9 +82,22 @@ impl ChunkOf {
         self.on_target.clone().unwrap_or_else(|| self.qualified())
     }
 
-    /// The hypertable as `"schema"."name"`.
+    /// The target's hypertable as `"schema"."name"`.
     pub fn qualified(&self) -> String {
-        sql::qualified(&self.schema, &self.name)
+        let (schema, name) = self.hypertable_on_target();
+        sql::qualified(schema, name)
+    }
+
+    /// Schema and name of the target's hypertable, unquoted.
+    pub fn hypertable_on_target(&self) -> (&str, &str) {
+        self.stands_in.as_ref().map_or((&self.schema, &self.name), |(schema, name)| (schema, name))
+    }
+
+    /// Where it lies, as the extension's `create_chunk` takes it.
+    pub fn slices_json(&self) -> String {
+        let slices: BTreeMap<&String, &(i64, i64)> = self.dimensions.iter().zip(&self.ranges).collect();
+        // A map of strings and numbers always has a JSON form.
+        serde_json::to_string(&slices).unwrap_or_default()
     }
 }
 

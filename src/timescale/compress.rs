@@ -20,6 +20,8 @@ use tokio_postgres::error::SqlState;
 
 use super::copying::{head_query, span_text};
 use super::declaration::{Hypertable, Span};
+use super::recreate;
+use super::recreate::compression::Work;
 use super::restore::{self, of};
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, Result};
@@ -54,6 +56,8 @@ pub struct Compressor {
     pub application_name: String,
     /// The hypertables.
     pub declared: Vec<Hypertable>,
+    /// The source's hypertables are made again: what is compressed there is compressed here.
+    pub as_on_source: bool,
     /// Whoever has it uses the connections that others need too.
     pub turn: Arc<Mutex<()>>,
 }
@@ -63,7 +67,7 @@ impl Compressor {
     pub async fn run(self) -> Infallible {
         let mut memory = Memory::default();
         loop {
-            if !self.declared.iter().any(|hypertable| after(hypertable).is_some()) {
+            if !self.as_on_source && !self.declared.iter().any(|hypertable| after(hypertable).is_some()) {
                 return std::future::pending().await;
             }
             let in_turn = self.turn.lock().await;
@@ -81,6 +85,9 @@ impl Compressor {
         let Some(extension) = restore::extension(&session).await? else { return Ok(()) };
         session.batch_execute(SETTINGS).await?;
         let mut watch = None;
+        if self.as_on_source {
+            return self.look_at_source(&session, &extension, memory, begun).await;
+        }
         for entry in ledger::tables(&session).await? {
             let Some(hypertable) = of(&entry.table, &self.declared) else { continue };
             let Some(limit) = self.limit(&session, &entry, hypertable, memory).await? else { continue };
@@ -100,6 +107,41 @@ impl Compressor {
                     Compressed::MadeWay => drop(memory.rests.insert(chunk, Instant::now())),
                     Compressed::Held => return Ok(()),
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// The same where the source says which.
+    async fn look_at_source(
+        &self,
+        session: &Client,
+        extension: &str,
+        memory: &mut Memory,
+        begun: Instant,
+    ) -> Result<()> {
+        let source = self.source.connect(&self.application_name).await?;
+        let candidates = recreate::compression::candidates(&source, session).await?;
+        drop(source);
+        if candidates.is_empty() {
+            return Ok(());
+        }
+        let watch = self.target.connect(&self.application_name).await?;
+        for (chunk, work) in candidates {
+            if memory.rests.get(&chunk).is_some_and(|since| since.elapsed() < REST) {
+                continue;
+            }
+            if begun.elapsed() > TURN_MAX {
+                return Ok(());
+            }
+            let statement = match work {
+                Work::Compress => statement(extension, &chunk),
+                Work::Decompress => format!("{COMPRESSING} {}", recreate::compression::decompress(extension, &chunk)),
+            };
+            match run(session, &watch, &statement, &chunk).await? {
+                Compressed::Done | Compressed::Locked => {}
+                Compressed::MadeWay => drop(memory.rests.insert(chunk, Instant::now())),
+                Compressed::Held => return Ok(()),
             }
         }
         Ok(())
@@ -288,13 +330,16 @@ enum Compressed {
 }
 
 async fn compress(session: &Client, watch: &Client, extension: &str, chunk: &str) -> Result<Compressed> {
+    run(session, watch, &statement(extension, chunk), chunk).await
+}
+
+async fn run(session: &Client, watch: &Client, statement: &str, chunk: &str) -> Result<Compressed> {
     let pid: i32 = session.query_typed_one("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0);
-    let statement = statement(extension, chunk);
     if !session.query_typed_one(TRY_TO_BEGIN, &[]).await?.get::<_, bool>(0) {
         return Ok(Compressed::Held);
     }
     let outcome = tokio::select! {
-        outcome = session.batch_execute(&statement) => outcome,
+        outcome = session.batch_execute(statement) => outcome,
         error = make_way(watch, pid) => return Err(error),
     };
     if !session.is_closed() {

@@ -32,6 +32,8 @@ pub enum How {
     },
     /// Decompressed: the statement that reads them all.
     Rows(String),
+    /// Not at all: a hypertable's rows are in its chunks.
+    Nothing,
     /// The snapshot does not show it any more (H4).
     Stale,
 }
@@ -54,7 +56,9 @@ pub fn copy_in_statement(table: &Table, format: &str) -> String {
 /// # Errors
 /// Whatever the server says.
 pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) -> Result<How> {
-    let Some(chunk) = &table.chunk else { return Ok(How::AsTable) };
+    let Some(chunk) = &table.chunk else {
+        return Ok(if table.is_hypertable { How::Nothing } else { How::AsTable });
+    };
     let rows = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
     let Some(Now { status, relation }) = look(source, table, chunk).await? else { return Ok(How::Stale) };
     if chunk.is_late {
@@ -141,6 +145,12 @@ async fn shows_rows_beside<S: Session>(source: &mut S, table: &Table, status: Op
 /// Of a chunk's status: rows stand beside the compressed ones.
 const PARTIAL: i32 = 8;
 
+/// Whether a statement of `pg_dump` makes an index of a relation with compressed rows.
+pub fn is_of_compressed_rows(statement: &str) -> bool {
+    let on = statement.split_once(" ON ").map_or("", |(_, on)| on.trim_start_matches("ONLY "));
+    on.starts_with("_timescaledb_internal.compress_hyper_")
+}
+
 /// Makes the target's chunk ready for what comes, in the open transaction: empty, and an ordinary one where the rows come decompressed.
 ///
 /// # Errors
@@ -148,7 +158,7 @@ const PARTIAL: i32 = 8;
 pub async fn make_ready(target: &Client, chunk: &ChunkOf, table: &Table, how: &How) -> Result<()> {
     let doing = || format!("making {} on the target ready for its rows", table.qualified());
     match how {
-        How::AsTable | How::Stale => Ok(()),
+        How::AsTable | How::Nothing | How::Stale => Ok(()),
         // What an earlier copy left of it (H3).
         How::Raw { .. } => match &chunk.compressed {
             Some(compressed) => {

@@ -8,8 +8,10 @@ use std::collections::HashMap;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
+use super::chunk::ChunkOf;
 use super::declaration::{Dimension, Hypertable, Span};
 use super::restore::of;
+use super::target::make_chunk;
 use crate::connection::wire::RawSession;
 use crate::error::{Context, Error, Result};
 use crate::source::catalog::{Column, Table};
@@ -68,6 +70,18 @@ pub(crate) async fn open_chunks(
         tracing::debug!(%error, table = table.qualified(), "its chunks are made by the copy");
     }
     Ok(())
+}
+
+/// Makes the chunk that the rows of one of the source are going to, in a transaction of its own: with its range, so that both servers drop
+/// the same rows with it. Where that meets another chunk, the copy finds the rows' way.
+///
+/// # Errors
+/// When the session breaks.
+pub(crate) async fn open_chunk(target: &Client, chunk: &ChunkOf) -> Result<()> {
+    if chunk.is_gone || chunk.ranges.is_empty() {
+        return Ok(());
+    }
+    make_chunk(target, &chunk.qualified(), &chunk.slices_json()).await.map(drop)
 }
 
 async fn try_to_open(

@@ -3,7 +3,7 @@
 //! The order is that of the dependencies: the hypertable, its further dimensions, what is now, compression, policies. Policies are
 //! made asleep in the same transaction, so that no job of the target ever runs before the cutover.
 
-use super::declaration::{Dimension, Hypertable, Span};
+use super::declaration::{Dimension, Hypertable, Span, begins_with_name};
 use crate::sql;
 
 /// The statements that make a hypertable of an empty table. `extension` is the schema of the extension's functions; `time_index`
@@ -97,6 +97,15 @@ pub fn without_only(statement: &str) -> String {
     statement.split('\n').map(line).collect::<Vec<_>>().join("\n")
 }
 
+/// Whether a statement of `pg_dump` says `ONLY` of a hypertable.
+pub fn alters_only(statement: &str, hypertable: &Hypertable) -> bool {
+    let altered = |line: &str| begins_with_name(line.strip_prefix("ALTER TABLE ONLY ")?);
+    statement
+        .lines()
+        .filter_map(altered)
+        .any(|(schema, name)| (schema, name) == (hypertable.schema.clone(), hypertable.name.clone()))
+}
+
 fn regclass(hypertable: &Hypertable) -> String {
     format!("{}::regclass", sql::literal(&hypertable.qualified()))
 }
@@ -146,5 +155,8 @@ mod tests {
         let dumped = "ALTER TABLE ONLY public.t\n    ADD CONSTRAINT c CHECK ((a <> 'ALTER TABLE ONLY '::text));\n\nALTER TABLE ONLY public.t REPLICA IDENTITY USING INDEX i;";
         let expected = "ALTER TABLE public.t\n    ADD CONSTRAINT c CHECK ((a <> 'ALTER TABLE ONLY '::text));\n\nALTER TABLE public.t REPLICA IDENTITY USING INDEX i;";
         assert_eq!(without_only(dumped), expected);
+        let declared = parse("[[hypertable]]\ntable = 'public.t'\ntime = 't'\nchunk_interval = 5\n").unwrap().remove(0);
+        assert!(alters_only(dumped, &declared));
+        assert!(!alters_only("ALTER TABLE ONLY public.tt\n    ADD", &declared));
     }
 }

@@ -112,7 +112,7 @@ pub struct OrderBy {
 
 impl OrderBy {
     /// Reads `column [ASC|DESC] [NULLS FIRST|NULLS LAST]`.
-    fn parse(text: &str) -> std::result::Result<OrderBy, String> {
+    pub(super) fn parse(text: &str) -> std::result::Result<OrderBy, String> {
         let expected = || format!("`{text}` is not `column [ASC|DESC] [NULLS FIRST|NULLS LAST]`");
         let (column, rest) = identifier(text.trim()).ok_or_else(expected)?;
         let words: Vec<String> = rest.split_whitespace().map(str::to_ascii_lowercase).collect();
@@ -475,8 +475,15 @@ fn identifier(text: &str) -> Option<(String, &str)> {
     (!name.is_empty()).then(|| (name.to_lowercase(), rest))
 }
 
+/// The `schema.name` that a text begins with.
+pub(super) fn begins_with_name(text: &str) -> Option<(String, String)> {
+    let (schema, rest) = identifier(text)?;
+    let (name, _) = identifier(rest.strip_prefix('.')?)?;
+    Some((schema, name))
+}
+
 /// `schema.name`, and nothing behind it.
-fn qualified(text: &str) -> Option<(String, String)> {
+pub(super) fn qualified(text: &str) -> Option<(String, String)> {
     let (schema, rest) = identifier(text.trim())?;
     match identifier(rest.strip_prefix('.')?)? {
         (name, "") => Some((schema, name)),

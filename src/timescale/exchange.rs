@@ -15,7 +15,6 @@ use super::chunks::{self, Hypertable};
 use super::copy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::catalog::Table;
-use crate::sql;
 use crate::verify::RangeHash;
 
 /// What chunks of one hypertable have in common, asked for once.
@@ -62,14 +61,16 @@ pub(crate) async fn look(
         return Ok(Found::Stale);
     }
     target.batch_execute(AT_WORK).await?;
-    let into = Table { schema: chunk.schema.clone(), name: chunk.name.clone(), chunk: None, ..table.clone() };
+    let of = Table { schema: chunk.schema.clone(), name: chunk.name.clone(), chunk: None, ..table.clone() };
+    let (schema, name) = chunk.hypertable_on_target();
+    let into = Table { schema: schema.to_owned(), name: name.to_owned(), ..of.clone() };
     let (hypertable, hash) = match known.0.entry(chunk.hypertable) {
         Entry::Occupied(known) => known.into_mut(),
         Entry::Vacant(place) => {
             let hypertable = chunks::hypertable_with_id(source, chunk.hypertable).await?.ok_or_else(|| {
                 Error::new(ErrorKind::SchemaChanged, format!("{} is no hypertable any more", chunk.qualified()))
             })?;
-            let hash = RangeHash::new(&into, source, target).await?;
+            let hash = RangeHash::new((&of, source), (&into, target)).await?;
             place.insert((hypertable, hash))
         }
     };
@@ -83,6 +84,6 @@ pub(crate) async fn look(
         return Ok(Found::Same);
     }
     let out = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
-    let delete = format!("DELETE FROM {} AS t WHERE {condition}", sql::qualified(&chunk.schema, &chunk.name));
+    let delete = format!("DELETE FROM {of_target} AS t WHERE {condition}");
     Ok(Found::Other(Box::new(Other { delete, out, into, rows: here.rows })))
 }

@@ -17,6 +17,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::chunk::ChunkOf;
+use super::recreate::places;
 use super::source::{self, Chunk, Slice};
 use crate::apply::change::Announced;
 use crate::apply::layout::Layout;
@@ -105,7 +106,11 @@ pub async fn truncate(writer: &mut Writer, layout: &Layout, emptied: &[&Table], 
         emptied.iter().filter(|table| table.chunk.is_none()).partition(|table| of_hypertables.contains(&table.relid));
     let identity = if restart_identity { " RESTART IDENTITY" } else { "" };
     for hypertable in hypertables {
-        let statement = format!("TRUNCATE {}{identity}", hypertable.qualified());
+        // The rows of an aggregate may be in one of another name.
+        let mut chunks = emptied.iter().filter_map(|table| table.chunk.as_ref());
+        let of = chunks.find(|chunk| chunk.relid == hypertable.relid);
+        let name = of.map_or_else(|| hypertable.qualified(), ChunkOf::qualified);
+        let statement = format!("TRUNCATE {name}{identity}");
         writer.execute(statement.clone(), &[]).await.context(|| statement)?;
     }
     if others.is_empty() { Ok(()) } else { serial::truncate(writer, &others, restart_identity).await }
@@ -174,6 +179,7 @@ pub async fn take_up(
 
     // Nothing of a new chunk is on the target yet: what is in its range there is of one that is gone.
     let living: Vec<Chunk> = chunks.into_values().filter(|chunk| known.contains_key(&chunk.relid)).collect();
+    let living = places::on_target(source, target, living).await?;
     let transaction = target.transaction().await?;
     for (table, complete) in &new {
         record(transaction.client(), table, *complete).await?;
@@ -350,6 +356,7 @@ fn dropped_before_it_was_seen(announced: &Announced) -> Table {
             status: 0,
             is_late: true,
             is_gone: true,
+            stands_in: None,
         }),
         is_hypertable: false,
         hypertable: None,
@@ -392,7 +399,7 @@ pub(super) fn by_range<'a>(of_target: &'a [Chunk], living: &[&Chunk]) -> (Vec<&'
 }
 
 /// Whether two chunks of one hypertable have a place in common. Its dimensions have the same ids on both servers.
-fn overlap(a: &Chunk, b: &Chunk) -> bool {
+pub(super) fn overlap(a: &Chunk, b: &Chunk) -> bool {
     a.slices.iter().all(|slice| {
         let other = b.slices.iter().find(|other| other.dimension == slice.dimension);
         other.is_none_or(|other| slice.start < other.end && other.start < slice.end)

@@ -12,6 +12,7 @@
 //!  pause.rs         the source's jobs at rest, and running again
 //!  unseen.rs        changes of compressed rows that no stream shows, found before the fence and held back from then on
 //!  settle.rs        what is carried and compared at the cutover
+//!  recreate.rs      where the target cannot take over that catalog: all of it is made again there
 //!  bare.rs          hypertables, aggregates and jobs without a chunk (`--schema-only`)
 //!
 //!  declaration.rs   plain tables to hypertables: what a table is to become, as a file says it; create.rs the SQL for that
@@ -40,6 +41,7 @@ pub mod pause;
 pub(crate) mod place;
 pub mod policies;
 pub mod prepare;
+pub mod recreate;
 pub mod restore;
 pub(crate) mod rows;
 pub mod sets;

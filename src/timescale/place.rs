@@ -78,8 +78,8 @@ fn query(chunks: &[(usize, &ChunkOf)], shares_slices: bool) -> String {
                 format!(
                     "({place}, {}, {}, {}, {}, '{start}'::int8, '{end}'::int8)",
                     chunk.ranges.len(),
-                    sql::literal(&chunk.schema),
-                    sql::literal(&chunk.name),
+                    sql::literal(chunk.hypertable_on_target().0),
+                    sql::literal(chunk.hypertable_on_target().1),
                     sql::literal(dimension)
                 )
             })

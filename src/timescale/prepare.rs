@@ -192,23 +192,28 @@ pub async fn of_aggregates(source: &Client, tables: &[Table]) -> Result<Vec<Tabl
     Ok(tables.iter().filter(is_one).cloned().collect())
 }
 
-/// Makes the extension on the target where it is not, in the version and the schema of the source: a session in which it was made cannot
-/// use it in restoring mode.
+/// Makes the extension on the target where it is not, in the schema of the source, and in its version or, where all is made again, the target's
+/// own: a session in which it was made cannot use it in restoring mode.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn create_extension(target: &ConnectionSpec, application_name: &str, extension: &Extension) -> Result<()> {
+pub async fn create_extension(
+    target: &ConnectionSpec,
+    application_name: &str,
+    extension: &Extension,
+    same_version: bool,
+) -> Result<()> {
     let client = target.connect(application_name).await?;
     let schema = sql::identifier(&extension.schema);
     let statement = format!(
         "SET client_min_messages = warning; CREATE SCHEMA IF NOT EXISTS {schema}; \
-         CREATE EXTENSION IF NOT EXISTS timescaledb WITH SCHEMA {schema} VERSION {}",
-        sql::literal(&extension.version).trim_start()
+         CREATE EXTENSION IF NOT EXISTS timescaledb WITH SCHEMA {schema}{}",
+        match same_version {
+            true => format!(" VERSION {}", sql::literal(&extension.version).trim_start()),
+            false => String::new(),
+        }
     );
-    client
-        .batch_execute(&statement)
-        .await
-        .context(|| format!("creating the extension timescaledb {} on the target", extension.version))
+    client.batch_execute(&statement).await.context(|| "creating the extension timescaledb on the target".into())
 }
 
 /// The rows of the extension's catalog, as statements for the end of the schema before the rows. In the transaction under whose snapshot

@@ -64,7 +64,11 @@ pub fn fit_items(
     let declared: Vec<(u32, &Hypertable)> =
         tables.iter().filter_map(|table| Some((table.relid, of(table, declared)?))).collect();
     for item in items.iter_mut().filter(|item| item.section != Section::PreData) {
-        if declared.iter().any(|(relid, _)| item.relid == Some(*relid)) {
+        // A foreign key may be an item of the table that it refers to.
+        let is_of = |(relid, hypertable): &(u32, &Hypertable)| {
+            item.relid == Some(*relid) || create::alters_only(&item.statement, hypertable)
+        };
+        if declared.iter().any(is_of) {
             item.statement = create::without_only(&item.statement);
         }
     }

@@ -171,6 +171,7 @@ mod tests {
             status: 0,
             is_late: false,
             is_gone: false,
+            stands_in: None,
         };
         Table { columns, chunk: Some(chunk), ..Table::plain("s", "c") }
     }

@@ -17,9 +17,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
 
+use super::recreate::places::{self, Places};
 use super::source::{self, Chunk, Database, Hypertable};
 use super::unseen::{self, Counted};
-use super::{live, pause, prepare};
+use super::{live, pause, prepare, recreate};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sql;
 use crate::target::ledger::{self, Migration};
@@ -66,6 +67,7 @@ pub async fn settle(
     let known = every_chunk_is_known(source, target, &of_source, migration).await?;
     // A chunk that nothing has come of is empty, and nothing on the target is of it.
     let living: Vec<Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).cloned().collect();
+    let living = places::on_target(source, target, living).await?;
     let transaction = target.transaction().await?;
     let dropped = live::drop_what_is_gone(transaction.client(), &living).await?;
     if !dropped.is_empty() {
@@ -74,7 +76,13 @@ pub async fn settle(
     transaction.commit().await.context(|| "dropping chunks on the target".into())?;
     rows_of_compressed_chunks_are_equal(source, target, &of_source, counted).await?;
     let transaction = target.transaction().await?;
-    carry(source, transaction.client(), owners).await?;
+    match recreate::is_recreated(transaction.client()).await? {
+        true => {
+            recreate::state::carry(source, transaction.client()).await?;
+            recreate::jobs::bring_in_line(source, transaction.client(), owners).await?;
+        }
+        false => carry(source, transaction.client(), owners).await?,
+    }
     transaction.commit().await.context(|| "carrying over the state of continuous aggregates and jobs".into())
 }
 
@@ -109,21 +117,23 @@ async fn rows_of_compressed_chunks_are_equal(
     let Some(of_target) = of_target else {
         return Err(Error::new(ErrorKind::Different, "the extension timescaledb is gone from the target"));
     };
+    let places = Places::of(of_source, &of_target);
     // By hypertable: the ranges of chunks need not be the same, but all rows of compressed ranges are in some chunk.
-    let compressed: BTreeSet<i32> = of_source
-        .chunks
-        .iter()
-        .chain(&of_target.chunks)
-        .filter(|chunk| chunk.compressed.is_some())
-        .map(|chunk| chunk.hypertable)
-        .collect();
+    let of_compressed = |database: &Database| -> BTreeSet<i32> {
+        let chunks = database.chunks.iter().filter(|chunk| chunk.compressed.is_some());
+        chunks.map(|chunk| chunk.hypertable).collect()
+    };
+    let (compressed, compressed_there) = (of_compressed(of_source), of_compressed(&of_target));
     let guarded = counted.guarded(source).await?;
-    let in_question = |of: &&Hypertable| compressed.contains(&of.id) && !guarded.contains(&of.id);
-    for hypertable in of_source.hypertables.iter().filter(in_question) {
-        let of_it = |database: &Database| -> Vec<Chunk> {
-            database.chunks.iter().filter(|chunk| chunk.hypertable == hypertable.id).cloned().collect()
+    for hypertable in of_source.hypertables.iter().filter(|of| !guarded.contains(&of.id)) {
+        let on_target: &Hypertable = places.hypertable(hypertable)?;
+        if !compressed.contains(&hypertable.id) && !compressed_there.contains(&on_target.id) {
+            continue;
+        }
+        let of_it = |database: &Database, id: i32| -> Vec<Chunk> {
+            database.chunks.iter().filter(|chunk| chunk.hypertable == id).cloned().collect()
         };
-        let (here, there) = (of_it(of_source), of_it(&of_target));
+        let (here, there) = (of_it(of_source, hypertable.id), of_it(&of_target, on_target.id));
         let counts = futures_util::future::try_join(unseen::rows(source, &here), unseen::rows(target, &there));
         let (here, there) = counts.await?;
         if here != there {

@@ -35,6 +35,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::live;
+use super::recreate::places::Places;
 use super::source::{self, Chunk, Hypertable};
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -241,14 +242,17 @@ async fn are_equal(
         tokio::try_join!(source::read(&source), source::read(&target), ledger::tables(&target))?;
     try_join(end(&source), end(&target)).await?;
     let (Some(of_source), Some(of_target)) = (of_source, of_target) else { return Ok(false) };
+    // The target may have other ids, where everything was made again.
+    let places = Places::of(&of_source, &of_target);
     let known: BTreeSet<u32> = known.iter().map(|entry| entry.table.relid).collect();
     let living: Vec<&Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).collect();
-    let (there_are, _) = live::by_range(&of_target.chunks, &living);
+    let on_target: Vec<Chunk> = living.iter().filter_map(|chunk| places.chunk(chunk)).collect();
+    let (there_are, _) = live::by_range(&of_target.chunks, &on_target.iter().collect::<Vec<_>>());
     for hypertable in of_source.hypertables.iter().filter(|of| guarded.contains_key(&of.id)) {
-        let of_it = |chunks: &[&Chunk]| -> Vec<Chunk> {
-            chunks.iter().filter(|chunk| chunk.hypertable == hypertable.id).map(|chunk| (*chunk).clone()).collect()
+        let of_it = |chunks: &[&Chunk], id: i32| -> Vec<Chunk> {
+            chunks.iter().filter(|chunk| chunk.hypertable == id).map(|chunk| (*chunk).clone()).collect()
         };
-        let (living, there_are) = (of_it(&living), of_it(&there_are));
+        let (living, there_are) = (of_it(&living, hypertable.id), of_it(&there_are, places.hypertable(hypertable)?.id));
         let counts = try_join(rows_under(&source, &here, &living), rows_under(&target, &there, &there_are));
         match counts.await? {
             (Some(here), Some(there)) if here == there => {}

@@ -23,13 +23,13 @@ pub struct RangeHash {
 }
 
 impl RangeHash {
-    /// Over the columns that both sides have; they need not be in the same order.
+    /// Over the columns that both sides have; they need not be in the same order, nor the tables have the same name.
     ///
     /// # Errors
     /// `SchemaChanged` when a side has no such table; else whatever a server says.
-    pub async fn new(table: &Table, source: &Client, target: &Client) -> Result<RangeHash> {
+    pub async fn new((table, source): (&Table, &Client), (on_target, target): (&Table, &Client)) -> Result<RangeHash> {
         let (of_source, of_target) =
-            tokio::try_join!(layout::read(source, table, "source"), layout::read(target, table, "target"))?;
+            tokio::try_join!(layout::read(source, table, "source"), layout::read(target, on_target, "target"))?;
         let (Some(of_source), Some(of_target)) = (of_source, of_target) else {
             let text = format!("the table {} is not there on both sides", table.qualified());
             return Err(Error::new(ErrorKind::SchemaChanged, text));

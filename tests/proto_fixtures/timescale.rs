@@ -395,6 +395,7 @@ fn table(relation: &Relation<'_>, chunk: i32, hypertable: i32) -> Table {
             status: 0,
             is_late: true,
             is_gone: false,
+            stands_in: None,
         }),
         is_hypertable: false,
         hypertable: None,

@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use crate::live::{assert_equal, fill};
+use crate::live::{ASLEEP, assert_equal, fill};
 use crate::support::process::Running;
 use crate::support::timescale::{servers, timescale_available};
 use crate::support::{Migration, until, until_true};
@@ -23,12 +23,20 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
     if !timescale_available("repair, --recopy and resync of hypertables") {
         return;
     }
-    let servers = servers(&[], &[]).await;
+    let servers = servers(&[], &ASLEEP).await;
     let migration = servers.migration("again").await;
+    are_copied_again(&migration, None).await;
+    assert_equal(&migration).await;
+    let cleaned = migration.with_directory("clean", &[]).await;
+    assert_eq!(cleaned.code, Some(0), "{}", cleaned.stderr);
+}
+
+/// All of it up to the cutover, from this version of the extension.
+pub(super) async fn are_copied_again(migration: &Migration, version: Option<&str>) {
     let (source, target) = (migration.source().await, migration.target().await);
-    fill(&source).await;
+    fill(&source, version).await;
     let mut running = migration.migrate(&ARGUMENTS);
-    ready(&migration, &mut running).await;
+    ready(migration, &mut running).await;
 
     // Of a compressed chunk some rows are gone and others differ; and a chunk has one that the source does not have.
     let damage = [
@@ -57,22 +65,17 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
 
     // The rows of a continuous aggregate, and a hypertable without a key; the source changes its chunks while nobody follows.
     running.kill().await;
-    let inner: String = source
-        .query_one(
-            "SELECT format('%s.%s', materialization_hypertable_schema, materialization_hypertable_name) \
-                    FROM timescaledb_information.continuous_aggregates WHERE view_name = 'hourly'",
-            &[],
-        )
-        .await
-        .unwrap()
-        .get(0);
-    for statement in [format!("UPDATE {inner} SET n = 0"), "DELETE FROM public.log WHERE who = 'w1'".to_owned()] {
+    let rows_of_hourly = "SELECT format('%s.%s', materialization_hypertable_schema, materialization_hypertable_name) \
+         FROM timescaledb_information.continuous_aggregates WHERE view_name = 'hourly'";
+    let inner: String = source.query_one(rows_of_hourly, &[]).await.unwrap().get(0);
+    let inner_there: String = target.query_one(rows_of_hourly, &[]).await.unwrap().get(0);
+    for statement in [format!("UPDATE {inner_there} SET n = 0"), "DELETE FROM public.log WHERE who = 'w1'".to_owned()] {
         assert!(target.execute(&statement, &[]).await.unwrap() > 0, "{statement}");
     }
     source.batch_execute("INSERT INTO log VALUES ('2025-01-01 00:10', 'w1', '{}'); UPDATE log SET what = '{}' WHERE at < '2025-01-01 03:00'").await.unwrap();
     let recopied = migration.migrate(&[&ARGUMENTS[..], &["--recopy", &inner, "public.log"]].concat());
     let mut running = recopied;
-    ready(&migration, &mut running).await;
+    ready(migration, &mut running).await;
     is_applied(&source, &target, 1002).await;
     let seen = "SELECT count(*)::text || md5(string_agg(l::text, '' ORDER BY l::text COLLATE \"C\")) FROM public.log l";
     let value = async |client: &Client| client.query_one(seen, &[]).await.unwrap().get::<_, String>(0);
@@ -98,7 +101,7 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
     until_true(&source, "SELECT count(*) > 0 FROM pg_replication_slots").await;
     source.batch_execute("INSERT INTO metrics VALUES ('2025-04-01 00:00Z', 1, 'meanwhile', 1)").await.unwrap();
     open.batch_execute("COMMIT").await.unwrap();
-    ready(&migration, &mut running).await;
+    ready(migration, &mut running).await;
     source
         .batch_execute("UPDATE metrics SET room = 'found' WHERE device = 5 AND time < '2025-01-06 00:00Z'")
         .await
@@ -111,7 +114,4 @@ async fn chunks_that_differ_are_copied_again_by_repair_recopy_and_resync_and_the
     assert!(!running.log().contains("were copied again into \"public\".\"log\""), "{}", running.log());
     is_applied(&source, &target, 1003).await;
     migration.cut_over(running).await;
-    assert_equal(&migration).await;
-    let cleaned = migration.with_directory("clean", &[]).await;
-    assert_eq!(cleaned.code, Some(0), "{}", cleaned.stderr);
 }

@@ -15,7 +15,6 @@ use crate::support::{Migration, Servers, connect, until, until_true};
 /// Hypertables with a key (one of them by space too), without one, by integers, inside of which columns were dropped; continuous
 /// aggregates upon each other, and over raw data that retention has dropped; an ordinary table; jobs of all kinds.
 const SCHEMA: &str = "
-CREATE EXTENSION timescaledb;
 CREATE TABLE metrics (gone int, time timestamptz NOT NULL, device int NOT NULL, room text, value float8, PRIMARY KEY (device, time));
 SELECT create_hypertable('metrics', 'time', chunk_time_interval => interval '1 day');
 SELECT add_dimension('metrics', 'device', number_partitions => 2);
@@ -91,7 +90,7 @@ const WORK: [&str; 9] = [
     "SELECT compress_chunk(c, true) FROM show_chunks('log', older_than => '2025-01-03'::timestamp) c",
 ];
 
-struct Application {
+pub(super) struct Application {
     tasks: JoinSet<()>,
     stop: Arc<AtomicBool>,
     writes: Arc<AtomicU64>,
@@ -99,7 +98,7 @@ struct Application {
 }
 
 impl Application {
-    fn start(url: &str) -> Application {
+    pub(super) fn start(url: &str) -> Application {
         let (stop, writes, rounds) = (Arc::default(), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let mut tasks = JoinSet::new();
         for writer in 0..2i64 {
@@ -137,20 +136,26 @@ impl Application {
     }
 
     /// Until so many more rounds of the work beside it have gone by.
-    async fn goes_on(&self, rounds: u64) {
+    pub(super) async fn goes_on(&self, rounds: u64) {
         let goal = self.rounds.load(Ordering::Relaxed) + rounds;
         until("the application goes on", || async { (self.rounds.load(Ordering::Relaxed) >= goal).then_some(()) })
             .await;
     }
 
-    async fn stop(mut self) {
+    pub(super) async fn stop(mut self) {
         self.stop.store(true, Ordering::Relaxed);
         while self.tasks.join_next().await.is_some() {}
         assert!(self.writes.load(Ordering::Relaxed) > 0);
     }
 }
 
-pub(crate) async fn fill(client: &Client) {
+/// What wakes at the cutover is compared before it has run.
+pub(super) const ASLEEP: [(&str, &str); 1] = [("timescaledb.max_background_workers", "0")];
+
+/// Everything above, with a version of the extension.
+pub(crate) async fn fill(client: &Client, version: Option<&str>) {
+    let version = version.map_or_else(String::new, |version| format!(" VERSION '{version}'"));
+    client.batch_execute(&format!("CREATE EXTENSION timescaledb{version}")).await.unwrap();
     client.batch_execute(SCHEMA).await.unwrap();
     for statement in AGGREGATES {
         client.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
@@ -189,6 +194,7 @@ async fn seen(client: &Client) -> BTreeMap<String, String> {
         ("aggregates", "SELECT to_jsonb(c) - 'view_definition' FROM timescaledb_information.continuous_aggregates c"),
         (DEFINITIONS, "SELECT view_definition FROM timescaledb_information.continuous_aggregates c"),
         ("jobs", "SELECT to_jsonb(j) - 'next_start' FROM timescaledb_information.jobs j WHERE job_id >= 1000"),
+        ("time zones of jobs", "SELECT to_jsonb(j)->>'timezone' FROM _timescaledb_catalog.bgw_job j WHERE id >= 1000"),
         ("watermarks", "SELECT to_jsonb(w) FROM _timescaledb_catalog.continuous_aggs_watermark w"),
         ("invalid", "SELECT to_jsonb(w) FROM _timescaledb_catalog.continuous_aggs_hypertable_invalidation_log w"),
         ("indexes", "SELECT to_jsonb(i) FROM pg_indexes i WHERE schemaname = 'public'"),
@@ -238,7 +244,7 @@ pub async fn nothing_runs_on_the_target_yet(migration: &Migration) {
 
 async fn begun(servers: &Servers, database: &str) -> (Migration, Application) {
     let migration = servers.migration(database).await;
-    fill(&migration.source().await).await;
+    fill(&migration.source().await, None).await;
     let application = Application::start(&migration.source_url);
     application.goes_on(1).await;
     (migration, application)
@@ -249,7 +255,7 @@ async fn a_whole_timescaledb_is_moved_live_under_compression_refresh_and_retenti
     if !timescale_available("TimescaleDB to TimescaleDB, live") {
         return;
     }
-    is_moved_live(&servers(&[], &[]).await, &[]).await;
+    is_moved_live(&servers(&[], &ASLEEP).await, &[]).await;
 }
 
 /// The whole of it, between these servers; with variables that the program gets besides.
@@ -287,7 +293,7 @@ pub async fn is_moved_live(servers: &Servers, environment: &[(&str, &str)]) {
 }
 
 /// An end at once, as by `kill -9`, and the same command again.
-async fn killed_and_begun_again(migration: &Migration, running: Running, arguments: &[&str]) -> Running {
+pub(super) async fn killed_and_begun_again(migration: &Migration, running: Running, arguments: &[&str]) -> Running {
     running.kill().await;
     nothing_runs_on_the_target_yet(migration).await;
     migration.migrate(arguments)
@@ -298,10 +304,10 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     if !timescale_available("chunks that come late, and kill -9 with TimescaleDB") {
         return;
     }
-    let servers = servers(&[], &[]).await;
+    let servers = servers(&[], &ASLEEP).await;
     let migration = servers.migration("late").await;
     let source = migration.source().await;
-    fill(&source).await;
+    fill(&source, None).await;
     // A session of before the migration that says no by itself, and has a chunk's transaction open while it is looked for.
     let own = migration.source().await;
     own.batch_execute("SET timescaledb.enable_chunk_auto_publication = off").await.unwrap();
@@ -338,6 +344,30 @@ async fn a_chunk_that_a_session_did_not_publish_is_copied_late_and_a_killed_proc
     // What was lost is made up for by hand on the target, and nothing else is missing.
     let target = migration.target().await;
     target.batch_execute("DELETE FROM public.metrics WHERE device = 3 AND time < '2025-01-04 00:00Z'").await.unwrap();
-    migration.cut_over(running).await;
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    // A chunk that comes and is taken up when the cutover has read the ledger's tables, and before it reads them again.
+    let holder = migration.target().await;
+    holder.batch_execute("BEGIN; LOCK TABLE walferry.fingerprint IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let cutover =
+        migration.start("cutover", &["--yes", "--no-reverse", "--timeout", "110s", "--max-write-stall", "25s"]);
+    migration.wait_for_phase(&mut running, "cutting_over").await;
+    // The refused cutover had ended all sessions.
+    let source = migration.source().await;
+    source.batch_execute("INSERT INTO metrics VALUES ('2025-03-01 00:00Z', 1, 'in between', 1)").await.unwrap();
+    until_true(&target, "SELECT count(*) = 1 FROM public.metrics WHERE room = 'in between'").await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    let switched = cutover.wait().await;
+    assert_eq!(switched.code, Some(0), "{}\n{}", switched.stderr, running.log());
+    let ended = running.wait().await;
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert_equal(&migration).await;
+    // What was invalid on the source when it was left is what the new primary's policies compute now: of the whole segment, nothing is left.
+    let target = migration.target().await;
+    let raw = "SELECT time_bucket('1 hour', time), device, count(*) FROM metrics GROUP BY 1, 2";
+    let aggregate = "SELECT bucket, device, n FROM hourly WHERE bucket >= '2025-01-02 00:00Z'";
+    let differ = format!("SELECT count(*) FROM (({raw} EXCEPT {aggregate}) UNION ALL ({aggregate} EXCEPT {raw})) rows");
+    let differ = async || target.query_one(&differ, &[]).await.unwrap().get::<_, i64>(0);
+    assert!(differ().await > 40, "hours of which all rows are deleted");
+    target.batch_execute("CALL refresh_continuous_aggregate('hourly', NULL, NULL)").await.unwrap();
+    assert_eq!(differ().await, 0);
 }

@@ -23,6 +23,7 @@ mod newer;
 mod owner;
 mod pieces;
 mod plan;
+mod recreate;
 mod sets;
 mod source;
 mod unseen;

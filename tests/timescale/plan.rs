@@ -3,9 +3,10 @@
 use serde_json::Value;
 
 use super::live::fill;
+use super::recreate::OLD;
 use crate::judge::{assert_complete, assert_planned, plan, record, servers};
 use crate::logged::LogDirectory;
-use crate::support::timescale::{TIMESCALE, timescale_available};
+use crate::support::timescale::{TIMESCALE, timescale_available, timescale_has_version};
 use crate::support::{Migration, until_true};
 
 const WHOLE: [&str; 3] = ["--replica-identity-full", "--no-reverse", "--pause-source-jobs"];
@@ -49,22 +50,8 @@ async fn every_statement_with_timescaledb_is_in_the_plan_and_in_the_record() {
     let (source_log, target_log) = (LogDirectory::new(), LogDirectory::new());
     let servers = servers(&source_log, &target_log, &TIMESCALE).await;
     let whole = servers.migration("whole").await;
-    let source = whole.source().await;
-    fill(&source).await;
-    // A chunk that comes unpublished, others that go, and a change of compressed rows.
-    let work = async || {
-        source
-            .batch_execute(
-                "SET timescaledb.enable_chunk_auto_publication = off; INSERT INTO metrics VALUES ('2025-02-01 00:00Z', 1, 'late', 1)",
-            )
-            .await
-            .unwrap();
-        let target = whole.target().await;
-        until_true(&target, "SELECT count(*) = 1 FROM public.metrics WHERE time >= '2025-02-01 00:00Z'").await;
-        source.batch_execute("SELECT drop_chunks('log', older_than => '2025-01-02'::timestamp)").await.unwrap();
-        source.batch_execute("UPDATE metrics SET value = 3 WHERE time = '2025-01-03 05:00Z'").await.unwrap();
-    };
-    let of_whole = moved(&whole, &WHOLE, work).await;
+    fill(&whole.source().await, None).await;
+    let of_whole = moved(&whole, &WHOLE, async || what_comes_and_goes(&whole).await).await;
 
     let plain = servers.migration("plain").await;
     plain
@@ -84,10 +71,21 @@ async fn every_statement_with_timescaledb_is_in_the_plan_and_in_the_record() {
     let compressed = "SELECT count(*) > 0 FROM timescaledb_information.chunks WHERE is_compressed";
     let of_plain = moved(&plain, &options, async || until_true(&target, compressed).await).await;
 
-    let planned = [plan(&whole, &WHOLE).await, plan(&plain, &options).await].concat();
+    let mut planned = [plan(&whole, &WHOLE).await, plan(&plain, &options).await].concat();
+    let mut record = [of_whole, of_plain].concat();
+    let made_again = timescale_has_version(OLD, "the plan of a migration to another version of TimescaleDB");
+    if made_again {
+        let another = servers.migration("another").await;
+        fill(&another.source().await, Some(OLD)).await;
+        another.target().await.batch_execute("CREATE EXTENSION timescaledb").await.unwrap();
+        record.extend(moved(&another, &WHOLE, async || what_changes_where_it_is_made_again(&another).await).await);
+        planned.extend(plan(&another, &WHOLE).await);
+    }
     let on_source = assert_planned(&source_log, "source", &planned, &[]);
     let on_target = assert_planned(&target_log, "target", &planned, &[]);
+    let of_another = ["create_chunk", "add_job", "delete_job", "alter_job_set_hypertable_id", "decompress_chunk"];
     for (changes, texts) in [
+        (&on_target, if made_again { &of_another[..] } else { &[] }),
         (
             &on_source,
             &["ALTER DATABASE", "ALTER SYSTEM SET", "ALTER SYSTEM RESET", "pg_reload_conf", "alter_job", "ADD TABLE"][..],
@@ -116,11 +114,43 @@ async fn every_statement_with_timescaledb_is_in_the_plan_and_in_the_record() {
     let but_clean = |changes: Vec<String>| -> Vec<String> {
         changes.into_iter().filter(|change| !change.starts_with("DROP") && !change.contains(" RESET ")).collect()
     };
-    let record = [of_whole, of_plain].concat();
     assert_complete(&record, &but_clean(on_source), "source");
     assert_complete(&record, &but_clean(on_target), "target");
     let kinds: Vec<&str> = record.iter().filter_map(|line| line["kind"].as_str()).collect();
     for kind in ["setting", "job", "extension", "hypertable", "chunk"] {
         assert!(kinds.contains(&kind), "{kind} is not in the record");
     }
+}
+
+/// A chunk that comes unpublished, others that go, and a change of compressed rows.
+async fn what_comes_and_goes(migration: &Migration) {
+    let (source, target) = (migration.source().await, migration.target().await);
+    source
+        .batch_execute(
+            "SET timescaledb.enable_chunk_auto_publication = off; INSERT INTO metrics VALUES ('2025-02-01 00:00Z', 1, 'late', 1)",
+        )
+        .await
+        .unwrap();
+    until_true(&target, "SELECT count(*) = 1 FROM public.metrics WHERE time >= '2025-02-01 00:00Z'").await;
+    source.batch_execute("SELECT drop_chunks('log', older_than => '2025-01-02'::timestamp)").await.unwrap();
+    source.batch_execute("UPDATE metrics SET value = 3 WHERE time = '2025-01-03 05:00Z'").await.unwrap();
+}
+
+/// The same, and chunks that the target compresses and decompresses after the source, and jobs that change.
+async fn what_changes_where_it_is_made_again(migration: &Migration) {
+    let (source, target) = (migration.source().await, migration.target().await);
+    let is_compressed = |is: &str| {
+        format!(
+            "SELECT count(*) > 0 FROM timescaledb_information.chunks WHERE hypertable_name = 'metrics' \
+             AND is_compressed = {is} AND range_start = '2025-01-04 00:00Z'"
+        )
+    };
+    until_true(&target, &is_compressed("true")).await;
+    let decompress = "SELECT decompress_chunk(c) FROM show_chunks('metrics', newer_than => '2025-01-04 00:00Z'::timestamptz, \
+                      older_than => '2025-01-05 00:00Z'::timestamptz) c";
+    source.batch_execute(decompress).await.unwrap();
+    what_comes_and_goes(migration).await;
+    until_true(&target, &is_compressed("false")).await;
+    let change = "SELECT alter_job(job_id, schedule_interval => '9 hours') FROM timescaledb_information.jobs WHERE proc_name = 'policy_retention'";
+    source.batch_execute(change).await.unwrap();
 }

@@ -8,10 +8,11 @@ use super::{Kind, durable, kind, redacted};
 const DROP_DATABASE: &str = "dropping the target database";
 
 /// Each group with the kind of the rest of the list that it comes before, by name and phase.
-pub(super) static GROUPS: [((&str, &str), &[Kind]); 5] = [
+pub(super) static GROUPS: [((&str, &str), &[Kind]); 6] = [
     (("replica identity", PREPARING), BEFORE_THE_SLOT),
     (("identity column", PREPARING), WITH_THE_SCHEMA),
     (("maintenance", COPYING), WITH_THE_ROWS),
+    (("maintenance", FOLLOWING), JOBS_MADE_AGAIN),
     (("decision", CUTOVER), AT_THE_CUTOVER),
     (("slot", CLEANING), AT_ITS_END),
 ];
@@ -60,10 +61,20 @@ const WITH_THE_SCHEMA: &[Kind] = &[
     durable(kind(
         "extension",
         Target,
-        (PREPARING, Always, "the same, in the source's version"),
+        (PREPARING, Always, "the same, in the source's version, where it is taken over as it is"),
         "CREATE EXTENSION IF NOT EXISTS timescaledb WITH SCHEMA <schema> VERSION <version>",
         DROP_DATABASE,
     )),
+    durable(kind(
+        "extension",
+        Target,
+        (PREPARING, Always, "the same, in the target's version, where TimescaleDB is made again there"),
+        "CREATE EXTENSION IF NOT EXISTS timescaledb WITH SCHEMA <schema>",
+        DROP_DATABASE,
+    )),
+    kind("hypertable", Target, (PREPARING, Always, MADE_AGAIN), "SELECT create_hypertable( … )", DROP_DATABASE),
+    kind("hypertable", Target, (PREPARING, Always, MADE_AGAIN), "SELECT add_dimension( … )", DROP_DATABASE),
+    kind("hypertable", Target, (PREPARING, Always, MADE_AGAIN), "SELECT set_integer_now_func( … )", DROP_DATABASE),
     durable(kind(
         "extension",
         Target,
@@ -127,6 +138,32 @@ const WITH_THE_SCHEMA: &[Kind] = &[
     ),
 ];
 
+/// The rest of it (`timescaledb.compress`, aggregates) is among the items of the schema.
+const MADE_AGAIN: &str = "where TimescaleDB is made again on the target, which has another version of it";
+
+const MADE_AGAIN_LATE: &str = "the same; behind the fence what has changed on the source since";
+
+/// The jobs, at the end of the schema and behind the fence.
+const JOBS_MADE_AGAIN: &[Kind] = &[
+    redacted(kind(
+        "job",
+        Target,
+        (JOBS, Always, "where TimescaleDB is made again on the target: policies and jobs, asleep"),
+        "SELECT add_job( <procedure>, <schedule and options> )",
+        DROP_DATABASE,
+    )),
+    redacted(kind("job", Target, (JOBS, Always, MADE_AGAIN_LATE), "SELECT delete_job( <job> )", DROP_DATABASE)),
+    kind(
+        "job",
+        Target,
+        (JOBS, Always, "of what hypertable a job is"),
+        "SELECT alter_job_set_hypertable_id( <job>, <hypertable> )",
+        DROP_DATABASE,
+    ),
+];
+
+const JOBS: &str = "catching up, cutting over";
+
 const WITH_THE_ROWS: &[Kind] = &[
     kind(
         "copy",
@@ -163,6 +200,20 @@ const WITH_THE_ROWS: &[Kind] = &[
         ),
         "SELECT decompress_chunk( <chunk>, true )",
         "SELECT compress_chunk(…)",
+    ),
+    kind(
+        "chunk",
+        Target,
+        ("copying, following", Always, "a chunk of the source's ranges, where TimescaleDB is made again on the target"),
+        "SELECT create_chunk( … )",
+        DROP_DATABASE,
+    ),
+    kind(
+        "chunk",
+        Target,
+        ("copying, following", Always, "there: a chunk that is compressed on the source"),
+        "SELECT compress_chunk( … )",
+        "SELECT decompress_chunk(…)",
     ),
     kind(
         "publication",

@@ -30,6 +30,8 @@ pub struct Dump<'a> {
     pub directory: &'a Path,
     /// Whose the objects become on the target.
     pub owners: &'a Owners,
+    /// A schema of which nothing is dumped: its tables are not even locked.
+    pub without_schema: Option<&'a str>,
     /// In which role rows are written: what would fire in it waits for the cutover ([`late`]).
     pub role: ApplyRole,
 }
@@ -52,6 +54,7 @@ impl Dump<'_> {
         command
             .args(["--format=custom", "--schema-only", "--no-publications", "--no-subscriptions", "--no-tablespaces"])
             .args(["--exclude-schema=walferry", "--exclude-schema=walferry_ddl_*", "--lock-wait-timeout=30s"])
+            .args(self.without_schema.map(|schema| format!("--exclude-schema={schema}")))
             .arg(format!("--snapshot={}", self.snapshot))
             .arg(format!("--file={}", archive.0.display()));
         environment.apply(&mut command);
@@ -153,6 +156,8 @@ fn is_transient(said: &str) -> bool {
         "SSL connection has been closed",
         "the database system is ",
         "canceling statement due to lock timeout",
+        // A table that was dropped between its reading and its lock.
+        "Query was: LOCK TABLE",
         "invalid snapshot identifier",
         "snapshot identifier does not exist",
         "could not import the requested snapshot",

@@ -170,7 +170,7 @@ impl<'a> Graph<'a> {
     }
 }
 
-fn is_hanging(item: &Dumped) -> bool {
+pub(super) fn is_hanging(item: &Dumped) -> bool {
     HANGING.contains(&item.item.kind.as_str())
 }
 
