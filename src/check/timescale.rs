@@ -391,6 +391,22 @@ async fn owners_of_jobs(client: &Client, database: &Database, inputs: &Inputs<'_
         fitting.map(|row| crate::sql::identifier(row.get(0))).collect()
     };
     let mut findings = Vec::new();
+    let foreign = client
+        .query(
+            "SELECT pg_catalog.quote_ident(r.rolname) FROM pg_catalog.pg_roles r \
+             WHERE r.rolname = ANY ($1) AND NOT pg_catalog.pg_has_role(current_user, r.oid, 'MEMBER') ORDER BY 1",
+            &[&owners],
+        )
+        .await
+        .context(|| "looking for the owners of jobs on the target".into())?;
+    let foreign: Vec<String> = foreign.iter().map(|row| row.get(0)).collect();
+    if !foreign.is_empty() {
+        let message = "It owns jobs of TimescaleDB, which only a member of it can make on the target.";
+        let fix: Vec<String> = foreign.iter().map(|role| format!("GRANT {role} TO CURRENT_USER;")).collect();
+        let found =
+            Finding::new(Severity::Blocker, Side::Target, "timescaledb-job-membership", first_ten(&foreign), message);
+        findings.push(found.fix(fix.join("\n")));
+    }
     let (missing, without_login) = (of(false), of(true));
     if !missing.is_empty() && !inputs.owners.create_roles {
         let message = "It owns jobs of TimescaleDB on the source, and the target has no such role.";

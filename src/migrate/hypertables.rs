@@ -89,8 +89,9 @@ impl Running {
     /// Puts a session of the target into restoring mode, or out of it, where the target has the extension.
     pub(super) async fn restoring(&self, target: &Client, on: bool) -> Result<()> {
         if timescale::source::extension(target).await?.is_some() {
-            let value = if on { "on" } else { "off" };
-            target.batch_execute(&format!("SET timescaledb.restoring = {value}")).await?;
+            target
+                .batch_execute(if on { "SET timescaledb.restoring = on" } else { timescale::exchange::AT_WORK })
+                .await?;
         }
         Ok(())
     }

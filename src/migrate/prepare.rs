@@ -239,10 +239,14 @@ impl Running {
 /// The tables and the items of their schema where the hypertables of the source are made again; noted in the ledger.
 async fn make_again(
     target: &Client,
-    (recreation, instead): (recreate::Recreation, schema::Instead),
+    (recreation, mut instead): (recreate::Recreation, schema::Instead),
     tables: &mut [Table],
     dumped: Vec<schema::Dumped>,
 ) -> Result<Vec<SchemaItem>> {
+    let is_superuser = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user";
+    let is_superuser =
+        target.query_typed_one(is_superuser, &[]).await.context(|| "asking the target for our rights".into())?;
+    instead.by_owners = !is_superuser.get::<_, bool>(0);
     recreate::note(target, &recreation).await?;
     recreate::arrange(tables);
     let items = schema::wanted(schema::instead(dumped, instead), None)?;

@@ -127,7 +127,12 @@ async fn aggregates_are_computed_on_the_target_but_for_those_that_would_lose_row
     let refused = migration.with_directory("cutover", &["--yes", "--no-reverse", "--max-write-stall", "25s"]).await;
     assert_eq!(refused.code, Some(5), "{}", refused.stderr);
     assert!(refused.stderr.contains("recent") && refused.stderr.contains("--caggs copy"), "{}", refused.stderr);
-    target.batch_execute(&format!("INSERT INTO {rows_of} SELECT * FROM aside; DROP TABLE aside; RESET timescaledb.skip_cagg_invalidation")).await.unwrap();
+    target
+        .batch_execute(&format!(
+            "INSERT INTO {rows_of} SELECT * FROM aside; DROP TABLE aside; RESET timescaledb.skip_cagg_invalidation"
+        ))
+        .await
+        .unwrap();
     drop(source);
     migration.cut_over(running).await;
 
@@ -164,6 +169,22 @@ async fn a_target_without_superuser_gets_hypertables_made_again_and_aggregates_c
         owner.batch_execute(statement).await.unwrap_or_else(|error| panic!("{statement}: {error:?}"));
     }
     drop(owner);
+    // A job of somebody whose role we have not: who makes it there has to be a member.
+    let superuser = servers.source.connect("app").await.unwrap();
+    for server in [&servers.source, &servers.target] {
+        server.connect("app").await.unwrap().batch_execute("CREATE ROLE other LOGIN").await.unwrap();
+    }
+    let job = "CREATE PROCEDURE app.own(job_id int, config jsonb) LANGUAGE sql AS 'SELECT 1'; GRANT USAGE ON SCHEMA app TO other; \
+               SET ROLE other; SELECT add_job('app.own', '1 hour'); RESET ROLE";
+    superuser.batch_execute(job).await.unwrap();
+    let check = migration
+        .with_servers("check", &["--json", "--estimate-seconds", "0", "--no-reverse", "--caggs", "recompute"])
+        .await;
+    assert!(objects(&check.json(), "timescaledb-job-membership").contains("other"), "{}", check.stdout);
+    let no_job = "SELECT delete_job(job_id) FROM timescaledb_information.jobs WHERE proc_name = 'own'; DROP PROCEDURE app.own; \
+                  REVOKE USAGE ON SCHEMA app FROM other";
+    superuser.batch_execute(no_job).await.unwrap();
+    drop(superuser);
     let options = ["--json", "--estimate-seconds", "0", "--no-reverse"];
     let check = migration.with_servers("check", &options).await;
     assert_eq!(check.code, Some(3), "{}", check.stdout);
