@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
-use walferry::demo::server::{StopMode, ThrowawayServer};
+use walferry::demo::server::ThrowawayServer;
 use walferry::error::{Context, Error, ErrorKind, Result};
 
 use crate::engine::{Engine, PATIENCE};
-use crate::ingesting::{Processes, servers};
+use crate::ingesting::{Processes, with_servers};
 use crate::results::{Bar, Results, Row, Sample};
 use crate::setting::Setting;
 
@@ -89,11 +89,7 @@ fn cases(quick: bool) -> Vec<Case> {
 }
 
 pub async fn changes(setting: &Setting, results: &mut Results) -> Result<()> {
-    let (mut source, mut target) = servers(setting).await?;
-    let outcome = run(setting, results, (&source, &target)).await;
-    source.stop(StopMode::Immediate).await?;
-    target.stop(StopMode::Immediate).await?;
-    outcome
+    with_servers(setting, async |source, target| run(setting, results, (source, target)).await).await
 }
 
 async fn run(

@@ -6,12 +6,12 @@
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
-use walferry::demo::server::{StopMode, ThrowawayServer};
+use walferry::demo::server::ThrowawayServer;
 use walferry::error::{Context, Error, ErrorKind, Result};
 use walferry::observe::status::Phase;
 
 use crate::engine::{Engine, PATIENCE};
-use crate::ingesting::servers;
+use crate::ingesting::with_servers;
 use crate::results::{Bar, Results, Row, Sample};
 use crate::setting::Setting;
 
@@ -34,16 +34,11 @@ fn schema(chunks: u32) -> String {
 
 pub async fn steps(setting: &Setting, results: &mut Results) -> Result<()> {
     let (few, many) = setting.options.size((500, 5_000), (100, 1_000));
-    let (mut source, mut target) = servers(setting).await?;
-    let outcome = async {
-        let few = measure(setting, (&source, &target), few).await?;
-        let many = measure(setting, (&source, &target), many).await?;
-        Ok::<_, Error>(few.into_iter().zip(many).collect::<Vec<_>>())
-    };
-    let outcome = outcome.await;
-    source.stop(StopMode::Immediate).await?;
-    target.stop(StopMode::Immediate).await?;
-    for ((step, short), (_, long)) in outcome? {
+    let measured = with_servers(setting, async |source, target| {
+        Ok((measure(setting, (source, target), few).await?, measure(setting, (source, target), many).await?))
+    });
+    let (of_few, of_many) = measured.await?;
+    for ((step, short), (_, long)) in of_few.into_iter().zip(of_many) {
         let case = format!("{step}: {many} chunks {long:.2} s, {few} chunks {short:.2} s");
         if long < TOO_SHORT {
             results.note(format!("T3, {case}"));

@@ -92,21 +92,23 @@ pub fn is_available(setting: &Setting) -> bool {
     PathBuf::from(shared).join("extension/timescaledb.control").exists()
 }
 
-/// Two servers with the extension.
-pub async fn servers(setting: &Setting) -> Result<(ThrowawayServer, ThrowawayServer)> {
+/// Does something between two servers with the extension, which end with it however it ends.
+pub async fn with_servers<T>(
+    setting: &Setting,
+    work: impl AsyncFnOnce(&ThrowawayServer, &ThrowawayServer) -> Result<T>,
+) -> Result<T> {
     let own: Vec<(&str, &str)> =
         setting.settings.iter().map(|(name, value)| (*name, value.as_str())).chain(TIMESCALE).collect();
-    let source = ThrowawayServer::start(&setting.programs, "hypersource", &own).await?;
-    let target = ThrowawayServer::start(&setting.programs, "hypertarget", &own).await?;
-    Ok((source, target))
-}
-
-pub async fn ingest(setting: &Setting, results: &mut Results) -> Result<()> {
-    let (mut source, mut target) = servers(setting).await?;
-    let outcome = run(setting, results, (&source, &target)).await;
+    let mut source = ThrowawayServer::start(&setting.programs, "hypersource", &own).await?;
+    let mut target = ThrowawayServer::start(&setting.programs, "hypertarget", &own).await?;
+    let outcome = work(&source, &target).await;
     source.stop(StopMode::Immediate).await?;
     target.stop(StopMode::Immediate).await?;
     outcome
+}
+
+pub async fn ingest(setting: &Setting, results: &mut Results) -> Result<()> {
+    with_servers(setting, async |source, target| run(setting, results, (source, target)).await).await
 }
 
 async fn run(

@@ -1,6 +1,7 @@
 //! The command line, as clap reads it. What it means is in [`crate::commands`].
 
 mod backfill;
+mod care;
 mod cutover;
 mod databases;
 mod filters;
@@ -20,11 +21,11 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::apply::conflict::OnConflict;
 use crate::care::tune::Limit;
-use crate::care::wal::OnSourceWalMax;
 use crate::observe::logging::LogFormat;
 use crate::pause::What;
 
 pub use backfill::Backfill;
+pub use care::{Care, Connections, Parallelism};
 pub use cutover::{Cutover, CutoverHow, CutoverStart, CutoverWhen, Finish, Switch};
 pub use databases::{AllDatabases, MigrateAll};
 use filters::PART_OPTIONS;
@@ -208,60 +209,6 @@ pub struct Servers {
     /// A command that prints the target's password; run at every connect
     #[arg(long, value_name = "COMMAND")]
     pub target_password_command: Option<String>,
-}
-
-/// How much is done at once.
-#[derive(Debug, Args)]
-pub struct Parallelism {
-    /// Tables, or ranges of large tables, copied at once [default: 4; `migrate`: or what was tuned before]
-    #[arg(long, value_parser = at_least_one)]
-    pub copy_jobs: Option<usize>,
-    /// Indexes built at once
-    #[arg(long, default_value_t = 2, value_parser = at_least_one)]
-    pub index_jobs: usize,
-    /// Sessions that apply changes; fixed when the migration begins
-    #[arg(long, default_value_t = 4, value_parser = at_least_one)]
-    pub apply_workers: usize,
-    /// The queue on disk takes at most this much; then the source is not read until there is room [default: 64GiB, or four
-    /// fifths of the free disk where that is less]
-    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
-    pub queue_max_bytes: Option<u64>,
-}
-
-/// How many connections there may be.
-#[derive(Clone, Debug, Args)]
-pub struct Connections {
-    /// Open at most so many connections to the source; fewer jobs then do what there is to do
-    #[arg(long, value_parser = at_least_one, value_name = "N")]
-    pub max_source_connections: Option<usize>,
-    /// Open at most so many connections to the target
-    #[arg(long, value_parser = at_least_one, value_name = "N")]
-    pub max_target_connections: Option<usize>,
-}
-
-impl Connections {
-    /// The same for the rest of the program.
-    pub fn caps(&self) -> crate::care::connections::Caps {
-        crate::care::connections::Caps { source: self.max_source_connections, target: self.max_target_connections }
-    }
-}
-
-/// Care for the source.
-#[derive(Debug, Args)]
-pub struct Care {
-    /// Copy at most so many bytes a second, over all jobs; `off` for as fast as it goes [default: off, or what was tuned before]
-    #[arg(long, value_parser = parse_rate, value_name = "SIZE")]
-    pub copy_rate: Option<Limit<u64>>,
-    /// The copy waits while a physical standby of the source lags more than this; `off` to let it lag [default: 30s, or what was
-    /// tuned before]
-    #[arg(long, value_parser = parse_lag, value_name = "DURATION")]
-    pub max_standby_lag: Option<Limit<Duration>>,
-    /// Say so when our slot makes the source keep more WAL than this
-    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
-    pub source_wal_max: Option<u64>,
-    /// What happens then: a warning; or the slot is dropped to save the source, and the migration ends until `walferry resync`
-    #[arg(long, value_enum, default_value_t, value_name = "WHAT", requires = "source_wal_max")]
-    pub on_source_wal_max: OnSourceWalMax,
 }
 
 /// Roles on the target: who owns what, and who may do what.

@@ -39,7 +39,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
@@ -60,6 +60,7 @@ use crate::observe::{http, metrics};
 use crate::pause::Pause;
 use crate::queue;
 use crate::record::{self, Recorder, past};
+use crate::source::ddl::Key;
 use crate::source::receive;
 use crate::source::scope::Scope;
 use crate::source::standby::Standbys;
@@ -173,6 +174,8 @@ struct Running {
     /// Where the apply is held for a moment, for a comparison.
     gate: Gate,
     direction: Direction,
+    /// What proves messages of DDL, once it was read: the event triggers are made only before the slot.
+    ddl_key: OnceCell<Option<Key>>,
 }
 
 /// How a migration in one direction is over.
@@ -303,6 +306,7 @@ async fn begin(config: Config, board: &StatusBoard, directory: LockedDirectory) 
         waits_for_snapshot: AtomicBool::new(false),
         gate: Gate::open(),
         direction: Direction::There,
+        ddl_key: OnceCell::new(),
     };
     // Boxed, as below: the states of whole migrations together are more than a thread's stack should hold.
     let over = tokio::select! {

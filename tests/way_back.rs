@@ -174,6 +174,10 @@ async fn finish_ends_the_way_back_with_or_without_a_process_and_with_the_old_pri
     until_true(&target, "SELECT count(*) = 0 FROM pg_publication").await;
     application.goes_on(10).await;
     application.stop().await;
+    let late = migration.with_directory("switchback", &["--yes"]).await;
+    late.assert_refused(5, &["there is no way back: `walferry finish` has ended it"]);
+    let late = migration.with_directory("cutover", &["--yes"]).await;
+    late.assert_refused(5, &["has been cut over already"]);
     let ended = migration.migrate(&[]).wait().await;
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     let clean = migration.with_directory("clean", &[]).await;
@@ -224,6 +228,8 @@ async fn finish_undoes_a_switchback_that_was_cut_off_and_refuses_one_that_was_de
     holder.batch_execute("ROLLBACK").await.unwrap();
     let finished = migration.with_directory("finish", &[]).await;
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    let late = migration.with_directory("switchback", &["--yes"]).await;
+    late.assert_refused(5, &["there is no way back: `walferry finish` has ended it"]);
     application.goes_on(30).await;
     application.stop().await;
     assert_eq!(
@@ -241,6 +247,8 @@ async fn finish_undoes_a_switchback_that_was_cut_off_and_refuses_one_that_was_de
     switch_back(&migration, running, application).await;
     let finished = migration.with_directory("finish", &[]).await;
     finished.assert_refused(3, &["it has been switched back"]);
+    let again = migration.with_directory("switchback", &["--yes"]).await;
+    again.assert_refused(5, &["has been switched back already"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::care::tune::Limit;
+use crate::queue;
 use crate::timescale::declaration::{self, Hypertable};
 
 /// Where HTTP is served, if at all.
@@ -50,6 +51,15 @@ pub(super) fn parse_bytes(text: &str) -> Result<u64, String> {
     };
     let number: u64 = number.parse().map_err(|_| "expected a size such as 512MiB or 2GiB".to_owned())?;
     number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned())
+}
+
+/// What the queue may take: no less than it can work with.
+pub(super) fn parse_queue_size(text: &str) -> Result<u64, String> {
+    let least = queue::Options::MAX_BYTES_LEAST;
+    match parse_bytes(text)? {
+        bytes if bytes >= least => Ok(bytes),
+        _ => Err(format!("the queue could never make room in that; {}MiB is the least", least >> 20)),
+    }
 }
 
 /// A share of a whole: `10%`, `0.5`.
@@ -144,6 +154,16 @@ mod tests {
         assert_eq!(parse_duration("1h"), Ok(Duration::from_secs(3600)));
         assert!(parse_duration("-1s").is_err());
         assert!(parse_duration("1y").is_err());
+    }
+
+    #[test]
+    fn a_queue_that_could_not_make_room_is_refused_with_the_least_that_works() {
+        for little in ["0", "10", "1023KiB"] {
+            let refused = parse_queue_size(little).unwrap_err();
+            assert!(refused.contains("1MiB is the least"), "{refused}");
+        }
+        assert_eq!(parse_queue_size("1MiB"), Ok(1 << 20));
+        assert!(parse_queue_size("much").unwrap_err().contains("512MiB"));
     }
 
     #[test]

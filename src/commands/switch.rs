@@ -1,6 +1,7 @@
 //! `walferry cutover`, `switchback` and `finish`: who is the primary.
 
 use std::io::IsTerminal;
+use std::path::Path;
 
 use serde_json::json;
 use tracing::warn;
@@ -10,10 +11,11 @@ use super::{either_or_known, print, print_json, read_status, stands_in_the_argum
 use crate::cli;
 use crate::connection::ConnectionSpec;
 use crate::control::{Answer, Conversation, Request};
+use crate::crashsafe;
 use crate::cutover;
 use crate::error::{Error, ErrorKind, Result};
 use crate::migrate;
-use crate::observe::status::Status;
+use crate::observe::status::{Phase, Status, WayBack};
 use crate::state_directory::StateDirectory;
 
 /// Which way a switch goes.
@@ -29,6 +31,9 @@ pub(super) async fn switch(options: cli::Switch, way: Way) -> Result<()> {
     }
     let directory = StateDirectory::at(&options.directory.dir);
     let status = read_status(&directory).await?;
+    if let Some(over) = over(&status, way, directory.path()) {
+        return Err(over);
+    }
     if !options.yes && !options.dry_run && std::io::stdin().is_terminal() {
         ask(&status)?;
     }
@@ -59,6 +64,36 @@ pub(super) async fn switch(options: cli::Switch, way: Way) -> Result<()> {
             _ => {}
         }
     }
+}
+
+/// Why there is nothing left to switch, where no process runs: to start one would not bring it about.
+fn over(status: &Status, way: Way, directory: &Path) -> Option<Error> {
+    if status.process_alive {
+        return None;
+    }
+    let text = match (status.phase, status.way_back, way) {
+        (Phase::Reversed, ..) => "this migration has been switched back already",
+        (Phase::CutOver, WayBack::None | WayBack::Impossible, Way::There { .. }) => {
+            "this migration has been cut over already"
+        }
+        (Phase::CutOver, WayBack::None | WayBack::Impossible, Way::Back) => {
+            "there is no way back: `walferry finish` has ended it, or the cutover made none"
+        }
+        _ => return None,
+    };
+    let hint =
+        format!("Nothing was touched. `walferry clean --dir {}` removes what is left of it.", directory.display());
+    Some(Error::new(ErrorKind::Aborted, text).hint(hint))
+}
+
+/// The status that was written down last says it too.
+fn note_finished(directory: &StateDirectory) -> Result<()> {
+    let Ok(written) = std::fs::read(directory.status()) else { return Ok(()) };
+    let Ok(mut status) = serde_json::from_slice::<Status>(&written) else { return Ok(()) };
+    // A switchback that was cut off is undone by then.
+    (status.phase, status.way_back) = (Phase::CutOver, WayBack::None);
+    let written = serde_json::to_vec(&status).map_err(|error| Error::new(ErrorKind::Other, error.to_string()))?;
+    crashsafe::replace(&directory.status(), &written)
 }
 
 pub(super) async fn finish(options: cli::Finish) -> Result<()> {
@@ -97,6 +132,7 @@ pub(super) async fn end_the_way_back(
             if let Some(left) = migrate::finish_without_process(&target, source.as_ref()).await? {
                 warn!("{left}");
             }
+            note_finished(directory)?;
         }
     }
     Ok(())

@@ -6,7 +6,7 @@
 //! opening the tables again locks none of them. Rows, not statements: who writes through a partitioned table meets the triggers of
 //! its partitions only row by row. Sessions that apply changes (`session_replication_role = replica`) fire no such trigger.
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
@@ -100,6 +100,9 @@ pub(super) async fn is_up(client: &Client) -> Result<bool> {
 
 /// Removes triggers and function, for `clean`; the schema too, where nothing else is in it. Answers whether there was a guard.
 ///
+/// To drop a trigger locks its table against everybody. So each goes in a transaction of its own: whoever holds one lock and waits for
+/// none cannot be part of a deadlock, in whatever order others (applications, or a cutover that reads the catalog) lock those tables.
+///
 /// # Errors
 /// Whatever the server says.
 pub(crate) async fn remove(client: &Client) -> Result<bool> {
@@ -109,13 +112,34 @@ pub(crate) async fn remove(client: &Client) -> Result<bool> {
         .context(|| "looking for the guard of tables that have moved".into())?
         .get(0);
     if exists {
+        for statement in drop_triggers(client).await? {
+            client.batch_execute(&statement).await.context(|| "removing a trigger of the guard".into())?;
+        }
         client
             .batch_execute(
-                "DROP FUNCTION walferry.moved() CASCADE; \
+                "DROP FUNCTION walferry.moved(); \
                  DO $clean$ BEGIN IF pg_catalog.to_regclass('walferry.migration') IS NULL THEN DROP SCHEMA walferry; END IF; END $clean$",
             )
             .await
             .context(|| "removing the guard of tables that have moved".into())?;
     }
     Ok(exists)
+}
+
+/// The statements that drop the triggers, a transaction each.
+async fn drop_triggers(client: &Client) -> Result<Vec<String>> {
+    let rows = client
+        .query_typed(
+            "SELECT n.nspname::text, c.relname::text, t.tgname::text FROM pg_catalog.pg_trigger t \
+             JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+             WHERE t.tgfoid = pg_catalog.to_regprocedure('walferry.moved()') ORDER BY t.oid",
+            &[],
+        )
+        .await
+        .context(|| "looking for the triggers of the guard".into())?;
+    let drop = |row: &Row| {
+        let (schema, table, trigger): (&str, &str, &str) = (row.get(0), row.get(1), row.get(2));
+        format!("DROP TRIGGER IF EXISTS {} ON {}", sql::identifier(trigger), sql::qualified(schema, table))
+    };
+    Ok(rows.iter().map(drop).collect())
 }

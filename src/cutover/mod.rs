@@ -26,9 +26,11 @@ mod afterwards;
 pub mod arming;
 mod automatic;
 mod changes;
+mod drain;
 mod fence;
 pub(crate) mod guard;
 mod hook;
+mod last_look;
 mod options;
 mod orphans;
 mod pgbouncer;
@@ -37,25 +39,22 @@ mod ready;
 mod record;
 mod rehearse;
 mod sequences;
+mod sessions;
 mod timer;
 mod trial;
 mod unique;
 pub(crate) mod unlogged;
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 
 use crate::apply::Applied;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lsn::Lsn;
-use crate::source::catalog::{self, Table};
-use crate::source::marker;
+use crate::source::catalog::Table;
 use crate::source::scope::Scope;
 use crate::target::late::AtCutover;
 use crate::target::ledger::{self, Migration};
@@ -69,7 +68,8 @@ pub use arming::{Arming, WayBack};
 use arming::{Drafted, wait_until_ready};
 pub use automatic::Automatic;
 pub use changes::changes;
-use changes::is_waived;
+pub(crate) use drain::let_the_apply_pass;
+use drain::{send_and_await_marker, unique};
 use fence::Fence;
 use hook::{Hook, Surroundings};
 pub use options::{FenceMode, Hooks, Options, PgBouncer};
@@ -79,12 +79,11 @@ pub use record::{Closed, GivenUpTry, Lifted, finish_pending, is_fence_left_over,
 pub(crate) use record::{is_closed_to_writers, last_given_up, may_refuse_connections, open_for_good};
 pub(crate) use rehearse::Measured;
 pub use rehearse::Rehearsal;
+use sessions::Sessions;
 use timer::Timer;
 
 /// How a blocker of the status begins that a cutover looks at itself, because it can be waived or does not matter to every fence.
 pub(crate) const SOURCE_BLOCKER: &str = "on the source, ";
-/// How often the source's catalog is read where that ends in a deadlock.
-const CATALOG_ATTEMPTS: u32 = 3;
 
 /// What a cutover works on.
 pub struct Cutover<'a> {
@@ -335,20 +334,6 @@ impl Cutover<'_> {
         self.tables.iter().map(|(table, _)| table).filter(|table| table.chunk.is_none()).collect()
     }
 
-    /// What table locks do not hold back: prepared transactions (H30), and DDL (I11).
-    async fn nothing_escaped(
-        &self,
-        source: &Client,
-        before: &BTreeMap<String, String>,
-        options: &Options,
-    ) -> Result<()> {
-        if options.fence != FenceMode::Tables {
-            // A prepared transaction that has written to a table holds its lock, and the fence has waited for it.
-            self.no_prepared_transactions(source).await?;
-        }
-        self.same_catalog(source, before, options).await
-    }
-
     /// From the fence to the decision. Every error leads to the fence being lifted.
     async fn switch(
         &self,
@@ -464,11 +449,6 @@ impl Cutover<'_> {
         self.way_back.as_ref().filter(|_| !options.no_reverse)
     }
 
-    /// Sends a marker through the stream, and waits until the apply has committed it (H34).
-    async fn drain(&self, source: &Client, timer: &Timer<'_>) -> Result<Drained> {
-        timer.within(send_and_await_marker(source, &self.applied)).await
-    }
-
     /// Whether the decision was committed, when its answer got lost. Lifting the fence after it would make two primaries, so this
     /// asks until there is an answer, and the fence stays up meanwhile.
     async fn is_decided(&self) -> bool {
@@ -492,181 +472,9 @@ impl Cutover<'_> {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
-
-    async fn no_prepared_transactions(&self, source: &Client) -> Result<()> {
-        let count: i64 = source
-            .query_typed_one(
-                "SELECT count(*) FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database()",
-                &[],
-            )
-            .await?
-            .get(0);
-        if count == 0 {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::Blocked,
-            format!("{count} prepared transactions are open on the source: committed later, they would be lost"),
-        )
-        .hint("COMMIT PREPARED or ROLLBACK PREPARED what `SELECT gid FROM pg_prepared_xacts` names."))
-    }
-
-    /// I11: nothing that the stream does not show has come, gone or changed.
-    async fn same_catalog(&self, source: &Client, before: &BTreeMap<String, String>, options: &Options) -> Result<()> {
-        let selection = self.scope.select(source).await?;
-        let mut attempts = 1..CATALOG_ATTEMPTS;
-        let now = loop {
-            match catalog::fingerprint_of(source, selection.as_ref()).await {
-                // Describing the catalog locks what it describes, in another order than somebody who drops or alters it.
-                Err(error)
-                    if error.sqlstate() == Some(&SqlState::T_R_DEADLOCK_DETECTED) && attempts.next().is_some() => {}
-                now => break now?,
-            }
-        };
-        let mut changed: Vec<String> = changes(before, &now)
-            .into_iter()
-            .filter(|change| !options.waive.iter().any(|waived| is_waived(change, waived)))
-            .collect();
-        if changed.is_empty() {
-            return Ok(());
-        }
-        // A new table is not to be lost among its columns and indexes.
-        changed.sort_by_key(|change| !change.starts_with("table "));
-        let shown = changed.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("; ");
-        Err(Error::new(ErrorKind::Blocked, format!("{} objects of the source changed since the migration began: {shown}", changed.len()))
-            .hint(
-                "Make the same change on the target, then name the object in --waive; or start anew with `walferry clean` and `walferry \
-                 migrate`. Triggers and rules only after the cutover where they are ENABLE ALWAYS, or where walferry's role may not set \
-                 session_replication_role on the target (foreign keys neither): there they act on every row that is applied. \
-                 Where it is the file of a table, `walferry repair --tables` copies what differs.",
-            ))
-    }
-
-    /// H27: an update or delete of these would not be in the stream.
-    async fn insert_only_tables_are_equal(&self, sessions: &Sessions, which: impl Fn(&Table) -> bool) -> Result<()> {
-        let of_inserts = self.tables.iter().filter(|(table, insert_only)| *insert_only && !table.unlogged);
-        let of_inserts = of_inserts.filter(|(table, _)| table.chunk.is_none() && which(table));
-        let tables: Vec<Table> = of_inserts.map(|(table, _)| table.clone()).collect();
-        if tables.is_empty() {
-            return Ok(());
-        }
-        let default = verify::Options::default();
-        let room = self.source.connections().room().min(self.target.connections().room());
-        let jobs = if sessions.is_locked_out { 1 } else { default.jobs.min(room).max(1) };
-        let options = verify::Options { jobs, ..default };
-        let report = verify::compare(
-            &tables,
-            || async {
-                match sessions.spare() {
-                    Some(spare) => Ok(spare),
-                    None => self.source.connect(self.application_name).await,
-                }
-            },
-            || self.target.connect(self.application_name),
-            &options,
-            &|_| {},
-        )
-        .await?;
-        if report.equal {
-            return Ok(());
-        }
-        let different: Vec<&str> =
-            report.tables.iter().filter(|table| !table.equal).map(|table| table.table.as_str()).collect();
-        Err(Error::new(
-            ErrorKind::Different,
-            format!(
-                "rows of {} were updated or deleted, which the stream cannot tell without a replica identity",
-                different.join(", ")
-            ),
-        )
-        .hint(
-            "ALTER TABLE … REPLICA IDENTITY FULL on the source, then start anew: `walferry clean`, `walferry migrate`.",
-        ))
-    }
 }
 
 /// What is known before the fence: sequences, what the target makes only now, what the operator wants, where hooks are run, and the way
 /// back.
 type Prepared<'a> =
     (&'a sequences::Sequences, &'a (AtCutover, Vec<Table>), &'a Options, &'a Surroundings, Option<&'a Drafted<'a>>);
-
-/// What a cutover works with, opened before anybody waits.
-struct Sessions {
-    source: Client,
-    target: Client,
-    /// Of their own, for the last look at the catalog and the constraints.
-    inspector: Client,
-    checker: Client,
-    /// The source's catalog as it was recorded.
-    before: BTreeMap<String, String>,
-    /// Behind this fence the source takes no new session, ours neither.
-    is_locked_out: bool,
-    /// For a comparison there.
-    spare: std::sync::Mutex<Option<Client>>,
-}
-
-impl Sessions {
-    async fn open(cutover: &Cutover<'_>, options: &Options) -> Result<Sessions> {
-        let source = cutover.source.connect(cutover.application_name).await?;
-        let target = cutover.target.connect(cutover.application_name).await?;
-        let inspector = cutover.source.connect(cutover.application_name).await?;
-        let checker = cutover.target.connect(cutover.application_name).await?;
-        tokio::join!(unstreamed::silence_event_triggers(&target), unstreamed::silence_event_triggers(&checker));
-        let before = ledger::fingerprint(&target).await?;
-        // Replicated DDL can have brought a table since: it would be in what is compared, and in nothing else.
-        let tables = ledger::tables(&target).await?;
-        let same = |(entry, (table, _)): (&ledger::LedgerTable, &(Table, bool))| entry.table == *table;
-        if tables.len() != cutover.tables.len() || !tables.iter().zip(cutover.tables).all(same) {
-            return Err(Error::new(ErrorKind::Aborted, "DDL of the source was replicated just now")
-                .hint("Nothing has happened. Run the same command again."));
-        }
-        let is_locked_out = options.fence == FenceMode::Connections;
-        let spare = if is_locked_out && cutover.tables.iter().any(|(_, insert_only)| *insert_only) {
-            Some(cutover.source.connect(cutover.application_name).await?)
-        } else {
-            None
-        };
-        let spare = std::sync::Mutex::new(spare);
-        Ok(Sessions { source, target, inspector, checker, before, is_locked_out, spare })
-    }
-
-    /// A session with the source that is there already, once.
-    fn spare(&self) -> Option<Client> {
-        self.spare.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()
-    }
-}
-
-struct Drained {
-    lsn: Lsn,
-    /// Row changes that came before the marker.
-    changes: u64,
-}
-
-/// Sends a marker through the stream, and waits until the apply has committed it (H34).
-async fn send_and_await_marker(source: &Client, applied: &watch::Receiver<Applied>) -> Result<Drained> {
-    let content = format!("cutover {}", unique());
-    // `local`: with `off` it would not be flushed on return, with `on` a dead standby could hold it up. Sent at once.
-    let local = async { source.batch_execute(record::LOCAL_COMMITS).await.map_err(Error::from) };
-    let ((), marker::Sent { lsn, content }) = tokio::try_join!(local, marker::send(source, &content))?;
-    let mut applied = applied.clone();
-    let ours = |applied: &Applied| applied.marker(&content).is_some();
-    let changes = match applied.wait_for(ours).await {
-        Ok(applied) => applied.marker(&content).map_or(0, |marker| marker.changes),
-        Err(_) => return Err(Error::new(ErrorKind::Other, "the apply has ended")),
-    };
-    Ok(Drained { lsn, changes })
-}
-
-/// Waits until the apply has passed this moment of the source.
-///
-/// # Errors
-/// Whatever the source says, or `Other` when the apply has ended.
-pub(crate) async fn let_the_apply_pass(source: &Client, applied: &watch::Receiver<Applied>) -> Result<()> {
-    send_and_await_marker(source, applied).await.map(drop)
-}
-
-/// A text that no other cutover has.
-fn unique() -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    format!("{}-{}", std::process::id(), now.as_nanos())
-}

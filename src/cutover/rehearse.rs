@@ -169,7 +169,8 @@ impl Cutover<'_> {
                 hint: Some("`walferry status` shows the lag, and whether the apply is paused.".into()),
             },
         });
-        let insert_only = self.tables.iter().filter(|(_, insert_only)| *insert_only).count();
+        let insert_only =
+            self.tables.iter().filter(|(table, insert_only)| *insert_only && table.chunk.is_none()).count();
         let mut estimated_from = "a marker through source, queue and apply (the median of three), round trips to both servers, a commit \
              on the target and a look at catalog and constraints, added up as the steps wait for them. Not in it: waiting for \
              transactions that hold locks when the fence comes, commands of yours, PgBouncer's pause"

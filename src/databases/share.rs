@@ -4,6 +4,7 @@ use crate::care::connections::{Caps, Jobs};
 use crate::care::tune::{COPY_JOBS, Limit};
 use crate::error::{Error, ErrorKind, Result};
 use crate::migrate::Config;
+use crate::queue;
 use crate::state_directory::StateDirectory;
 
 /// The share of one of so many migrations.
@@ -24,7 +25,7 @@ pub fn of_one(config: &Config, migrations: usize, directory: &StateDirectory) ->
         Limit::Off => Limit::Off,
     });
     one.index.memory_bytes = config.index.memory_bytes.map(|bytes| bytes / migrations as u64);
-    one.queue.max_bytes = config.queue.max_bytes / migrations as u64;
+    one.queue.max_bytes = (config.queue.max_bytes / migrations as u64).max(queue::Options::MAX_BYTES_LEAST);
     // All are served at one address.
     one.http_address = None;
     Ok(one)

@@ -22,6 +22,7 @@ use crate::lsn::Lsn;
 use crate::observe::status::{Level, Phase as ShownPhase, TableState};
 use crate::queue::Queue;
 use crate::source::catalog::Table;
+use crate::source::ddl::Key;
 use crate::source::marker;
 use crate::source::scope::Scope;
 use crate::source::slot::ServerIdentity;
@@ -259,8 +260,11 @@ impl Running {
         layout.has_hypertables = timescale::prepare::is_of_timescaledb(target).await?;
         if ddl::is_replicated(target).await? {
             let prefix = crate::source::ddl::prefix(&migration.id);
-            let source = self.config.source.connect(&self.application_name).await?;
-            let key = crate::source::ddl::Key::read(&source, &migration.id).await?;
+            let read = async {
+                let source = self.config.source.connect(&self.application_name).await?;
+                Key::read(&source, &migration.id).await
+            };
+            let key = self.ddl_key.get_or_try_init(|| read).await?.clone();
             layout.ddl = Some(Ddl { prefix, key, owners: self.config.owners.clone() });
         }
         Ok(Arc::new(layout))

@@ -14,7 +14,7 @@ use std::pin::pin;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
 use tracing::Instrument;
@@ -27,7 +27,7 @@ use crate::connection::ConnectionSpec;
 use crate::control::{Answer, FinishRequest, Requests};
 use crate::cutover::{self, arming::Names};
 use crate::error::{Error, ErrorKind, Result};
-use crate::observe::status::{Level, Phase as ShownPhase};
+use crate::observe::status::{Level, Phase as ShownPhase, WayBack as ShownWayBack};
 use crate::source::{catalog, ddl, slot};
 use crate::sql;
 use crate::target::ledger::{self, Migration, Phase, Section, WayBack};
@@ -81,6 +81,7 @@ impl Running {
         if !is_armed {
             // It may have been made ready, and would keep the new primary's WAL.
             self.remove_slot_of_the_way_back(&self.config.target, &forward).await;
+            self.board.set_way_back(ShownWayBack::None, None);
             validating.join_next().await;
             return Ok(());
         }
@@ -104,6 +105,7 @@ impl Running {
             waits_for_snapshot: AtomicBool::new(false),
             direction: Direction::Back,
             gate: Gate::open(),
+            ddl_key: OnceCell::new(),
         };
         loop {
             let asked = {
@@ -134,6 +136,7 @@ impl Running {
             back.config.heal = Heal::Nothing;
             match finish_on(&back.config.source, Some(&back.config.target), &forward, &back.application_name).await {
                 Ok(left) => {
+                    back.board.set_way_back(ShownWayBack::None, None);
                     back.board.event(Level::Info, "the way back has ended");
                     left.iter().for_each(|left| back.board.event(Level::Warn, left));
                     let _ = asked.answers.send(Answer::Finished);

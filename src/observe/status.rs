@@ -3,6 +3,8 @@
 //! Others script against it. Fields are added, never renamed or removed, without a new [`Status::version`].
 //! Sizes are bytes, times are seconds, positions are LSNs of the server that is the source at that moment.
 
+mod phase;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,8 @@ use crate::lsn::Lsn;
 use crate::observe::format::size;
 use crate::observe::wall_clock;
 use crate::verify::Verification;
+
+pub use phase::Phase;
 
 /// The version of the layout below.
 pub const STATUS_VERSION: u32 = 1;
@@ -123,7 +127,7 @@ pub enum Direction {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WayBack {
-    /// There is none, or not yet.
+    /// There is none: not yet, or not any more.
     #[default]
     None,
     /// Its slot is being made.
@@ -134,70 +138,6 @@ pub enum WayBack {
     Impossible,
     /// The old primary is kept current.
     Open,
-}
-
-/// What the migration is doing, in the order in which the phases come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// Checks, slot, snapshot, schema.
-    Preparing,
-    /// Tables are copied; finished ones already get their indexes.
-    Copying,
-    /// All rows are there; indexes and constraints are still being built.
-    Indexing,
-    /// The backlog of the queue is applied in large batches.
-    CatchingUp,
-    /// The target follows the source closely.
-    Following,
-    /// A cutover runs.
-    CuttingOver,
-    /// The target is the primary; the old one is kept current until `finish`.
-    CutOver,
-    /// A switchback made the old primary the primary again.
-    Reversed,
-    /// The migration stopped with an error.
-    Failed,
-}
-
-impl Phase {
-    /// All phases, in their order.
-    pub const ALL: [Phase; 9] = [
-        Phase::Preparing,
-        Phase::Copying,
-        Phase::Indexing,
-        Phase::CatchingUp,
-        Phase::Following,
-        Phase::CuttingOver,
-        Phase::CutOver,
-        Phase::Reversed,
-        Phase::Failed,
-    ];
-
-    /// The name in JSON and in metrics: `catching_up`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Phase::Preparing => "preparing",
-            Phase::Copying => "copying",
-            Phase::Indexing => "indexing",
-            Phase::CatchingUp => "catching_up",
-            Phase::Following => "following",
-            Phase::CuttingOver => "cutting_over",
-            Phase::CutOver => "cut_over",
-            Phase::Reversed => "reversed",
-            Phase::Failed => "failed",
-        }
-    }
-
-    /// The name for people: `catching up`.
-    pub fn title(self) -> &'static str {
-        match self {
-            Phase::CatchingUp => "catching up",
-            Phase::CuttingOver => "cutting over",
-            Phase::CutOver => "cut over",
-            other => other.name(),
-        }
-    }
 }
 
 /// How far the target is behind the source.

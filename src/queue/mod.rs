@@ -112,13 +112,21 @@ pub struct Options {
     pub retry: Duration,
 }
 
+/// The size of a block, where nothing else is said.
+const BLOCK_BYTES: usize = 256 << 10;
+
+impl Options {
+    /// The least quota that room can be made in: four segments of a block each.
+    pub const MAX_BYTES_LEAST: u64 = 4 * BLOCK_BYTES as u64;
+}
+
 impl Default for Options {
     fn default() -> Options {
         Options {
             max_bytes: 64 << 30,
             keep: Duration::from_secs(3600),
             segment_bytes: 128 << 20,
-            block_bytes: 256 << 10,
+            block_bytes: BLOCK_BYTES,
             in_flight_bytes: 32 << 20,
             sync_bytes: 8 << 20,
             retry: Duration::from_secs(1),

@@ -14,8 +14,8 @@ use super::{Entry, Recorder, What};
 use crate::crashsafe;
 use crate::error::{Context, Result};
 use crate::observe::board::StatusBoard;
+use crate::observe::history;
 use crate::observe::status::{Direction, Event, Phase, Status};
-use crate::observe::wall_clock;
 use crate::report;
 
 /// The file's name in the state directory.
@@ -24,42 +24,21 @@ const TICK: Duration = Duration::from_secs(1);
 /// As many points are kept.
 const POINTS_MAX: usize = 4096;
 
-/// How it was at one moment.
+/// How it was at one moment: what the plots of the last hour show, and what only the report has beside it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
-    /// Milliseconds since 1970.
-    pub time: i64,
+    /// The moment, and what was measured then.
+    #[serde(flatten)]
+    pub measured: history::Point,
     /// What it did.
     pub phase: Phase,
     /// See [`Status`].
-    pub lag_seconds: Option<f64>,
-    /// See [`Status`].
     pub lag_bytes: Option<u64>,
-    /// See [`Status`].
-    pub changes_per_second: f64,
-    /// See [`Status`].
-    pub received_bytes_per_second: f64,
-    /// See [`Status`].
-    pub copied_bytes_per_second: f64,
-    /// See [`Status`].
-    pub queue_bytes: u64,
-    /// See [`Status`].
-    pub retained_wal_bytes: Option<u64>,
 }
 
 impl Point {
     fn of(status: &Status) -> Point {
-        Point {
-            time: wall_clock::now_milliseconds(),
-            phase: status.phase,
-            lag_seconds: status.lag.seconds,
-            lag_bytes: status.lag.bytes,
-            changes_per_second: status.apply.changes_per_second,
-            received_bytes_per_second: status.stream.bytes_per_second,
-            copied_bytes_per_second: status.copy.bytes_per_second,
-            queue_bytes: status.queue.bytes,
-            retained_wal_bytes: status.source.retained_wal_bytes,
-        }
+        Point { measured: history::Point::of(status), phase: status.phase, lag_bytes: status.lag.bytes }
     }
 }
 
@@ -83,7 +62,9 @@ impl Keeper {
     pub fn new(directory: &Path, recorder: Recorder, board: StatusBoard) -> Keeper {
         let path = directory.join(FILE);
         let points = read(directory).unwrap_or_default();
-        let apart = |two: &[Point]| usize::try_from((two[1].time - two[0].time + 500) / 1000).unwrap_or(1).max(1);
+        let apart = |two: &[Point]| {
+            usize::try_from((two[1].measured.time - two[0].measured.time + 500) / 1000).unwrap_or(1).max(1)
+        };
         // What it was at last; two points can be apart because no process ran.
         let stride = points.windows(2).rev().take(20).map(apart).min().unwrap_or(1).min(1 << 16);
         let is_moved = |entry: &Entry| matches!(&entry.what, What::Fact { name, .. } if name == report::MOVED);
@@ -199,14 +180,14 @@ mod tests {
             // As `tick` does, at its pace.
             keeper.ticks += 1;
             if (keeper.ticks - 1).is_multiple_of(keeper.stride) {
-                point.time = second * 1000;
+                point.measured.time = second * 1000;
                 keeper.add(&point).unwrap();
             }
         }
         let points = read(directory.path()).unwrap();
         assert!(points.len() <= POINTS_MAX && points.len() > POINTS_MAX / 4, "{}", points.len());
-        assert_eq!(points[0].time, 0);
-        assert!(points.last().unwrap().time > 3 * POINTS_MAX as i64 * 999);
+        assert_eq!(points[0].measured.time, 0);
+        assert!(points.last().unwrap().measured.time > 3 * POINTS_MAX as i64 * 999);
         let again = Keeper::new(directory.path(), Recorder::at(directory.path()), StatusBoard::new());
         assert_eq!((again.points, again.stride), (points.len(), keeper.stride), "a later process goes on at its pace");
     }

@@ -5,10 +5,10 @@ use std::fmt::Write;
 use super::plot::{Series, plot};
 use super::{Moved, Report, ServerSeen, Switch};
 use crate::observe::format::{count, duration, size, size_rate};
+use crate::observe::history::Point;
 use crate::observe::status::Level;
 use crate::observe::wall_clock::parse_rfc3339;
 use crate::record::Server;
-use crate::record::past::Point;
 
 const STYLE: &str = include_str!("report.css");
 
@@ -226,7 +226,7 @@ fn switched(switch: &Switch) -> String {
 
 fn plots(report: &Report) -> String {
     let series = |value: fn(&Point) -> Option<f64>| -> Series {
-        report.points.iter().map(|point| (point.time, value(point))).collect()
+        report.points.iter().map(|point| (point.measured.time, value(&point.measured))).collect()
     };
     let marks: Vec<(i64, String)> = report
         .switches

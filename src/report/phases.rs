@@ -61,14 +61,14 @@ pub(super) fn of(entries: &[Entry], points: &[Point]) -> Vec<PhaseTime> {
         }
     }
     // It is in this one still, or was when it was killed.
-    close(&mut phases, now, points.last().map(|point| point.time).max(last_seen));
+    close(&mut phases, now, points.last().map(|point| point.measured.time).max(last_seen));
     phases.retain(|phase| phase.seconds > 0.0 || phase.phase != "preparing");
     phases
 }
 
 fn last_point_before(points: &[Point], at: &str) -> Option<i64> {
     let at = parse_rfc3339(at)?;
-    points.iter().rev().map(|point| point.time).find(|time| *time <= at)
+    points.iter().rev().map(|point| point.measured.time).find(|time| *time <= at)
 }
 
 fn enter(phases: &mut Vec<PhaseTime>, now: &mut Option<(String, String)>, phase: &str, at: &str) {

@@ -10,9 +10,8 @@ use futures_util::future::try_join_all;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
-use tokio_postgres::error::SqlState;
 
-use super::ledger::{self, SchemaItem};
+use super::ledger::SchemaItem;
 use super::schema;
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -96,7 +95,7 @@ impl Builder {
             }
             let client = self.session().await?;
             for item in &in_order {
-                self.run_item(&client, relid, item).await?;
+                self.run_item(&client, item).await?;
             }
             self.give_back(client);
         }
@@ -106,7 +105,7 @@ impl Builder {
                 progress.set_state(TableState::Indexing);
             }
             let client = self.session().await?;
-            self.run_item(&client, relid, item).await?;
+            self.run_item(&client, item).await?;
             self.give_back(client);
             Result::<()>::Ok(())
         };
@@ -126,14 +125,8 @@ impl Builder {
         Ok(())
     }
 
-    async fn run_item(&self, client: &Client, relid: u32, (position, item): &(i32, SchemaItem)) -> Result<()> {
-        match schema::run_post_data_item(client, *position, item).await {
-            // Of another relation that goes with the table: the compressed rows of a chunk, whose copy came decompressed.
-            Err(error) if item.relid != Some(relid) && error.sqlstate() == Some(&SqlState::UNDEFINED_TABLE) => {
-                client.batch_execute(&ledger::mark_done(*position)).await.context(|| schema::restoring(item))?;
-            }
-            outcome => drop(outcome?),
-        }
+    async fn run_item(&self, client: &Client, (position, item): &(i32, SchemaItem)) -> Result<()> {
+        schema::run_post_data_item(client, *position, item).await?;
         self.board.index_done();
         Ok(())
     }

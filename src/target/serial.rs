@@ -16,7 +16,7 @@ pub(crate) fn parameter(number: usize, column: &Column) -> String {
 }
 
 /// The condition that names one row, whose parameters come after so many others; its values are those of [`found_by`].
-fn condition(table: &Table, parameters_before: usize) -> String {
+pub(crate) fn condition(table: &Table, parameters_before: usize) -> String {
     let equal = |(number, column): (usize, &Column)| {
         let schema = sql::identifier(column.equality_schema.as_deref().unwrap_or("pg_catalog"));
         format!("{} OPERATOR({schema}.=) {}", sql::identifier(&column.name), parameter(number, column))
@@ -28,12 +28,14 @@ fn condition(table: &Table, parameters_before: usize) -> String {
             format!("{}::text IS NOT DISTINCT FROM {value}::text", sql::identifier(&column.name))
         };
         let mut all: Vec<String> = (parameters_before + 1..).zip(&table.columns).map(same).collect();
-        if let Some(chunk) = &table.chunk {
+        if is_one_of_equals(table) {
             // Of the hypertable, all such rows; by its dimensions the other chunks are left alone.
-            let dimensions = (parameters_before + 1..).zip(&table.columns).filter(|(_, column)| {
-                column.not_null && column.equality_schema.is_some() && chunk.dimensions.contains(&column.name)
-            });
-            all.extend(dimensions.map(equal));
+            let divides = |column: &Column| match &table.chunk {
+                Some(chunk) => column.not_null && chunk.dimensions.contains(&column.name),
+                None => table.hypertable.as_deref() == Some(&column.name),
+            };
+            let columns = (parameters_before + 1..).zip(&table.columns);
+            all.extend(columns.filter(|(_, column)| column.equality_schema.is_some() && divides(column)).map(equal));
             return all.join(" AND ");
         }
         if all.is_empty() {
@@ -43,6 +45,11 @@ fn condition(table: &Table, parameters_before: usize) -> String {
         return format!("ctid = (SELECT ctid FROM ONLY {} WHERE {} LIMIT 1)", table.qualified(), all.join(" AND "));
     }
     (parameters_before + 1..).zip(table.key_columns()).map(equal).collect::<Vec<_>>().join(" AND ")
+}
+
+/// Whether the condition holds for all rows that are the same, and not for one of them.
+fn is_one_of_equals(table: &Table) -> bool {
+    table.key.is_empty() && (table.chunk.is_some() || table.hypertable.is_some())
 }
 
 /// The values that name one row, in the order of [`condition`].
@@ -56,32 +63,11 @@ fn found_by<'a>(table: &Table, row: Tuple<'a>, values: &mut Vec<Datum<'a>>) {
 
 /// The statement that removes one row; its values are those of [`delete_values`].
 pub(super) fn delete_text(table: &Table) -> String {
-    if table.key.is_empty() && table.chunk.is_some() {
-        return exactly_one(table, 0, None);
+    let condition = condition(table, 0);
+    if is_one_of_equals(table) {
+        return rows::exactly_one(table, &condition, None);
     }
-    if let Some(text) = rows::delete_one_of_equals(table) {
-        return text;
-    }
-    format!("DELETE FROM {} WHERE {}", table.applied_to(), condition(table, 0))
-}
-
-/// Of the rows of a hypertable that are the same, one is removed, or gets other values (H26). The rows of compressed chunks have no
-/// `ctid` to name one of them by, so all are taken out, and all but one put back. Answers as many rows as it met: one, or none.
-fn exactly_one(table: &Table, parameters_before: usize, new_values: Option<Vec<String>>) -> String {
-    // What comes back may be in another chunk.
-    let (name, into, columns) = (table.applied_to(), table.inserted_into(), table.column_list());
-    let gone = format!("gone AS (DELETE FROM {name} WHERE {} RETURNING *)", condition(table, parameters_before));
-    let back = format!("back AS (INSERT INTO {into} ({columns}) SELECT {columns} FROM gone OFFSET 1)");
-    match new_values {
-        None => format!("WITH {gone}, {back} SELECT FROM gone LIMIT 1"),
-        Some(values) => {
-            let values = values.join(", ");
-            format!(
-                "WITH {gone}, {back}, changed AS (INSERT INTO {into} ({columns}) SELECT {values} FROM gone LIMIT 1 RETURNING 1) \
-                 SELECT FROM changed"
-            )
-        }
-    }
+    format!("DELETE FROM {} WHERE {condition}", table.applied_to())
 }
 
 /// The values of [`delete_text`].
@@ -100,14 +86,8 @@ pub(super) fn columns_to_set(table: &Table, new: Tuple<'_>, with_key: bool) -> V
 
 /// The statement that gives one row new values of these columns; its own values are those of [`update_values`].
 pub(super) fn update_text(table: &Table, set: &[usize]) -> String {
-    if table.key.is_empty() && table.chunk.is_some() {
-        let value = |(at, column): (usize, &Column)| match set.iter().position(|&set| set == at) {
-            Some(number) => parameter(number + 1, column),
-            None => sql::identifier(&column.name),
-        };
-        return exactly_one(table, set.len(), Some(table.columns.iter().enumerate().map(value).collect()));
-    }
-    if table.hypertable.is_some() && set.iter().any(|&at| table.columns[at].identity_always) {
+    let takes_no_update = table.hypertable.is_some() && set.iter().any(|&at| table.columns[at].identity_always);
+    if is_one_of_equals(table) || takes_no_update {
         return rows::move_text(table, set);
     }
     let assign = |(number, &at): (usize, &usize)| {

@@ -5,7 +5,7 @@
 
 use crate::source::catalog::{Column, Table};
 use crate::sql;
-use crate::target::serial::parameter;
+use crate::target::serial::{condition, parameter};
 
 /// For the transaction that looks for rows of a hypertable. However much of a chunk a change decompresses, the source has made it.
 pub(crate) const SETTINGS: &str = "SELECT pg_catalog.set_config('plan_cache_mode', 'force_custom_plan', true), \
@@ -15,11 +15,22 @@ pub(crate) const SETTINGS: &str = "SELECT pg_catalog.set_config('plan_cache_mode
 /// back where compression is enabled.
 pub(crate) const PAST_IDENTITY: &str = " OVERRIDING SYSTEM VALUE";
 
-/// The statement that removes one of the rows with exactly the values of all columns, whose parameters these are; `None` where a
-/// key names it, or the table is no hypertable. It answers a row if there was one.
-pub(crate) fn delete_one_of_equals(table: &Table) -> Option<String> {
-    let time = table.hypertable.as_deref().filter(|_| table.key.is_empty())?;
-    Some(format!("{} SELECT FROM gone LIMIT 1", without_one(table, time, 0)))
+/// Of the rows of a hypertable or a chunk with exactly the values of all columns, which fulfil this condition and which no key tells apart
+/// (H26): one is removed, or gets other values. The rows of compressed chunks have no `ctid` to name one of them by, so all are taken
+/// out, and all but one put back. Answers as many rows as it met: one, or none.
+pub(crate) fn exactly_one(table: &Table, condition: &str, new_values: Option<&[String]>) -> String {
+    // What comes back may be in another chunk.
+    let (name, into, columns) = (table.applied_to(), table.inserted_into(), table.column_list());
+    let past = if table.hypertable.is_some() { PAST_IDENTITY } else { "" };
+    let gone = format!("gone AS (DELETE FROM {name} WHERE {condition} RETURNING *)");
+    let back = format!("back AS (INSERT INTO {into} ({columns}){past} SELECT {columns} FROM gone OFFSET 1)");
+    match new_values {
+        None => format!("WITH {gone}, {back} SELECT FROM gone LIMIT 1"),
+        Some(values) => {
+            let values = values.join(", ");
+            format!("WITH {gone}, {back} INSERT INTO {into} ({columns}){past} SELECT {values} FROM gone LIMIT 1")
+        }
+    }
 }
 
 /// The statement that gives a row new values of these columns, in whatever chunk it is then; the values are those of the columns and
@@ -30,43 +41,16 @@ pub(crate) fn move_text(table: &Table, set: &[usize]) -> String {
         None => format!("gone.{}", sql::identifier(&column.name)),
     };
     let values: Vec<String> = table.columns.iter().enumerate().map(value).collect();
-    let (gone, one) = match &table.hypertable {
-        Some(time) if table.key.is_empty() => (without_one(table, time, set.len()), " LIMIT 1"),
-        _ => {
-            let equal = |(number, column): (usize, &Column)| {
-                let schema = sql::identifier(column.equality_schema.as_deref().unwrap_or("pg_catalog"));
-                format!("{} OPERATOR({schema}.=) {}", sql::identifier(&column.name), parameter(number, column))
-            };
-            let row: Vec<String> = (set.len() + 1..).zip(table.key_columns()).map(equal).collect();
-            let gone = format!("DELETE FROM {} WHERE {} RETURNING *", table.applied_to(), row.join(" AND "));
-            (format!("WITH gone AS ({gone})"), "")
-        }
-    };
+    let condition = condition(table, set.len());
+    if table.key.is_empty() {
+        return exactly_one(table, &condition, Some(&values));
+    }
     format!(
-        "{gone} INSERT INTO {} ({}){PAST_IDENTITY} SELECT {} FROM gone{one}",
+        "WITH gone AS (DELETE FROM {} WHERE {condition} RETURNING *) INSERT INTO {} ({}){PAST_IDENTITY} SELECT {} FROM gone",
+        table.applied_to(),
         table.inserted_into(),
         table.column_list(),
         values.join(", ")
-    )
-}
-
-/// All rows with these values go, and all but one come back.
-fn without_one(table: &Table, time: &str, parameters_before: usize) -> String {
-    let same = |(number, column): (usize, &Column)| {
-        let (name, value) = (sql::identifier(&column.name), parameter(number, column));
-        // By the time itself, so that only its chunk is looked at.
-        if column.name == time {
-            format!("{name} OPERATOR(pg_catalog.=) {value}")
-        } else {
-            format!("{name}::text IS NOT DISTINCT FROM {value}::text")
-        }
-    };
-    let row: Vec<String> = (parameters_before + 1..).zip(&table.columns).map(same).collect();
-    let (name, columns) = (table.qualified(), table.column_list());
-    format!(
-        "WITH gone AS (DELETE FROM {name} WHERE {} RETURNING *), \
-         kept AS (INSERT INTO {name} ({columns}){PAST_IDENTITY} SELECT {columns} FROM gone OFFSET 1)",
-        row.join(" AND ")
     )
 }
 
@@ -104,12 +88,22 @@ mod tests {
 
     #[test]
     fn of_equal_rows_one_goes_and_the_others_stay() {
-        assert_eq!(delete_one_of_equals(&table(vec![0])), None, "the key names it");
+        let table = table(Vec::new());
+        let condition = condition(&table, 0);
         assert_eq!(
-            delete_one_of_equals(&table(Vec::new())).unwrap(),
-            "WITH gone AS (DELETE FROM \"public\".\"m\" WHERE \"at\" OPERATOR(pg_catalog.=) CAST($1 AS date) \
-             AND \"v\"::text IS NOT DISTINCT FROM CAST($2 AS integer)::text RETURNING *), \
-             kept AS (INSERT INTO \"public\".\"m\" (\"at\", \"v\") OVERRIDING SYSTEM VALUE SELECT \"at\", \"v\" FROM gone OFFSET 1) SELECT FROM gone LIMIT 1"
+            condition,
+            "\"at\"::text IS NOT DISTINCT FROM CAST($1 AS date)::text AND \"v\"::text IS NOT DISTINCT FROM CAST($2 AS integer)::text \
+             AND \"at\" OPERATOR(\"pg_catalog\".=) CAST($1 AS date)",
+            "by the time itself, so that only its chunk is looked at"
         );
+        assert_eq!(
+            exactly_one(&table, &condition, None),
+            format!(
+                "WITH gone AS (DELETE FROM \"public\".\"m\" WHERE {condition} RETURNING *), \
+                 back AS (INSERT INTO \"public\".\"m\" (\"at\", \"v\") OVERRIDING SYSTEM VALUE SELECT \"at\", \"v\" FROM gone OFFSET 1) \
+                 SELECT FROM gone LIMIT 1"
+            )
+        );
+        assert!(move_text(&table, &[1]).ends_with("SELECT gone.\"at\", CAST($1 AS integer) FROM gone LIMIT 1"));
     }
 }

@@ -247,19 +247,19 @@ async fn are_equal(
     )?;
     try_join(end(&source), end(&target)).await?;
     let (Some(of_source), Some(of_target)) = (of_source, of_target) else { return Ok(false) };
+    // The target may have other ids, where everything was made again.
+    let places = Places::of(&of_source, &of_target);
     let known: BTreeSet<u32> = known.iter().map(|entry| entry.table.relid).collect();
     let living: Vec<&Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).collect();
-    let places = Places::of(&of_source, &of_target);
-    let living_there: Vec<Chunk> = living.iter().filter_map(|chunk| places.chunk(chunk)).collect();
-    let (there_are, _) = live::by_range(&of_target.chunks, &living_there.iter().collect::<Vec<_>>());
+    let on_target: Vec<Chunk> = living.iter().filter_map(|chunk| places.chunk(chunk)).collect();
+    let (there_are, _) = live::by_range(&of_target.chunks, &on_target.iter().collect::<Vec<_>>());
     let is_in_question =
         |of: &&Hypertable| guarded.contains_key(&of.id) && !recomputed.iter().any(|one| one.hypertable == of.id);
     for hypertable in of_source.hypertables.iter().filter(is_in_question) {
         let of_it = |chunks: &[&Chunk], id: i32| -> Vec<Chunk> {
             chunks.iter().filter(|chunk| chunk.hypertable == id).map(|chunk| (*chunk).clone()).collect()
         };
-        let on_target = places.hypertable(hypertable)?;
-        let (living, there_are) = (of_it(&living, hypertable.id), of_it(&there_are, on_target.id));
+        let (living, there_are) = (of_it(&living, hypertable.id), of_it(&there_are, places.hypertable(hypertable)?.id));
         let counts = try_join(rows_under(&source, &here, &living), rows_under(&target, &there, &there_are));
         match counts.await? {
             (Some(here), Some(there)) if here == there => {}

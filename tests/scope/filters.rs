@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use tokio::task::JoinHandle;
 use tokio_postgres::error::SqlState;
 
-use crate::support::{Migration, Servers, connect, until, until_true};
+use crate::support::{Migration, Servers, connect, is_blocked, until, until_true};
 use crate::{assert_same_rows, number, relations};
 
 const SCHEMA: &str = "
@@ -171,6 +171,17 @@ async fn a_part_of_a_database_moves_under_load_there_and_back_and_the_rest_never
     assert_eq!(number(&source, published).await, 0, "the stream has only what is wanted");
     assert_eq!(number(&source, "SELECT count(DISTINCT tablename) FROM pg_publication_tables").await, 5);
 
+    // A moved table that changes on both sides goes on, whatever else is new beside the part.
+    let (extra, target) = ("ALTER TABLE app.orders ADD COLUMN extra int", migration.target().await);
+    target.batch_execute(extra).await.unwrap();
+    source
+        .batch_execute(&format!(
+            "CREATE TABLE audit.beside (id int); {extra}; INSERT INTO app.orders (extra) VALUES (7)"
+        ))
+        .await
+        .unwrap();
+    until_true(&target, "SELECT count(*) = 1 FROM app.orders WHERE extra = 7").await;
+
     // DDL on what is left out concerns nobody; on what is moved, the cutover refuses.
     source
         .batch_execute(
@@ -252,7 +263,20 @@ async fn a_part_of_a_database_moves_under_load_there_and_back_and_the_rest_never
     let error = target.batch_execute("INSERT INTO app.events VALUES (-8, 1)").await.unwrap_err();
     assert_eq!(error.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION));
 
-    let clean = migration.with_directory("clean", &[]).await;
+    // Who holds one of the tables while the guard goes, and then comes to the others, is no part of a deadlock.
+    let guarded =
+        "SELECT tgrelid::regclass::text FROM pg_trigger WHERE tgname LIKE '%walferry%' GROUP BY 1 ORDER BY min(oid)";
+    let guarded: Vec<String> = source.query(guarded, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    assert!(guarded.len() > 2, "{guarded:?}");
+    // The first that was made: a single statement would drop it last, with the locks of all others in its hands.
+    source.batch_execute(&format!("BEGIN; LOCK TABLE {} IN ACCESS SHARE MODE", guarded[0])).await.unwrap();
+    let clean = migration.start("clean", &[]);
+    is_blocked(&migration.source().await, "walferry").await;
+    for other in &guarded {
+        source.batch_execute(&format!("SELECT count(*) FROM {other}")).await.unwrap();
+    }
+    source.batch_execute("COMMIT").await.unwrap();
+    let clean = clean.wait().await;
     assert_eq!(clean.code, Some(0), "{}", clean.stderr);
     assert_eq!(migration.left_over().await, Vec::<String>::new());
     for client in [&source, &target] {
@@ -312,9 +336,15 @@ async fn a_cutover_of_a_part_that_is_cut_off_or_given_up_leaves_its_tables_open(
 
     migration.cut_over(running).await;
     assert_same_rows(&source, &target, &["app.orders", "app.lines"]).await;
+    // Of three attempts: one guard on each table, none on the target, and none at all behind `clean`.
+    let guards = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE '!walferry%' AND tgrelid = 'app.orders'::regclass";
+    assert_eq!((number(&source, guards).await, number(&target, guards).await), (2, 0));
+    let error = source.batch_execute("INSERT INTO app.orders (mood) VALUES ('loud')").await.unwrap_err();
+    assert_eq!(error.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION), "raised again after it was opened");
     let clean = migration.with_directory("clean", &[]).await;
     assert_eq!(clean.code, Some(0), "{}", clean.stderr);
     assert_eq!(migration.left_over().await, Vec::<String>::new());
+    assert_eq!(number(&source, guards).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,7 @@ use crate::{number, relations};
 
 const SCHEMA: &str = "
     CREATE SCHEMA app; CREATE SCHEMA other;
+    ALTER DEFAULT PRIVILEGES IN SCHEMA app GRANT SELECT ON TABLES TO PUBLIC;
     CREATE TYPE app.mood AS ENUM ('calm', 'loud');
     CREATE FUNCTION app.touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.touched := 1; RETURN NEW; END';
     CREATE TABLE app.orders (id serial PRIMARY KEY, mood app.mood DEFAULT 'calm', touched int);
@@ -63,6 +64,13 @@ async fn a_schema_has_its_other_name_from_the_cutover_on_and_all_that_refers_to_
         1,
         "the trigger's function"
     );
+    target.batch_execute("CREATE TABLE shop.later (id int); CREATE TABLE rest.later (id int)").await.unwrap();
+    for (table, is_granted) in [("shop.later", 1), ("rest.later", 0), ("shop.orders", 1)] {
+        let granted = format!(
+            "SELECT count(*) FROM pg_class c, aclexplode(relacl) a WHERE c.oid = '{table}'::regclass AND grantee = 0"
+        );
+        assert_eq!(number(&target, &granted).await, is_granted, "default privileges of the schema, on {table}");
+    }
     assert!(target.batch_execute("INSERT INTO rest.lines (order_id) VALUES (-1)").await.is_err(), "the foreign key");
     assert!(target.batch_execute("INSERT INTO rest.lines (id) VALUES (-1)").await.is_err(), "GENERATED ALWAYS again");
 

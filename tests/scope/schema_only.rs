@@ -24,4 +24,13 @@ async fn the_schema_alone_comes_whole_or_in_part_and_leaves_nothing_behind() {
     assert_eq!(done.code, Some(0), "{}", done.stderr);
     let there = relations(&part.target().await).await;
     assert_eq!(there, ["app.big", "app.big_id_seq"].iter().map(ToString::to_string).collect());
+
+    let owned = servers.migration("owned").await;
+    let schema = "CREATE ROLE scope_owner LOGIN CONNECTION LIMIT 7; CREATE TABLE owned (id int); ALTER TABLE owned OWNER TO scope_owner";
+    owned.source().await.batch_execute(schema).await.unwrap();
+    let done = owned.migrate(&["--schema-only", "--roles"]).wait().await;
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    let owner = "SELECT rolconnlimit::int8 FROM pg_class c JOIN pg_roles r ON r.oid = relowner WHERE relname = 'owned' AND rolname = 'scope_owner'";
+    assert_eq!(number(&owned.target().await, owner).await, 7);
+    assert_eq!(owned.left_over().await, Vec::<String>::new());
 }

@@ -122,7 +122,7 @@ async fn seen(client: &Client) -> BTreeMap<String, String> {
         (
             "triggers and keys",
             "SELECT t.tgrelid::regclass::text, t.tgname, t.tgenabled FROM pg_trigger t JOIN called c ON c.relation = t.tgrelid \
-             WHERE NOT t.tgisinternal AND t.tgname NOT LIKE 'ts\\_%' \
+             WHERE NOT t.tgisinternal AND t.tgname !~ '^(ts_|!walferry)' \
              UNION ALL SELECT k.conrelid::regclass::text, k.conname, k.contype FROM pg_constraint k JOIN called c ON c.relation = k.conrelid",
         ),
         (

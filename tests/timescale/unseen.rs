@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use crate::live::{assert_equal, fill};
+use crate::live::{ASLEEP, assert_equal, fill};
 use crate::support::process::Running;
 use crate::support::timescale::{servers, timescale_available};
 use crate::support::{Migration, until};
@@ -33,7 +33,7 @@ async fn what_a_session_deletes_past_the_stream_behind_the_count_is_streamed_by_
     if !timescale_available("compressed rows deleted past the stream, shortly before the fence") {
         return;
     }
-    let servers = servers(&[], &[]).await;
+    let servers = servers(&[], &ASLEEP).await;
     let migration = servers.migration("unseen").await;
     let (source, target) = (migration.source().await, migration.target().await);
     fill(&source, None).await;

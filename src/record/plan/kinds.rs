@@ -547,7 +547,8 @@ pub static KINDS: &[Kind] = &[
         "DROP SCHEMA IF EXISTS <walferry_ddl> CASCADE",
         ITSELF,
     ),
-    kind("guard", Both, (CLEANING, Part, "where there is a guard"), "DROP FUNCTION walferry.moved ( ) CASCADE", ITSELF),
+    kind("guard", Both, (CLEANING, Part, "each table's by itself"), "DROP TRIGGER IF EXISTS <name> ON <name>", ITSELF),
+    kind("guard", Both, (CLEANING, Part, "where there is a guard"), "DROP FUNCTION walferry.moved ( )", ITSELF),
     kind("guard", Both, (CLEANING, Part, "where nothing else is in it"), "DO $clean$ … $clean$", ITSELF),
     kind(
         "ledger",
