@@ -188,7 +188,10 @@ impl Running {
                     limit.as_secs_f64()
                 );
                 Err(Error::new(ErrorKind::Aborted, text)
-                    .hint("Nothing was touched. Give more with --timeout: applications do not wait for it."))
+                    .hint(
+                        "Nothing was touched. Transactions that have been writing to hypertables for long are waited for: end them, or give more \
+                         with --timeout; applications do not wait for it.",
+                    ))
             }
         }
     }

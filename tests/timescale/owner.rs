@@ -160,6 +160,9 @@ async fn an_owner_without_superuser_moves_hypertables_whose_chunks_other_session
     until_true(&target, newest).await;
     migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
     migration.cut_over(running).await;
+    let guards = "SELECT count(DISTINCT tgrelid) FROM pg_trigger WHERE tgname ~ '^!walferry_seen' AND tgrelid = 'app.metrics'::regclass";
+    let guards: i64 = servers.source.connect("app").await.unwrap().query_one(guards, &[]).await.unwrap().get(0);
+    assert_eq!(guards, 1, "the hypertable was counted before the fence, and guarded from then on");
     let cleaned = migration.with_directory("clean", &[]).await;
     assert_eq!(cleaned.code, Some(0), "{}", cleaned.stderr);
     let (of_source, of_target) =
