@@ -224,6 +224,7 @@ async fn check(options: cli::Check) -> Result<()> {
         owners: &options.roles.owners(),
         replica_identity_full: options.replica_identity_full,
         pause_source_jobs: options.timescale.pause_source_jobs,
+        caggs: options.timescale.caggs,
         estimate: Duration::from_secs(options.estimate_seconds),
     })
     .await?;
@@ -302,6 +303,7 @@ fn config(options: &cli::Migrate, heal: Heal) -> Result<Config> {
         on_conflict: options.on_conflict,
         replica_identity_full: options.replica_identity_full,
         pause_source_jobs: options.timescale.pause_source_jobs,
+        caggs: options.timescale.caggs,
         reverse: !options.no_reverse,
         replicate_ddl: options.replicate_ddl,
         scope,

@@ -67,6 +67,7 @@ use crate::source::standby::Standbys;
 use crate::state_directory::{LockedDirectory, StateDirectory};
 use crate::target::index;
 use crate::target::ledger::{self, Migration, Phase};
+use crate::timescale::Caggs;
 use crate::unstreamed::large_object::Owners;
 
 /// The longest pause before the phases begin again.
@@ -108,6 +109,8 @@ pub struct Config {
     pub replica_identity_full: bool,
     /// Whether the source's TimescaleDB jobs rest for the time of the migration.
     pub pause_source_jobs: bool,
+    /// What becomes of the rows of TimescaleDB's continuous aggregates. Fixed when the migration begins.
+    pub caggs: Caggs,
     /// Whether a way back is made ready while following.
     pub reverse: bool,
     /// Whether DDL is replicated. Fixed when the migration begins.

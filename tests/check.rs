@@ -116,6 +116,7 @@ fn inputs<'a>(source: &'a ConnectionSpec, target: &'a ConnectionSpec) -> Inputs<
         resuming: false,
         replica_identity_full: false,
         pause_source_jobs: false,
+        caggs: walferry::timescale::Caggs::Copy,
         replicate_ddl: false,
         estimate: Duration::ZERO,
     }

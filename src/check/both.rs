@@ -91,7 +91,7 @@ pub(crate) async fn references(source: &Client, selection: Option<&Selection>) -
                  GROUP BY r.rolname, r.rolcanlogin \
                  UNION ALL \
                  SELECT 'owner', r.rolname, r.rolcanlogin::text FROM pg_roles r \
-                 WHERE r.oid = 10 AND (EXISTS (SELECT FROM relations WHERE relowner = 10) \
+                 WHERE r.oid = 10 AND (EXISTS (SELECT FROM relations WHERE relowner = 10 AND relkind NOT IN ('i', 'I')) \
                    OR EXISTS (SELECT FROM schemas WHERE nspowner = 10 AND nspname <> 'public') \
                    OR EXISTS (SELECT FROM pg_proc p JOIN schemas s ON s.oid = p.pronamespace WHERE p.proowner = 10 \
                        AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))) \

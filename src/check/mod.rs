@@ -55,6 +55,7 @@ use crate::source::version::Version;
 use server::Server;
 pub(crate) use target::SERVICE_OWNERS;
 
+use crate::timescale::Caggs;
 use crate::unstreamed::large_object::Owners;
 
 /// The version of the report's format.
@@ -87,6 +88,8 @@ pub struct Inputs<'a> {
     pub replica_identity_full: bool,
     /// Whether the source's TimescaleDB jobs are to be paused.
     pub pause_source_jobs: bool,
+    /// What becomes of the rows of TimescaleDB's continuous aggregates.
+    pub caggs: Caggs,
     /// How long a trial of the copy may take, from which its time is estimated; zero for no trial. There is none for a migration
     /// that goes on, either.
     pub estimate: Duration,
@@ -275,6 +278,7 @@ pub async fn schema(
         owners,
         replica_identity_full: false,
         pause_source_jobs: false,
+        caggs: Caggs::Copy,
         estimate: Duration::ZERO,
     };
     let mut findings = Vec::new();

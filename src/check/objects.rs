@@ -178,6 +178,7 @@ pub(crate) async fn others(client: &Client, selection: Option<&Selection>) -> Re
                  WHERE c.relkind = 'r' AND NOT c.relispartition AND {USER_RELATION} AND {moved} AND {chunks} \
                  UNION ALL \
                  SELECT 'event trigger', quote_ident(e.evtname), '', '' FROM pg_event_trigger e WHERE e.evtenabled <> 'D' \
+                   AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_event_trigger'::regclass AND d.objid = e.oid AND d.deptype = 'e') \
                  UNION ALL \
                  SELECT 'subscription', quote_ident(s.subname), '', '' FROM pg_subscription s \
                  WHERE s.subenabled AND s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) \

@@ -9,8 +9,9 @@ use super::server::Server;
 use super::{Inputs, Scope};
 use crate::error::{Context, Result};
 use crate::source::catalog::Table;
+use crate::timescale::recreate::recompute::{self, Caggs, Kept};
 use crate::timescale::recreate::{self, Choice, Mode};
-use crate::timescale::source::{self, Database, Job};
+use crate::timescale::source::{self, ContinuousAggregate, Database, Job};
 use crate::timescale::{pause, prepare};
 
 /// The tables that need an identity of their own: those of continuous aggregates get one for the time of the migration.
@@ -35,8 +36,11 @@ pub(crate) async fn findings(
     let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
     let mut findings = of_source(&database);
     findings.extend(of_settings(on_source, source, &database).await?);
-    let choice = recreate::choose(&database.extension, on_target).await?;
+    let choice = recreate::choose(&database.extension, on_target, inputs.caggs).await?;
     findings.extend(of_target(on_target, target, &database, choice.as_ref()).await?);
+    if let Some(choice) = &choice {
+        findings.extend(of_aggregates((on_source, target), &database, choice, inputs).await?);
+    }
     if choice.is_some_and(|choice| choice.mode != Mode::AsItIs) {
         findings.extend(of_old_format(on_source).await?);
     }
@@ -64,7 +68,7 @@ pub(crate) async fn of_schema(
 ) -> Result<Vec<Finding>> {
     let Some(database) = source::read(on_source).await? else { return Ok(Vec::new()) };
     let mut findings = of_source(&database);
-    let choice = recreate::choose(&database.extension, on_target).await?;
+    let choice = recreate::choose(&database.extension, on_target, Caggs::Copy).await?;
     findings.extend(of_target(on_target, target, &database, choice.as_ref()).await?);
     // The extension's catalog is taken over: nothing is made again here.
     findings.retain(|found| !matches!(found.code, "timescaledb-tiered" | "timescaledb-mode"));
@@ -253,10 +257,13 @@ fn mode(server: &Server, choice: &Choice, database: &Database) -> Vec<Finding> {
         };
         findings.push(blocker(Side::Target, "timescaledb-version", database, message).fix(fix));
     }
-    if !server.superuser {
-        let message =
-            "Up to where continuous aggregates are materialized can only be written by a superuser of the target.";
-        findings.push(blocker(Side::Target, "timescaledb-superuser", database, message));
+    if !server.superuser && !choice.is_installed {
+        let message = "Only a superuser of the target can make the extension there.";
+        let fix = format!(
+            "CREATE EXTENSION timescaledb SCHEMA {};  -- as a superuser, in a session of its own",
+            crate::sql::identifier(&database.extension.schema)
+        );
+        findings.push(blocker(Side::Target, "timescaledb-superuser", database, message).fix(fix));
     }
     let own: Vec<String> = database
         .hypertables
@@ -276,6 +283,67 @@ fn mode(server: &Server, choice: &Choice, database: &Database) -> Vec<Finding> {
         ));
     }
     findings
+}
+
+/// What becomes of the rows of continuous aggregates where they are made again, and what stands against it.
+async fn of_aggregates(
+    (on_source, target): (&Client, &Server),
+    database: &Database,
+    choice: &Choice,
+    inputs: &Inputs<'_>,
+) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    // A migration that goes on has decided it.
+    if inputs.resuming || choice.mode == Mode::AsItIs || database.aggregates.is_empty() {
+        return Ok(findings);
+    }
+    let object = |of: &[&ContinuousAggregate]| first_ten(&of.iter().map(|one| one.qualified()).collect::<Vec<_>>());
+    let mut copied: Vec<&ContinuousAggregate> = database.aggregates.iter().collect();
+    let looked;
+    if inputs.caggs == Caggs::Recompute {
+        looked = recompute::look(on_source, database, inputs.pause_source_jobs).await?;
+        let computed: Vec<&ContinuousAggregate> =
+            looked.iter().filter(|(_, kept)| kept.is_none()).map(|(one, _)| one).collect();
+        if !computed.is_empty() {
+            let message = "They are computed anew on the target when their raw rows are there, before the cutover. What changes after that \
+                           is logged there, and computed by their policies after the cutover.";
+            let found = Finding::new(Severity::Info, Side::Source, "timescaledb-recompute", object(&computed), message);
+            findings.push(found);
+            let (major, minor) = recompute::LOGS_ALL_WRITES_FROM;
+            if choice.number() < recompute::LOGS_ALL_WRITES_FROM {
+                let message = format!(
+                    "--caggs recompute needs TimescaleDB {major}.{minor} on the target: older versions do not log what changes after a refresh."
+                );
+                let fix = "ALTER EXTENSION timescaledb UPDATE;  -- on the target; or use --caggs copy";
+                findings.push(blocker(Side::Target, "timescaledb-recompute-version", database, message).fix(fix));
+            }
+        }
+        copied = looked.iter().filter(|(_, kept)| kept.is_some()).map(|(one, _)| one).collect();
+        for (aggregate, kept) in looked.iter().filter_map(|(one, kept)| Some((one, kept.as_ref()?))) {
+            let why = match kept {
+                Kept::RawIsGone(Some(from)) => format!("some of its raw rows are gone; they are there from {from} on"),
+                Kept::RawIsGone(None) => "its raw rows are gone".to_owned(),
+                Kept::RetentionRuns => {
+                    "a retention policy may drop its raw rows meanwhile, unless --pause-source-jobs is given".to_owned()
+                }
+            };
+            let message = format!("It is copied in spite of --caggs recompute: {why}.");
+            let found = Finding::new(
+                Severity::Warning,
+                Side::Source,
+                "timescaledb-not-recomputed",
+                aggregate.qualified(),
+                message,
+            );
+            findings.push(found);
+        }
+    }
+    if !target.superuser && !copied.is_empty() {
+        let message = "Up to where a continuous aggregate is materialized that is copied can only be written by a superuser of the target.";
+        let found = Finding::new(Severity::Blocker, Side::Target, "timescaledb-superuser", object(&copied), message);
+        findings.push(found.fix("# --caggs recompute computes those anew whose raw rows are there."));
+    }
+    Ok(findings)
 }
 
 /// Aggregates in the format of versions before 2.7, which no newer one makes.
@@ -323,6 +391,22 @@ async fn owners_of_jobs(client: &Client, database: &Database, inputs: &Inputs<'_
         fitting.map(|row| crate::sql::identifier(row.get(0))).collect()
     };
     let mut findings = Vec::new();
+    let foreign = client
+        .query(
+            "SELECT pg_catalog.quote_ident(r.rolname) FROM pg_catalog.pg_roles r \
+             WHERE r.rolname = ANY ($1) AND NOT pg_catalog.pg_has_role(current_user, r.oid, 'MEMBER') ORDER BY 1",
+            &[&owners],
+        )
+        .await
+        .context(|| "looking for the owners of jobs on the target".into())?;
+    let foreign: Vec<String> = foreign.iter().map(|row| row.get(0)).collect();
+    if !foreign.is_empty() {
+        let message = "It owns jobs of TimescaleDB, which only a member of it can make on the target.";
+        let fix: Vec<String> = foreign.iter().map(|role| format!("GRANT {role} TO CURRENT_USER;")).collect();
+        let found =
+            Finding::new(Severity::Blocker, Side::Target, "timescaledb-job-membership", first_ten(&foreign), message);
+        findings.push(found.fix(fix.join("\n")));
+    }
     let (missing, without_login) = (of(false), of(true));
     if !missing.is_empty() && !inputs.owners.create_roles {
         let message = "It owns jobs of TimescaleDB on the source, and the target has no such role.";

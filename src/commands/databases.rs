@@ -76,6 +76,7 @@ pub(super) async fn check(options: cli::Check) -> Result<()> {
         owners: &owners,
         replica_identity_full: options.replica_identity_full,
         pause_source_jobs: options.timescale.pause_source_jobs,
+        caggs: options.timescale.caggs,
         // The trials come one after the other.
         estimate: Duration::from_secs(options.estimate_seconds) / u32::try_from(databases.len().max(1)).unwrap_or(1),
     };

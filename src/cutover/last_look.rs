@@ -58,9 +58,8 @@ impl Cutover<'_> {
         let mut attempts = 1..CATALOG_ATTEMPTS;
         let now = loop {
             match catalog::fingerprint_of(source, selection.as_ref()).await {
-                // Describing the catalog locks what it describes, in another order than somebody who drops or alters it.
-                Err(error)
-                    if error.sqlstate() == Some(&SqlState::T_R_DEADLOCK_DETECTED) && attempts.next().is_some() => {}
+                // Describing the catalog locks what it describes, in another order than somebody who drops or alters it; or it is gone.
+                Err(error) if is_met_by_ddl(&error) && attempts.next().is_some() => {}
                 now => break now?,
             }
         };
@@ -128,4 +127,10 @@ impl Cutover<'_> {
             "ALTER TABLE … REPLICA IDENTITY FULL on the source, then start anew: `walferry clean`, `walferry migrate`.",
         ))
     }
+}
+
+/// Whether reading the catalog failed because of DDL of that moment.
+fn is_met_by_ddl(error: &Error) -> bool {
+    let of_ddl = [&SqlState::T_R_DEADLOCK_DETECTED, &SqlState::INTERNAL_ERROR];
+    error.is_transient() && error.sqlstate().is_some_and(|state| of_ddl.contains(&state))
 }

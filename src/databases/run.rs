@@ -176,6 +176,7 @@ impl Several {
             owners: &self.config.owners,
             replica_identity_full: self.config.replica_identity_full,
             pause_source_jobs: self.config.pause_source_jobs,
+            caggs: self.config.caggs,
             estimate: Duration::ZERO,
         };
         let checked = check::all(source, target, databases, &inputs, self.config.reverse).await?;

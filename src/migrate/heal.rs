@@ -210,7 +210,7 @@ impl Running {
                 format!("{name} is gone from the source and is set aside: what the target has of it stays as it is");
             self.board.event(Level::Warn, text);
         }
-        let chunks = live::unknown(&source, &recorded).await?;
+        let chunks = live::unknown(&source, target, &recorded).await?;
         let published: Vec<Table> = tables.iter().map(|table| &table.table).chain(&chunks).cloned().collect();
         self.board.event(Level::Info, "a new slot is made, then every table is compared");
         self.drop_slot(&source, &migration.slot).await?;
@@ -221,7 +221,7 @@ impl Running {
         let (before, mut after) = (identities(&published), identities(&catalog::tables(&source).await?));
         after.retain(|relid, _| before.contains_key(relid));
         // Of one that the slot's snapshot shows, the stream has not all (H2).
-        let missed = live::unknown(&source, &published.iter().collect::<Vec<_>>()).await?;
+        let missed = live::unknown(&source, target, &published.iter().collect::<Vec<_>>()).await?;
         source.batch_execute("COMMIT").await?;
         if before != after || !missed.is_empty() {
             return Err(Error::new(ErrorKind::Transient, "the source's tables changed while the slot was made"));

@@ -18,6 +18,7 @@ use crate::queue::Queue;
 use crate::source::catalog;
 use crate::source::catalog::Table;
 use crate::target::ledger::{LedgerTable, Migration, SchemaItem};
+use crate::timescale::recreate::recompute;
 use crate::timescale::unseen::{self, Counted};
 use crate::timescale::{self, ChunkOf, live, pause, prepare, recreate};
 
@@ -28,14 +29,17 @@ impl Running {
             return Ok(());
         }
         let set = prepare::set_up(source, target).await?;
-        let extension = timescale::source::extension(source).await?;
-        let Some(extension) = extension.filter(|_| !set.is_empty()) else { return Ok(()) };
-        if recreate::decide(&extension, target).await? {
-            self.board
-                .event(Level::Info, "TimescaleDB is made again on the target: another version, or no superuser there");
+        if set.is_empty() {
+            return Ok(());
+        }
+        let jobs_rest = self.config.pause_source_jobs;
+        if recreate::decide(source, target, self.config.caggs, jobs_rest).await? {
+            let text = "TimescaleDB is made again on the target; `walferry check` says why";
+            self.board.event(Level::Info, text);
         }
         self.board.event(Level::Info, format!("on the source, until `walferry clean`: {}", set.join(", ")));
-        let aggregates = prepare::of_aggregates(source, &catalog::tables(source).await?).await?;
+        let mut aggregates = prepare::of_aggregates(source, &catalog::tables(source).await?).await?;
+        recompute::without(&mut aggregates, &recompute::recorded(target).await?);
         self.set_replica_identities(source, target, &aggregates).await
     }
 
@@ -85,8 +89,9 @@ impl Running {
     /// Puts a session of the target into restoring mode, or out of it, where the target has the extension.
     pub(super) async fn restoring(&self, target: &Client, on: bool) -> Result<()> {
         if timescale::source::extension(target).await?.is_some() {
-            let value = if on { "on" } else { "off" };
-            target.batch_execute(&format!("SET timescaledb.restoring = {value}")).await?;
+            target
+                .batch_execute(if on { "SET timescaledb.restoring = on" } else { timescale::exchange::AT_WORK })
+                .await?;
         }
         Ok(())
     }
@@ -95,6 +100,18 @@ impl Running {
     pub(super) async fn target_of_copies(&self, target: &Client) -> Result<ConnectionSpec> {
         let is_there = prepare::is_of_timescaledb(target).await? && !recreate::is_recreated(target).await?;
         Ok(if is_there { prepare::restoring(&self.config.target) } else { self.config.target.clone() })
+    }
+
+    /// At the end of the schema: continuous aggregates are computed that are not copied.
+    pub(super) async fn compute_aggregates(&self, target: &Client) -> Result<()> {
+        if self.direction == Direction::Back || recompute::recorded(target).await?.is_empty() {
+            return Ok(());
+        }
+        self.board.event(Level::Info, "computing continuous aggregates on the target (--caggs recompute)");
+        let source = self.config.source.connect(&self.application_name).await?;
+        let refreshed = recompute::refresh(&source, target).await?;
+        self.board.event(Level::Info, format!("computed on the target: {}", refreshed.join(", ")));
+        Ok(())
     }
 
     /// At the end of the schema: jobs are made, asleep, where they do not come with the extension's catalog.

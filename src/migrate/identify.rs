@@ -131,6 +131,7 @@ pub(super) async fn identify(
         owners: &config.owners,
         replica_identity_full: config.replica_identity_full,
         pause_source_jobs: config.pause_source_jobs,
+        caggs: config.caggs,
         estimate: std::time::Duration::ZERO,
     })
     .await?;

@@ -392,6 +392,7 @@ impl Running {
             }
         }
         self.refresh_materialized_views(target).await?;
+        self.compute_aggregates(target).await?;
         self.make_jobs(target).await?;
         // Waking a policy is nothing that rows could stand against.
         let policies =

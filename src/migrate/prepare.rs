@@ -22,6 +22,7 @@ use crate::source::{ddl, slot};
 use crate::target::ddl::is_replicated;
 use crate::target::ledger::{self, Migration, Prepared, SchemaItem};
 use crate::target::{existing, schema};
+use crate::timescale::recreate::recompute;
 use crate::timescale::{self, recreate, restore};
 use crate::unstreamed::materialized_view;
 
@@ -72,12 +73,15 @@ impl Running {
         let source = self.config.source.connect(&self.application_name).await?;
         self.drop_slot(&source, &migration.slot).await?;
         let selection = migration.scope.select(&source).await?;
+        self.prepare_hypertables(&source, target).await?;
+        let recomputed = recompute::recorded(target).await?;
         if self.config.replica_identity_full {
-            let moved = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+            let mut moved = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+            recompute::without(&mut moved, &recomputed);
             self.set_replica_identities(&source, target, &moved).await?;
         }
-        self.prepare_hypertables(&source, target).await?;
-        let published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+        let mut published = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+        recompute::without(&mut published, &recomputed);
         let created =
             slot::create_publications(&source, &migration.publication, &migration.insert_only_publication, &published);
         if hypertables::is_only_gone(&published, created.await)? {
@@ -93,6 +97,7 @@ impl Running {
 
         let selection = migration.scope.select(&source).await?;
         let mut tables = catalog::chosen(catalog::tables(&source).await?, selection.as_ref());
+        recompute::without(&mut tables, &recomputed);
         let fingerprint = catalog::fingerprint_of(&source, selection.as_ref()).await?;
         let schemas = match &selection {
             Some(_) => Some(catalog::schemas_of_objects(&source).await?),
@@ -234,10 +239,14 @@ impl Running {
 /// The tables and the items of their schema where the hypertables of the source are made again; noted in the ledger.
 async fn make_again(
     target: &Client,
-    (recreation, instead): (recreate::Recreation, schema::Instead),
+    (recreation, mut instead): (recreate::Recreation, schema::Instead),
     tables: &mut [Table],
     dumped: Vec<schema::Dumped>,
 ) -> Result<Vec<SchemaItem>> {
+    let is_superuser = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user";
+    let is_superuser =
+        target.query_typed_one(is_superuser, &[]).await.context(|| "asking the target for our rights".into())?;
+    instead.by_owners = !is_superuser.get::<_, bool>(0);
     recreate::note(target, &recreation).await?;
     recreate::arrange(tables);
     let items = schema::wanted(schema::instead(dumped, instead), None)?;

@@ -145,6 +145,10 @@ async fn shows_rows_beside<S: Session>(source: &mut S, table: &Table, status: Op
 /// Of a chunk's status: rows stand beside the compressed ones.
 const PARTIAL: i32 = 8;
 
+/// Has the extension at work in the session's transaction, where it is not: who is no superuser may not say even that.
+const AT_WORK: &str = "SELECT pg_catalog.set_config('timescaledb.restoring', 'off', true) \
+     WHERE pg_catalog.current_setting('timescaledb.restoring', true) = 'on'";
+
 /// Whether a statement of `pg_dump` makes an index of a relation with compressed rows.
 pub fn is_of_compressed_rows(statement: &str) -> bool {
     let on = statement.split_once(" ON ").map_or("", |(_, on)| on.trim_start_matches("ONLY "));
@@ -167,7 +171,7 @@ pub async fn make_ready(target: &Client, chunk: &ChunkOf, table: &Table, how: &H
             None => Ok(()),
         },
         How::Rows(_) => {
-            target.batch_execute("SET LOCAL timescaledb.restoring = off").await.context(doing)?;
+            target.batch_execute(AT_WORK).await.context(doing)?;
             if chunk.is_late {
                 return Ok(());
             }

@@ -44,7 +44,8 @@ pub(crate) struct Other {
 }
 
 /// Has the extension at work in a session of the target, which may have been opened to copy chunks as ordinary tables.
-pub(crate) const AT_WORK: &str = "SET timescaledb.restoring = off";
+pub(crate) const AT_WORK: &str = "SELECT pg_catalog.set_config('timescaledb.restoring', 'off', false) \
+     WHERE pg_catalog.current_setting('timescaledb.restoring', true) = 'on'";
 
 /// Compares a chunk: the session on the source is in a transaction under the snapshot, and has the chunk locked.
 ///

@@ -17,7 +17,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::chunk::ChunkOf;
-use super::recreate::places;
+use super::recreate::{places, recompute};
 use super::source::{self, Chunk, Slice};
 use crate::apply::change::Announced;
 use crate::apply::layout::Layout;
@@ -149,7 +149,10 @@ pub async fn take_up(
     source.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
     let read = read(source, migration).await;
     source.batch_execute("ROLLBACK").await?;
-    let (chunks, tables, published) = read?;
+    let (mut chunks, mut tables, published) = read?;
+    let recomputed = recompute::recorded(target).await?;
+    chunks.retain(|_, chunk| !recompute::has_rows_of(&recomputed, chunk));
+    tables.retain(|_, table| !recompute::is_one_of(&recomputed, table));
     let known: BTreeMap<u32, Table> =
         ledger::tables(target).await?.into_iter().map(|entry| (entry.table.relid, entry.table)).collect();
     let mut taken_up = TakenUp::default();
@@ -260,7 +263,9 @@ pub(crate) async fn published(source: &Client, migration: &Migration) -> Result<
 /// # Errors
 /// Whatever the servers say.
 pub async fn are_all_published(source: &Client, target: &Client, migration: &Migration) -> Result<bool> {
-    let chunks = source::chunks(source).await?;
+    let recomputed = recompute::recorded(target).await?;
+    let mut chunks = source::chunks(source).await?;
+    chunks.retain(|chunk| !recompute::has_rows_of(&recomputed, chunk));
     let published = published(source, migration).await?;
     let known: BTreeSet<u32> = ledger::tables(target).await?.iter().map(|entry| entry.table.relid).collect();
     Ok(chunks.iter().all(|chunk| known.contains(&chunk.relid) || published.get(&chunk.relid) == Some(&true)))
@@ -292,14 +297,17 @@ async fn publish(
     Ok(Some(assigned.cast_unsigned()))
 }
 
-/// The source's chunks that are not among these tables, as chunks that came late.
+/// The source's chunks that are not among these tables, as chunks that came late; none of those that are computed on the target.
 ///
 /// # Errors
 /// Whatever the server says.
-pub async fn unknown(source: &Client, known: &[&Table]) -> Result<Vec<Table>> {
+pub async fn unknown(source: &Client, target: &Client, known: &[&Table]) -> Result<Vec<Table>> {
+    let recomputed = recompute::recorded(target).await?;
     let known: BTreeSet<u32> = known.iter().map(|table| table.relid).collect();
     let mut unknown = catalog::tables(source).await?;
-    unknown.retain(|table| table.chunk.is_some() && !known.contains(&table.relid));
+    unknown.retain(|table| {
+        table.chunk.is_some() && !known.contains(&table.relid) && !recompute::is_one_of(&recomputed, table)
+    });
     for chunk in unknown.iter_mut().filter_map(|table| table.chunk.as_mut()) {
         chunk.is_late = true;
     }
@@ -372,6 +380,11 @@ pub async fn drop_what_is_gone(target: &Client, living: &[Chunk]) -> Result<Vec<
     let mut dropped = Vec::new();
     let of_target = source::chunks(target).await?;
     let (_, gone) = by_range(&of_target, &living.iter().collect::<Vec<_>>());
+    let recomputed = recompute::on_target(target).await?;
+    let gone: Vec<&Chunk> = gone.into_iter().filter(|chunk| !recomputed.contains(&chunk.hypertable)).collect();
+    if !gone.is_empty() {
+        target.batch_execute(DROP_IN_SILENCE).await.context(|| "dropping chunks on the target".into())?;
+    }
     for chunk in gone {
         let name = chunk.qualified();
         let statement =
@@ -397,6 +410,8 @@ pub(super) fn by_range<'a>(of_target: &'a [Chunk], living: &[&Chunk]) -> (Vec<&'
         }
     })
 }
+/// Aggregates keep what they have of chunks that go: otherwise the extension calls it invalid, and a refresh would take it away.
+const DROP_IN_SILENCE: &str = "SELECT pg_catalog.set_config(name, 'on', true) FROM pg_catalog.pg_settings WHERE name = 'timescaledb.skip_cagg_invalidation'";
 
 /// Whether two chunks of one hypertable have a place in common. Its dimensions have the same ids on both servers.
 pub(super) fn overlap(a: &Chunk, b: &Chunk) -> bool {

@@ -57,5 +57,6 @@ pub(crate) const HAS_CHUNKS: &str = "EXISTS (SELECT FROM pg_catalog.pg_inherits 
      WHERE i.inhparent = c.oid AND kn.nspname = '_timescaledb_internal')";
 
 pub use chunk::ChunkOf;
+pub use recreate::recompute::Caggs;
 pub use restore::marked;
 pub use source::{Chunk, ContinuousAggregate, Database, Dimension, Extension, Hypertable, Job, Slice};

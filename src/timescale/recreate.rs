@@ -6,6 +6,7 @@
 //!   prepare, under the slot's snapshot:  schema.rs   the dump without chunks, hypertables and aggregates as statements
 //!   the copy:                            places.rs   which hypertable of the target stands for which; a chunk's rows go into it
 //!   beside the copy and following:       compression.rs   chunks are compressed on the target when they are on the source
+//!   the schema's end:                    recompute.rs  aggregates that are computed anew, where that was asked for
 //!   the schema's end, and the cutover:   jobs.rs     policies and the users' jobs, asleep
 //!   behind the fence:                    state.rs    up to where aggregates are materialized, and what of them is invalid
 //! ```
@@ -24,14 +25,17 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use super::declaration;
-use super::source::Extension;
+use super::source::{self, Extension};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
 
+use recompute::Caggs;
+
 pub(crate) mod compression;
 pub(crate) mod jobs;
 pub(crate) mod places;
+pub mod recompute;
 pub(crate) mod schema;
 pub(crate) mod state;
 
@@ -56,6 +60,13 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// Major and minor version; zeros where it reads otherwise.
+    pub fn number(&self) -> (u32, u32) {
+        let numbers = numbers(&self.version);
+        let at = |place: usize| numbers.get(place).copied().unwrap_or_default();
+        (at(0), at(1))
+    }
+
     /// Whether the target's version is older than the source's: then it may lack what the source uses.
     pub fn is_older_than(&self, source: &Extension) -> bool {
         numbers(&self.version) < numbers(&source.version)
@@ -71,7 +82,7 @@ fn numbers(version: &str) -> Vec<u32> {
 ///
 /// # Errors
 /// Whatever the target says.
-pub async fn choose(source: &Extension, target: &Client) -> Result<Option<Choice>> {
+pub async fn choose(source: &Extension, target: &Client, caggs: Caggs) -> Result<Option<Choice>> {
     let row = target
         .query_typed_one(
             &format!(
@@ -98,6 +109,8 @@ pub async fn choose(source: &Extension, target: &Client) -> Result<Option<Choice
         Mode::Recreated(format!("the source has version {}, and the target {version}", source.version))
     } else if !is_superuser {
         Mode::Recreated("our role is no superuser of the target".to_owned())
+    } else if caggs == Caggs::Recompute {
+        Mode::Recreated("--caggs recompute was asked for".to_owned())
     } else {
         Mode::AsItIs
     };
@@ -124,25 +137,32 @@ pub struct Aggregate {
     pub rows: (String, String),
 }
 
-/// Which way the migration goes: what was decided when it began, and is decided now where nothing was yet.
+/// Which way the migration goes, and which aggregates are recomputed: what was decided when it began, and is decided now where nothing
+/// was yet. `jobs_rest` where the source's jobs are paused.
 ///
 /// # Errors
 /// `Blocked` where the target has no TimescaleDB; else whatever it says.
-pub async fn decide(source: &Extension, target: &mut Client) -> Result<bool> {
+pub async fn decide(source: &Client, target: &mut Client, caggs: Caggs, jobs_rest: bool) -> Result<bool> {
     let doing = || "noting in the ledger how TimescaleDB comes to the target".to_owned();
     if exists(target).await? {
         return is_recreated(target).await;
     }
-    let choice = choose(source, target).await?.ok_or_else(|| {
+    let Some(database) = source::read(source).await? else { return Ok(false) };
+    let choice = choose(&database.extension, target, caggs).await?.ok_or_else(|| {
         Error::new(ErrorKind::Blocked, "the target does not offer the extension timescaledb")
             .hint("Install TimescaleDB on the target's server, and add it to shared_preload_libraries.")
     })?;
     let recreated = choice.mode != Mode::AsItIs;
+    let recomputed = match caggs {
+        Caggs::Copy => Vec::new(),
+        Caggs::Recompute => recompute::look(source, &database, jobs_rest).await?,
+    };
     let statement = format!(
-        "BEGIN; SET LOCAL synchronous_commit = on; \
+        "BEGIN; SET LOCAL synchronous_commit = on; {} \
          CREATE TABLE walferry.timescaledb_recreation (recreated boolean NOT NULL, definition jsonb); \
          INSERT INTO walferry.timescaledb_recreation VALUES ({recreated}); \
-         CREATE TABLE walferry.timescaledb_job_made (source integer PRIMARY KEY, definition text NOT NULL, id integer NOT NULL); COMMIT"
+         CREATE TABLE walferry.timescaledb_job_made (source integer PRIMARY KEY, definition text NOT NULL, id integer NOT NULL); COMMIT",
+        recompute::notes(&database, &recomputed)
     );
     let noted = target.batch_execute(&statement).await;
     if noted.is_err() {

@@ -18,10 +18,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use tokio_postgres::Client;
 
 use super::recreate::places::{self, Places};
+use super::recreate::recompute;
 use super::source::{self, Chunk, Database, Hypertable};
 use super::unseen::{self, Counted};
 use super::{live, pause, prepare, recreate};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::source::catalog::Table;
 use crate::sql;
 use crate::target::ledger::{self, Migration};
 use crate::unstreamed::large_object::Owners;
@@ -63,7 +65,10 @@ pub async fn settle(
     (migration, counted): (&Migration, &Counted),
     owners: &Owners,
 ) -> Result<()> {
-    let Some(of_source) = source::read(source).await? else { return Ok(()) };
+    let Some(mut of_source) = source::read(source).await? else { return Ok(()) };
+    let recomputed = recompute::recorded(target).await?;
+    of_source.chunks.retain(|chunk| !recompute::has_rows_of(&recomputed, chunk));
+    of_source.hypertables.retain(|of| !recomputed.iter().any(|one| one.hypertable == of.id));
     let known = every_chunk_is_known(source, target, &of_source, migration).await?;
     // A chunk that nothing has come of is empty, and nothing on the target is of it.
     let living: Vec<Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).cloned().collect();
@@ -75,6 +80,11 @@ pub async fn settle(
     }
     transaction.commit().await.context(|| "dropping chunks on the target".into())?;
     rows_of_compressed_chunks_are_equal(source, target, &of_source, counted).await?;
+    if !recomputed.is_empty() {
+        let tables = ledger::tables(target).await?.into_iter().map(|entry| entry.table);
+        let gone: Vec<Table> = tables.filter(live::is_gone).collect();
+        recompute::nothing_is_lost(source, target, &gone).await?;
+    }
     let transaction = target.transaction().await?;
     match recreate::is_recreated(transaction.client()).await? {
         true => {

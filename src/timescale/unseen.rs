@@ -36,6 +36,7 @@ use tokio_postgres::types::Type;
 
 use super::live;
 use super::recreate::places::Places;
+use super::recreate::recompute;
 use super::source::{self, Chunk, Hypertable};
 use crate::connection::ConnectionSpec;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -238,8 +239,12 @@ async fn are_equal(
 ) -> Result<bool> {
     let (source, target) = try_join(source.connect(application_name), target.connect(application_name)).await?;
     try_join(under(&source, &here), under(&target, &there)).await?;
-    let (of_source, of_target, known) =
-        tokio::try_join!(source::read(&source), source::read(&target), ledger::tables(&target))?;
+    let (of_source, of_target, known, recomputed) = tokio::try_join!(
+        source::read(&source),
+        source::read(&target),
+        ledger::tables(&target),
+        recompute::recorded(&target)
+    )?;
     try_join(end(&source), end(&target)).await?;
     let (Some(of_source), Some(of_target)) = (of_source, of_target) else { return Ok(false) };
     // The target may have other ids, where everything was made again.
@@ -248,7 +253,9 @@ async fn are_equal(
     let living: Vec<&Chunk> = of_source.chunks.iter().filter(|chunk| known.contains(&chunk.relid)).collect();
     let on_target: Vec<Chunk> = living.iter().filter_map(|chunk| places.chunk(chunk)).collect();
     let (there_are, _) = live::by_range(&of_target.chunks, &on_target.iter().collect::<Vec<_>>());
-    for hypertable in of_source.hypertables.iter().filter(|of| guarded.contains_key(&of.id)) {
+    let is_in_question =
+        |of: &&Hypertable| guarded.contains_key(&of.id) && !recomputed.iter().any(|one| one.hypertable == of.id);
+    for hypertable in of_source.hypertables.iter().filter(is_in_question) {
         let of_it = |chunks: &[&Chunk], id: i32| -> Vec<Chunk> {
             chunks.iter().filter(|chunk| chunk.hypertable == id).map(|chunk| (*chunk).clone()).collect()
         };

@@ -23,6 +23,7 @@ mod newer;
 mod owner;
 mod pieces;
 mod plan;
+mod recompute;
 mod recreate;
 mod sets;
 mod source;

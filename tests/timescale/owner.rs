@@ -3,7 +3,7 @@
 
 #[path = "../managed/service.rs"]
 #[allow(dead_code)]
-mod service;
+pub(super) mod service;
 
 use serde_json::Value;
 
@@ -12,7 +12,7 @@ use crate::support::timescale::{servers, timescale_available};
 use crate::support::{connect, until_true};
 
 /// Made by the owner, who is no superuser either.
-const SCHEMA: [&str; 14] = [
+pub(super) const SCHEMA: [&str; 14] = [
     "SET ROLE app_owner",
     "CREATE SCHEMA app",
     "SET search_path = app, public",
@@ -32,7 +32,7 @@ const SCHEMA: [&str; 14] = [
 ];
 
 /// Rows of all that users see, by plain SQL.
-async fn seen(url: &str) -> Vec<String> {
+pub(super) async fn seen(url: &str) -> Vec<String> {
     let client = connect(url).await;
     client.batch_execute("SET TimeZone = 'UTC'").await.unwrap();
     let mut seen = Vec::new();

@@ -145,6 +145,17 @@ const MADE_AGAIN_LATE: &str = "the same; behind the fence what has changed on th
 
 /// The jobs, at the end of the schema and behind the fence.
 const JOBS_MADE_AGAIN: &[Kind] = &[
+    kind(
+        "aggregate",
+        Target,
+        (
+            JOBS,
+            Always,
+            "with --caggs recompute, for each aggregate that is computed on the target, those that others stand on first",
+        ),
+        "CALL <refresh_continuous_aggregate>( … )",
+        DROP_DATABASE,
+    ),
     redacted(kind(
         "job",
         Target,

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::USER_RELATION;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::scope::Selection;
 use crate::source::version::Version;
 use crate::sql;
@@ -55,11 +56,24 @@ pub async fn fingerprint_of(client: &Client, selection: Option<&Selection>) -> R
     let rows = client
         .query_typed(&fingerprint_query(version, Hash::OfTheServer, &of), &parameters)
         .await
-        .context(|| "reading the catalog's fingerprint".into())?;
+        .context(|| "reading the catalog's fingerprint".into())
+        .map_err(what_went_meanwhile)?;
     let hypertables = if selection.is_none() { timescale::settle::fingerprint(client).await? } else { BTreeMap::new() };
     // What went while the query ran has no description any more.
     let found = rows.into_iter().filter_map(|row| Some((row.get::<_, Option<String>>(0)?, row.get(1))));
     Ok(found.chain(hypertables).collect())
+}
+
+/// The query shows objects of its snapshot, and the server's functions look each up as it is now: of one that was dropped in between
+/// they fail with an internal error, which has no translations. Read again, it is gone.
+fn what_went_meanwhile(error: Error) -> Error {
+    let text = error.to_string();
+    let is_gone =
+        ["cache lookup failed for ", "could not open relation with OID "].iter().any(|said| text.contains(said));
+    match error.sqlstate() == Some(&SqlState::INTERNAL_ERROR) && is_gone {
+        true => error.with_kind(ErrorKind::Transient),
+        false => error,
+    }
 }
 
 /// Catalogs whose rows are objects that the fingerprint has nothing special to say of: the catalog, which rows, and what is hashed of
@@ -329,4 +343,18 @@ pub fn changed_objects<'a>(
     let gone = before.keys().filter(|object| !now.contains_key(*object));
     let other = now.iter().filter(|(object, hash)| before.get(*object) != Some(hash)).map(|(object, _)| object);
     gone.chain(other).map(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_dropped_while_the_catalog_is_read_is_read_again() {
+        let kind = |state, text| what_went_meanwhile(Error::from_server(state, text)).kind();
+        assert_eq!(kind("XX000", "cache lookup failed for namespace 16621"), ErrorKind::Transient);
+        assert_eq!(kind("XX000", "could not open relation with OID 16621"), ErrorKind::Transient);
+        assert_eq!(kind("XX000", "unexpected chunk number"), ErrorKind::Server);
+        assert_eq!(kind("42501", "cache lookup failed for namespace 16621"), ErrorKind::Server);
+    }
 }

@@ -19,6 +19,8 @@ pub struct Instead {
     pub without_triggers: &'static [&'static str],
     /// An extension that is made otherwise.
     pub without_extension: &'static str,
+    /// The views are made by their owners, and not given to them: our role is no superuser, and they may not have what is made with it.
+    pub by_owners: bool,
 }
 
 /// A view in another form.
@@ -44,7 +46,13 @@ pub fn instead(dumped: Vec<Dumped>, instead: Instead) -> Vec<Dumped> {
     let stands_on_views = reached(&dumped, instead.views.iter().filter_map(of_view), false);
     let views = instead.views.iter().map(|view| {
         let text = of_view(view).map_or("", |item| item.item.statement.as_str());
-        let statements = [vec![view.create.clone()], owner(text), view.after.clone()].concat();
+        let statements = match owner(text).filter(|_| instead.by_owners) {
+            Some(owner) => {
+                let begin = vec![format!("SET LOCAL ROLE {owner}"), view.create.clone()];
+                [begin, view.after.clone(), vec!["RESET ROLE".to_owned()]].concat()
+            }
+            None => [vec![view.create.clone()], given_to_owner(text), view.after.clone()].concat(),
+        };
         made("CONTINUOUS AGGREGATE", &view.name, statements.join(";\n"))
     });
     let then: Vec<Dumped> = instead.then.iter().cloned().map(dumped_as).chain(views).collect();
@@ -84,12 +92,19 @@ fn reached<'a>(dumped: &'a [Dumped], from: impl Iterator<Item = &'a Dumped>, han
 }
 
 /// What the dump says of a view's owner, as it is said of a materialized one.
-fn owner(statement: &str) -> Vec<String> {
+fn given_to_owner(statement: &str) -> Vec<String> {
     let line = |line: &str| {
         let (_, rest) = line.strip_prefix("ALTER ")?.split_once(' ')?;
         line.contains(" OWNER TO ").then(|| format!("ALTER MATERIALIZED VIEW {}", rest.trim_end_matches(';')))
     };
     statement.lines().filter_map(line).collect()
+}
+
+/// The owner by what the dump says, quoted as it is there.
+fn owner(statement: &str) -> Option<&str> {
+    let of = |line: &'_ str| -> Option<usize> { line.starts_with("ALTER ").then(|| line.find(" OWNER TO "))? };
+    let line = statement.lines().find(|line| of(line).is_some())?;
+    line.split_once(" OWNER TO ").map(|(_, owner)| owner.trim_end_matches(';'))
 }
 
 fn made(kind: &str, name: &str, statement: String) -> Dumped {
@@ -146,10 +161,18 @@ mod tests {
         let without_triggers = &["EXECUTE FUNCTION own."];
         let made = instead(
             dumped,
-            Instead { without: [12].into(), then, views: vec![view], without_triggers, without_extension: "x" },
+            Instead {
+                without: [12].into(),
+                then,
+                views: vec![view],
+                without_triggers,
+                without_extension: "x",
+                by_owners: false,
+            },
         );
         let statements: Vec<&str> = made.iter().map(|item| item.item.statement.as_str()).collect();
         let view = "CREATE;\nALTER MATERIALIZED VIEW a.d OWNER TO \"O\";\nAFTER";
         assert_eq!(statements, ["raw", "make", view, "GRANT", "of the view's row", "of the raw"]);
+        assert_eq!(owner("CREATE VIEW a.d AS SELECT 1;\n\nALTER TABLE a.d OWNER TO \"O\";"), Some("\"O\""));
     }
 }

@@ -74,7 +74,14 @@ pub async fn read(source: &Client) -> Result<Option<(Recreation, Instead)>> {
         .await
         .context(|| "reading the relations of TimescaleDB".into())?;
     let without = without.iter().map(|row| row.get(0)).collect();
-    let instead = Instead { without, then, views, without_triggers: OWN_TRIGGERS, without_extension: "timescaledb" };
+    let instead = Instead {
+        without,
+        then,
+        views,
+        without_triggers: OWN_TRIGGERS,
+        without_extension: "timescaledb",
+        by_owners: false,
+    };
     Ok(Some((recreation, instead)))
 }
 
