@@ -157,7 +157,7 @@ pub async fn take_up(
         ledger::tables(target).await?.into_iter().map(|entry| (entry.table.relid, entry.table)).collect();
     let mut taken_up = TakenUp::default();
     let mut new: Vec<(Table, bool)> = Vec::new();
-    for (relid, mut table) in tables.into_iter().filter(|(relid, _)| !known.contains_key(relid)) {
+    for (relid, mut table) in tables.clone().into_iter().filter(|(relid, _)| !known.contains_key(relid)) {
         let Some(chunk) = &mut table.chunk else { continue };
         let complete = published.get(&relid) == Some(&true);
         chunk.is_late = true;
@@ -168,6 +168,7 @@ pub async fn take_up(
     let gone: Vec<&Table> = known
         .values()
         .filter(|table| table.chunk.as_ref().is_some_and(|of| !of.is_gone) && !chunks.contains_key(&table.relid))
+        .filter(|table| !is_merged(table, tables.values().filter(|other| known.contains_key(&other.relid))))
         .collect();
     taken_up.gone = gone.iter().map(|table| table.qualified()).collect();
     if let Some(announced) = announced
@@ -199,6 +200,19 @@ pub async fn take_up(
     }
     transaction.commit().await.context(|| "writing the source's chunks into the ledger".into())?;
     Ok(taken_up)
+}
+
+/// Whether the range of a chunk that is not in the source's catalog any more belongs to one that was there beside it: then its rows live on
+/// there, and those changes of it that still come in the stream count.
+fn is_merged<'a>(table: &Table, mut living: impl Iterator<Item = &'a Table>) -> bool {
+    let Some(chunk) = table.chunk.as_ref().filter(|chunk| !chunk.ranges.is_empty()) else { return false };
+    let covers = |other: &ChunkOf| {
+        let mut ranges = chunk.ranges.iter().zip(&other.ranges);
+        other.relid == chunk.relid
+            && other.ranges.len() == chunk.ranges.len()
+            && ranges.all(|((start, end), (other_start, other_end))| start < other_end && other_start < end)
+    };
+    living.any(|other| other.chunk.as_ref().is_some_and(covers))
 }
 
 /// Waits until a transaction that has come in the stream is visible: its commit record is decoded before it is (H1), and a chunk that it

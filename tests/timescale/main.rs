@@ -19,6 +19,7 @@ mod hypertables;
 mod killed;
 mod live;
 mod many_chunks;
+mod merged;
 mod newer;
 mod owner;
 mod pieces;

@@ -1,0 +1,79 @@
+//! Chunks that the source merges or splits: their rows move to other relations, and no stream shows that.
+
+use tokio_postgres::Client;
+
+use crate::live::ASLEEP;
+use crate::support::timescale::{servers, timescale_available};
+
+/// Three chunks with a key, and three without; nothing is compressed.
+const TABLES: &str = "
+    CREATE EXTENSION timescaledb;
+    CREATE TABLE keyed (time timestamptz NOT NULL, device int, value int, PRIMARY KEY (time, device));
+    CREATE TABLE keyless (time timestamptz NOT NULL, device int, value int);
+    ALTER TABLE keyless REPLICA IDENTITY FULL;
+    SELECT create_hypertable(t, 'time', chunk_time_interval => interval '1 day') FROM unnest('{keyed,keyless}'::regclass[]) t;
+    INSERT INTO keyed SELECT '2025-01-01 00:00Z'::timestamptz + i * interval '1 hour', i % 3, i FROM generate_series(0, 71) i;
+    INSERT INTO keyless SELECT * FROM keyed";
+/// Still to be applied when the chunks are merged.
+const BEFORE: &str = "
+    UPDATE keyed SET value = -value WHERE time >= '2025-01-02 00:00Z' AND device = 1;
+    UPDATE keyless SET value = -value WHERE time >= '2025-01-02 00:00Z' AND device = 1;
+    DELETE FROM keyed WHERE time >= '2025-01-02 00:00Z' AND device = 2;
+    INSERT INTO keyless SELECT time + interval '1 minute', device, value FROM keyless WHERE time >= '2025-01-02 00:00Z'";
+const AFTER: &str = "
+    UPDATE keyed SET value = value + 1;
+    UPDATE keyless SET value = value + 1 WHERE device = 1;
+    DELETE FROM keyless WHERE time = '2025-01-02 00:00Z';
+    INSERT INTO keyed SELECT '2025-01-02 00:30Z'::timestamptz + i * interval '1 hour', 5, i FROM generate_series(0, 23) i";
+
+async fn rows(client: &Client, table: &str) -> Vec<String> {
+    let rows = client.query(&format!("SELECT t::text FROM {table} t ORDER BY 1"), &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_of_a_chunk_that_was_merged_into_another_or_split_are_applied_all_the_same() {
+    if !timescale_available("chunks that are merged and split while the apply is behind") {
+        return;
+    }
+    let servers = servers(&[], &ASLEEP).await;
+    let migration = servers.migration("merged").await;
+    let source = migration.source().await;
+    source.batch_execute(TABLES).await.unwrap();
+    let mut running = migration.migrate(&["--no-reverse"]);
+    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+
+    assert_eq!(migration.with_directory("pause", &["apply"]).await.code, Some(0));
+    // There the apply looks at the source's chunks, as they are by then, and has all that follows still before it.
+    for table in ["keyed", "keyless"] {
+        source.batch_execute(&format!("INSERT INTO {table} VALUES ('2025-02-01 00:00Z', 1, 1)")).await.unwrap();
+    }
+    source.batch_execute(BEFORE).await.unwrap();
+    for table in ["keyed", "keyless"] {
+        let chunks = format!(
+            "SELECT array_agg(c::regclass ORDER BY c::text) FROM show_chunks('{table}', older_than => '2025-01-03 00:00Z'::timestamptz) c"
+        );
+        source
+            .batch_execute(&format!(
+                "DO $$ DECLARE chunks regclass[] := ({chunks}); BEGIN CALL merge_chunks(chunks); END $$"
+            ))
+            .await
+            .unwrap();
+    }
+    for table in ["keyed", "keyless"] {
+        let chunk = format!(
+            "SELECT c FROM show_chunks('{table}', newer_than => '2025-01-03 00:00Z'::timestamptz, older_than => '2025-01-04 00:00Z'::timestamptz) c"
+        );
+        let split = format!("DO $$ DECLARE chunk regclass := ({chunk}); BEGIN CALL split_chunk(chunk); END $$");
+        source.batch_execute(&split).await.unwrap();
+    }
+    source.batch_execute(AFTER).await.unwrap();
+    assert_eq!(migration.with_directory("resume", &["apply"]).await.code, Some(0));
+    migration.cut_over(running).await;
+    let (source, target) = (migration.source().await, migration.target().await);
+    for table in ["keyed", "keyless"] {
+        let (here, there) = (rows(&source, table).await, rows(&target, table).await);
+        assert!(here.len() > 70);
+        assert_eq!(here, there, "{table}");
+    }
+}
