@@ -82,6 +82,12 @@ async fn copy_rows(
     source.simple_query(&snapshot::import_statement(snapshot)).await.map_err(snapshot::not_imported)?;
     let answer = source.first_row(&file_statements(table)).await;
     if timescale::copy::is_dropped(table, &answer) {
+        source.simple_query("ROLLBACK").await?;
+        if let Some(chunk) = &table.chunk
+            && timescale::copy::is_merged(source, chunk, |relid| copier.tables.contains_key(&relid)).await?
+        {
+            return Err(timescale::copy::was_merged_or_split(table));
+        }
         timescale::live::note_gone(transaction.client(), table).await?;
         let complete = ledger::part_copied(transaction.client(), part, 0).await?;
         transaction.commit().await?;

@@ -14,7 +14,7 @@ use tokio_postgres::error::SqlState;
 use super::chunk::ChunkOf;
 use crate::connection::Session;
 use crate::connection::wire::RawSession;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::source::catalog::Table;
 use crate::sql;
 
@@ -42,6 +42,48 @@ pub enum How {
 pub fn is_dropped(table: &Table, answer: &Result<Vec<Option<String>>>) -> bool {
     let undefined = |state: &SqlState| matches!(*state, SqlState::UNDEFINED_TABLE | SqlState::INVALID_SCHEMA_NAME);
     table.chunk.is_some() && answer.as_ref().is_err_and(|error| error.sqlstate().is_some_and(undefined))
+}
+
+/// Whether a chunk that is gone was merged into one that was there beside it, of the ledger's `known`: then its rows are not gone.
+///
+/// # Errors
+/// Whatever the server says.
+pub(crate) async fn is_merged(source: &mut RawSession, chunk: &ChunkOf, known: impl Fn(u32) -> bool) -> Result<bool> {
+    if chunk.ranges.is_empty() {
+        return Ok(false);
+    }
+    let range = |(column, (start, end)): (&String, &(i64, i64))| {
+        format!("({}, {start}::bigint, {end}::bigint)", sql::literal(column))
+    };
+    let ranges: Vec<String> = chunk.dimensions.iter().zip(&chunk.ranges).map(range).collect();
+    let in_its_place = format!(
+        "SELECT c.oid::text FROM _timescaledb_catalog.chunk k \
+         JOIN pg_catalog.pg_class c ON c.oid = pg_catalog.to_regclass(pg_catalog.format('%I.%I', k.schema_name, k.table_name)) \
+         WHERE k.hypertable_id = {} AND k.id <> {} AND NOT EXISTS ( \
+             SELECT FROM (VALUES {}) its(dimension, range_start, range_end) WHERE NOT EXISTS ( \
+                 SELECT FROM _timescaledb_catalog.chunk_constraint n \
+                 JOIN _timescaledb_catalog.dimension_slice s ON s.id = n.dimension_slice_id \
+                 JOIN _timescaledb_catalog.dimension d ON d.id = s.dimension_id \
+                 WHERE n.chunk_id = k.id AND d.column_name = its.dimension \
+                   AND s.range_start < its.range_end AND its.range_start < s.range_end))",
+        chunk.hypertable,
+        chunk.chunk,
+        ranges.join(", ")
+    );
+    let found =
+        source.simple_query(&in_its_place).await.context(|| "looking for what a chunk was merged into".into())?;
+    let relids = found.iter().filter_map(|row| row.first()?.as_deref()?.parse().ok());
+    Ok(relids.into_iter().any(known))
+}
+
+/// The rows of a chunk are not where they were when the ledger took it up: which of them another chunk has brought over can no longer be
+/// told.
+pub fn was_merged_or_split(table: &Table) -> Error {
+    let text = format!("{} was merged with another chunk, or split, before it was copied", table.qualified());
+    Error::new(ErrorKind::SchemaChanged, text).hint(
+        "merge_chunks, split_chunk, and compression with compress_chunk_time_interval do that; after the copy they are followed. Let none run \
+         until then, and begin anew into an empty target: `walferry clean`, then `walferry migrate`.",
+    )
 }
 
 /// Writes the decompressed rows of a chunk: into the target's chunk, or for one that came late into the hypertable.
@@ -93,12 +135,21 @@ pub(super) struct Now {
 /// # Errors
 /// Whatever the server says.
 pub(super) async fn look<S: Session>(source: &mut S, table: &Table, chunk: &ChunkOf) -> Result<Option<Now>> {
-    let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name) \
+    let state = "SELECT k.status::text, zn.oid::text, pg_catalog.quote_ident(z.schema_name), pg_catalog.quote_ident(z.table_name), \
+             (SELECT pg_catalog.string_agg(s.range_start || ' ' || s.range_end, ',' ORDER BY s.range_start, s.range_end) \
+              FROM _timescaledb_catalog.chunk_constraint n JOIN _timescaledb_catalog.dimension_slice s ON s.id = n.dimension_slice_id \
+              WHERE n.chunk_id = k.id) \
          FROM _timescaledb_catalog.chunk k LEFT JOIN _timescaledb_catalog.chunk z ON z.id = k.compressed_chunk_id \
          LEFT JOIN pg_catalog.pg_class zn ON zn.relname = z.table_name \
               AND zn.relnamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = z.schema_name)";
     let now = source.first_row(&format!("{state} WHERE k.id = {}", chunk.chunk)).await?;
     let field = |at: usize| now.get(at).cloned().flatten();
+    let mut ranges = chunk.ranges.clone();
+    ranges.sort_unstable();
+    let ranges = ranges.iter().map(|(start, end)| format!("{start} {end}")).collect::<Vec<_>>().join(",");
+    if field(4).is_some_and(|now| !ranges.is_empty() && now != ranges) {
+        return Err(was_merged_or_split(table));
+    }
     let (Some(relid), Some(schema), Some(name)) = (field(1), field(2), field(3)) else {
         return Ok(Some(Now { status: field(0), relation: None }));
     };

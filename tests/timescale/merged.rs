@@ -3,6 +3,7 @@
 use tokio_postgres::Client;
 
 use crate::live::ASLEEP;
+use crate::support::Migration;
 use crate::support::timescale::{servers, timescale_available};
 
 /// Three chunks with a key, and three without; nothing is compressed.
@@ -31,6 +32,29 @@ async fn rows(client: &Client, table: &str) -> Vec<String> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
+async fn merge(source: &Client) {
+    for table in ["keyed", "keyless"] {
+        let chunks = format!(
+            "SELECT array_agg(c::regclass ORDER BY c::text) FROM show_chunks('{table}', older_than => '2025-01-03 00:00Z'::timestamptz) c"
+        );
+        source
+            .batch_execute(&format!(
+                "DO $$ DECLARE chunks regclass[] := ({chunks}); BEGIN CALL merge_chunks(chunks); END $$"
+            ))
+            .await
+            .unwrap();
+    }
+}
+
+async fn assert_equal(migration: &Migration) {
+    let (source, target) = (migration.source().await, migration.target().await);
+    for table in ["keyed", "keyless"] {
+        let (here, there) = (rows(&source, table).await, rows(&target, table).await);
+        assert!(here.len() > 70);
+        assert_eq!(here, there, "{table}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn changes_of_a_chunk_that_was_merged_into_another_or_split_are_applied_all_the_same() {
     if !timescale_available("chunks that are merged and split while the apply is behind") {
@@ -49,17 +73,7 @@ async fn changes_of_a_chunk_that_was_merged_into_another_or_split_are_applied_al
         source.batch_execute(&format!("INSERT INTO {table} VALUES ('2025-02-01 00:00Z', 1, 1)")).await.unwrap();
     }
     source.batch_execute(BEFORE).await.unwrap();
-    for table in ["keyed", "keyless"] {
-        let chunks = format!(
-            "SELECT array_agg(c::regclass ORDER BY c::text) FROM show_chunks('{table}', older_than => '2025-01-03 00:00Z'::timestamptz) c"
-        );
-        source
-            .batch_execute(&format!(
-                "DO $$ DECLARE chunks regclass[] := ({chunks}); BEGIN CALL merge_chunks(chunks); END $$"
-            ))
-            .await
-            .unwrap();
-    }
+    merge(&source).await;
     for table in ["keyed", "keyless"] {
         let chunk = format!(
             "SELECT c FROM show_chunks('{table}', newer_than => '2025-01-03 00:00Z'::timestamptz, older_than => '2025-01-04 00:00Z'::timestamptz) c"
@@ -70,10 +84,24 @@ async fn changes_of_a_chunk_that_was_merged_into_another_or_split_are_applied_al
     source.batch_execute(AFTER).await.unwrap();
     assert_eq!(migration.with_directory("resume", &["apply"]).await.code, Some(0));
     migration.cut_over(running).await;
-    let (source, target) = (migration.source().await, migration.target().await);
-    for table in ["keyed", "keyless"] {
-        let (here, there) = (rows(&source, table).await, rows(&target, table).await);
-        assert!(here.len() > 70);
-        assert_eq!(here, there, "{table}");
+    assert_equal(&migration).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chunks_that_are_merged_before_they_are_copied_stop_the_copy() {
+    if !timescale_available("chunks that are merged before they are copied") {
+        return;
     }
+    let servers = servers(&[], &ASLEEP).await;
+    let migration = servers.migration("merged").await;
+    let source = migration.source().await;
+    source.batch_execute(TABLES).await.unwrap();
+    let mut running = migration.migrate(&["--no-reverse", "--copy-rate", "1KiB", "--copy-jobs", "1"]);
+    migration.wait_for_phase(&mut running, "copying").await;
+    running.kill().await;
+    merge(&source).await;
+    let missing = "SELECT count(*) FROM walferry.source_table WHERE NOT copied AND definition->'chunk' <> 'null'";
+    assert!(migration.target().await.query_one(missing, &[]).await.unwrap().get::<_, i64>(0) > 0);
+    let refused = migration.migrate(&["--no-reverse", "--copy-rate", "off"]).wait().await;
+    refused.assert_refused(1, &["was merged with another chunk, or split, before it was copied", "`walferry clean`"]);
 }
