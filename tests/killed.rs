@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use tokio_postgres::Client;
+
 use crate::support::load::{self, Application};
 use crate::support::process::Running;
 use crate::support::{Migration, Servers, connect, hold_pg_dump, is_blocked, until, until_true};
@@ -189,6 +191,15 @@ fn begin_cutover(migration: &Migration) -> Running {
     migration.start("cutover", &["--yes", "--no-reverse", "--timeout", "60s", "--max-write-stall", "60s"])
 }
 
+/// Waits until a cutover waits in this statement.
+async fn comes_to(cutover: &mut Running, target: &Client, statement: &str) {
+    let query = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND strpos(query, $1) > 0";
+    while target.query(query, &[&statement]).await.unwrap().is_empty() {
+        assert!(cutover.is_alive(), "the cutover ended before {statement}:\n{}", cutover.log());
+        tokio::time::sleep(Duration::from_millis(3)).await;
+    }
+}
+
 /// Kills the migration in the middle of a cutover, and starts it again.
 async fn kill_and_start_again(migration: &Migration, running: Running, cutover: Running) -> Running {
     running.kill().await;
@@ -250,8 +261,8 @@ async fn killed_while_it_follows_or_cuts_over_it_leaves_no_fence_and_follows_aga
 
     // The database is closed, all sessions are ended, and it sets the sequences.
     holder.batch_execute("BEGIN; ALTER SEQUENCE app.counter CACHE 1").await.unwrap();
-    let cutover = begin_cutover(&migration);
-    is_blocked(&migration.target().await, "setval").await;
+    let mut cutover = begin_cutover(&migration);
+    comes_to(&mut cutover, &migration.target().await, "setval").await;
     assert!(!is_open_to_writers(&migration).await);
     assert!(migration.ledger("SELECT fence IS NOT NULL FROM walferry.migration").await[0].get::<_, bool>(0));
     let mut running = kill_and_start_again(&migration, running, cutover).await;
@@ -260,16 +271,16 @@ async fn killed_while_it_follows_or_cuts_over_it_leaves_no_fence_and_follows_aga
 
     // It decides, and the session that it leaves could still commit the decision.
     holder.batch_execute("BEGIN; LOCK TABLE app.big IN ACCESS SHARE MODE").await.unwrap();
-    let cutover = begin_cutover(&migration);
-    is_blocked(&migration.target().await, "cut_over").await;
+    let mut cutover = begin_cutover(&migration);
+    comes_to(&mut cutover, &migration.target().await, "cut_over").await;
     let mut running = kill_and_start_again(&migration, running, cutover).await;
     follows_again(&migration, &mut running, &application).await;
     holder.batch_execute("ROLLBACK").await.unwrap();
 
     // The same, but it does commit: then that was the cutover.
     holder.batch_execute("BEGIN; LOCK TABLE app.big IN ACCESS SHARE MODE").await.unwrap();
-    let cutover = begin_cutover(&migration);
-    is_blocked(&migration.target().await, "cut_over").await;
+    let mut cutover = begin_cutover(&migration);
+    comes_to(&mut cutover, &migration.target().await, "cut_over").await;
     running.kill().await;
     cutover.wait().await;
     holder.batch_execute("ROLLBACK").await.unwrap();
@@ -320,8 +331,8 @@ async fn sigterm_ends_it_within_seconds_in_every_phase() {
     let mut running = migration.migrate(&SMALL_PARTS);
     ready(&migration, &mut running).await;
     holder.batch_execute("BEGIN; ALTER SEQUENCE app.counter CACHE 1").await.unwrap();
-    let cutover = begin_cutover(&migration);
-    is_blocked(&target, "setval").await;
+    let mut cutover = begin_cutover(&migration);
+    comes_to(&mut cutover, &target, "setval").await;
     terminate(running, "cutting over").await;
     assert_ne!(cutover.wait().await.code, Some(0));
     assert!(is_open_to_writers(&migration).await, "the fence is lifted before it ends");
@@ -331,8 +342,8 @@ async fn sigterm_ends_it_within_seconds_in_every_phase() {
     let mut running = migration.migrate(&SMALL_PARTS);
     ready(&migration, &mut running).await;
     holder.batch_execute("BEGIN; LOCK TABLE app.big IN ACCESS SHARE MODE").await.unwrap();
-    let cutover = begin_cutover(&migration);
-    is_blocked(&target, "cut_over").await;
+    let mut cutover = begin_cutover(&migration);
+    comes_to(&mut cutover, &target, "cut_over").await;
     let ended = tokio::spawn(running.terminate());
     is_blocked(&target, "walferry.migration FOR UPDATE").await;
     holder.batch_execute("ROLLBACK").await.unwrap();

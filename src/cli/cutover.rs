@@ -58,7 +58,7 @@ pub struct Switch {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "How to cut over")]
 pub struct CutoverHow {
-    /// Give up when it takes longer in all
+    /// Give up when it takes longer in all; rows of hypertables are counted before that, for as long at most
     #[arg(long, default_value = "30s", value_parser = parse_duration, value_name = "DURATION")]
     pub timeout: Duration,
     /// Give up when writers have to wait longer

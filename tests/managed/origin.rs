@@ -132,7 +132,8 @@ async fn h19_in_the_origin_role_a_deferrable_constraint_may_be_broken_within_a_b
          INSERT INTO shop.seat SELECT i, i FROM generate_series(1, 10) i";
     source.batch_execute(seats).await.unwrap();
     let mut running = migration.migrate(&["--no-reverse"]);
-    migration.wait_for_status(&mut running, "ready", |status| status["ready_to_cutover"] == true).await;
+    // The session of this test stands against a cutover.
+    migration.ready_but_for_the_source(&mut running).await;
     for _ in 0..5 {
         source.batch_execute("UPDATE shop.seat SET place = 11 - place").await.unwrap();
     }
