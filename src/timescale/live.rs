@@ -5,7 +5,7 @@
 //! - **A new chunk** that the catalog shows to have been published in the very statement that made it has all of its rows in the
 //!   stream. Any other was published too late: it is published now, what is older is waited out, and it is copied (H1, H2).
 //! - **A chunk that was merged** into another is not in the catalog any more either, and its rows are: its changes are applied. Where it was
-//!   not copied yet, the copy stops ([`super::copy::is_merged`]).
+//!   not copied yet, the copy stops (`copy.rs`).
 //! - **A chunk that is gone** (retention, `drop_chunks`, TRUNCATE) comes in no change. It is known by not being in the source's catalog
 //!   any more: what the target has in its place is dropped, and whatever of it still comes in the stream is left out, since all of it
 //!   has no effect in the end. Before anything of a newer chunk in the same range is applied, the older one has been found to be gone.
