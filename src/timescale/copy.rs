@@ -102,7 +102,11 @@ pub(crate) async fn how(source: &mut RawSession, table: &Table, format: &str) ->
         return Ok(if table.is_hypertable { How::Nothing } else { How::AsTable });
     };
     let rows = format!("COPY (SELECT {} FROM {}) TO STDOUT (FORMAT {format})", table.column_list(), table.qualified());
-    let Some(Now { status, relation }) = look(source, table, chunk).await? else { return Ok(How::Stale) };
+    let Some(now) = look(source, table, chunk).await? else { return Ok(How::Stale) };
+    if !now.lies_where(chunk) {
+        return Err(was_merged_or_split(table));
+    }
+    let Now { status, relation, .. } = now;
     if chunk.is_late {
         return Ok(How::Rows(rows));
     }
@@ -127,6 +131,19 @@ pub(super) struct Now {
     status: Option<String>,
     /// The OID of the relation of its compressed rows, as text.
     relation: Option<String>,
+    /// Where it lies, as text.
+    ranges: Option<String>,
+}
+
+impl Now {
+    /// Whether it lies where it did when the ledger took it up. Rows that another chunk has brought over would come twice else; a comparison
+    /// takes it as it is.
+    fn lies_where(&self, chunk: &ChunkOf) -> bool {
+        let mut ranges = chunk.ranges.clone();
+        ranges.sort_unstable();
+        let recorded = ranges.iter().map(|(start, end)| format!("{start} {end}")).collect::<Vec<_>>().join(",");
+        self.ranges.as_ref().is_none_or(|now| recorded.is_empty() || *now == recorded)
+    }
 }
 
 /// Looks at a chunk in the session's snapshot, and locks the relation of its compressed rows; `None` where the snapshot does not show
@@ -144,14 +161,8 @@ pub(super) async fn look<S: Session>(source: &mut S, table: &Table, chunk: &Chun
               AND zn.relnamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = z.schema_name)";
     let now = source.first_row(&format!("{state} WHERE k.id = {}", chunk.chunk)).await?;
     let field = |at: usize| now.get(at).cloned().flatten();
-    let mut ranges = chunk.ranges.clone();
-    ranges.sort_unstable();
-    let ranges = ranges.iter().map(|(start, end)| format!("{start} {end}")).collect::<Vec<_>>().join(",");
-    if field(4).is_some_and(|now| !ranges.is_empty() && now != ranges) {
-        return Err(was_merged_or_split(table));
-    }
     let (Some(relid), Some(schema), Some(name)) = (field(1), field(2), field(3)) else {
-        return Ok(Some(Now { status: field(0), relation: None }));
+        return Ok(Some(Now { status: field(0), relation: None, ranges: field(4) }));
     };
     let relation = format!("{schema}.{name}");
     // Locked until the copy is over. What decompression has dropped, or recompression emptied since, the snapshot does not show.
@@ -169,7 +180,7 @@ pub(super) async fn look<S: Session>(source: &mut S, table: &Table, chunk: &Chun
     if !is_same || !shows_rows_beside(source, table, field(0).as_deref()).await? {
         return Ok(None);
     }
-    Ok(Some(Now { status: field(0), relation: Some(relid) }))
+    Ok(Some(Now { status: field(0), relation: Some(relid), ranges: field(4) }))
 }
 
 /// Whether the rows beside the compressed ones are read that the snapshot shows, by the chunk's status in it.
